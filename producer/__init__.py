@@ -1,0 +1,1 @@
+"""Ask for email verification codes and check them."""

@@ -1,0 +1,133 @@
+"""The wire contract: names, formats and error codes that callers in any language rely on. Standard library only.
+
+The envelope is a Celery task message, protocol 2, in kombu's virtual-transport form
+(https://docs.celeryq.dev/en/stable/internals/protocol.html); `message()` builds the smallest one that any Celery worker
+accepts, so that a plain Redis client can do the same by hand.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import uuid
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+TASK = "verification.send_code"
+DEFAULT_QUEUE = "verification"
+DEAD_LETTERS = "verification.dead"  # a Redis list in the broker database
+DEFAULT_PURPOSE = "default"
+PURPOSE_PATTERN = re.compile(r"[a-z0-9_-]{1,32}")
+REPLY_KEY_PREFIX = (
+    "celery-task-meta-"  # Celery's own; both the key of a stored reply and the channel it is published on
+)
+REPLY_TTL = 3600  # seconds a reply is kept, and a request id remembered
+
+
+class ErrorCode(IntEnum):
+    """What a reply says; a JSON number on the wire. GateServer owns 1001-1011, new codes of ours stay below 1000."""
+
+    SUCCESS = 0
+    REDIS_ERR = 1
+    EXCEPTION = 2
+    INVALID_ADDRESS = 3
+    TOO_MANY_REQUESTS = 4
+    MAIL_REJECTED = 5
+    TIMEOUT = 6
+    ERROR_JSON = 1001
+    VARIFY_EXPIRED = 1003
+    VARIFY_CODE_ERR = 1004
+
+    @property
+    def title(self) -> str:
+        """The name that contract and documentation use: `RedisErr`, `Error_Json`."""
+        if self is ErrorCode.ERROR_JSON:
+            return "Error_Json"
+        return "".join(word.capitalize() for word in self.name.split("_"))
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answer to one request: the address as the caller gave it, and how it went."""
+
+    email: Any
+    error: ErrorCode
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """The answer to one check: SUCCESS, VARIFY_EXPIRED, VARIFY_CODE_ERR or REDIS_ERR."""
+
+    email: str
+    error: ErrorCode
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyRequest:
+    """One request for a code. `email` stays as the caller gave it, byte for byte; the worker judges it."""
+
+    email: Any
+    purpose: Any = DEFAULT_PURPOSE
+    locale: Any = None
+
+    def message(self, request_id: str, *, queue: str = DEFAULT_QUEUE, enqueued_at: float | None = None) -> bytes:
+        """The envelope to LPUSH onto `queue`. `enqueued_at`: Unix seconds, from which the request's age counts."""
+        kwargs: dict[str, Any] = {"email": self.email}
+        if self.purpose != DEFAULT_PURPOSE:
+            kwargs["purpose"] = self.purpose
+        if self.locale is not None:
+            kwargs["locale"] = self.locale
+        headers: dict[str, Any] = {"lang": "py", "task": TASK, "id": request_id, "root_id": request_id}
+        # Celery shows these instead of the arguments, in Flower, events and logs.
+        headers.update(argsrepr="()", kwargsrepr="{}")
+        if enqueued_at is not None:
+            headers["enqueued_at"] = enqueued_at
+        embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+        body = base64.b64encode(json.dumps([[], kwargs, embed]).encode()).decode()
+        properties = {
+            "correlation_id": request_id,
+            "delivery_mode": 2,
+            "delivery_info": {"exchange": "", "routing_key": queue},
+            "priority": 0,
+            "body_encoding": "base64",
+            "delivery_tag": str(uuid.uuid4()),
+        }
+        return json.dumps(
+            {
+                "body": body,
+                "content-encoding": "utf-8",
+                "content-type": "application/json",
+                "headers": headers,
+                "properties": properties,
+            }
+        ).encode()
+
+
+def code_key(email: str, purpose: str = DEFAULT_PURPOSE) -> str:
+    """The Redis key of a code. GateServer reads `code_<email>`; other purposes have keys that it cannot build."""
+    return f"code_{email}" if purpose == DEFAULT_PURPOSE else f"code:{purpose}:{email}"
+
+
+def is_purpose(value: object) -> bool:
+    """Whether `value` is a well-formed purpose."""
+    return isinstance(value, str) and PURPOSE_PATTERN.fullmatch(value) is not None
+
+
+def reply_key(request_id: str) -> str:
+    """Where the reply to a request is stored, and the channel on which it is published."""
+    return REPLY_KEY_PREFIX + request_id
+
+
+def read_reply(payload: str | bytes) -> Reply:
+    """The reply in a stored or published result.
+
+    Raises `ValueError` for what is no reply to `verification.send_code`.
+    """
+    meta = json.loads(payload)
+    try:
+        result = meta["result"]
+        return Reply(result["email"], ErrorCode(result["error"]))
+    except (TypeError, KeyError, IndexError) as exc:
+        raise ValueError("the stored result is no reply to a verification request") from exc

@@ -1,0 +1,75 @@
+"""Structured logging in which no address can appear whole, whoever wrote the line."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from typing import Any
+
+import structlog
+
+# What might be an address, in any library's line: shaped so that masking too much is possible, too little is not.
+# A terminal's colour stays as it is, so that it is not taken for the beginning of the address that it colours.
+_ADDRESS = re.compile(r"((?:\x1b\[[\d;]*m)*)([^\s@\"'<>()\[\]{},:;=\x1b]+@[^\s@\"'<>()\[\]{},:;=\\/\x1b]+)")
+
+
+def mask_email(email: object) -> str:
+    """`a***@example.com`: the first character, and the domain; `***` for what is no address."""
+    if not isinstance(email, str) or "@" not in email:
+        return "***"
+    local, _, domain = email.strip().rpartition("@")
+    return f"{local[:1]}***@{domain}"
+
+
+def mask_text(text: str) -> str:
+    """`text` with everything that looks like an address masked."""
+    return _ADDRESS.sub(lambda found: found[1] + mask_email(found[2]), text) if "@" in text else text
+
+
+def _mask_event(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    return {key: mask_text(value) if isinstance(value, str) else value for key, value in event.items()}
+
+
+class _MaskingFormatter(structlog.stdlib.ProcessorFormatter):
+    """Masks the finished line, tracebacks and the `repr` of any object in it included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return mask_text(super().format(record))
+
+
+def configure(level: int | str = logging.INFO) -> None:
+    """Send all logging of this process, other libraries' too, to stderr: coloured for a terminal, else JSON lines."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    final: list[structlog.typing.Processor]
+    if sys.stderr.isatty():
+        final = [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]  # no locals
+    else:
+        # Not as ASCII: behind \\u escapes an address would look like something else.
+        json_lines = structlog.processors.JSONRenderer(ensure_ascii=False)
+        final = [structlog.processors.format_exc_info, _mask_event, json_lines]
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        _MaskingFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *final],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )

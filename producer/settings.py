@@ -1,0 +1,329 @@
+"""The environment, `.env`, `*_FILE` secrets and the old server's `config.json`, read once into one frozen object."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from email.utils import getaddresses
+from pathlib import Path
+from typing import Annotated, Any, Final, NamedTuple, NoReturn
+from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit, urlunsplit
+
+from dotenv import dotenv_values
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from producer import address
+from producer.contract import DEAD_LETTERS
+from producer.errors import BadSetting, InvalidAddress
+
+PREFIX: Final = "VERIFY_"
+MASK: Final = "***"
+_RELAY_PORTS: Final = {"smtp": 25, "smtp+starttls": 587, "smtps": 465}
+_DATABASES: Final = {"codes_url": 0, "broker_url": 1, "results_url": 2}
+
+
+class RelayURL(NamedTuple):
+    """Where and how one relay is reached."""
+
+    scheme: str  # smtp (plain), smtp+starttls, smtps (implicit TLS)
+    host: str
+    port: int
+    user: str | None
+    password: str | None
+
+    def __repr__(self) -> str:
+        return self.masked()
+
+    def masked(self) -> str:
+        """The URL as it may be shown: without user and password."""
+        who = f"{MASK}@" if self.user is not None else ""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{who}{host}:{self.port}"
+
+
+class Bind(NamedTuple):
+    """A `host:port` to listen on."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Sender(NamedTuple):
+    """The header From: a display name, possibly empty, and an address."""
+
+    name: str
+    mailbox: str
+
+
+def mask_url(url: str) -> str:
+    """`url` with its user and password, and the values of its query, replaced."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    netloc = f"{MASK}@{host}" if "@" in parts.netloc else host
+    query = "&".join(f"{pair.partition('=')[0]}={MASK}" for pair in parts.query.split("&") if pair)
+    return urlunsplit((parts.scheme, netloc, parts.path, query, ""))
+
+
+def _redis_url(value: str) -> str:
+    parts = urlsplit(value)
+    path = parts.path.removeprefix("/")
+    database = not path or (path.isascii() and path.isdecimal())
+    if parts.scheme not in {"redis", "rediss"} or not parts.hostname or parts.port == 0 or not database:
+        raise ValueError
+    return value
+
+
+def _split(url: str) -> SplitResult:
+    parts = urlsplit(url)
+    if parts.query or parts.fragment or any(c.isspace() or not c.isprintable() for c in url):
+        raise ValueError
+    return parts
+
+
+def _relays(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return tuple(_relay(url.strip()) for url in value.split(","))
+
+
+def _relay(url: str) -> RelayURL:
+    parts = _split(url)
+    if parts.scheme not in _RELAY_PORTS or not parts.hostname or parts.path.strip("/") or parts.port == 0:
+        raise ValueError
+    user = None if parts.username is None else unquote(parts.username)
+    password = None if parts.password is None else unquote(parts.password)
+    if (user is None) != (password is None) or any(c in f"{user}{password}" for c in "\r\n\0"):
+        raise ValueError
+    return RelayURL(parts.scheme, parts.hostname, parts.port or _RELAY_PORTS[parts.scheme], user, password)
+
+
+def _bind(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    parts = _split(f"//{value}")
+    if not parts.hostname or parts.port is None or parts.path or "@" in value:
+        raise ValueError
+    return Bind(parts.hostname, parts.port)
+
+
+def _sender(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    found = getaddresses([value])
+    if len(found) != 1 or value.count("<") != value.count(">") or any(c in value for c in "\r\n\0"):
+        raise ValueError
+    name, mailbox = found[0]
+    try:
+        parsed = address.parse(mailbox)
+    except InvalidAddress:
+        raise ValueError from None
+    if parsed.needs_smtputf8:
+        raise ValueError
+    return Sender(name, parsed.mailbox)
+
+
+def _keys(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    keys = tuple(key.strip() for key in value.split(",") if key.strip())
+    if not keys:
+        raise ValueError  # set, but to nothing: that must not open the door
+    return keys
+
+
+def _flag(value: object) -> object:
+    if value in {"0", "1"}:
+        return value == "1"
+    if isinstance(value, bool):
+        return value
+    raise ValueError
+
+
+RedisURL = Annotated[str, AfterValidator(_redis_url)]
+Flag = Annotated[bool, BeforeValidator(_flag)]
+_REDIS = "redis://host:port or rediss://host:port, with user:password@ before the host if needed"
+_FLAG = "0 or 1"
+
+
+def _setting(default: Any, allowed: str, *, secret: bool = False, **limits: Any) -> Any:
+    """A field whose description says what is allowed; `secret`: its value is never shown as it is."""
+    return Field(default, description=allowed, repr=not secret, json_schema_extra={"secret": secret}, **limits)
+
+
+class Settings(BaseModel):
+    """What is in force. Each field is `VERIFY_<NAME>`; times are seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    redis_url: RedisURL = _setting("redis://127.0.0.1:6379", f"{_REDIS}, no database", secret=True)
+    codes_url: RedisURL = _setting("", f"{_REDIS}, and /database", secret=True)
+    broker_url: RedisURL = _setting("", f"{_REDIS}, and /database", secret=True)
+    results_url: RedisURL = _setting("", f"{_REDIS}, and /database", secret=True)
+    queue: str = _setting(
+        "verification", f"1 to 64 of A-Z a-z 0-9 . _ -, not {DEAD_LETTERS}", pattern=r"^[A-Za-z0-9._-]{1,64}$"
+    )
+    visibility_timeout: float = _setting(15, "seconds, 1 to 3600", ge=1, le=3600)
+    reply_timeout: float = _setting(5, "seconds, above 0 to 300", gt=0, le=300)
+    relays: Annotated[tuple[RelayURL, ...], BeforeValidator(_relays)] = _setting(
+        (RelayURL("smtp", "127.0.0.1", 1025, None, None),),
+        "comma-separated URLs: smtp://, smtp+starttls:// or smtps://, then user:password@ (percent-encoded) if needed,"
+        " then host:port",
+        secret=True,
+    )
+    relay_connections: int = _setting(32, "a whole number, 1 to 10000", ge=1, le=10000)
+    connect_timeout: float = _setting(2, "seconds, above 0 to 300", gt=0, le=300)
+    send_timeout: float = _setting(10, "seconds, above 0 to 300", gt=0, le=300)
+    mail_from: Annotated[Sender, BeforeValidator(_sender)] = _setting(
+        Sender("", "no-reply@example.com"), 'an address, or "Name <address>"; the address in ASCII'
+    )
+    code_ttl: int = _setting(600, "whole seconds, 1 to 86400", ge=1, le=86400)
+    code_length: int = _setting(6, "a whole number, 4 to 12", ge=4, le=12)
+    code_min_life: float = _setting(60, "seconds, 0 to 86400", ge=0, le=86400)
+    resend_cooldown: float = _setting(10, "seconds, 0 (off) to 86400", ge=0, le=86400)
+    max_sends_per_hour: int = _setting(20, "a whole number, 0 (off) to 100000", ge=0, le=100000)
+    max_attempts: int = _setting(5, "a whole number, 1 to 1000", ge=1, le=1000)
+    give_up_after: float = _setting(300, "seconds, 1 to 3600", ge=1, le=3600)
+    locale: str = _setting("zh-CN", "zh-CN or en", pattern=r"^(zh-CN|en)$")
+    http_bind: Annotated[Bind, BeforeValidator(_bind)] = _setting(Bind("127.0.0.1", 8081), "host:port")
+    grpc_bind: Annotated[Bind, BeforeValidator(_bind)] = _setting(Bind("127.0.0.1", 50051), "host:port")
+    max_queue: int = _setting(100000, "a whole number, 1 or more", ge=1)
+    api_keys: Annotated[tuple[str, ...], BeforeValidator(_keys)] = _setting((), "keys, comma-separated", secret=True)
+    allow_plaintext: Flag = _setting(False, _FLAG)
+    metrics_bind: Annotated[Bind, BeforeValidator(_bind)] = _setting(
+        Bind("127.0.0.1", 9464), "host:port; port 0 picks a free one"
+    )
+    demo: Flag = _setting(False, _FLAG)
+
+    @field_validator("redis_url")
+    @classmethod
+    def _no_database(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.path not in {"", "/"} or "db" in parse_qs(parts.query):
+            raise ValueError
+        return value
+
+    @field_validator("queue")
+    @classmethod
+    def _no_dead_letters(cls, value: str) -> str:
+        if value == DEAD_LETTERS:
+            raise ValueError
+        return value
+
+    def model_post_init(self, _context: object) -> None:
+        """Derive what was not given: the three databases from the base URL."""
+        parts = urlsplit(self.redis_url)
+        for name, number in _DATABASES.items():
+            if not getattr(self, name):
+                url = urlunsplit((parts.scheme, parts.netloc, f"/{number}", parts.query, ""))
+                object.__setattr__(self, name, url)
+
+    def shown(self) -> dict[str, str]:
+        """Every setting by its environment name, as it may be shown: passwords and keys masked."""
+        return {f"{PREFIX}{name.upper()}": self._show(name) for name in type(self).model_fields}
+
+    def _show(self, name: str) -> str:
+        value = getattr(self, name)
+        match name:
+            case "redis_url" | "codes_url" | "broker_url" | "results_url":
+                return mask_url(value)
+            case "relays":
+                return ",".join(relay.masked() for relay in value)
+            case "mail_from":
+                return f"{value.name} <{value.mailbox}>" if value.name else str(value.mailbox)
+            case "api_keys":
+                return ",".join(MASK for _ in value)
+        if isinstance(value, bool):
+            return str(int(value))
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def load(environ: dict[str, str] | None = None, *, dotenv: Path | None = Path(".env")) -> Settings:
+    """The settings in force: the environment over `.env` over `VERIFY_CONFIG` over the defaults.
+
+    Raises `BadSetting` with one line that names the setting, its value unless that is a secret, and what is allowed.
+    """
+    given = {k: v for k, v in (dotenv_values(dotenv) if dotenv and dotenv.is_file() else {}).items() if v is not None}
+    given |= dict(os.environ) if environ is None else environ
+    values = _from_config(_value_of(f"{PREFIX}CONFIG", given))
+    for name in Settings.model_fields:
+        value = _value_of(f"{PREFIX}{name.upper()}", given)
+        # An empty value is what compose and shells make of an unset one.
+        if value:
+            values[name] = value
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as exc:
+        raise _explain(exc, values) from None
+
+
+def load_or_exit() -> Settings:
+    """`load()` for a process' start: a bad setting ends it with one line on stderr."""
+    try:
+        return load()
+    except BadSetting as exc:
+        _stop(str(exc))
+
+
+def _stop(line: str) -> NoReturn:
+    sys.stderr.write(f"{line}\n")
+    raise SystemExit(2)
+
+
+def _value_of(name: str, given: dict[str, str]) -> str | None:
+    path = given.get(f"{name}_FILE")
+    if not path:
+        return given.get(name)
+    if given.get(name):
+        raise BadSetting(f"{name} and {name}_FILE are both set; set one of them")
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise BadSetting(
+            f"{name}_FILE: {path!r} cannot be read ({_reason(exc)}); allowed: a readable text file"
+        ) from exc
+
+
+def _from_config(path: str | None) -> dict[str, Any]:
+    """Settings from the original server's config.json: `email` and `redis`; its `mysql` is not needed."""
+    if not path:
+        return {}
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        email, redis = config.get("email", {}), config.get("redis", {})
+        values: dict[str, Any] = {}
+        if redis:
+            secret = redis.get("passwd")
+            who = f":{quote(str(secret), safe='')}@" if secret else ""
+            values["redis_url"] = f"redis://{who}{redis.get('host', '127.0.0.1')}:{int(redis.get('port', 6379))}"
+        if email:
+            host, port = email.get("host", "smtp.163.com"), int(email.get("port", 465))
+            # The original always speaks TLS from the first byte; port 587 is STARTTLS by RFC 8314, 3.3.
+            scheme = "smtp+starttls" if port == _RELAY_PORTS["smtp+starttls"] else "smtps"
+            values["relays"] = (RelayURL(scheme, str(host), port, str(email["user"]), str(email["pass"])),)
+            values["mail_from"] = str(email["user"])
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as exc:
+        raise BadSetting(
+            f"{PREFIX}CONFIG: {path!r} cannot be used ({_reason(exc)}); allowed: a config.json with"
+            " email.user, email.pass, redis.host, redis.port, redis.passwd"
+        ) from None
+    return values
+
+
+def _reason(exc: Exception) -> str:
+    """Why, without what was in the file."""
+    if isinstance(exc, OSError):
+        return exc.strerror or type(exc).__name__
+    return f"{exc.args[0]} is missing" if isinstance(exc, KeyError) else "not in that shape"
+
+
+def _explain(exc: ValidationError, values: dict[str, Any]) -> BadSetting:
+    name = str(exc.errors(include_input=False)[0]["loc"][0])
+    field = Settings.model_fields[name]
+    extra = field.json_schema_extra
+    secret = isinstance(extra, dict) and extra["secret"]
+    value = "the value" if secret else repr(values[name])
+    return BadSetting(f"{PREFIX}{name.upper()}: {value} is not allowed; allowed: {field.description}")

@@ -1,0 +1,258 @@
+"""TLS, STARTTLS, AUTH and SMTPUTF8, mostly against aiosmtpd."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import trustme
+from aiosmtpd.smtp import SMTP, AuthResult
+from smtp_server import HOST, Act, ScriptedServer, Silence
+
+from producer.settings import RelayURL
+from worker.mail.errors import MailError, MessageDeferred, RelayUnavailable, Smtputf8Unsupported
+from worker.mail.relay import Envelope, Relay
+
+ENVELOPE = Envelope("no-reply@example.com", "alice@example.com", False, b"Subject: code\r\n\r\nhello\r\n")
+USER, PASSWORD = "用户@example.com", "pä:ss /wörd"
+CA = trustme.CA()
+
+
+def context(*names: str, expired: bool = False) -> ssl.SSLContext:
+    """A server's TLS context with a certificate for `names`."""
+    long_ago = datetime.now(UTC) - timedelta(days=9)
+    until = long_ago + timedelta(days=1 if expired else 99)
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    CA.issue_cert(*names, not_before=long_ago, not_after=until).configure_cert(server)
+    return server
+
+
+def trusting() -> ssl.SSLContext:
+    client = ssl.create_default_context()
+    CA.configure_trust(client)
+    return client
+
+
+class Inbox:
+    """An aiosmtpd handler that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.envelopes: list[Any] = []
+        self.tls: list[bool] = []
+
+    async def handle_DATA(self, _server: Any, session: Any, envelope: Any) -> str:  # noqa: N802 aiosmtpd's name
+        self.envelopes.append(envelope)
+        self.tls.append(session.ssl is not None)
+        return "250 2.0.0 ok"
+
+
+def authenticator(_server: Any, _session: Any, _envelope: Any, mechanism: str, data: Any) -> AuthResult:
+    known = (data.login, data.password) == (USER.encode(), PASSWORD.encode())
+    return AuthResult(success=known, handled=False, auth_data=mechanism)
+
+
+@asynccontextmanager
+async def aiosmtpd(
+    inbox: Inbox, scheme: str, tls: ssl.SSLContext | None = None, **options: Any
+) -> AsyncIterator[RelayURL]:
+    def factory() -> SMTP:
+        starttls = tls if scheme == "smtp+starttls" else None
+        return SMTP(inbox, tls_context=starttls, require_starttls=starttls is not None, hostname="test", **options)
+
+    implicit = tls if scheme == "smtps" else None
+    server = await asyncio.get_running_loop().create_server(factory, HOST, 0, ssl=implicit)
+    try:
+        yield RelayURL(scheme, HOST, server.sockets[0].getsockname()[1], None, None)
+    finally:
+        server.close()
+
+
+async def attempt(url: RelayURL, tls: ssl.SSLContext | None = None, envelope: Envelope = ENVELOPE) -> MailError | None:
+    """Send once with a relay of its own; the outcome."""
+    relay = Relay(url, connections=2, connect_timeout=1, send_timeout=2, tls=tls)
+    try:
+        await relay.send(envelope, lambda: True)
+    except MailError as exc:
+        return exc
+    finally:
+        await relay.close()
+        assert relay.open_connections == 0
+    return None
+
+
+@pytest.mark.parametrize("scheme", ["smtps", "smtp+starttls"])
+def test_a_mail_goes_over_tls(scheme: str) -> None:
+    async def main() -> None:
+        inbox = Inbox()
+        async with aiosmtpd(inbox, scheme, context(HOST)) as url:
+            assert await attempt(url, trusting()) is None
+        assert inbox.envelopes[0].content == ENVELOPE.content
+        # aiosmtpd knows of STARTTLS only; with implicit TLS the server speaks nothing else.
+        assert inbox.tls == [scheme == "smtp+starttls"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("scheme", ["smtps", "smtp+starttls"])
+@pytest.mark.parametrize("bad", ["name", "expired", "unknown authority"])
+def test_a_bad_certificate_is_never_spoken_to(scheme: str, bad: str) -> None:
+    async def main() -> None:
+        inbox = Inbox()
+        server = context("mail.example.com" if bad == "name" else HOST, expired=bad == "expired")
+        async with aiosmtpd(inbox, scheme, server) as url:
+            error = await attempt(url, None if bad == "unknown authority" else trusting())
+        assert type(error) is RelayUnavailable
+        assert isinstance(error.__cause__, ssl.SSLCertVerificationError)
+        assert not inbox.envelopes
+
+    asyncio.run(main())
+
+
+REFUSALS: list[dict[str, Act | list[Act]] | None] = [
+    None,  # not offered
+    {"starttls": "454 4.7.0 not now"},
+    {"starttls": "502 5.5.1 no"},
+    {"starttls": "220 go"},  # and then no TLS
+    {"starttls": Silence()},
+]
+
+
+@pytest.mark.parametrize("script", REFUSALS, ids=str)
+def test_starttls_never_falls_back_to_plain(script: dict[str, Act | list[Act]] | None) -> None:
+    async def main() -> None:
+        offers = ("PIPELINING", "AUTH PLAIN") if script is None else ("STARTTLS", "AUTH PLAIN")
+        async with ScriptedServer(script, offers=offers) as server:
+            relay = Relay(server.url("smtp+starttls", "u", "p"), connections=1, connect_timeout=0.3, send_timeout=1)
+            with pytest.raises(RelayUnavailable):
+                await relay.send(ENVELOPE, lambda: True)
+            await relay.close()
+            assert relay.open_connections == 0
+            assert not [line for line in server.commands if line.startswith(("AUTH", "MAIL"))]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("scheme", ["smtps", "smtp"])
+def test_a_stall_in_the_opening_is_cut(scheme: str) -> None:
+    async def main() -> None:
+        async with ScriptedServer({"banner": Silence()}) as server:
+            relay = Relay(server.url(scheme), connections=1, connect_timeout=0.2, send_timeout=5)
+            with pytest.raises(RelayUnavailable):
+                await relay.send(ENVELOPE, lambda: True)
+            await relay.close()
+            assert relay.open_connections == 0
+
+    asyncio.run(main())
+
+
+def test_what_is_said_before_tls_does_not_count() -> None:
+    async def main() -> None:
+        injected = b"220 go\r\n250-evil\r\n250 AUTH PLAIN\r\n235 in\r\n250 ok\r\n250 ok\r\nnonsense"
+        async with ScriptedServer({"starttls": injected}, offers=("STARTTLS", "EVIL"), tls=context(HOST)) as server:
+            assert await attempt(server.url("smtp+starttls"), trusting()) is None
+            assert [mail.content for mail in server.mails] == [ENVELOPE.content]
+            assert [line.split()[0] for line in server.commands].count("EHLO") == 2
+
+    asyncio.run(main())
+
+
+def test_extensions_are_those_offered_after_tls() -> None:
+    async def main() -> None:
+        script: dict[str, Act | list[Act]] = {"ehlo": ["250-x\r\n250-STARTTLS\r\n250 SMTPUTF8", "250-x\r\n250 HELP"]}
+        async with ScriptedServer(script, tls=context(HOST)) as server:
+            wants = ENVELOPE._replace(recipient="用户@example.com", needs_smtputf8=True)
+            assert type(await attempt(server.url("smtp+starttls"), trusting(), wants)) is Smtputf8Unsupported
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("excluded", [[], ["PLAIN"], ["LOGIN"]], ids=["both", "LOGIN", "PLAIN"])
+def test_auth_uses_what_the_relay_offers(excluded: list[str]) -> None:
+    async def main() -> None:
+        inbox = Inbox()
+        options = {"authenticator": authenticator, "auth_required": True, "auth_exclude_mechanism": excluded}
+        async with aiosmtpd(inbox, "smtp+starttls", context(HOST), **options) as url:
+            assert await attempt(url._replace(user=USER, password=PASSWORD), trusting()) is None
+            assert len(inbox.envelopes) == 1
+            wrong = await attempt(url._replace(user=USER, password="wrong"), trusting())
+            assert (type(wrong), wrong and wrong.code) == (RelayUnavailable, 535)
+            missing = await attempt(url, trusting())
+            assert (type(missing), missing and missing.code) == (RelayUnavailable, 530)
+            assert len(inbox.envelopes) == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("offer", ["AUTH CRAM-MD5", "AUTH", "HELP"])
+def test_without_a_known_mechanism_nothing_is_sent(offer: str) -> None:
+    async def main() -> None:
+        async with ScriptedServer(offers=(offer,)) as server:
+            assert type(await attempt(server.url("smtp", "u", "p"))) is RelayUnavailable
+            assert not server.mails
+
+    asyncio.run(main())
+
+
+def test_the_old_form_of_the_offer_is_understood() -> None:
+    async def main() -> None:
+        async with ScriptedServer(offers=("AUTH=LOGIN",)) as server:
+            assert await attempt(server.url("smtp", "u", "p")) is None
+            said = server.commands[server.commands.index("AUTH LOGIN") + 1 :][:2]
+            assert [base64.b64decode(line) for line in said] == [b"u", b"p"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        *((f"{code} no", RelayUnavailable) for code in (334, 500, 504, 530, 534, 535, 538, 554)),
+        ("454 4.7.0 later", MessageDeferred),
+        ("421 4.7.0 too many", MessageDeferred),
+    ],
+)
+@pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN"])
+def test_every_reply_to_auth(mechanism: str, reply: str, kind: type[MailError]) -> None:
+    async def main() -> None:
+        async with ScriptedServer({"auth": reply}, offers=(f"AUTH {mechanism}",)) as server:
+            error = await attempt(server.url("smtp", "user@example.com", "secret"))
+            assert type(error) is kind
+            assert not any(word in str(error) for word in ("user", "secret"))
+
+    asyncio.run(main())
+
+
+def test_smtputf8_is_used_when_needed_and_offered() -> None:
+    async def main() -> None:
+        content = "Subject: x\r\nTo: 用户@example.com\r\n\r\nhello\r\n".encode()
+        wants = Envelope("no-reply@example.com", "用户@example.com", True, content)
+        inbox = Inbox()
+        async with aiosmtpd(inbox, "smtp", enable_SMTPUTF8=True) as url:
+            assert await attempt(url, None, wants) is None
+            assert inbox.envelopes[0].rcpt_tos == ["用户@example.com"]
+            assert set(inbox.envelopes[0].mail_options) == {"SMTPUTF8", "BODY=8BITMIME"}
+            assert await attempt(url) is None
+            assert inbox.envelopes[1].mail_options == []
+        async with aiosmtpd(inbox, "smtp", enable_SMTPUTF8=False) as url:
+            assert type(await attempt(url, None, wants)) is Smtputf8Unsupported
+        assert len(inbox.envelopes) == 2
+
+    asyncio.run(main())
+
+
+def test_a_dead_port_is_an_unavailable_relay() -> None:
+    async def main() -> None:
+        async with ScriptedServer() as server:
+            url = server.url()
+        error = await attempt(url)
+        assert type(error) is RelayUnavailable
+        assert isinstance(error.__cause__, ConnectionRefusedError)
+        assert type(await attempt(url._replace(host="x" * 64 + ".invalid"))) is RelayUnavailable
+
+    asyncio.run(main())

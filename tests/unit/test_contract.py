@@ -1,0 +1,168 @@
+"""What goes over the wire, in the words of the contract."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import celery
+import pytest
+from celery.worker.request import Request
+from kombu.connection import Connection
+from kombu.transport.virtual import Message
+
+from producer import contract
+from producer.contract import ErrorCode, Reply, VerifyRequest
+
+
+@pytest.mark.parametrize(
+    ("number", "title"),
+    [
+        (0, "Success"),
+        (1, "RedisErr"),
+        (2, "Exception"),
+        (3, "InvalidAddress"),
+        (4, "TooManyRequests"),
+        (5, "MailRejected"),
+        (6, "Timeout"),
+        (1001, "Error_Json"),
+        (1003, "VarifyExpired"),
+        (1004, "VarifyCodeErr"),
+    ],
+)
+def test_each_error_has_its_number_and_its_name(number: int, title: str) -> None:
+    assert ErrorCode(number).title == title
+
+
+def test_an_error_is_a_number_in_json() -> None:
+    assert json.dumps({"error": ErrorCode.TIMEOUT}) == '{"error": 6}'
+
+
+def _as_celery_reads_it(envelope: bytes, app: celery.Celery) -> Any:
+    with Connection("memory://").channel() as channel:
+        message = Message(json.loads(envelope), channel=channel)
+        return Request(message, app=app, task=app.tasks[contract.TASK], decoded=False)
+
+
+@pytest.fixture(scope="module")
+def app() -> celery.Celery:
+    """A Celery app that has the task and nothing of ours."""
+    app = celery.Celery("plain", broker="memory://", set_as_current=False)
+
+    @app.task(name=contract.TASK)  # type: ignore[untyped-decorator]  # Celery has no types
+    def send_code(**_: object) -> None:
+        pass
+
+    app.finalize()
+    return app
+
+
+def test_celery_takes_the_message_for_the_task_with_its_arguments(app: celery.Celery) -> None:
+    request = VerifyRequest("a@example.com", purpose="reset", locale="en")
+    received = _as_celery_reads_it(request.message("an-id"), app)
+    assert (received.id, received.name, received.args) == ("an-id", contract.TASK, [])
+    assert received.kwargs == {"email": "a@example.com", "purpose": "reset", "locale": "en"}
+    assert received.correlation_id == "an-id"
+
+
+def test_celery_takes_the_minimal_message_of_the_contract(app: celery.Celery) -> None:
+    body = base64.b64encode(b'[[], {"email": "a@example.com"}, {}]').decode()
+    envelope = {
+        "body": body,
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
+        "headers": {"task": "verification.send_code", "id": "an-id"},
+        "properties": {
+            "delivery_tag": "a-tag",
+            "body_encoding": "base64",
+            "delivery_info": {"exchange": "", "routing_key": "verification"},
+        },
+    }
+    assert _as_celery_reads_it(json.dumps(envelope).encode(), app).kwargs == {"email": "a@example.com"}
+
+
+def test_celery_shows_no_argument_of_the_message(app: celery.Celery) -> None:
+    received = _as_celery_reads_it(VerifyRequest("anna@example.com").message("an-id"), app)
+    assert "anna" not in repr(received) + str(received) + json.dumps(received.info(safe=True), default=str)
+
+
+def test_what_is_the_default_is_left_out_so_that_an_old_worker_understands() -> None:
+    envelope = json.loads(VerifyRequest("a@example.com").message("an-id"))
+    assert json.loads(base64.b64decode(envelope["body"]))[:2] == [[], {"email": "a@example.com"}]
+
+
+@pytest.mark.parametrize(
+    "email", ["用户@例子.中国", " a@example.com ", "a\r\nb", "\ud800", "", "x" * 10_000, 7, None, []]
+)
+def test_the_address_arrives_as_it_was_given_whatever_it_is(email: object) -> None:
+    envelope = json.loads(VerifyRequest(email).message("an-id"))
+    assert json.loads(base64.b64decode(envelope["body"]))[1] == {"email": email}
+
+
+def test_the_message_names_its_queue_and_the_time_it_was_sent() -> None:
+    envelope = json.loads(VerifyRequest("a@example.com").message("an-id", queue="other", enqueued_at=1700000000.5))
+    assert envelope["properties"]["delivery_info"]["routing_key"] == "other"
+    assert envelope["headers"]["enqueued_at"] == 1700000000.5
+
+
+def test_each_message_has_a_delivery_tag_of_its_own() -> None:
+    request = VerifyRequest("a@example.com")
+    tags = {json.loads(request.message("an-id"))["properties"]["delivery_tag"] for _ in range(100)}
+    assert len(tags) == 100
+
+
+def test_the_code_of_the_default_purpose_is_where_gate_server_reads_it() -> None:
+    assert contract.code_key(" A@example.com") == "code_ A@example.com"
+
+
+def test_no_address_makes_the_default_key_of_one_purpose_the_key_of_another() -> None:
+    assert contract.code_key("a@example.com", "reset") == "code:reset:a@example.com"
+    assert contract.code_key("reset:a@example.com", "default") != contract.code_key("a@example.com", "reset")
+
+
+@pytest.mark.parametrize("purpose", ["default", "reset", "a", "0", "_-", "a" * 32])
+def test_these_are_purposes(purpose: str) -> None:
+    assert contract.is_purpose(purpose)
+
+
+@pytest.mark.parametrize("purpose", ["", "a" * 33, "Reset", "a b", "a:b", "reset\n", "\u0661", "é", None, 1, ["reset"]])
+def test_these_are_no_purposes(purpose: object) -> None:
+    assert not contract.is_purpose(purpose)
+
+
+def test_a_reply_is_stored_where_celery_stores_results() -> None:
+    backend = celery.Celery("plain", backend="cache+memory://", set_as_current=False).backend
+    assert contract.reply_key("an-id") == backend.get_key_for_task("an-id").decode()
+
+
+@pytest.mark.parametrize("error", list(ErrorCode))
+def test_a_stored_reply_is_read(error: ErrorCode) -> None:
+    stored = json.dumps({"status": "SUCCESS", "result": {"email": "a@example.com", "error": int(error)}})
+    assert contract.read_reply(stored.encode()) == Reply("a@example.com", error)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        b"",
+        b"\xff",
+        b"null",
+        b"[]",
+        b"7",
+        b"{}",
+        b'{"result": null}',
+        b'{"result": []}',
+        b'{"result": "x"}',
+        b'{"result": {"error": 0}}',
+        b'{"result": {"email": "a@example.com"}}',
+        b'{"result": {"email": "a@example.com", "error": "0"}}',
+        b'{"result": {"email": "a@example.com", "error": 7}}',
+        b'{"result": {"email": "a@example.com", "error": null}}',
+        b'{"result": {"email": "a@example.com", "error": []}}',
+        b'{"result": {"email": "a@example.com", "error": {}}}',
+    ],
+)
+def test_what_is_no_reply_is_said_to_be_none(stored: bytes) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        contract.read_reply(stored)

@@ -1,0 +1,178 @@
+"""No whole address in any line, whoever logs it and however it came into it."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from producer import logs
+
+PERSON = "anna.secret@example.com"
+MASKED = "a***@example.com"
+UNICODE_PERSON = "你好世界@example.com"
+
+
+class _Stderr(io.StringIO):
+    def __init__(self, *, terminal: bool) -> None:
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+@pytest.fixture(params=[False, True], ids=["json", "terminal"])
+def stderr(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Stderr]:
+    """Logging at DEBUG as a process of ours sets it up; afterwards as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    captured = _Stderr(terminal=request.param)
+    monkeypatch.setattr(sys, "stderr", captured)
+    logs.configure(logging.DEBUG)
+    yield captured
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
+
+
+@pytest.fixture
+def stdlib() -> logging.Logger:
+    """A logger of some library."""
+    return logging.getLogger("some.library")
+
+
+def _is_masked(stderr: _Stderr) -> None:
+    text = stderr.getvalue()
+    assert text
+    assert "secret" not in text
+    assert MASKED in text
+
+
+def test_an_address_in_a_message_is_masked(stderr: _Stderr, stdlib: logging.Logger) -> None:
+    stdlib.debug(f"mail to <{PERSON}> goes out")
+    _is_masked(stderr)
+
+
+def test_an_address_in_the_arguments_is_masked(stderr: _Stderr, stdlib: logging.Logger) -> None:
+    stdlib.debug("%s and %r", PERSON, {"email": [PERSON]})
+    _is_masked(stderr)
+
+
+def test_an_address_in_an_exception_is_masked(stderr: _Stderr, stdlib: logging.Logger) -> None:
+    try:
+        int(f"550 {PERSON} unknown")
+    except ValueError:
+        stdlib.exception("refused")
+    _is_masked(stderr)
+    assert "ValueError" in stderr.getvalue()
+
+
+def test_an_address_in_a_chained_exception_is_masked(stderr: _Stderr) -> None:
+    try:
+        try:
+            dict[str, str]()[PERSON]
+        except KeyError as exc:
+            raise ValueError("refused") from exc
+    except ValueError:
+        structlog.get_logger().exception("refused")
+    _is_masked(stderr)
+
+
+def test_the_local_variables_of_a_traceback_are_not_shown(stderr: _Stderr) -> None:
+    code = "".join(["48", "15", "16"])
+    try:
+        int(code[:0])
+    except ValueError:
+        structlog.get_logger().exception("refused")
+    assert code not in stderr.getvalue()
+
+
+def test_an_address_in_an_event_and_its_fields_is_masked(stderr: _Stderr) -> None:
+    structlog.get_logger().debug(f"to {PERSON}", email=PERSON, nested={"to": [PERSON]}, raw=PERSON.encode())
+    _is_masked(stderr)
+
+
+def test_an_address_in_an_objects_repr_is_masked(stderr: _Stderr) -> None:
+    class Recipient:
+        def __repr__(self) -> str:
+            return f"Recipient({PERSON})"
+
+    structlog.get_logger().info("sent", to=Recipient())
+    _is_masked(stderr)
+
+
+def test_an_address_in_a_bound_context_is_masked(stderr: _Stderr, stdlib: logging.Logger) -> None:
+    with structlog.contextvars.bound_contextvars(email=PERSON):
+        stdlib.info("sent")
+    _is_masked(stderr)
+
+
+def test_of_an_international_address_too_only_the_first_character_is_shown(
+    stderr: _Stderr, stdlib: logging.Logger
+) -> None:
+    stdlib.info("to %s", UNICODE_PERSON)
+    structlog.get_logger().info("sent", email=UNICODE_PERSON, nested=[UNICODE_PERSON], escaped=ascii(UNICODE_PERSON))
+    text = stderr.getvalue()
+    for character in UNICODE_PERSON.partition("@")[0][1:]:
+        assert character not in text
+        assert ascii(character).strip("'") not in text
+
+
+def test_off_a_terminal_each_line_is_one_json_object(stderr: _Stderr, stdlib: logging.Logger) -> None:
+    stdlib.info("to %s", PERSON)
+    structlog.get_logger("ours").warning("sent", email=PERSON, tries=2)
+    if stderr.terminal:
+        return
+    first, second = map(json.loads, stderr.getvalue().splitlines())
+    assert first["event"] == f"to {MASKED}"
+    assert first["logger"] == "some.library"
+    assert (second["level"], second["email"], second["tries"]) == ("warning", MASKED, 2)
+    assert second["timestamp"].endswith("Z")
+
+
+def test_what_is_below_the_level_is_not_written(stderr: _Stderr, stdlib: logging.Logger) -> None:
+    logs.configure(logging.WARNING)
+    stdlib.info("quiet")
+    structlog.get_logger().info("quiet")
+    assert stderr.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("email", "masked"),
+    [
+        (PERSON, MASKED),
+        (" anna@example.com ", "a***@example.com"),
+        ("a@b@example.com", "a***@example.com"),
+        ("@example.com", "***@example.com"),
+        ("no address", "***"),
+        ("", "***"),
+        (None, "***"),
+        (["anna@example.com"], "***"),
+    ],
+)
+def test_a_masked_address_keeps_its_first_character_and_its_domain(email: object, masked: str) -> None:
+    assert logs.mask_email(email) == masked
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        (f"<{PERSON}>", f"<{MASKED}>"),
+        (f"RCPT TO:<{PERSON}> SMTPUTF8", f"RCPT TO:<{MASKED}> SMTPUTF8"),
+        (f'{{"email": "{PERSON}"}}', f'{{"email": "{MASKED}"}}'),
+        (f"code_{PERSON}", "c***@example.com"),
+        (f"code:reset:{PERSON}", f"code:reset:{MASKED}"),
+        ("redis://user:password@redis.example.com:6379/0", "redis://user:p***@redis.example.com:6379/0"),
+        (f"one\\n{PERSON}", "o***@example.com"),
+        (MASKED, MASKED),
+        ("no address here", "no address here"),
+    ],
+)
+def test_in_a_text_every_address_is_masked_and_the_rest_stays(text: str, masked: str) -> None:
+    assert logs.mask_text(text) == masked

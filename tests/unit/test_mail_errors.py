@@ -1,0 +1,75 @@
+"""`classify` knows the kind of every reply at every step."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from producer.errors import VerifyError
+from worker.mail import errors
+from worker.mail.errors import (
+    AcceptanceUnknown,
+    MailError,
+    MessageDeferred,
+    MessageRejected,
+    RecipientRejected,
+    RelayBusy,
+    RelayUnavailable,
+    Step,
+    classify,
+)
+
+EARLY = [Step.BANNER, Step.EHLO, Step.STARTTLS, Step.AUTH, Step.RSET, Step.MAIL]
+LATE = [Step.RCPT, Step.DATA, Step.DOT]
+TRANSACTION = [Step.RSET, Step.MAIL, Step.RCPT, Step.DATA, Step.DOT]
+Case = tuple[Step, int | None, str | None, type[MailError]]
+
+CASES: list[Case] = [
+    *((step, 421, None, RelayBusy) for step in EARLY),
+    *((step, 421, "4.7.0", MessageDeferred) for step in LATE),
+    *((step, code, None, MessageDeferred) for step in TRANSACTION for code in (450, 451, 452, 454, 471)),
+    *((step, 451, "4.3.0", MessageDeferred) for step in (Step.BANNER, Step.EHLO, Step.AUTH)),
+    *((Step.STARTTLS, code, None, RelayUnavailable) for code in (454, 500, 501, 502, 554)),
+    *((Step.AUTH, code, None, RelayUnavailable) for code in (500, 501, 503, 504, 530, 534, 535, 538, 550, 554)),
+    (Step.AUTH, 535, "5.7.8", RelayUnavailable),
+    (Step.AUTH, 454, "4.7.0", MessageDeferred),
+    *((step, code, None, RelayUnavailable) for step in TRANSACTION for code in (530, 534, 535, 538)),
+    *((step, code, "5.1.1", RecipientRejected) for step in TRANSACTION for code in (550, 553, 554)),
+    *((Step.RCPT, 550, enhanced, RecipientRejected) for enhanced in ("5.1.0", "5.1.2", "5.1.10", None)),
+    *((Step.RCPT, code, None, RecipientRejected) for code in (550, 551, 553)),
+    *((Step.RCPT, code, None, MessageRejected) for code in (500, 501, 502, 503, 521, 552, 554, 556)),
+    *((Step.RCPT, 550, enhanced, MessageRejected) for enhanced in ("5.7.1", "5.2.1", "5.2.2", "5.10.1", "4.1.1")),
+    *((step, code, None, MessageRejected) for step in (Step.MAIL, Step.DATA, Step.DOT) for code in (550, 551, 553)),
+    *((step, 554, None, MessageRejected) for step in (Step.BANNER, Step.EHLO, *TRANSACTION)),
+    (Step.RCPT, 450, "5.1.1", MessageDeferred),
+    *((step, None, None, RelayUnavailable) for step in Step if step is not Step.DOT),
+    (Step.DOT, None, None, AcceptanceUnknown),
+    *((step, code, None, RelayUnavailable) for step in (*EARLY, Step.RCPT) for code in (334, 354)),
+    *((Step.DATA, code, None, RelayUnavailable) for code in (220, 250)),
+    (Step.DOT, 354, None, AcceptanceUnknown),
+]
+
+
+@pytest.mark.parametrize(("step", "code", "enhanced", "kind"), CASES)
+def test_every_reply_has_one_kind(step: Step, code: int | None, enhanced: str | None, kind: type[MailError]) -> None:
+    error = classify(step, code, enhanced)
+    assert type(error) is kind
+    assert (error.code, error.enhanced) == (code, enhanced)
+
+
+KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, MailError)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_says_its_kind_and_the_codes_and_survives_pickling(kind: type[MailError]) -> None:
+    error = kind(550, "5.1.1")
+    assert isinstance(error, VerifyError)
+    assert str(error) == f"{kind.__doc__} (550 5.1.1)"
+    assert str(kind()) == kind.__doc__
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301 our own bytes
+    assert (type(again), again.code, again.enhanced, str(again)) == (kind, 550, "5.1.1", str(error))
+
+
+def test_a_sick_relay_is_a_connection_error() -> None:
+    assert issubclass(RelayUnavailable, ConnectionError)

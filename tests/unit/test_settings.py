@@ -1,0 +1,365 @@
+"""What is in force, where it comes from, and how a bad value is told."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from producer import settings
+from producer.errors import BadSetting
+from producer.settings import Settings
+
+SECRET = "pa55:w@rd/"
+QUOTED = "pa55%3Aw%40rd%2F"
+
+# The contract's table, by the names and in the form in which `shown` shows them.
+DEFAULTS = {
+    "VERIFY_REDIS_URL": "redis://127.0.0.1:6379",
+    "VERIFY_CODES_URL": "redis://127.0.0.1:6379/0",
+    "VERIFY_BROKER_URL": "redis://127.0.0.1:6379/1",
+    "VERIFY_RESULTS_URL": "redis://127.0.0.1:6379/2",
+    "VERIFY_QUEUE": "verification",
+    "VERIFY_VISIBILITY_TIMEOUT": "15",
+    "VERIFY_REPLY_TIMEOUT": "5",
+    "VERIFY_RELAYS": "smtp://127.0.0.1:1025",
+    "VERIFY_RELAY_CONNECTIONS": "32",
+    "VERIFY_CONNECT_TIMEOUT": "2",
+    "VERIFY_SEND_TIMEOUT": "10",
+    "VERIFY_MAIL_FROM": "no-reply@example.com",
+    "VERIFY_CODE_TTL": "600",
+    "VERIFY_CODE_LENGTH": "6",
+    "VERIFY_CODE_MIN_LIFE": "60",
+    "VERIFY_RESEND_COOLDOWN": "10",
+    "VERIFY_MAX_SENDS_PER_HOUR": "20",
+    "VERIFY_MAX_ATTEMPTS": "5",
+    "VERIFY_GIVE_UP_AFTER": "300",
+    "VERIFY_LOCALE": "zh-CN",
+    "VERIFY_HTTP_BIND": "127.0.0.1:8081",
+    "VERIFY_GRPC_BIND": "127.0.0.1:50051",
+    "VERIFY_MAX_QUEUE": "100000",
+    "VERIFY_API_KEYS": "",
+    "VERIFY_ALLOW_PLAINTEXT": "0",
+    "VERIFY_METRICS_BIND": "127.0.0.1:9464",
+    "VERIFY_DEMO": "0",
+}
+
+OTHERS = {
+    "VERIFY_REDIS_URL": "rediss://redis.internal:6380",
+    "VERIFY_CODES_URL": "redis://codes:1/7",
+    "VERIFY_BROKER_URL": "redis://broker:2/8",
+    "VERIFY_RESULTS_URL": "redis://results:3/9",
+    "VERIFY_QUEUE": "other.queue",
+    "VERIFY_VISIBILITY_TIMEOUT": "30",
+    "VERIFY_REPLY_TIMEOUT": "2.5",
+    "VERIFY_RELAYS": "smtps://one:465,smtp+starttls://two:587",
+    "VERIFY_RELAY_CONNECTIONS": "4",
+    "VERIFY_CONNECT_TIMEOUT": "0.5",
+    "VERIFY_SEND_TIMEOUT": "3",
+    "VERIFY_MAIL_FROM": "Verify <verify@example.org>",
+    "VERIFY_CODE_TTL": "300",
+    "VERIFY_CODE_LENGTH": "8",
+    "VERIFY_CODE_MIN_LIFE": "30",
+    "VERIFY_RESEND_COOLDOWN": "0",
+    "VERIFY_MAX_SENDS_PER_HOUR": "0",
+    "VERIFY_MAX_ATTEMPTS": "3",
+    "VERIFY_GIVE_UP_AFTER": "60",
+    "VERIFY_LOCALE": "en",
+    "VERIFY_HTTP_BIND": "0.0.0.0:80",
+    "VERIFY_GRPC_BIND": "[::1]:50052",
+    "VERIFY_MAX_QUEUE": "10",
+    "VERIFY_API_KEYS": "***,***",
+    "VERIFY_ALLOW_PLAINTEXT": "1",
+    "VERIFY_METRICS_BIND": "127.0.0.1:0",
+    "VERIFY_DEMO": "1",
+}
+
+
+def load(**environ: str) -> Settings:
+    return settings.load({f"VERIFY_{name}": value for name, value in environ.items()}, dotenv=None)
+
+
+def problem_of(**environ: str) -> str:
+    with pytest.raises(BadSetting) as caught:
+        load(**environ)
+    return str(caught.value)
+
+
+def test_with_nothing_set_the_defaults_of_the_contract_are_in_force() -> None:
+    assert load().shown() == DEFAULTS
+
+
+def test_each_setting_is_taken_from_the_environment() -> None:
+    given = OTHERS | {"VERIFY_API_KEYS": "one,two"}
+    assert settings.load(given, dotenv=None).shown() == OTHERS
+
+
+def test_what_is_not_ours_in_the_environment_is_left_alone() -> None:
+    assert settings.load({"VERIFY_UNKNOWN": "x", "PATH": "/bin"}, dotenv=None) == load()
+
+
+def test_an_empty_value_is_an_unset_one() -> None:
+    assert settings.load(dict.fromkeys(DEFAULTS, ""), dotenv=None).shown() == DEFAULTS
+
+
+BAD: list[tuple[str, str]] = [
+    ("REDIS_URL", "http://host"),
+    ("REDIS_URL", "redis://"),
+    ("REDIS_URL", "redis://[::1"),
+    ("REDIS_URL", "redis://host:port"),
+    ("REDIS_URL", "redis://host:0"),
+    ("REDIS_URL", "redis://host/1"),
+    ("REDIS_URL", "redis://host?db=1"),
+    ("CODES_URL", "redis://host/first"),
+    ("BROKER_URL", "amqp://host"),
+    ("RESULTS_URL", "host"),
+    ("QUEUE", "two words"),
+    ("QUEUE", "q" * 65),
+    ("QUEUE", "queue\n"),
+    ("QUEUE", "verification.dead"),
+    ("VISIBILITY_TIMEOUT", "0"),
+    ("VISIBILITY_TIMEOUT", "3601"),
+    ("VISIBILITY_TIMEOUT", "nan"),
+    ("REPLY_TIMEOUT", "0"),
+    ("REPLY_TIMEOUT", "inf"),
+    ("REPLY_TIMEOUT", "5 s"),
+    ("RELAYS", "host:25"),
+    ("RELAYS", "http://host"),
+    ("RELAYS", "smtp://"),
+    ("RELAYS", "smtp://host:0"),
+    ("RELAYS", "smtp://host:99999"),
+    ("RELAYS", "smtp://host/path"),
+    ("RELAYS", "smtp://host?query"),
+    ("RELAYS", "smtp://host#fragment"),
+    ("RELAYS", "smtp://ho st"),
+    ("RELAYS", "smtp://host\r\n.example.com"),
+    ("RELAYS", "smtp://host,"),
+    ("RELAYS", "smtp://user@host"),
+    ("RELAYS", "smtp://user:a%0d%0ab@host"),
+    ("RELAY_CONNECTIONS", "0"),
+    ("RELAY_CONNECTIONS", "1.5"),
+    ("CONNECT_TIMEOUT", "-1"),
+    ("SEND_TIMEOUT", "0"),
+    ("MAIL_FROM", "nobody"),
+    ("MAIL_FROM", "Name <a@example.com"),
+    ("MAIL_FROM", "a@example.com, b@example.com"),
+    ("MAIL_FROM", "Name\r\nBcc: b@example.com <a@example.com>"),
+    ("MAIL_FROM", "用户@example.com"),
+    ("CODE_TTL", "0"),
+    ("CODE_TTL", "0.5"),
+    ("CODE_TTL", "ten"),
+    ("CODE_LENGTH", "3"),
+    ("CODE_LENGTH", "13"),
+    ("CODE_MIN_LIFE", "-1"),
+    ("RESEND_COOLDOWN", "-1"),
+    ("MAX_SENDS_PER_HOUR", "-1"),
+    ("MAX_SENDS_PER_HOUR", "many"),
+    ("MAX_ATTEMPTS", "0"),
+    ("GIVE_UP_AFTER", "0"),
+    ("LOCALE", "fr"),
+    ("LOCALE", "en\n"),
+    ("HTTP_BIND", "127.0.0.1"),
+    ("HTTP_BIND", ":80"),
+    ("HTTP_BIND", "::1:80"),
+    ("HTTP_BIND", "127.0.0.1:80/path"),
+    ("HTTP_BIND", "127.0.0.1:80#x"),
+    ("GRPC_BIND", "127.0.0.1:70000"),
+    ("METRICS_BIND", "port"),
+    ("MAX_QUEUE", "0"),
+    ("API_KEYS", " , "),
+    ("ALLOW_PLAINTEXT", "yes"),
+    ("DEMO", "2"),
+]
+SECRET_SETTINGS = {"REDIS_URL", "CODES_URL", "BROKER_URL", "RESULTS_URL", "RELAYS", "API_KEYS"}
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_a_bad_value_is_told_in_one_line_that_names_setting_value_and_what_is_allowed(name: str, value: str) -> None:
+    line = problem_of(**{name: value})
+    shown = "the value" if name in SECRET_SETTINGS else re.escape(repr(value))
+    assert re.fullmatch(rf"VERIFY_{name}: {shown} is not allowed; allowed: .+", line)
+
+
+def test_every_setting_has_a_bad_value_that_is_refused() -> None:
+    assert {f"VERIFY_{name}" for name, _ in BAD} == set(DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("REDIS_URL", f"redis://:{QUOTED}@host/1"),
+        ("CODES_URL", f"http://:{QUOTED}@host"),
+        ("RELAYS", f"http://user:{QUOTED}@host"),
+        ("RELAYS", f"smtp://user:{SECRET}@host:x"),
+    ],
+)
+def test_the_line_about_a_bad_value_shows_no_secret(name: str, value: str) -> None:
+    assert "pa55" not in problem_of(**{name: value})
+
+
+@pytest.mark.parametrize("name", sorted(OTHERS))
+def test_each_setting_can_come_from_a_file(name: str, tmp_path: Path) -> None:
+    value = "one,two" if name == "VERIFY_API_KEYS" else OTHERS[name]
+    (tmp_path / "secret").write_text(f"{value}\n")
+    found = settings.load({f"{name}_FILE": str(tmp_path / "secret")}, dotenv=None)
+    assert found.shown()[name] == OTHERS[name]
+
+
+def test_a_setting_and_its_file_are_not_both_set(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("one")
+    line = problem_of(API_KEYS="two", API_KEYS_FILE=str(tmp_path / "secret"))
+    assert "VERIFY_API_KEYS and VERIFY_API_KEYS_FILE" in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_a_file_that_cannot_be_read_is_told(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    if content is not None:
+        path.write_bytes(content)
+    line = problem_of(API_KEYS_FILE=str(path))
+    assert line.startswith(f"VERIFY_API_KEYS_FILE: {str(path)!r} cannot be read")
+    assert "\n" not in line
+
+
+def test_the_three_databases_follow_the_base_url_with_its_user_and_password() -> None:
+    found = load(REDIS_URL=f"rediss://user:{QUOTED}@host:6380?ssl_cert_reqs=none")
+    base = f"rediss://user:{QUOTED}@host:6380"
+    assert found.codes_url == f"{base}/0?ssl_cert_reqs=none"
+    assert found.broker_url == f"{base}/1?ssl_cert_reqs=none"
+    assert found.results_url == f"{base}/2?ssl_cert_reqs=none"
+
+
+def test_one_of_the_three_can_be_elsewhere() -> None:
+    found = load(REDIS_URL="redis://host", RESULTS_URL="redis://other/5")
+    assert (found.broker_url, found.results_url) == ("redis://host/1", "redis://other/5")
+
+
+def test_relays_are_read_in_order_with_percent_encoded_users_and_passwords() -> None:
+    one, two, three = load(RELAYS=f"smtps://u%40x:{QUOTED}@one, smtp+starttls://two ,smtp://[::1]:2525").relays
+    assert one == ("smtps", "one", 465, "u@x", SECRET)
+    assert two == ("smtp+starttls", "two", 587, None, None)
+    assert three == ("smtp", "::1", 2525, None, None)
+
+
+def test_the_sender_may_have_a_display_name() -> None:
+    assert load(MAIL_FROM='"Chat, Inc." <verify@example.org>').mail_from == ("Chat, Inc.", "verify@example.org")
+    assert load(MAIL_FROM="验证码 <verify@example.org>").mail_from == ("验证码", "verify@example.org")
+    assert load(MAIL_FROM="verify@example.org").mail_from == ("", "verify@example.org")
+
+
+def test_api_keys_are_separated_by_commas() -> None:
+    assert load(API_KEYS=" one, two ,").api_keys == ("one", "two")
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        load().queue = "other"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"REDIS_URL": f"redis://user:{QUOTED}@host"},
+        {"CODES_URL": f"redis://:{QUOTED}@host/0?password=pa55"},
+        {"RELAYS": f"smtps://pa55user:{QUOTED}@host"},
+        {"API_KEYS": "pa55,other"},
+    ],
+)
+def test_no_secret_is_shown(environ: dict[str, str]) -> None:
+    found = load(**environ)
+    assert "pa55" not in repr(found) + str(found) + repr(found.relays) + str(found.relays) + json.dumps(found.shown())
+
+
+def write_config(directory: Path, **content: Any) -> str:
+    path = directory / "config.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+ORIGINAL: dict[str, Any] = {
+    "email": {"user": "chat@163.com", "pass": SECRET},
+    "mysql": {"host": "db", "port": 3306, "passwd": "x"},
+    "redis": {"host": "redis.internal", "port": 6380, "passwd": SECRET},
+}
+
+
+def test_the_original_servers_config_json_is_understood(tmp_path: Path) -> None:
+    found = load(CONFIG=write_config(tmp_path, **ORIGINAL))
+    assert found.codes_url == f"redis://:{QUOTED}@redis.internal:6380/0"
+    assert found.relays == (("smtps", "smtp.163.com", 465, "chat@163.com", SECRET),)
+    assert found.mail_from == ("", "chat@163.com")
+
+
+def test_the_config_may_name_another_mail_server(tmp_path: Path) -> None:
+    email = ORIGINAL["email"] | {"host": "mail.example.com", "port": 4650}
+    assert load(CONFIG=write_config(tmp_path, email=email)).relays[0][:3] == ("smtps", "mail.example.com", 4650)
+
+
+def test_the_config_may_have_a_redis_without_password(tmp_path: Path) -> None:
+    assert load(CONFIG=write_config(tmp_path, redis={"host": "h", "port": 1})).redis_url == "redis://h:1"
+
+
+def test_the_environment_wins_over_the_config(tmp_path: Path) -> None:
+    path = write_config(tmp_path, **ORIGINAL)
+    found = load(CONFIG=path, REDIS_URL="redis://other", MAIL_FROM="verify@example.org")
+    assert found.codes_url == "redis://other/0"
+    assert found.mail_from.mailbox == "verify@example.org"
+    assert found.relays[0].host == "smtp.163.com"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "no json",
+        "[]",
+        "null",
+        '{"email": {"user": "pa55"}}',
+        '{"email": []}',
+        '{"redis": {"port": "pa55"}}',
+        "\xff",
+    ],
+)
+def test_a_config_that_cannot_be_used_is_told_in_one_line_without_its_content(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content, encoding="latin-1")
+    line = problem_of(CONFIG=str(path))
+    assert line.startswith("VERIFY_CONFIG: ")
+    assert "\n" not in line
+    assert "pa55" not in line
+
+
+def test_a_config_that_is_not_there_is_told() -> None:
+    assert problem_of(CONFIG="/nowhere/config.json").startswith("VERIFY_CONFIG: '/nowhere/config.json' cannot be used")
+
+
+def test_the_environment_wins_over_the_dotenv_file(tmp_path: Path) -> None:
+    dotenv = tmp_path / ".env"
+    dotenv.write_text("VERIFY_QUEUE=from-file\nVERIFY_CODE_TTL=120 # seconds\n")
+    found = settings.load({"VERIFY_QUEUE": "from-environment"}, dotenv=dotenv)
+    assert (found.queue, found.code_ttl) == ("from-environment", 120)
+
+
+def test_a_missing_dotenv_file_is_no_error(tmp_path: Path) -> None:
+    assert settings.load({}, dotenv=tmp_path / ".env").shown() == DEFAULTS
+
+
+def test_a_bad_setting_ends_a_process_at_start_with_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from producer.settings import load_or_exit; load_or_exit()"],
+        env={"VERIFY_CODE_TTL": "ten", "PYTHONPATH": str(Path(__file__).parents[2])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "VERIFY_CODE_TTL: 'ten' is not allowed; allowed: whole seconds, 1 to 86400\n"
+    assert done.stdout == ""

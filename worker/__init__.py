@@ -1,0 +1,1 @@
+"""Do what was asked: issue the code, mail it, reply."""

@@ -1,0 +1,89 @@
+"""The one place where the worker's objects are made and handed to each other."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from producer.codes import CodePolicy, CodeStore
+from producer.errors import RedisUnavailable, ServerTooOld
+from producer.link import Link, require_version
+from producer.settings import Settings
+from worker.databases import Databases
+from worker.intake import Intake, Watcher
+from worker.mail.failover import Failover
+from worker.mail.relay import Relay
+from worker.mail.render import Renderer
+from worker.queue import RequestQueue
+from worker.service import Service
+from worker.settle import Settler
+
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """What runs on the service's loop."""
+
+    def __init__(self, settings: Settings, watcher: Watcher) -> None:
+        self._databases = Databases(settings)
+        self._waiter = Link(settings.broker_url)
+        self._mailer = Failover(
+            [
+                Relay(
+                    url,
+                    connections=settings.relay_connections,
+                    connect_timeout=settings.connect_timeout,
+                    send_timeout=settings.send_timeout,
+                )
+                for url in settings.relays
+            ]
+        )
+        store = CodeStore(CodePolicy.of(settings))
+        queue = RequestQueue(settings.queue, visibility_timeout=settings.visibility_timeout)
+        settler = Settler(self._databases, store, queue, self._done, visibility_timeout=settings.visibility_timeout)
+        service = Service(
+            store,
+            self._databases.codes,
+            self._mailer,
+            Renderer(settings.mail_from, default_locale=settings.locale),
+            settler,
+            sender=settings.mail_from.mailbox,
+            code_length=settings.code_length,
+            connections=settings.relay_connections,
+        )
+        self.intake = Intake(self._databases.broker, self._waiter, queue, service, settler, watcher)
+
+    def _done(self, *args: object) -> None:
+        self.intake.done(*args)  # type: ignore[arg-type]
+
+    async def require_versions(self, give_up: Callable[[str], None]) -> None:
+        """Wait for each database, and end the process if one is a server that is too old."""
+        for database in (self._databases.codes, self._databases.broker, self._databases.results):
+            while True:
+                try:
+                    [info] = await database.run([("INFO", "server")])
+                except RedisUnavailable:
+                    await asyncio.sleep(1)
+                    continue
+                break
+            try:
+                # A user without the right to ask is no reason not to work.
+                if isinstance(info, bytes):
+                    require_version(info)
+            except ServerTooOld as exc:
+                give_up(str(exc))
+
+    async def stop(self, seconds: float) -> None:
+        """Finish what is in hand within `seconds`, put back the rest, close every connection."""
+        await self.intake.stop(seconds)
+        await self._mailer.close()
+        await self._waiter.close()
+        await self._databases.close()
+
+
+async def wire(settings: Settings, watcher: Watcher) -> Worker:
+    """The worker, on the running loop."""
+    worker = Worker(settings, watcher)
+    worker.intake.start()
+    return worker

@@ -1,0 +1,199 @@
+"""Where Celery's thread and the service's loop meet.
+
+Celery runs its hub in the main thread: control commands, events, and messages that need its own machinery. The service
+runs on one asyncio loop in a thread of its own. Whatever crosses from the loop to the hub lies in one deque, and a pipe
+wakes the hub; whatever crosses the other way is called on the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import functools
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from celery.worker import state
+
+from producer.contract import TASK, ErrorCode, Reply
+from producer.errors import VerifyError
+from producer.logs import mask_email
+from producer.settings import Settings
+from worker.bootstrap import Worker, wire
+from worker.intake import Intake, Watcher
+from worker.queue import RequestQueue
+from worker.service import Job
+
+logger = logging.getLogger(__name__)
+
+FINISH_WITHIN = 11.0  # seconds a warm shutdown waits for sends in hand; one send takes VERIFY_SEND_TIMEOUT at most
+_BEAT = 0.1  # seconds between two looks at Celery's state while waiting
+
+_T = TypeVar("_T")
+_current: Bridge | None = None
+
+
+def current() -> Bridge:
+    """The bridge of this process. Raises `VerifyError` outside a running worker."""
+    if _current is None:
+        raise VerifyError("verification.send_code runs in a worker only: celery -A worker.app worker")
+    return _current
+
+
+class Bridge(Watcher):
+    """Runs the service's loop beside Celery's hub."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.queue = settings.queue
+        self._settings = settings
+        self._worker: Worker | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="service", daemon=True)
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+        self._consumer: Any = None
+
+    # Called by Celery, on its own thread.
+
+    def open(self) -> None:
+        """Start the loop and wire the service on it."""
+        global _current
+        self._thread.start()
+        self._worker = self._call(wire(self._settings, self)).result()
+        _current = self
+
+    def attach(self, consumer: Any) -> None:
+        """A consumer is connected: it gets what lies in the inbox. Called anew at each reconnect."""
+        self._consumer = consumer
+        consumer.hub.add_reader(self._reader, self._empty_inbox)
+        self._empty_inbox()
+
+    def close(self) -> None:
+        """Finish what is in hand, put back the rest, end the loop. An order to terminate cuts it short."""
+        global _current
+        if self._worker is None:
+            return
+        stopping = self._call(self._worker.stop(FINISH_WITHIN))
+        while not stopping.done() and not state.should_terminate:
+            concurrent.futures.wait([stopping], timeout=_BEAT)
+            self._empty_inbox()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=1)
+        self._worker = _current = None
+
+    def held(self) -> list[Job]:
+        """The requests in this worker's hands."""
+        return list(self._intake.held.values())
+
+    def _empty_inbox(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._reader, 65536)
+        while self._inbox:
+            self._inbox.popleft()()
+
+    # Called by Celery, on any thread.
+
+    def consume(self, *, on: bool) -> None:
+        """Take requests, or stop taking."""
+        self._loop.call_soon_threadsafe(functools.partial(self._intake.consume, on=on))
+
+    def serve(self, tag: str) -> Reply | None:
+        """Serve the request that Celery runs as a task; None: it was parked, buried or put back."""
+        reply: Reply | None = self._call(self._intake.serve_for_celery(tag)).result()
+        return reply
+
+    def ack(self, tag: str) -> None:
+        """A message that went to Celery is done."""
+        self._call(self._intake.leave_celery(tag, lambda tag: RequestQueue.ack([tag])))
+
+    def release(self, tag: str) -> None:
+        """A message that went to Celery goes back to the queue."""
+        queue = self._intake.queue
+        self._call(self._intake.leave_celery(tag, lambda tag: [queue.release([tag])]))
+
+    def revoke(self, tag: str) -> None:
+        """Celery will not run this message."""
+        self._loop.call_soon_threadsafe(self._intake.revoke, tag)
+
+    @property
+    def _intake(self) -> Intake:
+        if self._worker is None:
+            raise VerifyError("the worker is stopping")
+        return self._worker.intake
+
+    def _call(self, coroutine: Coroutine[Any, Any, _T]) -> concurrent.futures.Future[_T]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    # Called by the intake, on the service's loop.
+
+    def received(self, jobs: list[Job]) -> None:
+        """Count the requests, and send their events."""
+        state.total_count[TASK] += len(jobs)
+        state.all_total_count[0] += len(jobs)
+        now = time.time()
+        events = []
+        for job in jobs:
+            fields = {"uuid": job.request_id, "name": TASK, "args": "()", "kwargs": _shown(job), "retries": 0}
+            events.append(("task-received", {**fields, "root_id": job.request_id, "timestamp": now}))
+            events.append(("task-started", {"uuid": job.request_id, "timestamp": now}))
+        self._send(events)
+
+    def done(self, job: Job, error: ErrorCode | None) -> None:
+        """Send the event of a request that left."""
+        if error is None:
+            self._send([("task-retried", {"uuid": job.request_id, "exception": "parked", "timestamp": time.time()})])
+            return
+        took = asyncio.get_running_loop().time() - job.began
+        fields = {"result": shown(job.request.email, error), "runtime": took, "timestamp": time.time()}
+        self._send([("task-succeeded", {"uuid": job.request_id, **fields})])
+
+    def to_celery(self, message: dict[str, Any]) -> None:
+        """Deliver to Celery's consumer, through its transport."""
+
+        def deliver() -> None:
+            self._consumer.connection.transport._deliver(message, self.queue)  # noqa: SLF001 - a transport's own way
+
+        self._post(deliver)
+
+    def is_revoked(self, request_id: str) -> bool:
+        """Whether `celery control revoke` named the request."""
+        return request_id in state.revoked
+
+    def stop_worker(self, reason: str) -> None:
+        """The service cannot work at all: end the process, with one line."""
+        logger.critical(reason)
+        state.should_stop = 1
+
+    def _send(self, events: list[tuple[str, dict[str, Any]]]) -> None:
+        dispatcher = self._consumer.event_dispatcher if self._consumer is not None else None
+        if dispatcher is None or not dispatcher.enabled:
+            return
+
+        def send() -> None:
+            for kind, fields in events:
+                # Buffered: Celery's hub flushes them many at a time, as one `task.multi`.
+                dispatcher.send(kind, **fields)
+
+        self._post(send)
+
+    def _post(self, call: Callable[[], None]) -> None:
+        self._inbox.append(call)
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._writer, b"\0")
+
+
+def _shown(job: Job) -> str:
+    return repr({"email": mask_email(job.request.email)})
+
+
+def shown(email: object, error: ErrorCode) -> str:
+    """A reply as Flower, events and logs may show it."""
+    return repr({"email": mask_email(email), "error": int(error)})

@@ -1,0 +1,332 @@
+"""From the queue to the service, and the task's Celery Strategy.
+
+One message stays one request; a batch is only how they travel inside. What needs Celery's own machinery (ETA, chain,
+group, callbacks) goes to Celery's default strategy, whose task hands the service a batch of one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import contextlib
+import logging
+import math
+from base64 import b64decode
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+
+from producer.contract import DEFAULT_PURPOSE, ErrorCode, Reply, VerifyRequest
+from producer.errors import RedisUnavailable
+from producer.link import Link, ServerError
+from producer.logs import mask_email
+from producer.script import Command
+from worker.databases import Database
+from worker.queue import RequestQueue, Reserved
+from worker.service import Job, Service
+from worker.settle import Settler
+
+logger = logging.getLogger(__name__)
+
+TICK = 1.0  # seconds between two rounds of renewing, redelivery and bringing back what is due
+BLOCK = 1.0  # seconds of one wait for a message; below the link's time for an answer
+SETTLED = 2.0  # seconds of unbroken contact with Redis before others' messages count as abandoned: they come back too
+_PAUSE = 0.25  # seconds between tries while Redis is away
+
+
+class Unfit(Exception):
+    """The message's body or one of its headers cannot be read."""
+
+
+@dataclass(slots=True)
+class Parsed:
+    """A message, read."""
+
+    job: Job
+    needs_celery: bool
+    envelope: dict[str, Any]
+
+
+def parse(reserved: Reserved) -> Parsed:
+    """Read a message that passed the reserve script's envelope check.
+
+    Raises `Unfit` with the reason; the reason never quotes the message.
+    """
+    try:
+        envelope = orjson.loads(reserved.message)
+        body = orjson.loads(b64decode(envelope["body"], validate=True))
+    except (ValueError, binascii.Error, RecursionError):
+        raise Unfit("the body is not JSON in base64") from None
+    if not (isinstance(body, list) and len(body) == 3 and isinstance(body[0], list) and isinstance(body[1], dict)):
+        raise Unfit("the body is not [args, kwargs, embed]")
+    args, kwargs, embed = body
+    headers = envelope["headers"]
+    given = {**dict(zip(("email", "purpose", "locale"), args, strict=False)), **kwargs}
+    request = VerifyRequest(given.get("email"), given.get("purpose", DEFAULT_PURPOSE), given.get("locale"))
+    job = Job(
+        headers["id"], reserved.tag, request, _number(headers.get("enqueued_at")), _timestamp(headers.get("expires"))
+    )
+    embed = embed if isinstance(embed, dict) else {}
+    needs_celery = bool(
+        headers.get("eta")
+        or headers.get("group")
+        or any(embed.get(name) for name in ("callbacks", "errbacks", "chain", "chord"))
+    )
+    return Parsed(job, needs_celery, envelope)
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        # Beyond this, a time in milliseconds is no exact number in Lua; no clock is that wrong.
+        return min(max(float(value), 0.0), 1e11)
+    return None
+
+
+def _timestamp(value: object) -> float | None:
+    """Celery's `expires`: ISO 8601, UTC if it names no zone."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise Unfit("expires is not a time in ISO 8601")
+    try:
+        moment = datetime.fromisoformat(value)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        raise Unfit("expires is not a time in ISO 8601") from None
+
+
+class Watcher:
+    """What the intake tells Celery's side, in batches. Called on the intake's loop."""
+
+    def received(self, jobs: list[Job]) -> None:
+        """These requests are about to be served."""
+
+    def done(self, job: Job, error: ErrorCode | None) -> None:
+        """The request is off this worker's hands; None: parked, buried or put back."""
+
+    def to_celery(self, message: dict[str, Any]) -> None:
+        """This message needs Celery's own machinery; its delivery tag is the reservation's."""
+
+    def is_revoked(self, request_id: str) -> bool:
+        """Whether an operator revoked the request."""
+        del request_id
+        return False
+
+
+class Intake:
+    """Reserves as many messages as can be sent soon, reads them, and hands them to the service as batches."""
+
+    def __init__(
+        self, broker: Database, waiter: Link, queue: RequestQueue, service: Service, settler: Settler, watcher: Watcher
+    ) -> None:
+        self._broker = broker
+        self._waiter = waiter
+        self.queue = queue
+        self._service = service
+        self._settler = settler
+        self._watcher = watcher
+        self.held: dict[str, Job] = {}  # by tag: everything in this worker's hands on the fast way
+        self._at_celery: dict[str, Job] = {}  # by tag: what went to Celery and is not done
+        self._for_celery: dict[str, asyncio.Future[ErrorCode | None]] = {}  # by tag: what Celery's task waits for
+        self._room = asyncio.Event()
+        self._consuming = False
+        self._suspects = 0
+        self._alone = False
+        self._in_touch_since: float | None = None
+        self._serving: set[asyncio.Task[None]] = set()
+        self._running: asyncio.Task[None] | None = None
+        self._waiting: asyncio.Future[list[Any]] | None = None
+
+    def start(self) -> None:
+        """Begin to tend; messages are taken once `consume` was called."""
+        self._running = asyncio.create_task(self._run())
+
+    def consume(self, *, on: bool) -> None:
+        """Take messages, or stop taking."""
+        self._consuming = on
+        self._room.set()
+
+    def done(self, job: Job, error: ErrorCode | None) -> None:
+        """The settler's word that a request is off our hands."""
+        if self.held.pop(job.tag, None) is not None:
+            self._alone = self._alone and bool(self.held)
+            self._room.set()
+        future = self._for_celery.pop(job.tag, None)
+        if future is None:
+            self._watcher.done(job, error)
+        elif not future.done():
+            future.set_result(error)
+
+    async def serve_for_celery(self, tag: str) -> Reply | None:
+        """What became of a request whose task Celery runs now; None: it was parked, buried or put back."""
+        job = self._at_celery[tag]
+        job.through_celery = True
+        self.held[tag] = job
+        future = self._for_celery[tag] = asyncio.get_running_loop().create_future()
+        await self._serve([job])
+        error = await future
+        return None if error is None else Reply(job.request.email, error)
+
+    async def leave_celery(self, tag: str, command: Callable[[str], list[Command]]) -> None:
+        """Celery is done with a message: settle its reservation."""
+        self._at_celery.pop(tag, None)
+        try:
+            await self._broker.run(command(tag))
+        except RedisUnavailable:
+            logger.warning("a message that Celery is done with could not be settled; it will be redelivered")
+
+    def revoke(self, tag: str) -> None:
+        """Celery will not run this message: its request is answered unsent."""
+        job = self._at_celery.get(tag)
+        if job is not None:
+            self._settler.answer(job, ErrorCode.TIMEOUT, mark=False)
+
+    async def stop(self, seconds: float) -> None:
+        """Take nothing more, finish what is in hand within `seconds`, put back the rest."""
+        self.consume(on=False)
+        if self._serving:
+            await asyncio.wait(self._serving)
+        await self._service.drain(seconds)
+        await self._settler.drain()
+        if self._at_celery:
+            tags, self._at_celery = list(self._at_celery), {}
+            with contextlib.suppress(RedisUnavailable):
+                await self._broker.run([self.queue.release(tags)])
+        for task in (self._running, self._waiting):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
+
+    async def _run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._take())
+            tasks.create_task(self._tend())
+
+    def _wanted(self) -> int:
+        """How many messages to reserve now."""
+        held = len(self.held)
+        if not self._consuming or self._alone or (self._suspects and held):
+            return 0
+        return self._service.appetite - held
+
+    async def _take(self) -> None:
+        while True:
+            wanted = self._wanted()
+            if wanted <= 0:
+                self._room.clear()
+                await self._room.wait()
+                continue
+            try:
+                found = await self._reserve(wanted)
+                if not found:
+                    await self._message()
+            except RedisUnavailable:
+                await asyncio.sleep(_PAUSE)
+
+    async def _reserve(self, wanted: int) -> bool:
+        [answer] = await self._broker.run([self.queue.reserve(wanted, held=len(self.held))])
+        if isinstance(answer, ServerError):
+            raise RedisUnavailable
+        taken, self._suspects, alone = self.queue.read_reserve(answer)
+        jobs = self._read(taken)
+        self._alone = alone and bool(jobs)
+        if jobs:
+            self._watcher.received(jobs)
+            task = asyncio.create_task(self._serve(jobs))
+            self._serving.add(task)
+            task.add_done_callback(self._serving.discard)
+        # Suspects wait for empty hands; an empty answer is no reason to wait for a message then.
+        return bool(taken) or self._suspects > 0
+
+    def _read(self, taken: Iterable[Reserved]) -> list[Job]:
+        jobs = []
+        for reserved in taken:
+            try:
+                parsed = parse(reserved)
+            except Unfit as exc:
+                self._settler.bury(Job("", reserved.tag, VerifyRequest(None), None, None), str(exc))
+                continue
+            job = parsed.job
+            if self._watcher.is_revoked(job.request_id):
+                self._settler.answer(job, ErrorCode.TIMEOUT, mark=False)
+            elif parsed.needs_celery:
+                self._at_celery[job.tag] = job
+                self._watcher.to_celery(_for_celery(parsed))
+            else:
+                self.held[job.tag] = job
+                jobs.append(job)
+        return jobs
+
+    async def _serve(self, jobs: list[Job]) -> None:
+        try:
+            await self._service.serve(jobs)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the requests get an answer
+            logger.error("unforeseen error in the service", extra={"kind": type(exc).__name__})
+            for job in jobs:
+                if job.tag in self.held:
+                    self._settler.answer(job, ErrorCode.EXCEPTION, mark=True)
+
+    async def _message(self) -> None:
+        """Wait until the queue has a message, or something else is worth a look."""
+        self._room.clear()
+        if self._waiting is None:
+            self._waiting = asyncio.ensure_future(self._waiter.run([self.queue.await_message(BLOCK)]))
+        room = asyncio.ensure_future(self._room.wait())
+        both: list[asyncio.Future[Any]] = [self._waiting, room]
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            room.cancel()
+        if self._waiting.done():
+            waited, self._waiting = self._waiting, None
+            if isinstance(waited.result()[0], ServerError):
+                raise RedisUnavailable
+
+    async def _tend(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            try:
+                await asyncio.gather(self._service.tick(), self._round(began))
+            except RedisUnavailable:
+                self._in_touch_since = None
+            await asyncio.sleep(max(0.0, TICK - (loop.time() - began)))
+
+    async def _round(self, now: float) -> None:
+        if self._in_touch_since is None:
+            self._in_touch_since = now
+        restore = now - self._in_touch_since >= SETTLED
+        [answer] = await self._broker.run([self.queue.tend([*self.held, *self._at_celery], restore=restore)])
+        if isinstance(answer, ServerError):
+            raise RedisUnavailable
+        tended = self.queue.read_tend(answer)
+        if tended.restored:
+            logger.warning("requests of a dead worker came back", extra={"count": tended.restored})
+        for killer in tended.killers:
+            self._condemn(killer)
+        self._suspects = tended.suspects
+        if tended.ready or tended.suspects:
+            self._room.set()
+
+    def _condemn(self, killer: Reserved) -> None:
+        """A message that killed its worker four times: answered, and buried."""
+        reason = "it killed its worker four times"
+        try:
+            job = parse(killer).job
+        except Unfit:
+            self._settler.bury(Job("", killer.tag, VerifyRequest(None), None, None), reason)
+            return
+        self._service.judge(job)
+        self._settler.bury(job, reason, answer=ErrorCode.EXCEPTION)
+
+
+def _for_celery(parsed: Parsed) -> dict[str, Any]:
+    """The message as Celery gets it: settled by our tag, its deadline ours to keep, its arguments not to be shown."""
+    message, job = parsed.envelope, parsed.job
+    shown = {"argsrepr": "()", "kwargsrepr": repr({"email": mask_email(job.request.email)})}
+    message["headers"] = {**message["headers"], **shown, "expires": None}
+    message["properties"] = {**message["properties"], "delivery_tag": job.tag}
+    return message

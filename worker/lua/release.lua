@@ -1,0 +1,21 @@
+--[[
+release: put reserved messages back, to be served next, in the order in which they were taken.
+
+KEYS 1 unacked     hash
+     2 index       zset
+     3 queue       list
+ARGV               tags, in the order in which they were taken
+
+Returns how many went back.
+]]
+local back = 0
+for i = #ARGV, 1, -1 do
+    local entry = redis.call('HGET', KEYS[1], ARGV[i])
+    if entry then
+        redis.call('HDEL', KEYS[1], ARGV[i])
+        redis.call('ZREM', KEYS[2], ARGV[i])
+        redis.call('RPUSH', KEYS[3], string.match(entry, '^%[(.*),%s*"[^"]*",%s*"[^"]*"%]$'))
+        back = back + 1
+    end
+end
+return back

@@ -1,0 +1,28 @@
+--[[
+wake: what these parked requests waited for has happened; they are served next. One that is about to be parked finds a
+note instead.
+
+KEYS 1 due         zset
+     2 ready       zset
+     3 parked      hash
+     4 queue       list
+ARGV 1 woken       string key prefix of the notes
+     2 life        ms     of a note
+     3 ...                request ids
+
+Returns how many were parked.
+]]
+local found = 0
+for i = 3, #ARGV do
+    local entry = redis.call('HGET', KEYS[3], ARGV[i])
+    if entry then
+        redis.call('HDEL', KEYS[3], ARGV[i])
+        redis.call('ZREM', KEYS[1], ARGV[i])
+        redis.call('ZREM', KEYS[2], ARGV[i])
+        redis.call('RPUSH', KEYS[4], string.match(entry, '^%d+ (.*)$'))
+        found = found + 1
+    else
+        redis.call('SET', ARGV[1] .. ARGV[i], 1, 'PX', ARGV[2])
+    end
+end
+return found

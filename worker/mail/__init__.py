@@ -1,0 +1,1 @@
+"""Mail: rendering it, and handing it to a relay."""

@@ -1,0 +1,292 @@
+"""One SMTP connection: one transaction after the other, each with as few round trips as the relay allows."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
+
+from worker.mail.errors import RelayUnavailable, SendWithheld, Smtputf8Unsupported, Step, classify
+from worker.mail.replies import Reply, ReplyReader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_QUIT_SECONDS: Final = 0.5
+_CLOSING: Final = 421
+_NO_PATH: Final = re.compile(r"[\x00-\x20<>\x7f\ud800-\udfff]")
+_NO_COMMAND: Final = re.compile(rb"[\r\n\0]")
+
+
+class Envelope(NamedTuple):
+    """One mail, ready to go."""
+
+    sender: str
+    recipient: str
+    needs_smtputf8: bool
+    content: bytes  # CRLF lines, dot-stuffed, the last one ended, without the final dot
+
+    def check(self) -> None:
+        """Raise `ValueError` if an address could say more than an address, or the final dot would not stand alone."""
+        if _NO_PATH.search(self.sender) or _NO_PATH.search(self.recipient):
+            raise ValueError("an address with a control character, a space, an angle bracket or half a character")
+        if not self.needs_smtputf8 and not (self.sender.isascii() and self.recipient.isascii()):
+            raise ValueError("an address that is not ASCII and claims to need no SMTPUTF8")
+        if not self.content.endswith(b"\r\n"):
+            raise ValueError("content whose last line is not ended")
+
+
+class Stale(RelayUnavailable):
+    """The relay closed a kept connection before the transaction began."""
+
+
+class Connection(asyncio.Protocol):
+    """A connection, from its opening (`worker.mail.opening`) to its end.
+
+    The transaction is a state machine driven by arriving data and ends in one future, as no coroutine is as quick.
+    """
+
+    def __init__(self, on_lost: Callable[[Connection], None]) -> None:
+        self.loop: Final = asyncio.get_running_loop()
+        self.transport: asyncio.Transport | None = None
+        self.closed = False
+        self.offers: dict[bytes, set[bytes]] = {}  # EHLO keywords and their parameters
+        self.opening: asyncio.Timeout | None = None
+        self._on_lost = on_lost
+        self._reader = ReplyReader()
+        self._deaf = False
+        self._used = False
+        self._answer: asyncio.Future[Reply | None] = self.loop.create_future()  # the banner; None: there is none
+        self._done: asyncio.Future[None] | None = None
+        # The transaction
+        self._step: Step | None = None  # whose reply is awaited; None: 354 has come, the content is to go
+        self._commands: list[bytes] = []  # those not yet written
+        self._verdict: Exception | None = None  # of the first refused command
+        self._emptying = False  # DATA went ahead of a refusal; only its dot is to be answered
+        self._needs_reset = False
+        self._content = b""
+        self._before_dot: Callable[[], bool] = bool
+        # One timer for all: it looks at the deadline when it fires, so that a send need not set and cancel one.
+        self._deadline = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    # Opening
+
+    async def command(self, line: bytes) -> Reply:
+        """Write one command (empty: none, the banner) and wait for its reply.
+
+        Raises `RelayUnavailable` when the connection ends first, `ValueError` on CR, LF or NUL in `line`.
+        """
+        if _NO_COMMAND.search(line):
+            raise ValueError("a command with CR, LF or NUL")
+        if line:
+            self._answer = self.loop.create_future()
+            if self.closed:
+                raise RelayUnavailable
+            self._write(line + b"\r\n")
+        reply = await self._answer
+        if reply is None:
+            raise RelayUnavailable
+        return reply
+
+    def listen(self, transport: asyncio.Transport) -> None:
+        """Go on over `transport`, which is TLS now; nothing that was said before counts (RFC 3207, 4.2)."""
+        self.transport = transport
+        self.offers = {}
+        self._reader.reset()
+        self._deaf = False
+
+    def deafen(self) -> None:
+        """Ignore what arrives after the next reply, until `listen`: bytes sent ahead of TLS may be anybody's."""
+        self._deaf = True
+
+    # Transactions
+
+    def send(self, envelope: Envelope, before_dot: Callable[[], bool], deadline: float) -> asyncio.Future[None]:
+        """Begin a transaction, to end by `deadline` (loop time). The future ends with its outcome, a `MailError`."""
+        done: asyncio.Future[None] = self.loop.create_future()
+        if self.closed or (envelope.needs_smtputf8 and b"SMTPUTF8" not in self.offers):
+            done.set_exception(Stale() if self.closed else Smtputf8Unsupported())
+            return done
+        self._done, self._verdict, self._emptying = done, None, False
+        parameters = b" SMTPUTF8" if envelope.needs_smtputf8 else b""
+        if b"8BITMIME" in self.offers and not envelope.content.isascii():
+            parameters += b" BODY=8BITMIME"
+        mail = b"MAIL FROM:<%b>%b\r\n" % (envelope.sender.encode(), parameters)
+        commands = [mail, b"RCPT TO:<%b>\r\n" % envelope.recipient.encode(), b"DATA\r\n"]
+        self._step = Step.MAIL
+        if self._needs_reset:
+            self._step = Step.RSET
+            commands.insert(0, b"RSET\r\n")
+        self._content, self._before_dot = envelope.content, before_dot
+        self.arm(deadline)
+        if b"PIPELINING" in self.offers:
+            self._commands = []
+            self._write(b"".join(commands))
+        else:
+            self._commands = commands
+            self._write(commands.pop(0))
+        return done
+
+    def _on_reply(self, reply: Reply) -> None:
+        step, positive = self._step, reply.code // 100
+        if step is None:  # a reply to nothing: which one answers the dot would be a guess
+            self._break()
+        elif step is Step.DOT:
+            if self._emptying:
+                self._finish(self._verdict)
+            elif positive == 3:
+                self._break()
+            else:
+                self._finish(None if positive == 2 else classify(step, reply.code, reply.enhanced), reply.code)
+        elif step is Step.DATA:
+            self._on_data_reply(reply)
+        else:
+            if positive != 2 and self._verdict is None:
+                self._refuse(step, reply)
+            self._step = _NEXT[step]
+            if self._done and self._commands:
+                if self._verdict:
+                    self._finish(self._verdict)
+                else:
+                    self._write(self._commands.pop(0))
+
+    def _on_data_reply(self, reply: Reply) -> None:
+        positive = reply.code // 100
+        if positive != 3:
+            if self._verdict is None:
+                self._refuse(Step.DATA, reply)
+            if self._done:
+                self._finish(self._verdict, _CLOSING if positive == 2 else reply.code)
+        elif self._verdict is None:
+            self._step = None
+        elif self._emptying:
+            # RFC 2920, 3.1: DATA was taken although no recipient was; a lone dot leaves nobody a mail.
+            self._step = Step.DOT
+            self._write(b".\r\n")
+        else:
+            self._finish(self._verdict, _CLOSING)
+
+    def _refuse(self, step: Step, reply: Reply) -> None:
+        """Keep the verdict of the first refused command; those that went out with it are answered, too."""
+        verdict: Exception = classify(step, reply.code, reply.enhanced)
+        if step is Step.RSET or (self._used and step is Step.MAIL and reply.code == _CLOSING):
+            self._finish(Stale(reply.code, reply.enhanced), _CLOSING)
+        elif isinstance(verdict, RelayUnavailable) or reply.code == _CLOSING:
+            self._finish(verdict, _CLOSING)
+        else:
+            self._verdict = verdict
+            self._emptying = step is Step.RCPT
+
+    def _hand_over(self) -> None:
+        """Write content and final dot, unless that has become pointless or is not wanted."""
+        if self._reader.pending or not self._done or self._done.done():
+            self._break()
+            return
+        try:
+            wanted = self._before_dot()
+        except Exception as exc:  # noqa: BLE001 the caller's own error goes back to the caller
+            self._finish(exc, _CLOSING)
+            return
+        if wanted:
+            self._step = Step.DOT
+            self._write(self._content + b".\r\n")
+        else:
+            self._finish(SendWithheld(), _CLOSING)
+
+    def _finish(self, error: Exception | None, code: int = 0) -> None:
+        """End the transaction; after a 421 (or as after one) the connection ends with it."""
+        done, self._done = self._done, None
+        self._used, self._needs_reset = True, error is not None
+        self._content = b""
+        if code == _CLOSING:
+            self.abort()
+        if done and not done.done():
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)
+
+    def _break(self) -> None:
+        """The connection is lost, out of time or talks nonsense."""
+        if not self._answer.done():
+            self._answer.set_result(None)
+        if self._done:
+            self._finish(self._verdict or classify(self._step or Step.DATA, None, None), _CLOSING)
+        self.abort()
+
+    # Time
+
+    def arm(self, deadline: float) -> None:
+        """Be done by `deadline` (loop time): a transaction is broken off then, an idle connection quits."""
+        self._deadline = deadline
+        if self._timer is None or self._timer.when() > deadline:
+            if self._timer:
+                self._timer.cancel()
+            self._timer = self.loop.call_at(deadline, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        if self.loop.time() < self._deadline:
+            self.arm(self._deadline)
+        elif self._done or self.closed:
+            self._break()
+        else:
+            self.quit()
+
+    # The end
+
+    def quit(self) -> None:
+        """Say QUIT and be gone shortly after."""
+        if not self.closed:
+            self.closed = True
+            self._write(b"QUIT\r\n")
+            self.arm(self.loop.time() + _QUIT_SECONDS)
+
+    def abort(self) -> None:
+        """Drop the connection at once; what still waits for it ends with an error."""
+        self.closed = True
+        if self._done and not self._done.done():
+            self._break()
+        if self.transport:
+            self.transport.abort()
+
+    def _write(self, data: bytes) -> None:
+        if self.transport:
+            self.transport.write(data)
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.Protocol`."""
+        self.transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        for reply in self._reader.feed(data):
+            if self._done:
+                self._on_reply(reply)
+            elif not self._answer.done():
+                self._answer.set_result(reply)
+            elif not self._deaf:
+                # Nothing was asked: the relay takes its leave, or the two are out of step.
+                self.abort()
+        if self._deaf and self._answer.done():
+            self._reader.reset()
+        if self._reader.broken:
+            self._break()
+        elif self._done and self._step is None:
+            self._hand_over()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 asyncio's signature
+        """See `asyncio.Protocol`."""
+        self.closed = True
+        if self._timer:
+            self._timer.cancel()
+        if self._done and self._used and self._step in {Step.RSET, Step.MAIL}:
+            self._finish(Stale())
+        self._break()
+        self._on_lost(self)
+
+
+_NEXT: Final = {Step.RSET: Step.MAIL, Step.MAIL: Step.RCPT, Step.RCPT: Step.DATA}

@@ -1,0 +1,252 @@
+"""The use case, free of Celery: issue -> render -> send -> settle, for a batch of requests on one asyncio loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from producer import address
+from producer.codes import Answered, Claim, CodeStore, Conflict, Send, Wait
+from producer.contract import ErrorCode, VerifyRequest, is_purpose
+from producer.errors import InvalidAddress, RedisUnavailable
+from producer.link import ServerError
+from worker.databases import Database
+from worker.generator import new_code
+from worker.mail.errors import (
+    AcceptanceUnknown,
+    MailError,
+    MessageRejected,
+    RecipientRejected,
+    SendWithheld,
+    Smtputf8Unsupported,
+)
+from worker.mail.relay import Envelope
+from worker.mail.render import Renderer
+from worker.settle import Settler
+
+logger = logging.getLogger(__name__)
+
+RETRY_BASE = 1.0  # seconds; doubles with each try
+RETRY_CAP = 60.0  # seconds
+AHEAD = 0.02  # seconds of work that a worker reserves beyond what its connections can send at once
+LEASE_MARGIN = 0.2  # seconds by which a lease counts as lapsed early: the way of a command to Redis
+
+
+NOBODY = Claim("", "", "", "", "")  # until `Service.judge` knows better
+
+
+@dataclass(slots=True)
+class Job:
+    """One request in this worker's hands. `enqueued_at` and `expires_at` are Unix seconds."""
+
+    request_id: str
+    tag: str
+    request: VerifyRequest
+    enqueued_at: float | None
+    expires_at: float | None
+    through_celery: bool = False  # Celery stores the reply and acks the message
+    claim: Claim = NOBODY
+    mailbox: address.Address | None = None
+    began: float = 0.0  # on the loop's clock, as `lease_until`
+    lease_until: float = 0.0
+    dotted: bool = False  # the final dot of this send may have left
+
+
+class Mailer(Protocol):
+    """Sends one mail through some relay."""
+
+    async def send(self, envelope: Envelope, before_dot: Callable[[], bool]) -> None:
+        """Returns once a relay accepted the mail; raises `MailError`."""
+
+    @property
+    def free(self) -> int:
+        """How many sends could start right now."""
+
+
+class Service:
+    """Takes batches of jobs; each ends in exactly one call of the settler."""
+
+    def __init__(
+        self,
+        store: CodeStore,
+        codes: Database,
+        mailer: Mailer,
+        renderer: Renderer,
+        settler: Settler,
+        *,
+        sender: str,
+        code_length: int,
+        connections: int,
+    ) -> None:
+        self._store = store
+        self._codes = codes
+        self._mailer = mailer
+        self._renderer = renderer
+        self._settler = settler
+        self._sender = sender
+        self._code_length = code_length
+        self._connections = connections
+        self._leased: dict[str, Job] = {}  # by tag
+        self._sends: set[asyncio.Task[None]] = set()
+        self._accepted = 0  # mails since the last tick
+        self._rate = 0.0  # mails a second, smoothed
+
+    @property
+    def appetite(self) -> int:
+        """How many jobs are worth holding: what the connections can send at once, and a little ahead."""
+        return self._connections + round(self._rate * AHEAD)
+
+    async def serve(self, jobs: list[Job]) -> None:
+        """Issue for all of them in one round trip, and start their sends. Returns before these end."""
+        began = asyncio.get_running_loop().time()
+        commands = []
+        for job in jobs:
+            job.began = began
+            verdict = self.judge(job)
+            commands.append(
+                self._store.issue(
+                    job.claim,
+                    new_code(self._code_length),
+                    verdict=verdict,
+                    enqueued_at=job.enqueued_at,
+                    expires_at=job.expires_at,
+                )
+            )
+        try:
+            answers = await self._codes.run(commands)
+        except RedisUnavailable:
+            logger.warning("the codes database cannot be reached")
+            for job in jobs:
+                self._settler.answer(job, ErrorCode.REDIS_ERR, mark=False)
+            return
+        for job, answer in zip(jobs, answers, strict=True):
+            self._proceed(job, answer, began)
+
+    @staticmethod
+    def judge(job: Job) -> ErrorCode | None:
+        """Set the job's claim; an error that is certain without asking the store."""
+        request = job.request
+        verdict = None
+        canonical = ""
+        try:
+            job.mailbox = address.parse(request.email)
+            canonical = job.mailbox.canonical
+        except InvalidAddress:
+            verdict = ErrorCode.INVALID_ADDRESS
+        if not is_purpose(request.purpose):
+            verdict = ErrorCode.EXCEPTION
+        job.claim = Claim.of(job.request_id, job.tag, request.email, request.purpose, canonical)
+        return verdict
+
+    def _proceed(self, job: Job, answer: object, began: float) -> None:
+        if isinstance(answer, ServerError):
+            logger.error("Redis refused to issue", extra={"kind": str(answer).partition(" ")[0]})
+            self._settler.answer(job, ErrorCode.REDIS_ERR, mark=False)
+            return
+        match self._store.read_issue(answer):
+            case Send() as send:
+                job.lease_until = began + self._store.policy.lease / 1000 - LEASE_MARGIN
+                self._leased[job.tag] = job
+                task = asyncio.create_task(self._send(job, send))
+                self._sends.add(task)
+                task.add_done_callback(self._sends.discard)
+            case Answered(error):
+                self._settler.answer(job, error, mark=False)
+            case Wait(seconds):
+                self._settler.wait(job, seconds)
+            case Conflict():
+                self._settler.bury(job, "the request id belongs to another address or purpose")
+
+    async def _send(self, job: Job, send: Send) -> None:
+        try:
+            await self._attempt(job, send)
+        except asyncio.CancelledError:
+            self._settler.retry(job, 0.0, unknown=job.dotted)
+            raise
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the request gets an answer
+            # Its text and its frames may carry the address or the code: only the kind is logged.
+            logger.error("unforeseen error in a send", extra={"kind": type(exc).__name__})
+            self._settler.answer(job, ErrorCode.EXCEPTION, mark=True)
+        finally:
+            self._leased.pop(job.tag, None)
+
+    async def _attempt(self, job: Job, send: Send) -> None:
+        assert job.mailbox is not None  # noqa: S101 - `judge` has set it, or the store has not said Send
+        envelope = Envelope(
+            self._sender,
+            job.mailbox.mailbox,
+            job.mailbox.needs_smtputf8,
+            self._renderer.render(
+                recipient=job.mailbox.mailbox,
+                code=send.code,
+                life=send.life,
+                request_id=job.request_id,
+                locale=job.request.locale,
+            ),
+        )
+        try:
+            # A request is never on the wire past its deadline.
+            async with asyncio.timeout(send.remaining):
+                await self._mailer.send(envelope, lambda: self._may_write_dot(job))
+        except (RecipientRejected, MessageRejected) as exc:
+            logger.info("mail rejected", extra={"reply": str(exc)})
+            self._settler.answer(job, ErrorCode.MAIL_REJECTED, mark=True)
+        except Smtputf8Unsupported:
+            self._settler.answer(job, ErrorCode.INVALID_ADDRESS, mark=True)
+        except (MailError, TimeoutError) as exc:
+            delay = self._delay(send)
+            unknown = isinstance(exc, AcceptanceUnknown) or (isinstance(exc, TimeoutError) and job.dotted)
+            if not isinstance(exc, SendWithheld):
+                logger.warning("mail deferred", extra={"reply": str(exc), "next_try_in": round(delay, 1)})
+            self._settler.retry(job, delay, unknown=unknown)
+        else:
+            self._accepted += 1
+            self._settler.answer(job, ErrorCode.SUCCESS, mark=True)
+
+    @staticmethod
+    def _delay(send: Send) -> float:
+        """Full jitter, doubling to a cap, never past the deadline."""
+        jittered = random.uniform(0, min(RETRY_CAP, RETRY_BASE * 2 ** min(send.tries, 10)))
+        return min(jittered, send.remaining)
+
+    def _may_write_dot(self, job: Job) -> bool:
+        """Record that a final dot is on its way, unless the lease has lapsed: then another may be sending."""
+        if asyncio.get_running_loop().time() >= job.lease_until:
+            return False
+        try:
+            self._codes.link.post([self._store.dot(job.claim)], database=self._codes.number)
+        except RedisUnavailable:
+            return False
+        job.dotted = True
+        return True
+
+    async def tick(self) -> None:
+        """Once a second: all leases anew. Those that Redis does not confirm lapse by themselves."""
+        self._rate += (self._accepted - self._rate) / 2
+        self._accepted = 0
+        jobs = list(self._leased.values())
+        if not jobs:
+            return
+        began = asyncio.get_running_loop().time()
+        try:
+            [kept] = await self._codes.run([self._store.renew([job.claim for job in jobs])])
+        except RedisUnavailable:
+            return
+        if isinstance(kept, ServerError):
+            return
+        for job, still in zip(jobs, kept, strict=True):
+            if still:
+                job.lease_until = began + self._store.policy.lease / 1000 - LEASE_MARGIN
+
+    async def drain(self, seconds: float) -> None:
+        """Let the sends in hand finish, for so long at most; the rest is called off and put back."""
+        if self._sends:
+            _, late = await asyncio.wait(self._sends, timeout=seconds)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late)

@@ -1,0 +1,56 @@
+"""`verification.send_code` for what came through Celery's own machinery. No logic of its own: a batch of one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import Task
+from celery.exceptions import Ignore
+from celery.worker.request import Request
+
+from producer.contract import DEFAULT_PURPOSE, TASK, Reply
+from worker import bridge
+
+
+class StoredReply:
+    """A reply on its way into Celery's backend and logs: stored whole, shown masked."""
+
+    def __init__(self, reply: Reply) -> None:
+        self._reply = reply
+
+    def __json__(self) -> dict[str, Any]:
+        return {"email": self._reply.email, "error": int(self._reply.error)}
+
+    def __repr__(self) -> str:
+        return bridge.shown(self._reply.email, self._reply.error)
+
+
+class QuietRequest(Request):  # type: ignore[misc]  # Celery ships no types
+    """Celery's request, which shows no argument, and is answered as the contract says when it is revoked: 6, unsent."""
+
+    def info(self, safe: bool = False) -> dict[str, Any]:
+        """As Celery's, for `inspect`; the arguments as they may be shown."""
+        return {**super().info(safe=safe), "args": self.argsrepr, "kwargs": self.kwargsrepr}
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        bridge.current().revoke(self._message.delivery_tag)
+        super()._announce_revoked(reason, terminated, signum, expired)
+
+
+class SendCode(Task):  # type: ignore[misc]  # Celery ships no types
+    """The task class; its requests are `QuietRequest`s."""
+
+    name = TASK
+    Request = QuietRequest
+
+    def run(self, email: object = None, purpose: object = DEFAULT_PURPOSE, locale: object = None, **_: object) -> Any:
+        """Serve the request whose message this is; its arguments were read from the message already.
+
+        Raises `Ignore` if the request was parked for its next try: it will come back as a message.
+        """
+        del email, purpose, locale
+        tag = str((self.request.properties or {}).get("delivery_tag"))
+        reply = bridge.current().serve(tag)
+        if reply is None:
+            raise Ignore
+        return StoredReply(reply)
