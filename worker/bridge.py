@@ -13,6 +13,7 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -33,6 +34,7 @@ from worker.service import Job
 logger = logging.getLogger(__name__)
 
 FINISH_WITHIN = 11.0  # seconds a warm shutdown waits for sends in hand; one send takes VERIFY_SEND_TIMEOUT at most
+SWITCH_INTERVAL = 0.0002  # seconds
 _BEAT = 0.1  # seconds between two looks at Celery's state while waiting
 
 _T = TypeVar("_T")
@@ -66,6 +68,8 @@ class Bridge(Watcher):
     def open(self) -> None:
         """Start the loop and wire the service on it."""
         global _current
+        # While Celery's thread computes, the service's loop waits for the interpreter: 5 ms by default, at each reply.
+        sys.setswitchinterval(SWITCH_INTERVAL)
         self._thread.start()
         self._worker = self._call(wire(self._settings, self)).result()
         _current = self

@@ -51,23 +51,27 @@ class Parsed:
 
 
 def parse(reserved: Reserved) -> Parsed:
-    """Read a message that passed the reserve script's envelope check.
+    """Read a message. The reserve script has looked at its envelope before it gets here; a dead letter may lack one.
 
     Raises `Unfit` with the reason; the reason never quotes the message.
     """
     try:
         envelope = orjson.loads(reserved.message)
-        body = orjson.loads(b64decode(envelope["body"], validate=True))
-    except (ValueError, binascii.Error, RecursionError):
+        headers, text = envelope["headers"], envelope["body"]
+        request_id = headers["id"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise Unfit("the envelope is not that of a task message") from None
+    try:
+        body = orjson.loads(b64decode(text, validate=True))
+    except (ValueError, TypeError, binascii.Error, RecursionError):
         raise Unfit("the body is not JSON in base64") from None
     if not (isinstance(body, list) and len(body) == 3 and isinstance(body[0], list) and isinstance(body[1], dict)):
         raise Unfit("the body is not [args, kwargs, embed]")
     args, kwargs, embed = body
-    headers = envelope["headers"]
     given = {**dict(zip(("email", "purpose", "locale"), args, strict=False)), **kwargs}
     request = VerifyRequest(given.get("email"), given.get("purpose", DEFAULT_PURPOSE), given.get("locale"))
     job = Job(
-        headers["id"], reserved.tag, request, _number(headers.get("enqueued_at")), _timestamp(headers.get("expires"))
+        request_id, reserved.tag, request, _number(headers.get("enqueued_at")), _timestamp(headers.get("expires"))
     )
     embed = embed if isinstance(embed, dict) else {}
     needs_celery = bool(

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 RETRY_BASE = 1.0  # seconds; doubles with each try
 RETRY_CAP = 60.0  # seconds
-AHEAD = 0.02  # seconds of work that a worker reserves beyond what its connections can send at once
+AHEAD = 0.03  # seconds of work that a worker reserves beyond what its connections can send at once
 LEASE_MARGIN = 0.2  # seconds by which a lease counts as lapsed early: the way of a command to Redis
 
 

@@ -107,8 +107,7 @@ class Relay:
                 return
 
     async def close(self) -> None:
-        """End all connections: idle ones politely, the others, and the sends on them, at once. Takes about a second
-        at most."""
+        """End all connections: the idle ones politely, the others, and the sends on them, at once; within a second."""
         self._closing = True
         self._fail_waiters(MessageDeferred())
         idle, self._idle = self._idle, []
@@ -145,17 +144,15 @@ class Relay:
         self._live.add(connection)
         try:
             await establish(connection, self.url, self._tls, deadline)
-        except RelayBusy:
+        except BaseException as exc:
             self._leave(connection)
-            raise
-        except MailError as exc:
-            self._leave(connection)
-            # Those that wait go on waiting for the connections there are; a dead relay is not knocked at by each.
-            if not self._size:
+            # asyncio tells no one of a connection that ends in its TLS handshake.
+            self._on_lost(connection)
+            if not isinstance(exc, MailError):
+                self._offer_place()
+            elif not self._size and not isinstance(exc, RelayBusy):
+                # With connections left, those that wait go on waiting; without, a dead relay is not tried by each.
                 self._fail_waiters(exc)
-            raise
-        except BaseException:
-            self._drop(connection)
             raise
         return connection
 
@@ -202,8 +199,6 @@ class Relay:
     def _leave(self, connection: Connection) -> None:
         connection.abort()
         self._size -= 1
-        if connection.transport is None:
-            self._on_lost(connection)
 
     def _offer_place(self) -> None:
         if self._size < self._limit and (waiter := self._next_waiter()):

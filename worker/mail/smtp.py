@@ -138,7 +138,8 @@ class Connection(asyncio.Protocol):
             elif positive == 3:
                 self._break()
             else:
-                self._finish(None if positive == 2 else classify(step, reply.code, reply.enhanced), reply.code)
+                error = None if positive == 2 else classify(step, reply.code, reply.enhanced)
+                self._finish(error, drop=reply.code == _CLOSING)
         elif step is Step.DATA:
             self._on_data_reply(reply)
         else:
@@ -157,7 +158,7 @@ class Connection(asyncio.Protocol):
             if self._verdict is None:
                 self._refuse(Step.DATA, reply)
             if self._done:
-                self._finish(self._verdict, _CLOSING if positive == 2 else reply.code)
+                self._finish(self._verdict, drop=positive == 2 or reply.code == _CLOSING)
         elif self._verdict is None:
             self._step = None
         elif self._emptying:
@@ -165,15 +166,15 @@ class Connection(asyncio.Protocol):
             self._step = Step.DOT
             self._write(b".\r\n")
         else:
-            self._finish(self._verdict, _CLOSING)
+            self._finish(self._verdict, drop=True)
 
     def _refuse(self, step: Step, reply: Reply) -> None:
         """Keep the verdict of the first refused command; those that went out with it are answered, too."""
         verdict: Exception = classify(step, reply.code, reply.enhanced)
         if step is Step.RSET or (self._used and step is Step.MAIL and reply.code == _CLOSING):
-            self._finish(Stale(reply.code, reply.enhanced), _CLOSING)
+            self._finish(Stale(reply.code, reply.enhanced), drop=True)
         elif isinstance(verdict, RelayUnavailable) or reply.code == _CLOSING:
-            self._finish(verdict, _CLOSING)
+            self._finish(verdict, drop=True)
         else:
             self._verdict = verdict
             self._emptying = step is Step.RCPT
@@ -186,20 +187,20 @@ class Connection(asyncio.Protocol):
         try:
             wanted = self._before_dot()
         except Exception as exc:  # noqa: BLE001 the caller's own error goes back to the caller
-            self._finish(exc, _CLOSING)
+            self._finish(exc, drop=True)
             return
         if wanted:
             self._step = Step.DOT
             self._write(self._content + b".\r\n")
         else:
-            self._finish(SendWithheld(), _CLOSING)
+            self._finish(SendWithheld(), drop=True)
 
-    def _finish(self, error: Exception | None, code: int = 0) -> None:
-        """End the transaction; after a 421 (or as after one) the connection ends with it."""
+    def _finish(self, error: Exception | None, *, drop: bool = False) -> None:
+        """End the transaction, and with `drop` the connection."""
         done, self._done = self._done, None
         self._used, self._needs_reset = True, error is not None
         self._content = b""
-        if code == _CLOSING:
+        if drop:
             self.abort()
         if done and not done.done():
             if error is None:
@@ -212,7 +213,7 @@ class Connection(asyncio.Protocol):
         if not self._answer.done():
             self._answer.set_result(None)
         if self._done:
-            self._finish(self._verdict or classify(self._step or Step.DATA, None, None), _CLOSING)
+            self._finish(self._verdict or classify(self._step or Step.DATA, None, None), drop=True)
         self.abort()
 
     # Time
