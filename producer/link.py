@@ -38,6 +38,11 @@ class _Protocol(asyncio.Protocol):
         self.on_push = on_push
         self.transport: asyncio.Transport
 
+    @property
+    def open(self) -> bool:
+        """Whether a batch may be written: no more once the transport is given up, even before it says it is lost."""
+        return not self.closed.done() and not self.transport.is_closing()
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - tells the type checker, TCP and TLS both are
         self.transport = transport
@@ -110,7 +115,7 @@ class Link:
     @property
     def connected(self) -> bool:
         """Whether a connection is open now."""
-        return self._protocol is not None and not self._protocol.closed.done()
+        return self._protocol is not None and self._protocol.open
 
     async def run(self, batch: Batch, *, database: int | None = None) -> list[Any]:
         """Send all commands of a batch in one write; their replies in order."""
@@ -124,7 +129,7 @@ class Link:
         Raises `RedisUnavailable` if no connection is open.
         """
         protocol = protocol or self._protocol
-        if protocol is None or protocol.closed.done():
+        if protocol is None or not protocol.open:
             raise RedisUnavailable
         wanted = self.database if database is None else database
         commands = [_pack(command) for command in batch]
@@ -171,7 +176,7 @@ class Link:
         return replies
 
     async def _open(self) -> _Protocol:
-        if self._protocol is not None and not self._protocol.closed.done():
+        if self._protocol is not None and self._protocol.open:
             return self._protocol
         opening = self._opening
         if opening is None:

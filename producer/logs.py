@@ -12,6 +12,8 @@ import structlog
 # What might be an address, in any library's line: shaped so that masking too much is possible, too little is not.
 # A terminal's colour stays as it is, so that it is not taken for the beginning of the address that it colours.
 _ADDRESS = re.compile(r"((?:\x1b\[[\d;]*m)*)([^\s@\"'<>()\[\]{},:;=\x1b]+@[^\s@\"'<>()\[\]{},:;=\\/\x1b]+)")
+# What our own lines carry beside their text. Others' extras stay out: Celery's hold arguments and results.
+_EXTRAS = ("count", "email", "error", "kind", "next_try_in", "reply", "request_id", "seconds")
 
 
 def mask_email(email: object) -> str:
@@ -42,6 +44,7 @@ def configure(level: int | str = logging.INFO) -> None:
     """Send all logging of this process, other libraries' too, to stderr: coloured for a terminal, else JSON lines."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        structlog.stdlib.ExtraAdder(_EXTRAS),
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

@@ -7,7 +7,14 @@ from contextlib import ExitStack
 
 import pytest
 import redis as redis_py
+from hypothesis import settings
 from redis_server import RedisServer
+from rig import Rig
+
+# The same examples every time, none of them too slow for a busy machine; `--hypothesis-profile=explore` looks further.
+settings.register_profile("steady", derandomize=True, deadline=None)
+settings.register_profile("explore", deadline=None, max_examples=2000)
+settings.load_profile("steady")
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +41,23 @@ def new_redis_server() -> Iterator[Callable[..., RedisServer]]:
             return stack.enter_context(RedisServer(**options))  # type: ignore[arg-type]  # passed on as given
 
         yield start
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    """Redis, relay, worker and caller for a whole module: each test takes addresses of its own, and breaks nothing."""
+    with Rig() as rig:
+        rig.add_worker()
+        yield rig
+        assert rig.worker.alive
+
+
+@pytest.fixture
+def new_rig() -> Iterator[Callable[..., Rig]]:
+    """Makes rigs of the test's own, which it may break; takes what `Rig` takes, and starts no worker."""
+    with ExitStack() as stack:
+
+        def make(**options: object) -> Rig:
+            return stack.enter_context(Rig(**options))  # type: ignore[arg-type]  # passed on as given
+
+        yield make

@@ -38,17 +38,36 @@ class Later(NamedTuple):
     text: str
     seconds: float
 
+    async def pause(self) -> None:
+        """Take it."""
+        await asyncio.sleep(self.seconds)
+
+
+class Held:
+    """A reply that comes when the test sets `release`; `reached` tells that the dialogue stands there."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.reached = threading.Event()
+        self.release = threading.Event()
+
+    async def pause(self) -> None:
+        """Tell the test, and wait for it."""
+        self.reached.set()
+        while not self.release.is_set():  # noqa: ASYNC110 - the test is in another thread
+            await asyncio.sleep(0.005)
+
 
 class Drop(NamedTuple):
     """The server hangs up."""
 
 
 class Silence(NamedTuple):
-    """No reply, ever."""
+    """No reply any more; what the client still says is read and ignored."""
 
 
 # str: a reply, CRLF is added; bytes: written as they are.
-Act = str | bytes | Last | Slowly | Later | Drop | Silence
+Act = str | bytes | Last | Slowly | Later | Held | Drop | Silence
 
 
 class Mail(NamedTuple):
@@ -64,7 +83,10 @@ class _HangUpError(Exception):
 
 
 class ScriptedServer:
-    """Listens on a free port. `script` maps a step to an act, or to a list: one a use, the usual when used up."""
+    """Listens on a free port. `script` maps a step to an act, or to a list: one a use, the usual when used up.
+
+    A recipient in `scripts` has a script of its own from RCPT on.
+    """
 
     def __init__(
         self,
@@ -80,10 +102,12 @@ class ScriptedServer:
         if unknown:
             raise ValueError(f"no such steps: {unknown}")
         self.script = dict(script or {})
+        self.scripts: dict[str, dict[str, Act | list[Act]]] = {}
         self.offers = offers
         self.tls, self.implicit_tls, self.most = tls, implicit_tls, most
         self.port = 0
         self.mails: list[Mail] = []
+        self.dotted: list[Mail] = []  # every mail whose final dot came, accepted or not
         self.commands: list[str] = []
         self.connections = 0  # all there were
         self.peak = 0  # most at a time
@@ -195,24 +219,28 @@ class _Session:
             self._sender = _path(line)
 
     async def _rcpt(self, line: str) -> None:
-        if (await self._act("rcpt", "250 2.1.5 ok" if self._sender else "503 5.5.1 no MAIL")).startswith("2"):
+        usual = "250 2.1.5 ok" if self._sender else "503 5.5.1 no MAIL"
+        if (await self._act("rcpt", usual, _path(line))).startswith("2"):
             self._recipient = _path(line)
 
     async def _data(self, _line: str) -> None:
         whether = "554 5.5.1 no recipients"
-        if not (await self._act("data", "354 go ahead" if self._recipient else whether)).startswith("354"):
+        usual = "354 go ahead" if self._recipient else whether
+        if not (await self._act("data", usual, self._recipient)).startswith("354"):
             return
         content = await self._content()
         mail = Mail(self._sender, self._recipient, content)
         self._sender = self._recipient = ""
-        if (await self._act("dot", "250 2.0.0 ok" if mail.recipient else whether)).startswith("2") and mail.recipient:
+        self._server.dotted.append(mail)
+        said = await self._act("dot", "250 2.0.0 ok" if mail.recipient else whether, mail.recipient)
+        if said.startswith("2") and mail.recipient:
             self._server.mails.append(mail)
 
     async def _content(self) -> bytes:
         lines: list[bytes] = []
         while (line := await self._reader.readuntil(b"\r\n")) != b".\r\n":
             if not lines:
-                await self._act("content", b"")
+                await self._act("content", b"", self._recipient)
             lines.append(line)
         return b"".join(lines)
 
@@ -224,9 +252,9 @@ class _Session:
         await self._act("quit", "221 2.0.0 bye")
         raise _HangUpError
 
-    async def _act(self, step: str, usual: Act) -> str:
+    async def _act(self, step: str, usual: Act, recipient: str = "") -> str:
         """Play what the script has for `step`; returns what was said."""
-        act = self._server.script.get(step, usual)
+        act = self._server.scripts.get(recipient, self._server.script).get(step, usual)
         if isinstance(act, list):
             act = act.pop(0) if act else usual
         return await self._play(act)
@@ -239,13 +267,15 @@ class _Session:
             case Drop():
                 raise _HangUpError
             case Silence():
-                await asyncio.Event().wait()
+                while await self._reader.read(65536):
+                    pass
+                raise _HangUpError
             case Slowly():
                 for byte in f"{act.text}\r\n".encode():
                     self._writer.write(bytes([byte]))
                     await asyncio.sleep(act.seconds)
-            case Later():
-                await asyncio.sleep(act.seconds)
+            case Later() | Held():
+                await act.pause()
                 self._writer.write(f"{act.text}\r\n".encode())
             case bytes():
                 self._writer.write(act)
@@ -253,7 +283,7 @@ class _Session:
             case str():
                 self._writer.write(f"{act}\r\n".encode())
                 return act
-        return act.text if isinstance(act, Slowly | Later) else ""
+        return act.text
 
 
 def _path(line: str) -> str:

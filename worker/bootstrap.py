@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Callable
 
 from producer.codes import CodePolicy, CodeStore
 from producer.errors import RedisUnavailable, ServerTooOld
@@ -18,8 +16,6 @@ from worker.mail.render import Renderer
 from worker.queue import RequestQueue
 from worker.service import Service
 from worker.settle import Settler
-
-logger = logging.getLogger(__name__)
 
 
 class Worker:
@@ -50,15 +46,21 @@ class Worker:
             settler,
             sender=settings.mail_from.mailbox,
             code_length=settings.code_length,
-            connections=settings.relay_connections,
         )
         self.intake = Intake(self._databases.broker, self._waiter, queue, service, settler, watcher)
+        self._watcher = watcher
+        self._background: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to work, on the running loop."""
+        self.intake.start()
+        self._background = asyncio.create_task(self._require_versions())
 
     def _done(self, *args: object) -> None:
         self.intake.done(*args)  # type: ignore[arg-type]
 
-    async def require_versions(self, give_up: Callable[[str], None]) -> None:
-        """Wait for each database, and end the process if one is a server that is too old."""
+    async def _require_versions(self) -> None:
+        """Wait for each database, and give up if one is a server that is too old."""
         for database in (self._databases.codes, self._databases.broker, self._databases.results):
             while True:
                 try:
@@ -72,10 +74,12 @@ class Worker:
                 if isinstance(info, bytes):
                     require_version(info)
             except ServerTooOld as exc:
-                give_up(str(exc))
+                self._watcher.give_up(str(exc))
 
     async def stop(self, seconds: float) -> None:
         """Finish what is in hand within `seconds`, put back the rest, close every connection."""
+        if self._background is not None:
+            self._background.cancel()
         await self.intake.stop(seconds)
         await self._mailer.close()
         await self._waiter.close()
@@ -85,5 +89,5 @@ class Worker:
 async def wire(settings: Settings, watcher: Watcher) -> Worker:
     """The worker, on the running loop."""
     worker = Worker(settings, watcher)
-    worker.intake.start()
+    worker.start()
     return worker

@@ -77,8 +77,8 @@ class Bridge(Watcher):
     def attach(self, consumer: Any) -> None:
         """A consumer is connected: it gets what lies in the inbox. Called anew at each reconnect."""
         self._consumer = consumer
+        # Read when the hub runs, not now: only then does the new channel know whose messages these are.
         consumer.hub.add_reader(self._reader, self._empty_inbox)
-        self._empty_inbox()
 
     def close(self) -> None:
         """Finish what is in hand, put back the rest, end the loop. An order to terminate cuts it short."""
@@ -118,6 +118,11 @@ class Bridge(Watcher):
         """A message that went to Celery is done."""
         self._call(self._intake.leave_celery(tag, lambda tag: RequestQueue.ack([tag])))
 
+    def bury(self, tag: str) -> None:
+        """A message that Celery rejects becomes a dead letter."""
+        queue = self._intake.queue
+        self._call(self._intake.leave_celery(tag, lambda tag: [queue.bury(tag, "Celery rejected it")]))
+
     def release(self, tag: str) -> None:
         """A message that went to Celery goes back to the queue."""
         queue = self._intake.queue
@@ -152,12 +157,22 @@ class Bridge(Watcher):
 
     def done(self, job: Job, error: ErrorCode | None) -> None:
         """Send the event of a request that left."""
+        fields: dict[str, Any] = {"uuid": job.request_id, "timestamp": time.time()}
         if error is None:
-            self._send([("task-retried", {"uuid": job.request_id, "exception": "parked", "timestamp": time.time()})])
+            self._send([("task-retried", {**fields, "exception": "not yet answered"})])
             return
         took = asyncio.get_running_loop().time() - job.began
-        fields = {"result": shown(job.request.email, error), "runtime": took, "timestamp": time.time()}
-        self._send([("task-succeeded", {"uuid": job.request_id, **fields})])
+        self._send([("task-succeeded", {**fields, "result": shown(job.request.email, error), "runtime": took})])
+        logger.log(
+            logging.DEBUG if error is ErrorCode.SUCCESS else logging.INFO,
+            "request answered",
+            extra={
+                "request_id": job.request_id,
+                "email": mask_email(job.request.email),
+                "error": error.title,
+                "seconds": round(took, 3),
+            },
+        )
 
     def to_celery(self, message: dict[str, Any]) -> None:
         """Deliver to Celery's consumer, through its transport."""
@@ -171,8 +186,8 @@ class Bridge(Watcher):
         """Whether `celery control revoke` named the request."""
         return request_id in state.revoked
 
-    def stop_worker(self, reason: str) -> None:
-        """The service cannot work at all: end the process, with one line."""
+    def give_up(self, reason: str) -> None:
+        """End the process, with one line."""
         logger.critical(reason)
         state.should_stop = 1
 

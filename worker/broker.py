@@ -23,6 +23,9 @@ class Tap(Protocol):
     def ack(self, tag: str) -> None:
         """A message that went through Celery is done."""
 
+    def bury(self, tag: str) -> None:
+        """A message that Celery rejects becomes a dead letter."""
+
     def release(self, tag: str) -> None:
         """A message that went to Celery goes back to the queue."""
 
@@ -44,8 +47,8 @@ class QoS(redis.QoS):
         virtual.QoS.ack(self, delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
-        """Not done. Without `requeue` it is: Celery rejects what it will not run again."""
-        (self.channel.tap.release if requeue else self.channel.tap.ack)(delivery_tag)
+        """Not done. Without `requeue`, Celery cannot make anything of it."""
+        (self.channel.tap.release if requeue else self.channel.tap.bury)(delivery_tag)
         virtual.QoS.ack(self, delivery_tag)
 
     def restore_unacked(self, client: Any = None) -> None:

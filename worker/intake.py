@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import binascii
 import contextlib
+import json
 import logging
-import math
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,7 +19,7 @@ from typing import Any
 
 import orjson
 
-from producer.contract import DEFAULT_PURPOSE, ErrorCode, Reply, VerifyRequest
+from producer.contract import DEFAULT_PURPOSE, TASK, ErrorCode, Reply, VerifyRequest
 from producer.errors import RedisUnavailable
 from producer.link import Link, ServerError
 from producer.logs import mask_email
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 TICK = 1.0  # seconds between two rounds of renewing, redelivery and bringing back what is due
 BLOCK = 1.0  # seconds of one wait for a message; below the link's time for an answer
 SETTLED = 2.0  # seconds of unbroken contact with Redis before others' messages count as abandoned: they come back too
+SETTLING = 1.0  # seconds that a stopping worker keeps for settling what it has sent
+DEEPEST = 100  # levels that an address or purpose which is no text may be nested: it is echoed, so it must be writable
 _PAUSE = 0.25  # seconds between tries while Redis is away
 
 
@@ -48,6 +50,8 @@ class Parsed:
     job: Job
     needs_celery: bool
     envelope: dict[str, Any]
+    eta: float | None  # Unix seconds
+    embed: dict[str, Any]
 
 
 def parse(reserved: Reserved) -> Parsed:
@@ -56,13 +60,14 @@ def parse(reserved: Reserved) -> Parsed:
     Raises `Unfit` with the reason; the reason never quotes the message.
     """
     try:
-        envelope = orjson.loads(reserved.message)
+        envelope = _read_json(reserved.message)
         headers, text = envelope["headers"], envelope["body"]
         request_id = headers["id"]
-    except (ValueError, TypeError, KeyError, RecursionError):
+        request_id.encode()
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise Unfit("the envelope is not that of a task message") from None
     try:
-        body = orjson.loads(b64decode(text, validate=True))
+        body = _read_json(b64decode(text, validate=True))
     except (ValueError, TypeError, binascii.Error, RecursionError):
         raise Unfit("the body is not JSON in base64") from None
     if not (isinstance(body, list) and len(body) == 3 and isinstance(body[0], list) and isinstance(body[1], dict)):
@@ -70,36 +75,63 @@ def parse(reserved: Reserved) -> Parsed:
     args, kwargs, embed = body
     given = {**dict(zip(("email", "purpose", "locale"), args, strict=False)), **kwargs}
     request = VerifyRequest(given.get("email"), given.get("purpose", DEFAULT_PURPOSE), given.get("locale"))
-    job = Job(
-        request_id, reserved.tag, request, _number(headers.get("enqueued_at")), _timestamp(headers.get("expires"))
-    )
-    embed = embed if isinstance(embed, dict) else {}
-    needs_celery = bool(
-        headers.get("eta")
-        or headers.get("group")
-        or any(embed.get(name) for name in ("callbacks", "errbacks", "chain", "chord"))
-    )
-    return Parsed(job, needs_celery, envelope)
+    if not (_is_shallow(request.email, DEEPEST) and _is_shallow(request.purpose, DEEPEST)):
+        raise Unfit("an argument is nested too deeply")
+    expires, eta = _timestamp(headers, "expires"), _timestamp(headers, "eta")
+    job = Job(request_id, reserved.tag, request, _number(headers.get("enqueued_at")), expires)
+    embed = _signatures(embed)
+    return Parsed(job, eta is not None or bool(headers.get("group") or embed), envelope, eta, embed)
+
+
+def _read_json(text: bytes) -> Any:
+    """JSON; also what orjson refuses and the standard library reads: lone surrogates, integers beyond 64 bits."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return json.loads(text.decode(), parse_constant=_refuse)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _is_shallow(value: object, levels: int) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return not isinstance(value, list) or (levels > 0 and all(_is_shallow(each, levels - 1) for each in value))
+
+
+def _signatures(embed: object) -> dict[str, Any]:
+    """What Celery is to do after the task: callbacks, chain, chord. Empty if there is nothing."""
+    if not isinstance(embed, dict):
+        return {}
+    found = {name: embed[name] for name in ("callbacks", "errbacks", "chain", "chord") if embed.get(name)}
+    for name, value in found.items():
+        each = [value] if name == "chord" else value
+        if not isinstance(each, list) or not all(
+            isinstance(one, dict) and isinstance(one.get("task"), str) for one in each
+        ):
+            raise Unfit(f"{name} in the body is no task signature")
+    return found
 
 
 def _number(value: object) -> float | None:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         # Beyond this, a time in milliseconds is no exact number in Lua; no clock is that wrong.
-        return min(max(float(value), 0.0), 1e11)
+        return float(min(max(value, 0), 10**11))
     return None
 
 
-def _timestamp(value: object) -> float | None:
-    """Celery's `expires`: ISO 8601, UTC if it names no zone."""
+def _timestamp(headers: dict[str, Any], name: str) -> float | None:
+    """Celery's `expires` or `eta`: ISO 8601, UTC if it names no zone."""
+    value = headers.get(name)
     if value is None:
         return None
-    if not isinstance(value, str):
-        raise Unfit("expires is not a time in ISO 8601")
     try:
         moment = datetime.fromisoformat(value)
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, OverflowError):
-        raise Unfit("expires is not a time in ISO 8601") from None
+    except (TypeError, ValueError, OverflowError):
+        raise Unfit(f"{name} is not a time in ISO 8601") from None
 
 
 class Watcher:
@@ -118,6 +150,9 @@ class Watcher:
         """Whether an operator revoked the request."""
         del request_id
         return False
+
+    def give_up(self, reason: str) -> None:
+        """The service cannot work at all."""
 
 
 class Intake:
@@ -189,16 +224,21 @@ class Intake:
             self._settler.answer(job, ErrorCode.TIMEOUT, mark=False)
 
     async def stop(self, seconds: float) -> None:
-        """Take nothing more, finish what is in hand within `seconds`, put back the rest."""
+        """Take nothing more, finish what is in hand within `seconds`, put back the rest.
+
+        Without Redis nothing can be put back: it is redelivered once its visibility has lapsed.
+        """
         self.consume(on=False)
-        if self._serving:
-            await asyncio.wait(self._serving)
-        await self._service.drain(seconds)
-        await self._settler.drain()
-        if self._at_celery:
-            tags, self._at_celery = list(self._at_celery), {}
-            with contextlib.suppress(RedisUnavailable):
-                await self._broker.run([self.queue.release(tags)])
+        with contextlib.suppress(TimeoutError, RedisUnavailable):
+            async with asyncio.timeout(seconds):
+                if self._serving:
+                    await asyncio.wait(self._serving)
+                await self._service.drain(seconds - SETTLING)
+                await self._settler.drain()
+                if self._at_celery:
+                    tags, self._at_celery = list(self._at_celery), {}
+                    await self._broker.run([self.queue.release(tags)])
+        await self._settler.abandon()
         for task in (self._running, self._waiting):
             if task is not None:
                 task.cancel()
@@ -229,6 +269,9 @@ class Intake:
                     await self._message()
             except RedisUnavailable:
                 await asyncio.sleep(_PAUSE)
+            except Exception as exc:  # noqa: BLE001 - whatever it is, the next message is taken
+                logger.error("unforeseen error at the intake", extra={"kind": type(exc).__name__})
+                await asyncio.sleep(_PAUSE)
 
     async def _reserve(self, wanted: int) -> bool:
         [answer] = await self._broker.run([self.queue.reserve(wanted, held=len(self.held))])
@@ -247,13 +290,19 @@ class Intake:
 
     def _read(self, taken: Iterable[Reserved]) -> list[Job]:
         jobs = []
+        now = asyncio.get_running_loop().time()
         for reserved in taken:
             try:
                 parsed = parse(reserved)
             except Unfit as exc:
                 self._settler.bury(Job("", reserved.tag, VerifyRequest(None), None, None), str(exc))
                 continue
+            except Exception as exc:  # noqa: BLE001 - no message stops a worker, or the others of its batch
+                reason = f"it cannot be read ({type(exc).__name__})"
+                self._settler.bury(Job("", reserved.tag, VerifyRequest(None), None, None), reason)
+                continue
             job = parsed.job
+            job.began = now
             if self._watcher.is_revoked(job.request_id):
                 self._settler.answer(job, ErrorCode.TIMEOUT, mark=False)
             elif parsed.needs_celery:
@@ -297,6 +346,8 @@ class Intake:
                 await asyncio.gather(self._service.tick(), self._round(began))
             except RedisUnavailable:
                 self._in_touch_since = None
+            except Exception as exc:  # noqa: BLE001 - whatever it is, leases want renewing
+                logger.error("unforeseen error in tending", extra={"kind": type(exc).__name__})
             await asyncio.sleep(max(0.0, TICK - (loop.time() - began)))
 
     async def _round(self, now: float) -> None:
@@ -328,9 +379,27 @@ class Intake:
 
 
 def _for_celery(parsed: Parsed) -> dict[str, Any]:
-    """The message as Celery gets it: settled by our tag, its deadline ours to keep, its arguments not to be shown."""
+    """The message as Celery gets it: settled by our tag, its deadline ours to keep, without the arguments, which the
+    task does not need, and without any header that could make Celery drop it."""
     message, job = parsed.envelope, parsed.job
-    shown = {"argsrepr": "()", "kwargsrepr": repr({"email": mask_email(job.request.email)})}
-    message["headers"] = {**message["headers"], **shown, "expires": None}
-    message["properties"] = {**message["properties"], "delivery_tag": job.tag}
-    return message
+    headers = message["headers"]
+    body = json.dumps([[], {}, parsed.embed]).encode()
+    return {
+        **{name: message[name] for name in ("content-type", "content-encoding")},
+        "body": b64encode(body).decode(),
+        "headers": {
+            **{name: headers[name] for name in ("root_id", "parent_id", "group") if isinstance(headers.get(name), str)},
+            **({"group_index": headers["group_index"]} if isinstance(headers.get("group_index"), int) else {}),
+            "lang": "py",
+            "task": TASK,
+            "id": job.request_id,
+            "eta": None if parsed.eta is None else datetime.fromtimestamp(parsed.eta, UTC).isoformat(),
+            "argsrepr": "()",
+            "kwargsrepr": repr({"email": mask_email(job.request.email)}),
+        },
+        "properties": {
+            "delivery_tag": job.tag,
+            "body_encoding": "base64",
+            "delivery_info": message["properties"]["delivery_info"],
+        },
+    }

@@ -63,8 +63,8 @@ class Mailer(Protocol):
         """Returns once a relay accepted the mail; raises `MailError`."""
 
     @property
-    def free(self) -> int:
-        """How many sends could start right now."""
+    def capacity(self) -> int:
+        """How many sends can be under way at once."""
 
 
 class Service:
@@ -80,7 +80,6 @@ class Service:
         *,
         sender: str,
         code_length: int,
-        connections: int,
     ) -> None:
         self._store = store
         self._codes = codes
@@ -89,7 +88,6 @@ class Service:
         self._settler = settler
         self._sender = sender
         self._code_length = code_length
-        self._connections = connections
         self._leased: dict[str, Job] = {}  # by tag
         self._sends: set[asyncio.Task[None]] = set()
         self._accepted = 0  # mails since the last tick
@@ -98,14 +96,13 @@ class Service:
     @property
     def appetite(self) -> int:
         """How many jobs are worth holding: what the connections can send at once, and a little ahead."""
-        return self._connections + round(self._rate * AHEAD)
+        return self._mailer.capacity + round(self._rate * AHEAD)
 
     async def serve(self, jobs: list[Job]) -> None:
         """Issue for all of them in one round trip, and start their sends. Returns before these end."""
-        began = asyncio.get_running_loop().time()
+        asked = asyncio.get_running_loop().time()
         commands = []
         for job in jobs:
-            job.began = began
             verdict = self.judge(job)
             commands.append(
                 self._store.issue(
@@ -124,7 +121,7 @@ class Service:
                 self._settler.answer(job, ErrorCode.REDIS_ERR, mark=False)
             return
         for job, answer in zip(jobs, answers, strict=True):
-            self._proceed(job, answer, began)
+            self._proceed(job, answer, asked)
 
     @staticmethod
     def judge(job: Job) -> ErrorCode | None:
@@ -142,14 +139,14 @@ class Service:
         job.claim = Claim.of(job.request_id, job.tag, request.email, request.purpose, canonical)
         return verdict
 
-    def _proceed(self, job: Job, answer: object, began: float) -> None:
+    def _proceed(self, job: Job, answer: object, asked: float) -> None:
         if isinstance(answer, ServerError):
             logger.error("Redis refused to issue", extra={"kind": str(answer).partition(" ")[0]})
             self._settler.answer(job, ErrorCode.REDIS_ERR, mark=False)
             return
         match self._store.read_issue(answer):
             case Send() as send:
-                job.lease_until = began + self._store.policy.lease / 1000 - LEASE_MARGIN
+                job.lease_until = asked + self._store.policy.lease / 1000 - LEASE_MARGIN
                 self._leased[job.tag] = job
                 task = asyncio.create_task(self._send(job, send))
                 self._sends.add(task)

@@ -8,6 +8,7 @@ finds what was done.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -77,11 +78,9 @@ class Settler:
         item = _Item(job, error=error)
         if mark:
             item.mark = self._store.answered(job.claim, error)
-        if not job.through_celery:
-            item.reply = _REPLY(
-                [reply_key(job.request_id)], [reply_payload(job.request_id, job.request.email, error), REPLY_TTL]
-            )
-            item.ack = True
+        payload = reply_payload(job.request_id, job.request.email, error)
+        item.reply = _REPLY([reply_key(job.request_id)], [payload, REPLY_TTL])
+        item.ack = not job.through_celery
         self._add(item)
 
     def retry(self, job: Job, delay: float, *, unknown: bool) -> None:
@@ -112,6 +111,12 @@ class Settler:
         """Wait until nothing is on its way."""
         while self._flushing is not None:
             await asyncio.shield(self._flushing)
+
+    async def abandon(self) -> None:
+        """Stop trying."""
+        if self._flushing is not None:
+            self._flushing.cancel()
+            await asyncio.wait([self._flushing])
 
     def _parked(self, job: Job, delay: float) -> Command:
         return self._queue.park(job.tag, job.request_id, delay, job.enqueued_at)
@@ -204,13 +209,16 @@ async def _run(database: Database, commands: list[Command]) -> list[Any]:
 
 def reply_payload(request_id: str, email: Any, error: ErrorCode) -> bytes:
     """A reply as Celery's Redis backend stores it, so that any Celery client reads it as its task's result."""
-    return orjson.dumps(
-        {
-            "status": "SUCCESS",
-            "result": {"email": email, "error": int(error)},
-            "traceback": None,
-            "children": [],
-            "date_done": datetime.now(UTC).isoformat(),
-            "task_id": request_id,
-        }
-    )
+    meta: dict[str, Any] = {
+        "status": "SUCCESS",
+        "result": {"email": email, "error": int(error)},
+        "traceback": None,
+        "children": [],
+        "date_done": datetime.now(UTC).isoformat(),
+        "task_id": request_id,
+    }
+    try:
+        return orjson.dumps(meta)
+    except TypeError:
+        # An "address" that only the standard library can write: a lone surrogate, an integer beyond 64 bits.
+        return json.dumps(meta).encode()

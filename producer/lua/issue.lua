@@ -51,6 +51,7 @@ end
 local first = tonumber(record[2]) or now
 local function answer(error)
     redis.call('HSET', KEYS[1], 'who', who, 'first', first, 'error', error)
+    redis.call('HDEL', KEYS[1], 'token', 'until')
     redis.call('PEXPIRE', KEYS[1], remember)
     return { 'answered', error }
 end
@@ -78,6 +79,8 @@ if cooldown > 0 then
     end
     local holder = redis.call('GET', KEYS[5])
     if holder and holder ~= id then
+        -- A holder of this request that stood still, if there was one, may not send any more.
+        redis.call('HDEL', KEYS[1], 'token', 'until')
         redis.call('HSET', KEYS[1], 'who', who, 'first', first)
         redis.call('PEXPIRE', KEYS[1], remember)
         redis.call('SADD', KEYS[6], id)

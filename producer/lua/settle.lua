@@ -70,6 +70,7 @@ if live or (outcome == 'answered' and (error == '3' or error == '5')) then
     for _, id in ipairs(redis.call('SMEMBERS', KEYS[5])) do
         redis.call('HSET', ARGV[8] .. id, 'who', record[3])
         redis.call('HSETNX', ARGV[8] .. id, 'error', error)
+        redis.call('HDEL', ARGV[8] .. id, 'token', 'until')
         redis.call('PEXPIRE', ARGV[8] .. id, ARGV[7])
         wake[#wake + 1] = id
     end

@@ -134,6 +134,8 @@ def test_starttls_never_falls_back_to_plain(script: dict[str, Act | list[Act]] |
             await relay.close()
             assert relay.open_connections == 0
             assert not [line for line in server.commands if line.startswith(("AUTH", "MAIL"))]
+            await asyncio.sleep(0.05)
+            assert server.open == 0
 
     asyncio.run(main())
 

@@ -322,7 +322,7 @@ def test_the_environment_wins_over_the_config(tmp_path: Path) -> None:
         "[]",
         "null",
         '{"email": {"user": "pa55"}}',
-        '{"email": []}',
+        '{"email": [1]}',
         '{"redis": {"port": "pa55"}}',
         "\xff",
     ],

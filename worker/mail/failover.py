@@ -101,10 +101,12 @@ class Failover:
         self._relays = [_Health(relay, clock) for relay in relays]
 
     @property
-    def free(self) -> int:
-        """How many sends could start now without waiting for a connection; 1, for a probe, if all relays are sick."""
-        well = [health.relay.free for health in self._relays if not health.sick]
-        return sum(well) if well else 1
+    def capacity(self) -> int:
+        """How many sends can be under way at once: those of the relay that is in use.
+
+        If all are sick, those of the first: sends fail at once then, and none of them holds a connection.
+        """
+        return next((health for health in self._relays if not health.sick), self._relays[0]).relay.capacity
 
     async def send(self, envelope: Envelope, before_dot: Callable[[], bool]) -> None:
         """Return when a relay has accepted the mail; `before_dot` as in `Relay.send`.

@@ -40,9 +40,9 @@ class Relay:
     ) -> None:
         """At most `connections` at once; timeouts in seconds.
 
-        `connect_timeout`: TCP, TLS, banner, EHLO and AUTH; `send_timeout`: one whole send. `tls` for a TLS scheme is,
-        unless given, one that checks certificate and host name. `idle_timeout` stays below what relays and firewalls
-        between usually grant.
+        `connect_timeout`: TCP, TLS, banner, EHLO and AUTH; `send_timeout`: one whole send, up to half of it waiting
+        for a connection; `idle_timeout`: stays below what relays, and firewalls on the way, grant. `tls`, unless given,
+        checks certificate and host name.
         """
         self.url: Final = url
         self._connections = connections
@@ -59,6 +59,11 @@ class Relay:
         self._waiters: deque[asyncio.Future[Connection | None]] = deque()
         self._closing = False
         self._gone: asyncio.Future[None] | None = None
+
+    @property
+    def capacity(self) -> int:
+        """How many sends can be under way at once: the configured connections, fewer after a 421."""
+        return self._limit
 
     @property
     def free(self) -> int:
@@ -131,7 +136,8 @@ class Relay:
             self._limit += 1
             self._raise_at = now + _RAISE_SECONDS
         if self._size >= self._limit:
-            connection = await self._wait(deadline)
+            # Half the time is kept for the send itself, or a crowd would make a slow relay look like a dead one.
+            connection = await self._wait(deadline - self._send_timeout / 2)
             if connection:
                 return connection
         else:

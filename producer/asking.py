@@ -1,0 +1,135 @@
+"""What both clients are made of: the three verbs on one event loop, over one connection out and one back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+
+from producer import address
+from producer.codes import CodePolicy, CodeStore
+from producer.contract import CheckResult, ErrorCode, Reply, VerifyRequest, is_purpose
+from producer.errors import InvalidAddress, RedisUnavailable
+from producer.inbox import Inbox
+from producer.link import Link, raise_errors
+from producer.outbox import Outbox
+from producer.server import REDIS_PATIENCE, TOO_LATE, check_version
+from producer.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+def build_request(email: object, purpose: object, locale: object) -> VerifyRequest:
+    """The request as it travels. What is no locale is none: the worker falls back to its own anyway."""
+    return VerifyRequest(email, purpose, locale if isinstance(locale, str) and locale else None)
+
+
+def refusal(request: VerifyRequest) -> ErrorCode | None:
+    """The error that a worker would certainly answer, so that nobody need ask one."""
+    if not is_purpose(request.purpose):
+        return ErrorCode.EXCEPTION
+    try:
+        address.parse(request.email)
+    except InvalidAddress:
+        return ErrorCode.INVALID_ADDRESS
+    return None
+
+
+class Asker:
+    """The three verbs on the event loop that runs when it is made. Not safe for threads, nor for a second loop.
+
+    A task that is cancelled leaves nothing behind. Every verb may raise `ServerTooOld`.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._store = CodeStore(CodePolicy.of(settings))
+        self._outbox = Outbox(settings.broker_url, settings.queue)
+        self._inbox = Inbox(settings.results_url)
+        self._codes = Link(settings.codes_url, on_open=check_version)
+
+    @property
+    def waiting(self) -> int:
+        """How much is on its way now: messages out, replies back."""
+        return len(self._outbox) + len(self._inbox)
+
+    async def request(self, request: VerifyRequest) -> Reply:
+        """Ask for a code and wait for the reply, at most the reply timeout. Redis' troubles are a reply too."""
+        start = asyncio.get_running_loop().time()
+        if (refused := refusal(request)) is not None:
+            return Reply(request.email, refused)
+        request_id = self._inbox.ids.new()
+        message = self._message(request, request_id)
+        patience = self._settings.reply_timeout
+        with self._inbox.expect(request_id) as reply:
+            try:
+                async with asyncio.timeout_at(start + min(REDIS_PATIENCE, patience)):
+                    await self._inbox.listen()
+                    await self._outbox.push(message)
+            except OSError as exc:  # RedisUnavailable and TimeoutError are its kinds
+                # A push that was cut may have arrived all the same.
+                if not reply.done():
+                    logger.warning("request %s was not put on the queue: %s", request_id, str(exc) or TOO_LATE)
+                    return Reply(request.email, ErrorCode.REDIS_ERR)
+            try:
+                async with asyncio.timeout_at(start + patience):
+                    return Reply(request.email, await reply)
+            except TimeoutError:
+                return Reply(request.email, ErrorCode.TIMEOUT)
+
+    async def enqueue(self, request: VerifyRequest, request_id: str | None) -> str:
+        """Put a request on the queue. Returns its id as soon as Redis has it.
+
+        Raises `RedisUnavailable` within 3 s if Redis does not confirm; it may have the message even so, and the same
+        id can be sent again. Raises `ValueError` for an id that is none, `TypeError` for an email that JSON cannot say.
+        """
+        if request_id is None:
+            request_id = self._inbox.ids.new()
+        elif not _is_text(request_id) or not request_id or not request_id.isprintable():
+            raise ValueError("request_id is a string of one or more printable characters, or None")
+        message = self._message(request, request_id)
+        try:
+            async with asyncio.timeout(REDIS_PATIENCE):
+                await self._outbox.push(message)
+        except TimeoutError:
+            raise RedisUnavailable(TOO_LATE) from None
+        return request_id
+
+    async def check(self, email: str, code: str, purpose: str) -> CheckResult:
+        """Check a code, which consumes it if it is right. Never repeated by itself: each check is an attempt."""
+        # Under what cannot be an address or a purpose no code was ever stored.
+        if not _is_text(email) or not is_purpose(purpose):
+            return CheckResult(email, ErrorCode.VARIFY_EXPIRED)
+        if not _is_text(code):
+            return CheckResult(email, ErrorCode.VARIFY_CODE_ERR)
+        try:
+            async with asyncio.timeout(REDIS_PATIENCE):
+                [answer] = raise_errors(await self._codes.run([self._store.check(email, code, purpose)]))
+        except OSError as exc:
+            logger.warning("a code could not be checked: %s", str(exc) or TOO_LATE)
+            return CheckResult(email, ErrorCode.REDIS_ERR)
+        return self._store.read_check(email, answer)
+
+    async def close(self) -> None:
+        """Drop the connections. Who still waits is told: pushes fail, replies are unknown."""
+        await self._outbox.close()
+        await self._inbox.close()
+        await self._codes.close()
+
+    def _message(self, request: VerifyRequest, request_id: str) -> bytes:
+        if not _is_text(request.email) or not _is_text(request.purpose):
+            _require_json([request.email, request.purpose])
+        return request.message(request_id, queue=self._settings.queue, enqueued_at=time.time())
+
+
+def _is_text(value: object) -> bool:
+    # Callers without a type checker pass what they have.
+    return isinstance(value, str)
+
+
+def _require_json(value: object) -> None:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise TypeError("email and purpose are values that JSON can say; an email is a string") from None

@@ -1,0 +1,144 @@
+"""The way back: one subscription hears the replies to all ids that share its beginning; futures by id."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from producer.contract import REPLY_KEY_PREFIX, ErrorCode, read_reply, reply_key
+from producer.errors import RedisUnavailable, VerifyError
+from producer.link import Link, raise_errors
+from producer.server import judge_version
+
+logger = logging.getLogger(__name__)
+
+PING_EVERY = 0.5  # seconds; how old the connection's last sign of life may be while someone waits
+_SHARED = len("xxxxxxxx-xxxx-4xxx-")  # 60 random bits of a UUID that all ids of one inbox share; 62 are the request's
+
+
+class RequestIds:
+    """Request ids: UUIDs (version 4) with one random beginning, so that one pattern hears the replies to them all."""
+
+    def __init__(self) -> None:
+        self._shared = str(uuid.uuid4())[:_SHARED]
+        self.pattern = reply_key(self._shared) + "*"
+
+    def new(self) -> str:
+        """An id that was never used."""
+        return self._shared + str(uuid.uuid4())[_SHARED:]
+
+
+class Inbox:
+    """Replies that are waited for, on one event loop."""
+
+    def __init__(self, url: str) -> None:
+        self.ids = RequestIds()
+        self._loop = asyncio.get_running_loop()
+        self._link = Link(url, on_push=self._hear, on_open=self._subscribe)
+        # A subscribed connection takes no other commands, so what was missed is read over one of its own.
+        self._missed = Link(url)
+        self._waiting: dict[str, asyncio.Future[ErrorCode]] = {}
+        self._heard = -math.inf  # loop time of the connection's last sign of life
+        self._ping: asyncio.Task[None] | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    async def listen(self) -> None:
+        """Be subscribed, on a connection that gave a sign of life just now. Raises `RedisUnavailable`."""
+        if self._closed:
+            raise RedisUnavailable("the client was closed")
+        if self._link.connected and self._loop.time() - self._heard < PING_EVERY:
+            return
+        if self._ping is None:
+            self._ping = asyncio.create_task(self._ping_once())
+            self._ping.add_done_callback(_seen)
+        await asyncio.shield(self._ping)  # one for all; a caller that is cancelled takes it from nobody
+
+    @contextmanager
+    def expect(self, request_id: str) -> Iterator[asyncio.Future[ErrorCode]]:
+        """The future reply to a request that is pushed after this; forgotten at the end, whatever happens."""
+        reply = self._waiting[request_id] = self._loop.create_future()
+        if self._keeper is None:
+            self._keeper = asyncio.create_task(self._keep_listening())
+        try:
+            yield reply
+        finally:
+            self._waiting.pop(request_id, None)
+
+    async def close(self) -> None:
+        """Drop the connections; the outcome of what is waited for is unknown."""
+        self._closed = True
+        if self._keeper is not None:
+            self._keeper.cancel()
+        for reply in self._waiting.values():
+            if not reply.done():
+                reply.set_result(ErrorCode.TIMEOUT)
+        await self._link.close()
+        await self._missed.close()
+
+    async def _ping_once(self) -> None:
+        try:
+            # Commands are answered in order, and a new connection's first one subscribes: the answer means both.
+            try:
+                await self._link.run([("PING",)])
+            except RedisUnavailable:
+                await self._link.run([("PING",)])  # perhaps only that connection was lost
+            self._heard = self._loop.time()
+        finally:
+            self._ping = None
+
+    async def _keep_listening(self) -> None:
+        """While someone waits, notice a lost or half-open connection and replace it."""
+        try:
+            while self._waiting:
+                await asyncio.sleep(PING_EVERY)
+                try:
+                    await self.listen()
+                except VerifyError as exc:
+                    logger.warning("replies cannot be heard: %s", exc)
+        finally:
+            self._keeper = None
+
+    async def _subscribe(self, link: Link) -> None:
+        info, subscribed = await link.run([("INFO", "server"), ("PSUBSCRIBE", self.ids.pattern)])
+        judge_version(info)
+        raise_errors([subscribed])
+        # What was published while nobody listened is stored; what is published from now on is heard. Before the first
+        # subscription nothing was asked.
+        ids = list(self._waiting) if math.isfinite(self._heard) else []
+        if ids:
+            try:
+                [stored] = raise_errors(await self._missed.run([("MGET", *map(reply_key, ids))]))
+            finally:
+                await self._missed.close()
+            for request_id, payload in zip(ids, stored, strict=True):
+                if payload is not None:
+                    self._resolve(request_id, payload)
+
+    def _hear(self, push: list[bytes]) -> None:
+        self._heard = self._loop.time()
+        channel, payload = push[-2:]
+        self._resolve(channel.decode(errors="replace").removeprefix(REPLY_KEY_PREFIX), payload)
+
+    def _resolve(self, request_id: str, payload: bytes) -> None:
+        reply = self._waiting.get(request_id)
+        if reply is None or reply.done():
+            return
+        try:
+            reply.set_result(read_reply(payload).error)
+        except (ValueError, RecursionError):
+            # Anyone may publish on the channel; the true reply may still come.
+            logger.warning("what was published as the reply to request %s is none", request_id)
+
+
+def _seen(task: asyncio.Task[None]) -> None:
+    """A failure was told to those who waited; if all of them went, to nobody."""
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,90 @@
+"""The way out: what arrives while a push is under way leaves together with the next, each request its own message.
+
+There is no timer, so a lone request never waits, and a crowd shares the cost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import islice
+
+from producer.errors import RedisUnavailable, VerifyError
+from producer.link import Link, raise_errors
+from producer.script import Command
+from producer.server import REDIS_PATIENCE, TOO_LATE, check_version
+
+MOST_IN_A_PUSH = 500  # messages of some 800 bytes: a crowd's first reply need not wait for its last push
+
+
+class Outbox:
+    """Messages on their way to the queue, on one event loop."""
+
+    def __init__(self, url: str, queue: str) -> None:
+        self._queue = queue
+        self._link = Link(url, on_open=check_version)
+        self._waiting: dict[asyncio.Future[None], bytes] = {}
+        self._pusher: asyncio.Task[None] | None = None
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    async def push(self, message: bytes) -> None:
+        """Wait until Redis has the message. Once the caller is gone, it leaves with no later push.
+
+        Raises `RedisUnavailable`; Redis may have the message even so. It may also have it twice.
+        """
+        if self._closed:
+            raise RedisUnavailable("the client was closed")
+        sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[sent] = message
+        if self._pusher is None:
+            self._pusher = asyncio.create_task(self._push_all())
+        try:
+            await sent
+        finally:
+            self._waiting.pop(sent, None)
+
+    async def close(self) -> None:
+        """Drop the connection; what is on its way fails."""
+        self._closed = True
+        if self._pusher is not None:
+            self._pusher.cancel()
+        for sent in self._waiting:
+            if not sent.done():
+                sent.set_exception(RedisUnavailable("the client was closed"))
+        await self._link.close()
+
+    async def _push_all(self) -> None:
+        try:
+            while batch := dict(islice(self._waiting.items(), MOST_IN_A_PUSH)):
+                failure: VerifyError | None = None
+                try:
+                    await self._push_batch(batch)
+                except VerifyError as exc:
+                    failure = exc
+                for sent in batch:
+                    self._waiting.pop(sent, None)
+                    if not sent.done():
+                        # An exception object collects the traceback of each that raises it: one for each.
+                        sent.set_exception(type(failure)(str(failure))) if failure else sent.set_result(None)
+        finally:
+            self._pusher = None
+
+    async def _push_batch(self, batch: dict[asyncio.Future[None], bytes]) -> None:
+        try:
+            async with asyncio.timeout(REDIS_PATIENCE):
+                try:
+                    replies = await self._link.run([self._command(batch)])
+                except RedisUnavailable:
+                    # Perhaps only this connection was lost. A message that arrived twice has the same id twice, so it
+                    # is still one request.
+                    if all(sent.done() for sent in batch):
+                        return
+                    replies = await self._link.run([self._command(batch)])
+        except TimeoutError:
+            raise RedisUnavailable(TOO_LATE) from None
+        raise_errors(replies)
+
+    def _command(self, batch: dict[asyncio.Future[None], bytes]) -> Command:
+        return ("LPUSH", self._queue, *(message for sent, message in batch.items() if not sent.done()))

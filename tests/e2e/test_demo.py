@@ -1,0 +1,234 @@
+"""The demo shows what is true, says what is not, and leaves nothing running, however it ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from redis_server import RedisServer
+
+from producer.settings import PREFIX
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 90.0  # seconds; the machine may be busy
+STAYS = "Mails appear here"
+
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc"),
+    pytest.mark.timeout(240),
+]
+
+
+class Demo:
+    """A running demo, and everything that it started."""
+
+    def __init__(self, directory: Path, *words: str, **settings: str) -> None:
+        self._mark = f"DEMO_MARK={uuid.uuid4()}"
+        # Where it makes its files; they too must be gone in the end.
+        self.directory = directory
+        name, _, value = self._mark.partition("=")
+        env = {k: v for k, v in os.environ.items() if not k.startswith(PREFIX)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "demo", *words],
+            cwd=ROOT,
+            env=env | {name: value, "TMPDIR": str(directory)} | settings,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        self.lines.extend(iter(self.process.stdout.readline, ""))
+
+    def output(self) -> str:
+        """What it printed so far."""
+        return "".join(self.lines)
+
+    def ends(self) -> int:
+        """Wait for its end; the exit status."""
+        status = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        return status
+
+    def processes(self) -> list[int]:
+        """The processes that carry its mark: itself, and what it started."""
+        return [
+            int(entry.name)
+            for entry in Path("/proc").iterdir()
+            if entry.name.isdecimal() and self._mark.encode() in _environment(entry)
+        ]
+
+
+def _environment(process: Path) -> list[bytes]:
+    try:
+        return (process / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return []  # gone meanwhile, or another user's
+
+
+def until(condition: Callable[[], bool], what: Callable[[], object]) -> None:
+    """Wait for `condition`; `what` explains a failure."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, what()
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Demo]]:
+    """Starts demos; none outlives its test."""
+    demos: list[Demo] = []
+
+    def begin(*words: str, **settings: str) -> Demo:
+        demos.append(Demo(tmp_path, *words, **settings))
+        return demos[-1]
+
+    yield begin
+    for demo in demos:
+        for pid in demo.processes():
+            os.kill(pid, signal.SIGKILL)
+        demo.process.wait()
+
+
+def nothing_is_left(demo: Demo) -> None:
+    until(lambda: not demo.processes(), demo.processes)
+    until(lambda: not list(demo.directory.iterdir()), lambda: list(demo.directory.iterdir()))
+
+
+def test_once_shows_every_step(start: Callable[..., Demo]) -> None:
+    demo = start("--once")
+    assert demo.ends() == 0, demo.output()
+    output = demo.output()
+    assert "embedded" in output
+    [code] = set(re.findall(r"in Redis +code_\S+ = (\d{6})", output))
+    assert output.count(code) >= 4  # mail, key, key again, right check
+    assert output.count('"error": 0}') == 2
+    assert "the same code came again" in output
+    assert "error 1004 (VarifyCodeErr)" in output
+    assert f"check {code}   error 0 (Success)" in output
+    assert "✗" not in output
+    nothing_is_left(demo)
+
+
+def test_a_given_redis_is_used_as_it_is(start: Callable[..., Demo], redis_server: RedisServer) -> None:
+    with redis_server.client() as client:
+        client.flushall()
+        client.set("code_someone@example.com", "a1b2")
+        demo = start("--once", VERIFY_REDIS_URL=redis_server.url(), VERIFY_LOCALE="en", VERIFY_QUEUE="not-taken")
+        assert demo.ends() == 0, demo.output()
+        assert "yours" in demo.output()
+        assert "verification code" in demo.output()
+        assert client.get("code_someone@example.com") == b"a1b2"
+    nothing_is_left(demo)
+
+
+def test_requests_of_others_are_not_taken(start: Callable[..., Demo], redis_server: RedisServer) -> None:
+    with redis_server.client(1) as broker:
+        broker.flushall()
+        broker.lpush("verification", "{}")
+        demo = start("--once", VERIFY_REDIS_URL=redis_server.url())
+        assert demo.ends() == 1
+        assert "requests wait on its queue" in demo.output()
+        assert broker.llen("verification") == 1
+        broker.flushall()
+
+
+def test_a_redis_that_is_away_is_a_clear_error(start: Callable[..., Demo]) -> None:
+    demo = start("--once", VERIFY_REDIS_URL="redis://:secret@127.0.0.1:1")
+    assert demo.ends() == 1
+    assert "VERIFY_REDIS_URL, redis://***@127.0.0.1:1, cannot be used" in demo.output()
+    assert "secret" not in demo.output()
+    assert "Traceback" not in demo.output()
+    nothing_is_left(demo)
+
+
+def test_a_bad_setting_is_one_line(start: Callable[..., Demo]) -> None:
+    demo = start("--once", VERIFY_REDIS_URL="localhost")
+    assert demo.ends() == 1
+    assert "VERIFY_REDIS_URL: the value is not allowed" in demo.output()
+    assert "Traceback" not in demo.output()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_stays_up_until_told_to_end(start: Callable[..., Demo], number: signal.Signals) -> None:
+    demo = start()
+    until(lambda: STAYS in demo.output(), demo.output)
+    found = re.search(r"VERIFY_REDIS_URL=(\S+)", demo.output())
+    assert found
+    # What it says to try next works, and the mail shows.
+    sent = subprocess.run(
+        [sys.executable, "-m", "producer", "send", "you@example.com"],
+        cwd=ROOT,
+        env=os.environ | {"VERIFY_REDIS_URL": found[1]},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert sent.returncode == 0, sent.stdout + sent.stderr
+    until(lambda: "you@example.com  " in demo.output().partition("a mail arrived")[2], demo.output)
+    os.kill(demo.process.pid, number)
+    assert demo.ends() == 0
+    assert "Traceback" not in demo.output()
+    nothing_is_left(demo)
+
+
+def test_nothing_outlives_a_killed_demo(start: Callable[..., Demo]) -> None:
+    demo = start()
+    until(lambda: STAYS in demo.output(), demo.output)
+    assert len(demo.processes()) >= 3  # itself, Redis, a worker
+    demo.process.kill()
+    demo.process.wait()
+    nothing_is_left(demo)
+
+
+def test_a_dead_worker_is_said(start: Callable[..., Demo]) -> None:
+    demo = start()
+    until(lambda: STAYS in demo.output(), demo.output)
+    found = re.search(r"\(pid (\d+)\)", demo.output())
+    assert found
+    os.kill(int(found[1]), signal.SIGKILL)
+    assert demo.ends() == 1
+    assert "the worker process has ended" in demo.output()
+    nothing_is_left(demo)
+
+
+def test_a_redis_that_is_too_old_is_a_clear_error(start: Callable[..., Demo], old_redis: str) -> None:
+    demo = start("--once", VERIFY_REDIS_URL=old_redis)
+    assert demo.ends() == 1
+    assert "6.2 or newer is needed" in demo.output()
+
+
+@pytest.fixture
+def old_redis() -> Iterator[str]:
+    """Something that says it is Redis 6.0."""
+
+    class Old(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while line := self.rfile.readline():
+                if line.strip().upper() == b"SELECT":
+                    self.wfile.write(b"+OK\r\n")
+                elif line.strip().upper() == b"INFO":
+                    info = b"# Server\r\nredis_version:6.0.16\r\n"
+                    self.wfile.write(b"$%d\r\n%s\r\n" % (len(info), info))
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Old) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"redis://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()

@@ -1,0 +1,167 @@
+"""The command line, as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import redis as redis_py
+from fake_worker import FakeWorker
+from redis_server import RedisServer
+
+pytestmark = pytest.mark.usefixtures("redis")  # the shared server is empty at first
+
+A = "a@example.com"
+NOBODY = "redis://127.0.0.1:1"
+_ROOT = Path(__file__).parents[2]
+Done = subprocess.CompletedProcess[str]
+
+
+def environment(**settings: str) -> dict[str, str]:
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("VERIFY_")}
+    return {**bare, "PYTHONPATH": str(_ROOT), "COLUMNS": "200", "NO_COLOR": "1", **settings}
+
+
+def run(*words: str, directory: Path, **settings: str) -> Done:
+    """`python -m producer ...` in an empty directory, so that no `.env` speaks."""
+    return subprocess.run(
+        [sys.executable, "-m", "producer", *words],
+        cwd=directory,
+        env=environment(**settings),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def test_send_says_success(redis_server: RedisServer, tmp_path: Path) -> None:
+    with FakeWorker(redis_server) as worker:
+        done = run(
+            *("send", A, "--purpose", "login", "--locale", "en"),
+            directory=tmp_path,
+            VERIFY_REDIS_URL=redis_server.url(),
+        )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"Success (0)  {A}\n")
+    assert worker.taken[0].kwargs == {"email": A, "purpose": "login", "locale": "en"}
+
+
+def test_send_says_what_went_wrong(redis_server: RedisServer, tmp_path: Path) -> None:
+    with FakeWorker(redis_server, error=lambda _: 5):
+        done = run("send", A, "--json", directory=tmp_path, VERIFY_REDIS_URL=redis_server.url())
+    said = json.loads(done.stdout)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert {name: said[name] for name in ("email", "error", "name")} == {"email": A, "error": 5, "name": "MailRejected"}
+    assert "refused for good" in said["meaning"]
+
+
+def test_send_without_a_worker_says_how_to_start_one(redis_server: RedisServer, tmp_path: Path) -> None:
+    done = run("send", A, directory=tmp_path, VERIFY_REDIS_URL=redis_server.url(), VERIFY_REPLY_TIMEOUT="0.3")
+    assert done.returncode == 1
+    assert "Timeout (6)" in done.stdout
+    assert "No reply within 0.3 s" in done.stdout
+    assert "celery -A worker.app worker" in done.stdout
+
+
+def test_redis_down_is_said_with_its_place_and_without_its_password(tmp_path: Path) -> None:
+    for words in (("send", A), ("check", A, "123456")):
+        done = run(*words, directory=tmp_path, VERIFY_REDIS_URL="redis://:s3cret@127.0.0.1:1")
+        assert (done.returncode, done.stderr) == (1, "")
+        assert "RedisErr (1)" in done.stdout
+        assert "redis://***@127.0.0.1:1" in done.stdout
+        assert "VERIFY_REDIS_URL" in done.stdout
+        assert "s3cret" not in done.stdout
+
+
+@pytest.mark.parametrize("email", ["", os.fsdecode(b"[bold]\xff@example.com")])
+def test_what_is_no_address_is_said_without_redis(tmp_path: Path, email: str) -> None:
+    done = run("send", email, directory=tmp_path, VERIFY_REDIS_URL=NOBODY)
+    assert done.returncode == 1
+    assert done.stdout.startswith("InvalidAddress (3)")
+
+
+def test_check_consumes_the_right_code_and_never_prints_it(
+    redis: redis_py.Redis, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    redis.set("code_" + A, "864209", ex=60)
+    expected = [("000000", 1, "VarifyCodeErr", 1004), ("864209", 0, "Success", 0), ("864209", 1, "VarifyExpired", 1003)]
+    for code, status, name, error in expected:
+        done = run("check", A, code, directory=tmp_path, VERIFY_REDIS_URL=redis_server.url())
+        assert done.returncode == status
+        assert f"{name} ({error})" in done.stdout
+        assert "864209" not in done.stdout + done.stderr
+
+
+def test_settings_show_what_is_in_force_and_no_secret(tmp_path: Path) -> None:
+    given = {"VERIFY_REDIS_URL": "redis://u:s3cret@h", "VERIFY_QUEUE": "q2", "VERIFY_API_KEYS": "k3y"}
+    plain = run("settings", directory=tmp_path, **given)
+    as_json = run("settings", "--json", directory=tmp_path, **given)
+    assert plain.returncode == as_json.returncode == 0
+    assert "VERIFY_QUEUE=q2\n" in plain.stdout
+    shown = json.loads(as_json.stdout)
+    assert dict(line.split("=", 1) for line in plain.stdout.splitlines()) == shown
+    assert shown["VERIFY_CODES_URL"] == "redis://***@h/0"
+    assert not any(secret in plain.stdout + as_json.stdout for secret in ("s3cret", "k3y"))
+
+
+@pytest.mark.parametrize("words", [("send", A), ("settings",)], ids=lambda words: words[0])
+def test_a_bad_setting_is_one_line(tmp_path: Path, words: tuple[str, ...]) -> None:
+    done = run(*words, directory=tmp_path, VERIFY_CODE_TTL="soon")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "VERIFY_CODE_TTL: 'soon' is not allowed; allowed: whole seconds, 1 to 86400\n"
+
+
+@pytest.mark.parametrize("words", [("send",), ("send", A, "--purpose", "Not One"), ("dance",)])
+def test_wrong_usage_is_status_2(tmp_path: Path, words: tuple[str, ...]) -> None:
+    done = run(*words, directory=tmp_path, VERIFY_REDIS_URL=NOBODY)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Usage: python -m producer" in done.stderr
+
+
+@pytest.mark.parametrize("words", [("--help",), ("send", "--help")])
+def test_help_suffices(tmp_path: Path, words: tuple[str, ...]) -> None:
+    done = run(*words, directory=tmp_path, VERIFY_CODE_TTL="soon")
+    assert done.returncode == 0
+    for word in ("VERIFY_REDIS_URL", "Exit status", "MailRejected", "VarifyExpired", "settings"):
+        assert word in done.stdout
+
+
+def test_ctrl_c_is_quiet(redis_server: RedisServer, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "producer", "send", A],
+        cwd=tmp_path,
+        env=environment(VERIFY_REDIS_URL=redis_server.url(), VERIFY_REPLY_TIMEOUT="60"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with redis_server.client(1) as broker:
+        deadline = time.monotonic() + 20
+        while not broker.llen("verification") and time.monotonic() < deadline:
+            time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=10) == ("", "")
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_a_missing_extra_is_named(tmp_path: Path, missing: str) -> None:
+    program = f"import sys; sys.modules[{missing!r}] = None; from producer.__main__ import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"The command line needs {missing}: pip install 'verifyserver[cli]'\n"

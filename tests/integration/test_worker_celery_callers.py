@@ -1,0 +1,197 @@
+"""Callers that use Celery, with an app of their own and its stock Redis transport."""
+
+from __future__ import annotations
+
+import base64
+import json
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from caller import TASK, address, message
+from celery import Celery, chain, group
+from rig import Rig
+from worker_process import eventually
+
+
+@pytest.fixture(scope="module")
+def app(rig: Rig) -> Iterator[Celery]:
+    """An ordinary app; a dict of settings, because Celery would else load the `celeryconfig.py` in our directory."""
+    app = Celery("caller", set_as_current=False)
+    app.config_from_object(
+        {
+            "broker_url": rig.url("BROKER", 1),
+            "broker_transport": "kombu.transport.redis:Transport",
+            "result_backend": rig.url("RESULTS", 2),
+            "task_routes": {TASK: {"queue": "verification"}},
+        }
+    )
+    yield app
+    app.close()
+
+
+def in_seconds(seconds: float) -> datetime:
+    return datetime.now(UTC) + timedelta(seconds=seconds)
+
+
+def states(rig: Rig, request_id: str) -> list[str]:
+    return [meta["status"] for meta in rig.caller.published(request_id)]
+
+
+def test_send_task_and_get(rig: Rig, app: Celery) -> None:
+    email = address()
+    result = app.send_task(TASK, kwargs={"email": email})
+    assert result.get(timeout=10) == {"email": email, "error": 0}
+    assert result.state == "SUCCESS"
+    assert states(rig, result.id) == ["SUCCESS"]
+    assert len(rig.mails_to(email)) == 1
+
+
+def test_send_task_with_positional_arguments(rig: Rig, app: Celery) -> None:
+    email = address()
+    assert app.send_task(TASK, args=[email, "login"]).get(timeout=10) == {"email": email, "error": 0}
+    assert rig.codes.exists(f"code:login:{email}") == 1
+
+
+def test_a_countdown_is_waited_for(rig: Rig, app: Celery) -> None:
+    email = address()
+    due = in_seconds(1)
+    result = app.send_task(TASK, kwargs={"email": email}, eta=due)
+    assert result.get(timeout=10) == {"email": email, "error": 0}
+    assert datetime.now(UTC) >= due
+    assert len(rig.mails_to(email)) == 1
+    assert states(rig, result.id) == ["SUCCESS"]
+
+
+def test_an_eta_in_the_past_is_now(app: Celery) -> None:
+    email = address()
+    assert app.send_task(TASK, kwargs={"email": email}, eta=in_seconds(-60)).get(timeout=10)["error"] == 0
+
+
+def test_what_expired_is_answered_6_unsent(rig: Rig, app: Celery) -> None:
+    email = address()
+    result = app.send_task(TASK, kwargs={"email": email}, expires=in_seconds(-1))
+    assert result.get(timeout=10) == {"email": email, "error": 6}
+    assert rig.mails_to(email) == []
+    assert states(rig, result.id) == ["SUCCESS"]
+
+
+def test_what_expires_later_is_sent(app: Celery) -> None:
+    assert app.send_task(TASK, kwargs={"email": address()}, expires=60).get(timeout=10)["error"] == 0
+
+
+def test_what_expires_before_its_eta_is_answered_6_unsent(rig: Rig, app: Celery) -> None:
+    email = address()
+    result = app.send_task(TASK, kwargs={"email": email}, eta=in_seconds(1), expires=in_seconds(0.3))
+    assert result.get(timeout=10) == {"email": email, "error": 6}
+    assert rig.mails_to(email) == []
+    assert states(rig, result.id) == ["SUCCESS"]
+
+
+def test_a_group_is_answered_as_one(rig: Rig, app: Celery) -> None:
+    emails = [address() for _ in range(5)]
+    result = group(app.signature(TASK, kwargs={"email": email}) for email in emails).apply_async()
+    assert result.get(timeout=10) == [{"email": email, "error": 0} for email in emails]
+    assert {len(rig.mails_to(email)) for email in emails} == {1}
+
+
+def taken(rig: Rig, queue: str) -> list[Any]:
+    """The body of the one message on another queue."""
+    found = rig.broker.brpop([queue], timeout=10)
+    assert found is not None
+    assert rig.broker.exists(queue) == 0
+    body: list[Any] = json.loads(base64.b64decode(json.loads(found[1])["body"]))  # type: ignore[index]
+    return body
+
+
+def test_a_chain_goes_on_with_the_reply_on_another_queue(rig: Rig, app: Celery) -> None:
+    email, queue = address(), f"other-{uuid.uuid4().hex}"
+    result = chain(
+        app.signature(TASK, kwargs={"email": email}), app.signature("other.task", args=["more"], queue=queue)
+    ).apply_async()
+    args, _kwargs, _embed = taken(rig, queue)
+    assert args == [{"email": email, "error": 0}, "more"]
+    assert rig.caller.reply(result.parent.id) == {"email": email, "error": 0}
+    assert states(rig, result.parent.id) == ["SUCCESS"]
+
+
+def test_a_link_is_called_with_the_reply(rig: Rig, app: Celery) -> None:
+    email, queue = address(), f"other-{uuid.uuid4().hex}"
+    result = app.send_task(TASK, kwargs={"email": email}, link=app.signature("other.task", queue=queue))
+    args, _kwargs, _embed = taken(rig, queue)
+    assert args == [{"email": email, "error": 0}]
+    assert result.get(timeout=10) == {"email": email, "error": 0}
+
+
+def test_a_chord_is_called_with_all_replies(rig: Rig, app: Celery) -> None:
+    emails, queue = [address() for _ in range(3)], f"other-{uuid.uuid4().hex}"
+    header = [app.signature(TASK, kwargs={"email": email}) for email in emails]
+    (group(header) | app.signature("other.task", queue=queue)).apply_async()
+    args, _kwargs, _embed = taken(rig, queue)
+    assert args == [[{"email": email, "error": 0} for email in emails]]
+
+
+def test_a_request_with_a_callback_is_retried_as_any_other(rig: Rig, app: Celery) -> None:
+    email, queue = address(), f"other-{uuid.uuid4().hex}"
+    rig.script(email, rcpt=["450 4.2.0 later"])
+    result = app.send_task(TASK, kwargs={"email": email}, link=app.signature("other.task", queue=queue))
+    assert result.get(timeout=15) == {"email": email, "error": 0}
+    args, _kwargs, _embed = taken(rig, queue)
+    assert args == [{"email": email, "error": 0}]
+    assert states(rig, result.id) == ["SUCCESS"]
+
+
+def revoke(rig: Rig, app: Celery, request_id: str) -> None:
+    app.control.revoke(request_id)
+    inspect = app.control.inspect([rig.worker.name], timeout=1)
+    eventually(lambda: request_id in (inspect.revoked() or {}).get(rig.worker.name, []))
+
+
+def test_what_was_revoked_before_it_came_is_answered_6_unsent(rig: Rig, app: Celery) -> None:
+    email, request_id = address(), str(uuid.uuid4())
+    revoke(rig, app, request_id)
+    result = app.send_task(TASK, kwargs={"email": email}, task_id=request_id)
+    assert result.get(timeout=10) == {"email": email, "error": 6}
+    assert rig.mails_to(email) == []
+    assert states(rig, request_id) == ["SUCCESS"]
+
+
+def test_what_is_revoked_while_it_waits_for_its_eta_is_answered_6_unsent(rig: Rig, app: Celery) -> None:
+    email = address()
+    result = app.send_task(TASK, kwargs={"email": email}, eta=in_seconds(2))
+    inspect = app.control.inspect([rig.worker.name], timeout=1)
+    eventually(lambda: result.id in str(inspect.scheduled()))
+    revoke(rig, app, result.id)
+    assert result.get(timeout=10) == {"email": email, "error": 6}
+    assert rig.mails_to(email) == []
+    assert states(rig, result.id) == ["SUCCESS"]
+
+
+def test_bad_input_with_an_eta_is_answered_the_same_way(rig: Rig, app: Celery) -> None:
+    assert app.send_task(TASK, args=[5], eta=in_seconds(0.2)).get(timeout=10) == {"email": 5, "error": 3}
+    [request_id] = rig.caller.push(message({}, headers={"eta": in_seconds(0.2).isoformat()}))
+    assert rig.caller.reply(request_id) == {"email": None, "error": 3}
+
+
+def test_an_eta_without_a_zone_or_in_basic_format_is_understood(rig: Rig) -> None:
+    for eta in (f"{in_seconds(0.2):%Y-%m-%dT%H:%M:%S.%f}", f"{in_seconds(0.2):%Y%m%dT%H%M%S}"):
+        [request_id] = rig.caller.push(message({"email": address()}, headers={"eta": eta}))
+        assert rig.caller.reply(request_id)["error"] == 0
+
+
+def test_a_callback_that_cannot_be_sent_does_not_take_the_reply_along(rig: Rig) -> None:
+    email = address()
+    signature = {
+        "task": "other.task",
+        "args": [],
+        "kwargs": {},
+        "options": {"queue": ["no", "name"]},
+        "immutable": False,
+    }
+    [request_id] = rig.caller.push(message({"email": email}, embed={"callbacks": [signature]}))
+    assert rig.caller.reply(request_id) == {"email": email, "error": 0}
+    rig.settled()
+    assert len(rig.mails_to(email)) == 1
+    assert states(rig, request_id) == ["SUCCESS"]

@@ -1,0 +1,134 @@
+"""`celery inspect` and `celery control` against a real worker: they tell and do the truth."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from caller import TASK, address, message
+from celery import Celery
+from rig import Rig
+from smtp_server import Held
+from worker_process import eventually
+
+
+@pytest.fixture(scope="module")
+def app(rig: Rig) -> Iterator[Celery]:
+    app = Celery("operator", set_as_current=False)
+    app.config_from_object({"broker_url": rig.url("BROKER", 1), "broker_transport": "kombu.transport.redis:Transport"})
+    yield app
+    app.close()
+
+
+def ask(rig: Rig, app: Celery, question: str, *args: Any) -> Any:
+    """The worker's own answer."""
+    answers = getattr(app.control.inspect([rig.worker.name], timeout=5, limit=1), question)(*args)
+    assert answers, f"no answer to {question}"
+    return answers[rig.worker.name]
+
+
+def celery(rig: Rig, *words: str) -> str:
+    """The command line, as an operator types it."""
+    command = [sys.executable, "-m", "celery", "-A", "worker.app", *words, "-d", rig.worker.name]
+    environment = {**rig.worker.environment, "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_ping(rig: Rig, app: Celery) -> None:
+    assert ask(rig, app, "ping") == {"ok": "pong"}
+
+
+def test_stats_count_every_request(rig: Rig, app: Celery) -> None:
+    before = ask(rig, app, "stats")["total"].get(TASK, 0)
+    rig.caller.replies(rig.caller.push(*(message({"email": address()}) for _ in range(10))))
+    eta = (datetime.now(UTC) + timedelta(seconds=0.2)).isoformat()
+    rig.caller.reply(rig.caller.push(message({"email": address()}, headers={"eta": eta}))[0])
+    assert ask(rig, app, "stats")["total"][TASK] == before + 11
+
+
+def test_active_queues_name_the_queue(rig: Rig, app: Celery) -> None:
+    assert [queue["name"] for queue in ask(rig, app, "active_queues")] == ["verification"]
+
+
+def test_registered_names_the_task(rig: Rig, app: Celery) -> None:
+    assert TASK in ask(rig, app, "registered")
+
+
+def test_a_request_on_the_wire_is_active_and_shown_masked(rig: Rig, app: Celery) -> None:
+    email, hold = address("secret"), Held("250 ok")
+    rig.script(email, dot=hold)
+    request_id = rig.caller.request(email)
+    assert hold.reached.wait(10)
+
+    [active] = ask(rig, app, "active")
+    assert active["id"] == request_id
+    assert active["name"] == TASK
+    assert active["kwargs"] == {"email": "s***@example.com"}
+    assert ask(rig, app, "query_task", request_id)[request_id][0] == "active"
+    assert ask(rig, app, "reserved") == []
+    assert "secret" not in str([ask(rig, app, each) for each in ("active", "reserved", "scheduled", "stats")])
+
+    hold.release.set()
+    assert rig.caller.reply(request_id)["error"] == 0
+    eventually(lambda: ask(rig, app, "active") == [])
+    assert ask(rig, app, "query_task", request_id) == {}
+
+
+def test_a_request_that_waits_for_its_eta_is_scheduled_and_shown_masked(rig: Rig, app: Celery) -> None:
+    email = address("secret")
+    eta = (datetime.now(UTC) + timedelta(seconds=2)).isoformat()
+    [request_id] = rig.caller.push(message({"email": email}, headers={"eta": eta}))
+    eventually(lambda: request_id in str(ask(rig, app, "scheduled")))
+    [scheduled] = ask(rig, app, "scheduled")
+    assert "secret" not in json.dumps(scheduled)
+    assert "s***@example.com" in json.dumps(scheduled)
+    assert rig.caller.reply(request_id)["error"] == 0
+
+
+def test_every_request_has_its_events_and_they_show_no_address(rig: Rig) -> None:
+    email = address("secret")
+    request_id = rig.caller.request(email)
+    rig.caller.reply(request_id)
+
+    def mine() -> list[dict[str, Any]]:
+        return [event for event in rig.events() if event["uuid"] == request_id]
+
+    eventually(lambda: len(mine()) == 3)
+    assert [event["type"] for event in mine()] == ["task-received", "task-started", "task-succeeded"]
+    received, _started, succeeded = mine()
+    assert received["name"] == TASK
+    assert received["kwargs"] == "{'email': 's***@example.com'}"
+    assert succeeded["result"] == "{'email': 's***@example.com', 'error': 0}"
+    assert succeeded["runtime"] >= 0
+    assert "secret" not in json.dumps(mine())
+
+
+def test_cancel_consumer_stops_taking_and_add_consumer_begins_again(rig: Rig, app: Celery) -> None:
+    app.control.cancel_consumer("verification", destination=[rig.worker.name], reply=True)
+    eventually(lambda: ask(rig, app, "active_queues") == [])
+    request_id = rig.caller.request(address())
+    assert ask(rig, app, "ping") == {"ok": "pong"}
+    assert rig.broker.llen("verification") == 1
+    assert rig.results.exists(f"celery-task-meta-{request_id}") == 0
+
+    app.control.add_consumer("verification", destination=[rig.worker.name], reply=True)
+    assert rig.caller.reply(request_id)["error"] == 0
+    assert [queue["name"] for queue in ask(rig, app, "active_queues")] == ["verification"]
+
+
+def test_the_command_line_inspects_and_controls(rig: Rig) -> None:
+    assert "pong" in celery(rig, "inspect", "ping")
+    assert "OK" in celery(rig, "inspect", "active")
+
+
+def test_stopping_the_consumer_is_said_on_the_command_line_too(rig: Rig) -> None:
+    celery(rig, "control", "cancel_consumer", "verification")
+    celery(rig, "control", "add_consumer", "verification")
+    assert rig.caller.ask(address())["error"] == 0

@@ -1,0 +1,184 @@
+"""Messages that no worker can execute: each becomes a dead letter with its reason, and the worker goes on."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+import uuid
+from typing import Any
+
+import pytest
+from caller import address, message
+from rig import Rig
+
+DEAD = "verification.dead"
+
+
+def dump(kwargs: Any = None, **options: Any) -> bytes:
+    return json.dumps(message({"email": "a@example.com"} if kwargs is None else kwargs, **options)).encode()
+
+
+def without(field: str) -> bytes:
+    """The minimal message without one field, named by its path."""
+    envelope = message({"email": "a@example.com"})
+    *path, last = field.split(".")
+    place = envelope
+    for step in path:
+        place = place[step]
+    del place[last]
+    return json.dumps(envelope).encode()
+
+
+def body(text: str | bytes) -> bytes:
+    raw = text.encode() if isinstance(text, str) else text
+    return dump(body=base64.b64encode(raw).decode())
+
+
+FIELDS = [
+    "body",
+    "content-type",
+    "content-encoding",
+    "headers",
+    "headers.task",
+    "headers.id",
+    "properties",
+    "properties.delivery_tag",
+    "properties.body_encoding",
+    "properties.delivery_info",
+    "properties.delivery_info.exchange",
+    "properties.delivery_info.routing_key",
+]
+
+POISON: dict[str, bytes] = {
+    **{f"no {field}": without(field) for field in FIELDS},
+    "not JSON": b"hello",
+    "empty": b"",
+    "list": b"[]",
+    "null": b"null",
+    "number": b"42",
+    "text": b'"text"',
+    "cut": dump()[:-5],
+    "binary": bytes(range(256)),
+    "not UTF-8": dump(headers={"origin": "XX"}).replace(b"XX", b"\xff\xfe"),
+    "deep": b"[" * 1000 + b"]" * 1000,
+    "deeper": b'{"headers":' * 1000 + b"1" + b"}" * 1000,
+    "NaN": b'{"headers": NaN}',
+    "body a dict": dump(body={"email": "a@example.com"}),
+    "body a number": dump(body=5),
+    "body empty": dump(body=""),
+    "body not base64": dump(body="***"),
+    "body not JSON": body("hello"),
+    "body not UTF-8": body(b"\xff\xfe"),
+    "body a JSON dict": body('{"email": "a@example.com"}'),
+    "body null": body("null"),
+    "body too short": body('[[], {"email": "a@example.com"}]'),
+    "body args a dict": body('[{}, {"email": "a@example.com"}, {}]'),
+    "body kwargs a list": body("[[], [], {}]"),
+    "body deep": body("[" * 100_000 + "]" * 100_000),
+    "foreign content-type": dump(content_type="application/x-python-serialize"),
+    "foreign encoding": dump(content_encoding="utf-16"),
+    "content-type a list": dump(content_type=["application/json"]),
+    "headers a list": json.dumps({**message({}), "headers": []}).encode(),
+    "properties null": json.dumps({**message({}), "properties": None}).encode(),
+    "unknown task": dump(headers={"task": "celery.backend_cleanup"}),
+    "task a number": dump(headers={"task": 5}),
+    "id a number": dump(headers={"id": 5}),
+    "id null": dump(headers={"id": None}),
+    "id empty": dump(headers={"id": ""}),
+    "id too long": dump(request_id="x" * 256),
+    "id not Unicode": dump(request_id="\ud800"),
+    "argument deep": body('[[], {"email": ' + "[" * 1000 + "]" * 1000 + "}, {}]"),
+    "eta no time": dump(headers={"eta": "soon"}),
+    "eta a number": dump(headers={"eta": 5}),
+    "callbacks a number": dump(embed={"callbacks": 5}),
+    "callbacks no signatures": dump(embed={"callbacks": [5]}),
+    "chain a text": dump(embed={"chain": "x"}),
+    "chord a number": dump(embed={"chord": 1}),
+    "expires no time": dump(headers={"expires": "tomorrow"}),
+    "expires a list": dump(headers={"expires": []}),
+    "expires a bool": dump(headers={"expires": True}),
+    "huge": b'{"x": "' + b"x" * 1_000_000 + b'"}',
+}
+
+
+@pytest.mark.parametrize("poison", POISON.values(), ids=POISON)
+def test_an_unfit_message_becomes_a_dead_letter_and_the_next_request_is_served(rig: Rig, poison: bytes) -> None:
+    rig.broker.delete(DEAD)
+    before = time.time()
+    rig.broker.lpush("verification", poison)
+    email = address()
+    assert rig.caller.ask(email) == {"email": email, "error": 0}
+    rig.settled()
+    assert rig.broker.llen(DEAD) == 1
+    [letter] = rig.broker.lrange(DEAD, 0, -1)
+    assert isinstance(letter, bytes)
+    # As bytes outside UTF-8 came: the letter is JSON around a message that may not be.
+    found = json.loads(letter.decode("utf-8", "surrogateescape"))
+    assert found["message"].encode("utf-8", "surrogateescape") == poison
+    assert isinstance(found["reason"], str)
+    assert found["reason"]
+    assert "example" not in found["reason"]
+    assert before - 5 < found["at"] < time.time() + 5
+    assert rig.worker.alive
+
+
+def test_poison_among_good_requests_stops_none_of_them(rig: Rig) -> None:
+    good = [message({"email": address()}) for _ in range(20)]
+    mixed = [part for each in good for part in (json.dumps(each).encode(), b"[]", without("headers.id"))]
+    rig.broker.lpush("verification", *mixed)
+    assert rig.caller.replies([each["headers"]["id"] for each in good]) == [0] * len(good)
+    rig.settled()
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"group": 5},
+        {"retries": "many"},
+        {"timelimit": "no"},
+        {"root_id": {}, "parent_id": [], "kwargsrepr": 7, "argsrepr": None, "origin": {}, "lang": 5},
+        {"stamped_headers": 5, "stamps": "x"},
+        {"compression": "zlib"},
+        {"ignore_result": True},
+        {"eta": "20200101T000000", "compression": "zlib", "timelimit": "no", "retries": "many", "group_index": "x"},
+        {"meth": "x", "shadow": "other.name"},
+    ],
+    ids=repr,
+)
+def test_odd_headers_end_in_one_reply_or_one_dead_letter(rig: Rig, headers: dict[str, Any]) -> None:
+    rig.broker.delete(DEAD)
+    [request_id] = rig.caller.push(message({"email": address()}, headers=headers))
+    rig.settled()
+    answered = rig.results.exists(f"celery-task-meta-{request_id}")
+    assert answered + rig.broker.llen(DEAD) == 1
+    assert rig.caller.ask(address())["error"] == 0
+
+
+@pytest.mark.parametrize("embed", [None, [], 5, {"unknown": 1}, {"callbacks": []}], ids=repr)
+def test_an_odd_embed_ends_in_one_reply_or_one_dead_letter(rig: Rig, embed: Any) -> None:
+    rig.broker.delete(DEAD)
+    text = json.dumps([[], {"email": address()}, embed]).encode()
+    [request_id] = rig.caller.push(message(body=base64.b64encode(text).decode()))
+    rig.settled()
+    answered = rig.results.exists(f"celery-task-meta-{request_id}")
+    assert answered + rig.broker.llen(DEAD) == 1
+    assert rig.caller.ask(address())["error"] == 0
+
+
+def test_duplicate_keys_are_read_as_any_json_reader_does_the_last_one_counts(rig: Rig) -> None:
+    email, request_id = address(), str(uuid.uuid4())
+    text = json.dumps(message({"email": email}, request_id=request_id))
+    rig.broker.lpush("verification", '{"content-type": "text/plain", "headers": {}, ' + text[1:])
+    assert rig.caller.reply(request_id) == {"email": email, "error": 0}
+
+
+def test_a_huge_but_sound_message_is_served(rig: Rig) -> None:
+    email = address()
+    assert rig.caller.ask(email, extra="x" * 1_000_000) == {"email": email, "error": 0}
+
+
+def test_an_id_of_255_characters_is_served(rig: Rig) -> None:
+    request_id = uuid.uuid4().hex.ljust(255, "x")
+    [request_id] = rig.caller.push(message({"email": address()}, request_id=request_id))
+    assert rig.caller.reply(request_id)["error"] == 0

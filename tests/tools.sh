@@ -1,0 +1,20 @@
+#!/bin/sh
+# Programs that tests marked `tools` use and pip does not install: installed with apt-get where that is possible, else
+# named. Whether they are needed is the tests' to say.
+set -u
+
+missing=
+command -v chromium >/dev/null || missing="$missing chromium"
+command -v spamassassin >/dev/null || missing="$missing spamassassin"
+[ -n "$(fc-list :lang=zh-cn 2>/dev/null)" ] || missing="$missing fontconfig fonts-noto-cjk"
+[ -n "$missing" ] || exit 0
+
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "Installing$missing ..."
+    # shellcheck disable=SC2086 - words are wanted
+    if apt-get update -q >/dev/null &&
+        DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $missing >/dev/null; then
+        exit 0
+    fi
+fi
+echo "Cannot install$missing here; install them to see the tests that use them pass." >&2
