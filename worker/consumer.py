@@ -16,7 +16,6 @@ from worker.broker import Transport
 
 logger = get_logger(__name__)
 
-_POOLS = {"celery.concurrency.thread", "celery.concurrency.solo"}
 RETRY_FIRST, RETRY_STEP, RETRY_MOST = 0.2, 0.3, 2.0  # seconds between tries to reach Redis; Celery's own grow to 30
 
 
@@ -25,11 +24,8 @@ class ServiceStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ship
 
     requires = (Tasks,)
 
-    def __init__(self, consumer: Any, **_: Any) -> None:
+    def __init__(self, _consumer: Any, **_: Any) -> None:
         self._bridge: Bridge | None = None
-        if type(consumer.pool).__module__ not in _POOLS:
-            # The service runs on one loop in the worker's own process; a forked child has none.
-            raise SystemExit("the worker runs with --pool=threads, which is the default; leave --pool out")
 
     def start(self, consumer: Any) -> None:
         """Open once; each reconnect only attaches the new consumer."""
