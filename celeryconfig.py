@@ -32,7 +32,7 @@ visibility_timeout = _settings.visibility_timeout  # the shortest of all apps on
 
 task_default_queue = _settings.queue  # the one queue a worker consumes
 task_routes = {TASK: {"queue": _settings.queue}}
-task_create_missing_queues = False  # a mistyped queue name is an error, not a new queue
+task_create_missing_queues = True  # a chain or callback may go on in a queue that only its caller knows
 task_serializer = "json"  # readable from any language
 result_serializer = "json"
 accept_content = ["json"]  # never pickle

@@ -16,12 +16,14 @@ import hiredis
 from redis.asyncio.connection import SSLConnection, parse_url
 
 from producer.errors import RedisUnavailable, ServerTooOld
-from producer.script import Command, in_full
+from producer.script import Command, in_full, load_all
 
 CONNECT_TIMEOUT = 1.0  # seconds; with ANSWER_TIMEOUT it keeps "Redis is down" within the promised 3 s
 ANSWER_TIMEOUT = 1.5  # seconds a batch waits for its replies before the connection counts as dead
 OLDEST = (6, 2)
 
+# Replies of a server that is there and cannot work: it reads its files, is in a long script, has become a replica.
+_AWAY = ("LOADING", "BUSY", "MASTERDOWN", "READONLY")
 _PUSHED = ([b"message"], [b"pmessage"])
 
 Batch = Sequence[Command]
@@ -165,6 +167,9 @@ class Link:
             protocol.transport.abort()
             raise RedisUnavailable(f"Redis refused SELECT {database}: {_kind(replies[0])}")
         del replies[:skip]
+        for reply in replies:
+            if isinstance(reply, ServerError) and _kind(reply) in _AWAY:
+                raise RedisUnavailable(f"Redis does not work at the moment ({_kind(reply)})")
         unknown = [
             i for i, reply in enumerate(replies) if isinstance(reply, ServerError) and _kind(reply) == "NOSCRIPT"
         ]
@@ -237,9 +242,12 @@ class Link:
             greeting.append(("AUTH", *([user] if user else []), self._options["password"]))
         greeting.append(("SELECT", self.database))
         self._selected = self.database
-        replies = await protocol.write(b"".join(map(_pack, greeting)), len(greeting))
-        for reply in replies:
-            if isinstance(reply, ServerError):
+        # Scripts go first: one found missing would run after the commands that were written behind it.
+        packed = [_pack(command) for command in (*greeting, *load_all())]
+        replies = await protocol.write(b"".join(packed), len(packed))
+        for i, reply in enumerate(replies):
+            # A user without the right to load may still have that to run.
+            if isinstance(reply, ServerError) and (i < len(greeting) or _kind(reply) in _AWAY):
                 raise RedisUnavailable(f"Redis refused the connection ({_kind(reply)})")
 
     async def close(self) -> None:

@@ -24,9 +24,22 @@ def mask_email(email: object) -> str:
     return f"{local[:1]}***@{domain}"
 
 
+# Names that look like addresses and are none: the worker's own, which Celery says often.
+_names: set[str] = set()
+
+
 def mask_text(text: str) -> str:
-    """`text` with everything that looks like an address masked."""
-    return _ADDRESS.sub(lambda found: found[1] + mask_email(found[2]), text) if "@" in text else text
+    """`text` with everything that looks like an address masked, but for this process' own name."""
+
+    def masked(found: re.Match[str]) -> str:
+        return found[0] if found[2] in _names else found[1] + mask_email(found[2])
+
+    return _ADDRESS.sub(masked, text) if "@" in text else text
+
+
+def this_process_is(name: str) -> None:
+    """Leave `name` readable in logs: a worker is called `celery@host`."""
+    _names.add(name)
 
 
 def _mask_event(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:

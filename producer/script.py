@@ -25,6 +25,11 @@ class Script:
 _BY_SHA: dict[str, Script] = {}
 
 
+def load_all() -> list[Command]:
+    """What makes a server know every script of this process."""
+    return [("SCRIPT", "LOAD", script.text) for script in _BY_SHA.values()]
+
+
 def in_full(command: Command) -> Command:
     """The same EVALSHA with the script's text, for a server that answered NOSCRIPT: it loads what it runs."""
     return ("EVAL", _BY_SHA[str(command[1])].text, *command[2:])

@@ -107,11 +107,17 @@ class Caller:
         return self.reply(self.request(email, **kwargs), within)
 
     def published(self, request_id: str | None = None) -> list[dict[str, Any]]:
-        """All that was published under an id, or under any."""
+        """All that was published until now under an id, or under any."""
+        fence = META + str(uuid.uuid4())
+        deadline = time.monotonic() + 10
+        while fence not in {channel for channel, _ in self._listener.heard[-100:]}:
+            assert time.monotonic() < deadline, "the subscription is broken"
+            self.results.publish(fence, b"")
+            time.sleep(0.01)
         return [
             json.loads(data)
             for channel, data in list(self._listener.heard)
-            if request_id is None or channel == META + request_id
+            if data and (request_id is None or channel == META + request_id)
         ]
 
     def close(self) -> None:

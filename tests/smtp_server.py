@@ -232,8 +232,15 @@ class _Session:
         mail = Mail(self._sender, self._recipient, content)
         self._sender = self._recipient = ""
         self._server.dotted.append(mail)
-        said = await self._act("dot", "250 2.0.0 ok" if mail.recipient else whether, mail.recipient)
-        if said.startswith("2") and mail.recipient:
+        act = self._choose("dot", "250 2.0.0 ok" if mail.recipient else whether, mail.recipient)
+        if isinstance(act, Later | Held):
+            await act.pause()
+            act = act.text
+        # Kept before it is said: whoever acts upon the reply finds the mail.
+        if isinstance(act, str) and act.startswith("2") and mail.recipient:
+            self._server.mails.append(mail)
+        said = await self._play(act)
+        if not isinstance(act, str) and said.startswith("2") and mail.recipient:
             self._server.mails.append(mail)
 
     async def _content(self) -> bytes:
@@ -254,10 +261,13 @@ class _Session:
 
     async def _act(self, step: str, usual: Act, recipient: str = "") -> str:
         """Play what the script has for `step`; returns what was said."""
+        return await self._play(self._choose(step, usual, recipient))
+
+    def _choose(self, step: str, usual: Act, recipient: str) -> Act:
         act = self._server.scripts.get(recipient, self._server.script).get(step, usual)
         if isinstance(act, list):
             act = act.pop(0) if act else usual
-        return await self._play(act)
+        return act
 
     async def _play(self, act: Act) -> str:
         match act:

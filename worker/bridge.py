@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import functools
 import logging
+import math
 import os
 import sys
 import threading
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 FINISH_WITHIN = 11.0  # seconds a warm shutdown waits for sends in hand; one send takes VERIFY_SEND_TIMEOUT at most
 SWITCH_INTERVAL = 0.0002  # seconds
+CUT_WITHIN = 1.5  # seconds in which a cold one puts back what it can; what is left is redelivered
 _BEAT = 0.1  # seconds between two looks at Celery's state while waiting
 
 _T = TypeVar("_T")
@@ -76,6 +78,9 @@ class Bridge(Watcher):
 
     def attach(self, consumer: Any) -> None:
         """A consumer is connected: it gets what lies in the inbox. Called anew at each reconnect."""
+        if self._consumer is not None:
+            # Celery has forgotten what it had scheduled: with stock kombu, all of it comes again.
+            self._call(self._intake.celery_forgot())
         self._consumer = consumer
         # Read when the hub runs, not now: only then does the new channel know whose messages these are.
         consumer.hub.add_reader(self._reader, self._empty_inbox)
@@ -85,10 +90,15 @@ class Bridge(Watcher):
         global _current
         if self._worker is None:
             return
-        stopping = self._call(self._worker.stop(FINISH_WITHIN))
-        while not stopping.done() and not state.should_terminate:
+        stopping = self._call(self._worker.stop(CUT_WITHIN if state.should_terminate else FINISH_WITHIN))
+        cut_at = math.inf
+        while not stopping.done() and time.monotonic() < cut_at:
             concurrent.futures.wait([stopping], timeout=_BEAT)
             self._empty_inbox()
+            if state.should_terminate and cut_at == math.inf:
+                cut_at = time.monotonic() + CUT_WITHIN
+        with contextlib.suppress(TimeoutError):
+            self._call(_call_off_all()).result(timeout=1)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=1)
         self._worker = _current = None
@@ -116,7 +126,7 @@ class Bridge(Watcher):
 
     def ack(self, tag: str) -> None:
         """A message that went to Celery is done."""
-        self._call(self._intake.leave_celery(tag, lambda tag: RequestQueue.ack([tag])))
+        self._call(self._intake.leave_celery(tag, lambda tag: [RequestQueue.ack([tag])]))
 
     def bury(self, tag: str) -> None:
         """A message that Celery rejects becomes a dead letter."""
@@ -207,6 +217,15 @@ class Bridge(Watcher):
         self._inbox.append(call)
         with contextlib.suppress(BlockingIOError):
             os.write(self._writer, b"\0")
+
+
+async def _call_off_all() -> None:
+    """Cancel whatever still runs on this loop, and what comes of that."""
+    for _ in range(3):
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _shown(job: Job) -> str:

@@ -35,10 +35,14 @@ class ServiceStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ship
             Transport.tap = self._bridge
         self._bridge.attach(consumer)
 
-    def stop(self, _consumer: Any) -> None:
-        """Close, if the worker stops; at a reconnect, the service goes on."""
-        stopping = state.should_stop is not None or state.should_terminate is not None
-        if stopping and self._bridge is not None:
+    def stop(self, consumer: Any) -> None:
+        """Close, if the worker stops, by signal or by remote control; at a reconnect, the service goes on."""
+        if consumer.blueprint.state in {bootsteps.CLOSE, bootsteps.TERMINATE}:
+            self.shutdown(consumer)
+
+    def shutdown(self, _consumer: Any) -> None:
+        """Close. Celery stops no step of a consumer that waits for Redis, but shuts all down."""
+        if self._bridge is not None:
             Transport.tap = None
             self._bridge.close()
 

@@ -176,12 +176,15 @@ class Intake:
         self._alone = False
         self._in_touch_since: float | None = None
         self._serving: set[asyncio.Task[None]] = set()
-        self._running: asyncio.Task[None] | None = None
+        self._stopping = False
+        self._taking: asyncio.Task[None] | None = None
+        self._tending: asyncio.Task[None] | None = None
         self._waiting: asyncio.Future[list[Any]] | None = None
 
     def start(self) -> None:
         """Begin to tend; messages are taken once `consume` was called."""
-        self._running = asyncio.create_task(self._run())
+        self._taking = asyncio.create_task(self._take())
+        self._tending = asyncio.create_task(self._tend())
 
     def consume(self, *, on: bool) -> None:
         """Take messages, or stop taking."""
@@ -201,7 +204,9 @@ class Intake:
 
     async def serve_for_celery(self, tag: str) -> Reply | None:
         """What became of a request whose task Celery runs now; None: it was parked, buried or put back."""
-        job = self._at_celery[tag]
+        job = self._at_celery.get(tag)
+        if job is None:  # it went back to the queue meanwhile
+            return None
         job.through_celery = True
         self.held[tag] = job
         future = self._for_celery[tag] = asyncio.get_running_loop().create_future()
@@ -217,6 +222,15 @@ class Intake:
         except RedisUnavailable:
             logger.warning("a message that Celery is done with could not be settled; it will be redelivered")
 
+    async def celery_forgot(self) -> None:
+        """Celery lost its connection, and with it what it had not begun: that goes back to the queue."""
+        tags = [tag for tag, job in self._at_celery.items() if not job.through_celery]
+        for tag in tags:
+            del self._at_celery[tag]
+        if tags:
+            with contextlib.suppress(RedisUnavailable):  # it is redelivered, then
+                await self._broker.run([self.queue.release(tags)])
+
     def revoke(self, tag: str) -> None:
         """Celery will not run this message: its request is answered unsent."""
         job = self._at_celery.get(tag)
@@ -228,9 +242,12 @@ class Intake:
 
         Without Redis nothing can be put back: it is redelivered once its visibility has lapsed.
         """
+        self._stopping = True
         self.consume(on=False)
         with contextlib.suppress(TimeoutError, RedisUnavailable):
             async with asyncio.timeout(seconds):
+                if self._taking is not None:
+                    await asyncio.wait([self._taking])  # it may have messages on their way
                 if self._serving:
                     await asyncio.wait(self._serving)
                 await self._service.drain(seconds - SETTLING)
@@ -239,15 +256,10 @@ class Intake:
                     tags, self._at_celery = list(self._at_celery), {}
                     await self._broker.run([self.queue.release(tags)])
         await self._settler.abandon()
-        for task in (self._running, self._waiting):
+        for task in (self._taking, self._tending, self._waiting):
             if task is not None:
                 task.cancel()
                 await asyncio.wait([task])
-
-    async def _run(self) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._take())
-            tasks.create_task(self._tend())
 
     def _wanted(self) -> int:
         """How many messages to reserve now."""
@@ -257,7 +269,7 @@ class Intake:
         return self._service.appetite - held
 
     async def _take(self) -> None:
-        while True:
+        while not self._stopping:
             wanted = self._wanted()
             if wanted <= 0:
                 self._room.clear()
@@ -278,6 +290,9 @@ class Intake:
         if isinstance(answer, ServerError):
             raise RedisUnavailable
         taken, self._suspects, alone = self.queue.read_reserve(answer)
+        if not self._consuming:  # told so while they were on their way
+            await self._broker.run([self.queue.release([reserved.tag for reserved in taken])])
+            return True
         jobs = self._read(taken)
         self._alone = alone and bool(jobs)
         if jobs:

@@ -16,8 +16,8 @@ from producer.contract import DEAD_LETTERS, REPLY_TTL, TASK
 from producer.script import Command, Script
 
 _LUA = Path(__file__).parent / "lua"
-_RESERVE, _TEND, _PARK, _WAKE, _BURY, _RELEASE = (
-    Script(_LUA / f"{name}.lua") for name in ("reserve", "tend", "park", "wake", "bury", "release")
+_RESERVE, _TEND, _ACK, _PARK, _WAKE, _BURY, _RELEASE = (
+    Script(_LUA / f"{name}.lua") for name in ("reserve", "tend", "ack", "park", "wake", "bury", "release")
 )
 
 UNACKED, INDEX = "unacked", "unacked_index"  # kombu's names
@@ -91,9 +91,9 @@ class RequestQueue:
         return Tended(answer[0], answer[1], answer[2], _pairs(answer[3:]))
 
     @staticmethod
-    def ack(tags: list[str]) -> list[Command]:
-        """These messages are done. The payload goes first: an index entry without one is harmless, not the reverse."""
-        return [("HDEL", UNACKED, *tags), ("ZREM", INDEX, *tags)]
+    def ack(tags: list[str]) -> Command:
+        """These messages are done."""
+        return _ACK([UNACKED, INDEX], tags)
 
     def park(self, tag: str, request_id: str, delay: float, enqueued_at: float | None) -> Command:
         """The request waits for `delay` seconds, or until it is woken."""

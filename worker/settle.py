@@ -41,11 +41,17 @@ class _Item:
 
     job: Job
     mark: Command | None = None
+    unmarkable: bool = False  # the mark was refused; the rest need not wait for it
     reply: Command | None = None
     leave: list[Command] = field(default_factory=list)
     ack: bool = False
     error: ErrorCode | None = None
     until: float = 0.0
+
+    @property
+    def marked(self) -> bool:
+        """Whether reply and leave may follow."""
+        return self.mark is None or self.unmarkable
 
 
 class Settler:
@@ -149,7 +155,7 @@ class Settler:
                 await stage(batch)
         left, now = [], asyncio.get_running_loop().time()
         for item in batch:
-            if item.mark is None and item.reply is None and not item.leave and not item.ack:
+            if item.marked and item.reply is None and not item.leave and not item.ack:
                 self._on_done(item.job, item.error)
             elif item.until < now and (item.ack or item.leave):
                 logger.warning("a request could not be settled in time; it will be redelivered")
@@ -163,16 +169,19 @@ class Settler:
         answers = await _run(self._databases.codes, [item.mark for item in items if item.mark is not None])
         woken: list[str] = []
         for item, answer in zip(items, answers, strict=False):
-            # An error reply does not become better by asking again, and the caller waits.
+            if isinstance(answer, ServerError):
+                # Tried again with whatever else is tried again; alone it is not worth the caller's waiting.
+                item.unmarkable = True
+                continue
             item.mark = None
-            if not isinstance(answer, ServerError) and isinstance(answer[0], int):
+            if isinstance(answer[0], int):
                 woken += self._store.read_settle(answer)[1]
         if woken:
             await _run(self._databases.broker, [self._queue.wake(woken)])
 
     async def _replies(self, batch: list[_Item]) -> None:
         one_server = self._databases.one_server
-        items = [item for item in batch if item.reply is not None and (one_server or item.mark is None)]
+        items = [item for item in batch if item.reply is not None and (one_server or item.marked)]
         answers = await _run(self._databases.results, [item.reply for item in items if item.reply is not None])
         for item, answer in zip(items, answers, strict=False):
             if not isinstance(answer, ServerError):
@@ -180,16 +189,25 @@ class Settler:
 
     async def _leaves(self, batch: list[_Item]) -> None:
         one_server = self._databases.one_server
-        items = [item for item in batch if one_server or (item.mark is None and item.reply is None)]
+        items = [item for item in batch if one_server or (item.marked and item.reply is None)]
         acked = [item for item in items if item.ack]
         leaving = [item for item in items if item.leave]
-        commands = self._queue.ack([item.job.tag for item in acked]) if acked else []
+        commands = [self._queue.ack([item.job.tag for item in acked])] if acked else []
         commands += [command for item in leaving for command in item.leave]
-        if await _run(self._databases.broker, commands):
+        answers = await _run(self._databases.broker, commands)
+        if not answers:
+            return
+        if acked and not isinstance(answers.pop(0), ServerError):
             for item in acked:
                 item.ack = False
-            for item in leaving:
-                item.leave.clear()
+        rest = iter(answers)
+        for item in leaving:
+            refused = [command for command, answer in zip(item.leave, rest, strict=False) if _is_error(answer)]
+            item.leave = refused
+
+
+def _is_error(answer: object) -> bool:
+    return isinstance(answer, ServerError)
 
 
 async def _run(database: Database, commands: list[Command]) -> list[Any]:

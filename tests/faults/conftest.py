@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
-from stage import Stage
+
+from faults.stage import Stage
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ class Proxy:
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
-                while self.mode == STALL:
+                while self.mode == STALL:  # noqa: ASYNC110 - another thread decides
                     await asyncio.sleep(0.01)
                 if self.mode == HOLE:
                     continue

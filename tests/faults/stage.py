@@ -15,16 +15,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 
 import redis
 from caller import META, QUEUE, Listener, message
-from proxy import Proxy
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from redis_server import RedisServer
 from smtp_server import Act, Held, Mail, ScriptedServer, running
 from worker_process import WorkerProcess, eventually
+
+from faults.proxy import Proxy
 
 VISIBILITY: Final = 2  # seconds; the default is 15
 BACK: Final = VISIBILITY + 3  # seconds within which what a dead worker held is served, by contract
@@ -32,7 +33,7 @@ CODE_LENGTH: Final = 12  # six digits are also in any timestamp of a log
 _CODE: Final = re.compile(rb"\n(\d{12})=\r\n")
 _MESSAGE_ID: Final = re.compile(rb"\r\nMessage-ID: <([a-p]+)@example\.com>\r\n")
 _AWAY: Final = (redis.ConnectionError, redis.TimeoutError)
-_HELD: Final = {
+_HELD: Final[dict[str, Callable[[redis.Redis], Any]]] = {
     "queue": lambda client: client.llen(QUEUE),
     "unacked": lambda client: client.hlen("unacked"),
     "unacked_index": lambda client: client.zcard("unacked_index"),
@@ -55,14 +56,6 @@ class Calling(Held):
         self.reached.set()
         await asyncio.to_thread(self._call)
         await asyncio.sleep(self._after)
-
-
-class Sink(ScriptedServer):
-    """A relay that takes everything unless its script says otherwise, and tells when its first mail came."""
-
-    def whole(self, recipient: str | None = None) -> list[Mail]:
-        """The mails that came whole, accepted or not."""
-        return [mail for mail in list(self.dotted) if recipient in {None, mail.recipient}]
 
 
 @dataclass
@@ -110,7 +103,7 @@ class Stage:
         aof: str = "",
         redis_proxy: bool = False,
         relay_proxy: bool = False,
-        sink: Sink | None = None,
+        sink: ScriptedServer | None = None,
         own: Iterable[str] = (),
         log_level: str = "DEBUG",
         **settings: object,
@@ -123,10 +116,9 @@ class Stage:
         self.servers = dict.fromkeys(("codes", "broker", "results"), self.server)
         for which in own:
             self.servers[which] = self._stack.enter_context(RedisServer(aof=bool(aof), options=options))
-        self.sink = self._stack.enter_context(running(sink or Sink()))
+        self.sink = self._stack.enter_context(running(sink or ScriptedServer()))
         self.redis_proxy = self._stack.enter_context(Proxy(self.server.port)) if redis_proxy else None
         self.relay_proxy = self._stack.enter_context(Proxy(self.sink.port)) if relay_proxy else None
-        assert isinstance(self.sink, Sink)
         relay = self.relay_proxy.port if self.relay_proxy else self.sink.port
         self.settings = {
             "VERIFY_REDIS_URL": f"redis://127.0.0.1:{self.redis_proxy.port if self.redis_proxy else self.server.port}",
@@ -182,6 +174,23 @@ class Stage:
     def alive(self) -> list[WorkerProcess]:
         """Those that run."""
         return [worker for worker in self.workers if worker.alive]
+
+    def kill_workers(self) -> None:
+        """Kill all that run."""
+        for worker in self.alive:
+            worker.kill()
+
+    def command(self, *words: Any) -> Any:
+        """Any command, to the broker's server."""
+        return self.broker.execute_command(*words)  # type: ignore[no-untyped-call]
+
+    def dead_letters(self) -> list[bytes]:
+        """As they stand in the list."""
+        return cast(list[bytes], self.broker.lrange("verification.dead", 0, -1))
+
+    def whole(self, recipient: str) -> list[Mail]:
+        """The mails to a recipient that came whole, accepted or not."""
+        return [mail for mail in list(self.sink.dotted) if mail.recipient == recipient]
 
     def script(self, recipient: str, **steps: Act | list[Act]) -> None:
         """How the relay treats one recipient: `rcpt="550 no"`."""
@@ -334,7 +343,7 @@ class Stage:
         if codes_kept:
             for recipient, seen in codes.items():
                 assert len(seen) == 1, "two codes within one life"
-                live = self.codes.get(f"code_{recipient}")
+                live = cast(bytes | None, self.codes.get(f"code_{recipient}"))
                 assert live is None or live.decode() in seen
         accepted = {mail.recipient for mail in list(self.sink.mails)}
         for request_id, error in errors.items():
@@ -426,4 +435,4 @@ def new_address(name: str = "user") -> str:
     return f"{name}.{uuid.uuid4().hex[:10]}@example.com"
 
 
-__all__ = ["BACK", "VISIBILITY", "Calling", "Load", "Sink", "Stage", "eventually", "message", "new_address"]
+__all__ = ["BACK", "VISIBILITY", "Calling", "Load", "Stage", "eventually", "message", "new_address"]

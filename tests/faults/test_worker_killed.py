@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from proxy import HOLE, STALL, in_mode
 from smtp_server import Held
-from stage import BACK, VISIBILITY, Calling, Stage, eventually, new_address
+from worker_process import WorkerProcess
+
+from faults.proxy import HOLE, STALL, in_mode
+from faults.stage import BACK, VISIBILITY, Calling, Stage, eventually, new_address
 
 NewStage = Callable[..., Stage]
 
@@ -48,7 +51,7 @@ def test_a_worker_killed_between_250_and_mark_sends_once_more_with_the_same_code
 def test_a_worker_killed_as_the_relay_accepts_sends_once_more_and_a_second_time_never(new_stage: NewStage) -> None:
     stage = new_stage()
     email = new_address()
-    stage.script(email, dot=[Calling("250 2.0.0 ok", lambda: [each.kill() for each in stage.alive])] * 2)
+    stage.script(email, dot=[Calling("250 2.0.0 ok", stage.kill_workers)] * 2)
     [request_id] = stage.push(email)
     eventually(lambda: not stage.alive)
     stage.add_worker()
@@ -98,17 +101,15 @@ def test_a_worker_frozen_before_its_final_dot_does_not_send_when_it_wakes_up(new
     held.release.set()
     frozen.resume()
     time.sleep(1)
-    assert len(stage.sink.whole(email)) == 1
+    assert len(stage.whole(email)) == 1
     assert frozen.alive
     assert other.alive
     stage.check()
 
 
-def holds(stage: Stage, worker: object) -> bool:
+def holds(stage: Stage, worker: WorkerProcess) -> bool:
     """Whether this worker, the only one with a relay connection, has the request: its process has the socket."""
-    from pathlib import Path
-
-    pid = worker.process.pid  # type: ignore[attr-defined]
+    pid = worker.process.pid
     port = f":{stage.sink.port:04X}"
     inodes = {
         line.split()[9]
@@ -146,7 +147,7 @@ def test_a_message_that_kills_its_worker_four_times_is_answered_2_and_buried_and
     stage = new_stage(workers=0)
     killer = new_address("killer")
     mates = [new_address("mate") for _ in range(20)]
-    stage.script(killer, rcpt=Calling("250 2.1.5 ok", lambda: [each.kill() for each in stage.alive]))
+    stage.script(killer, rcpt=Calling("250 2.1.5 ok", stage.kill_workers))
     # The mates' mails are on the wire, and not whole, when the killer strikes.
     ids = stage.push(*mates[:10], killer, *mates[10:])
     deaths = 0
@@ -190,7 +191,7 @@ def test_a_slow_send_is_not_redelivered_while_its_worker_lives(new_stage: NewSta
     stage.script(email, dot=[held])
     [request_id] = stage.push(email)
     time.sleep(3 * VISIBILITY)
-    assert len(stage.sink.whole(email)) == 1
+    assert len(stage.whole(email)) == 1
     held.release.set()
     assert stage.reply(request_id) == 0
     stage.check()
@@ -212,7 +213,7 @@ def test_a_worker_cut_off_from_redis_past_its_lease_does_not_send(new_stage: New
     assert stage.reply(request_id, BACK + VISIBILITY + 2) == 0
     held.release.set()
     time.sleep(1)
-    assert len(stage.sink.whole(email)) == 1
+    assert len(stage.whole(email)) == 1
     stage.redis_proxy.mode = "pass"
     stage.redis_proxy.reset()
     stage.check()

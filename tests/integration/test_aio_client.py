@@ -227,15 +227,16 @@ class TestRedisAway:
         assert 0.4 <= seconds < 1.4
 
     def test_a_half_open_push_is_tried_again_on_a_new_connection(self, redis_server: RedisServer) -> None:
-        async def work(proxy: TcpProxy) -> Reply:
+        async def work(proxy: TcpProxy, worker: FakeWorker) -> Reply:
             async with opened(redis_server, broker_url=proxy.url(1)) as client:
                 await client.enqueue(A)
                 proxy.stall()
-                return await client.request(A)
+                reply = await client.request(A)
+                assert await eventually(lambda: len(worker.taken) == 3)
+                return reply
 
         with TcpProxy(redis_server.port) as proxy, FakeWorker(redis_server) as worker:
-            assert asyncio.run(work(proxy)).error is ErrorCode.SUCCESS
-        assert len(worker.taken) == 3
+            assert asyncio.run(work(proxy, worker)).error is ErrorCode.SUCCESS
         assert len({each.request_id for each in worker.taken}) == 2
 
     def test_too_old_is_said_loudly(self, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -373,9 +373,9 @@ class TestEnd:
         client = VerificationClient(settings(redis_server))
         with ThreadPoolExecutor() as pool:
             replies = [pool.submit(client.request, A) for _ in range(5)]
-            assert eventually(lambda: waiting(client) == 5)
             with redis_server.client(1) as broker:
                 assert eventually(lambda: broker.llen("verification") == 5)
+            assert eventually(lambda: waiting(client) == 5)  # every push was answered, only the replies are missing
             client.close()
             assert {reply.result(2).error for reply in replies} == {ErrorCode.TIMEOUT}
 

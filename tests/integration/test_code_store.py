@@ -239,6 +239,14 @@ def test_without_a_cooldown_every_request_sends(redis: redis_py.Redis) -> None:
     assert not [key for key in driver.everything() if key.startswith((b"cooldown:", b"sending:", b"joined:"))]
 
 
+def test_a_cooldown_that_was_turned_off_holds_nothing_back(driver: Driver) -> None:
+    driver.deliver(claim_of("one"))
+    driver.send(claim_of("two", "b@example.com"))
+    without = with_policy(driver.client, cooldown=0)
+    without.send(claim_of("three"))
+    without.send(claim_of("four", "b@example.com"))
+
+
 # --- the bucket ---
 
 
@@ -470,6 +478,27 @@ def test_a_holder_that_stood_still_may_not_send_once_its_request_joined_anothers
     assert driver.renew(claim_of("one", token="a")) == [0]
 
 
+def test_an_answer_that_a_joined_request_shares_is_remembered_even_if_the_request_was_forgotten(driver: Driver) -> None:
+    driver.send(claim_of("one"))
+    driver.issue(claim_of("two"))
+    driver.client.delete("request:two")
+    assert driver.accepted(claim_of("one")) == ["two"]
+    assert driver.issue(claim_of("two", "b@example.com")) == Conflict()
+    assert driver.answer_of(claim_of("two")) is ErrorCode.SUCCESS
+    assert driver.client.pttl("request:two") > 3_599_000
+
+
+def test_the_answer_that_a_joined_request_shares_takes_the_lease_from_its_holder(driver: Driver) -> None:
+    driver.send(claim_of("one"))
+    driver.issue(claim_of("two"))
+    driver.lapse(claim_of("one"))
+    driver.send(claim_of("two"))
+    driver.lapse(claim_of("two"))
+    driver.send(claim_of("one"))
+    assert driver.accepted(claim_of("one")) == ["two"]
+    assert not driver.dot(claim_of("two"))
+
+
 def test_joins_are_per_purpose(driver: Driver) -> None:
     driver.send(claim_of("one"))
     assert isinstance(driver.issue(claim_of("two", purpose="reset")), Send)
@@ -683,7 +712,9 @@ def test_a_verdict_takes_the_lease_from_its_holder(driver: Driver) -> None:
 
 
 def test_an_answer_is_remembered_for_an_hour(driver: Driver) -> None:
-    driver.deliver(claim_of("one"))
+    driver.send(claim_of("one"))
+    driver.client.pexpire("request:one", 5_000)
+    driver.accepted(claim_of("one"))
     assert 3_599_000 < driver.client.pttl("request:one") <= 3_600_000
 
 

@@ -34,7 +34,8 @@ def ask(rig: Rig, app: Celery, question: str, *args: Any) -> Any:
 
 def celery(rig: Rig, *words: str) -> str:
     """The command line, as an operator types it."""
-    command = [sys.executable, "-m", "celery", "-A", "worker.app", *words, "-d", rig.worker.name]
+    to = [] if words[0] == "call" else ["-d", rig.worker.name]
+    command = [sys.executable, "-m", "celery", "-A", "worker.app", *words, *to]
     environment = {**rig.worker.environment, "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -126,6 +127,12 @@ def test_cancel_consumer_stops_taking_and_add_consumer_begins_again(rig: Rig, ap
 def test_the_command_line_inspects_and_controls(rig: Rig) -> None:
     assert "pong" in celery(rig, "inspect", "ping")
     assert "OK" in celery(rig, "inspect", "active")
+
+
+def test_a_request_can_be_made_on_the_command_line(rig: Rig) -> None:
+    email = address()
+    request_id = celery(rig, "call", TASK, "--kwargs", json.dumps({"email": email})).strip()
+    assert rig.caller.reply(request_id) == {"email": email, "error": 0}
 
 
 def test_stopping_the_consumer_is_said_on_the_command_line_too(rig: Rig) -> None:

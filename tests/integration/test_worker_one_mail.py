@@ -1,0 +1,220 @@
+"""One code and one mail: cooldown, joins, what the old server left, and the address' bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from caller import Caller, address, message
+from rig import Rig, code_in
+from smtp_server import Held
+from worker_process import eventually
+
+N = 50
+
+
+def code(rig: Rig, email: str) -> str:
+    """What GateServer reads."""
+    found = rig.codes.get(f"code_{email}")
+    assert isinstance(found, bytes)
+    return found.decode()
+
+
+def test_a_live_code_of_the_old_server_is_reused_and_mailed(rig: Rig) -> None:
+    email = address()
+    rig.codes.set(f"code_{email}", "3f7a", ex=500)
+    assert rig.caller.ask(email)["error"] == 0
+    assert code(rig, email) == "3f7a"
+    assert 490 <= rig.codes.ttl(f"code_{email}") <= 500
+    [mail] = rig.mails_to(email)
+    assert code_in(mail) == "3f7a"
+
+
+def test_a_code_of_the_old_server_without_a_ttl_is_replaced(rig: Rig) -> None:
+    email = address()
+    rig.codes.set(f"code_{email}", "3f7a")
+    assert rig.caller.ask(email)["error"] == 0
+    assert code(rig, email) != "3f7a"
+    assert 590 <= rig.codes.ttl(f"code_{email}") <= 600
+    [mail] = rig.mails_to(email)
+    assert code_in(mail) == code(rig, email)
+
+
+def test_a_code_about_to_die_is_replaced(rig: Rig) -> None:
+    email = address()
+    rig.codes.set(f"code_{email}", "3f7a", ex=30)
+    assert rig.caller.ask(email)["error"] == 0
+    assert code(rig, email) != "3f7a"
+    assert rig.codes.ttl(f"code_{email}") >= 590
+
+
+def test_within_the_cooldown_success_is_said_again_without_a_mail(rig: Rig) -> None:
+    email = address()
+    assert rig.caller.ask(email)["error"] == 0
+    first = code(rig, email)
+    assert rig.caller.ask(email)["error"] == 0
+    assert code(rig, email) == first
+    assert len(rig.mails_to(email)) == 1
+
+
+def test_the_cooldown_ends_with_its_code(rig: Rig) -> None:
+    email = address()
+    assert rig.caller.ask(email)["error"] == 0
+    rig.codes.delete(f"code_{email}")  # GateServer, or a right check
+    assert rig.caller.ask(email)["error"] == 0
+    first, second = rig.mails_to(email)
+    assert code_in(first) != code_in(second) == code(rig, email)
+
+
+def test_another_purpose_has_another_code_and_mail(rig: Rig) -> None:
+    email = address()
+    assert rig.caller.ask(email)["error"] == 0
+    assert rig.caller.ask(email, purpose="login")["error"] == 0
+    assert len(rig.mails_to(email)) == 2
+
+
+def test_after_the_cooldown_the_same_code_is_mailed_again_and_its_expiry_stays(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(resend_cooldown=0)
+    rig.add_worker()
+    email = address()
+    assert rig.caller.ask(email)["error"] == 0
+    rig.codes.expire(f"code_{email}", 300)
+    assert rig.caller.ask(email)["error"] == 0
+    first, second = rig.mails_to(email)
+    assert code_in(first) == code_in(second) == code(rig, email)
+    assert rig.codes.ttl(f"code_{email}") <= 300
+
+
+def test_an_empty_bucket_answers_4_and_goes_by_the_canonical_address(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(max_sends_per_hour=2, resend_cooldown=0)
+    rig.add_worker()
+    email = address()
+    assert [rig.caller.ask(each)["error"] for each in (email, email.upper(), f" {email}")] == [0, 0, 4]
+    assert rig.caller.ask(address())["error"] == 0
+
+
+def test_a_refused_mail_is_given_back_to_the_bucket(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(max_sends_per_hour=1, resend_cooldown=0)
+    rig.add_worker()
+    email = address()
+    rig.script(email, rcpt=["550 5.1.1 gone"])
+    assert [rig.caller.ask(email)["error"] for _ in range(3)] == [5, 0, 4]
+
+
+def held(rig: Rig, email: str) -> Held:
+    """The next mail to `email` stands at its final dot until released."""
+    hold = Held("250 ok")
+    rig.script(email, dot=[hold])
+    return hold
+
+
+def test_requests_that_meet_a_send_on_the_wire_share_its_mail_and_hold_up_nobody(rig: Rig) -> None:
+    email = address()
+    hold = held(rig, email)
+    first = rig.caller.request(email)
+    assert hold.reached.wait(10)
+    ids = rig.caller.push(*(message({"email": email}) for _ in range(N)))
+    # They wait in Redis, parked, not in the worker's hands.
+    eventually(lambda: rig.broker.hlen("verification.parked") == N)
+    assert rig.broker.hlen("unacked") == 1
+    # More than a worker has connections: with one of them held, all others are served meanwhile.
+    others = rig.caller.push(*(message({"email": address()}) for _ in range(N)))
+    assert rig.caller.replies(others) == [0] * N
+    assert rig.results.exists(f"celery-task-meta-{first}") == 0
+
+    hold.release.set()
+    assert rig.caller.replies([first, *ids]) == [0] * (N + 1)
+    assert len(rig.mails_to(email)) == 1
+    assert code_in(rig.mails_to(email)[0]) == code(rig, email)
+
+
+def test_requests_at_once_share_one_code_and_one_mail(rig: Rig) -> None:
+    email = address()
+    ids = rig.caller.push(*(message({"email": email}) for _ in range(N)))
+    assert rig.caller.replies(ids) == [0] * N
+    assert len(rig.mails_to(email)) == 1
+
+
+@pytest.mark.parametrize("refusal", ["450 4.2.1 later", "421 4.3.2 closing"])
+def test_a_send_that_fails_for_now_wakes_one_of_those_that_wait(rig: Rig, refusal: str) -> None:
+    email = address()
+    hold = Held(refusal)
+    rig.script(email, dot=[hold])
+    first = rig.caller.request(email)
+    assert hold.reached.wait(10)
+    ids = rig.caller.push(*(message({"email": email}) for _ in range(5)))
+    eventually(lambda: rig.broker.hlen("verification.parked") == 5)
+    hold.release.set()
+    assert rig.caller.replies([first, *ids]) == [0] * 6
+    assert len(rig.mails_to(email)) == 1
+
+
+def test_a_send_that_is_refused_for_good_answers_all_that_wait(rig: Rig) -> None:
+    email = address()
+    hold = Held("550 5.1.1 gone")
+    rig.script(email, dot=[hold])
+    first = rig.caller.request(email)
+    assert hold.reached.wait(10)
+    ids = rig.caller.push(*(message({"email": email}) for _ in range(5)))
+    eventually(lambda: rig.broker.hlen("verification.parked") == 5)
+    hold.release.set()
+    assert rig.caller.replies([first, *ids]) == [5] * 6
+    assert len(rig.dotted_to(email)) == 1
+
+
+def test_one_that_waits_for_another_is_answered_6_at_its_own_deadline(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(give_up_after=2)
+    rig.add_worker()
+    email = address()
+    hold = held(rig, email)
+    first = rig.caller.request(email)
+    assert hold.reached.wait(10)
+    second = rig.caller.request(email)
+    assert rig.caller.reply(second) == {"email": email, "error": 6}
+    hold.release.set()
+    assert rig.caller.reply(first)["error"] in {0, 6}
+
+
+def test_with_the_cooldown_off_every_request_has_its_mail(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(resend_cooldown=0)
+    rig.add_worker()
+    email = address()
+    ids = rig.caller.push(*(message({"email": email}) for _ in range(5)))
+    assert rig.caller.replies(ids) == [0] * 5
+    assert {code_in(mail) for mail in rig.mails_to(email)} == {code(rig, email)}
+    assert len(rig.mails_to(email)) == 5
+
+
+def test_two_workers_on_one_queue_send_each_request_once(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(relay_connections=4)
+    rig.add_worker()
+    rig.add_worker()
+    emails = [address() for _ in range(200)]
+    same = address()
+    ids = rig.caller.push(*(message({"email": each}) for email in emails for each in (email, same)))
+    assert rig.caller.replies(ids, within=20) == [0] * len(ids)
+    assert sorted(mail.recipient for mail in rig.relay.mails) == sorted([*emails, same])
+
+
+def test_two_producers_on_one_queue_get_their_own_replies(rig: Rig) -> None:
+    with Caller(rig.url("BROKER", 1), rig.url("RESULTS", 2)) as second:
+        emails = [address() for _ in range(20)]
+        ids = [(rig.caller, second)[number % 2].request(email) for number, email in enumerate(emails)]
+        assert [rig.caller.reply(each)["email"] for each in ids] == emails
+        # Both hear what is published; each knows its own by the id.
+        eventually(lambda: all(len(caller.published(each)) == 1 for caller in (rig.caller, second) for each in ids))
+
+
+def test_a_code_can_be_checked_while_its_mail_is_on_the_wire(rig: Rig) -> None:
+    email = address()
+    hold = held(rig, email)
+    request_id = rig.caller.request(email)
+    assert hold.reached.wait(10)
+    [on_wire] = rig.dotted_to(email)
+    assert code_in(on_wire) == code(rig, email)
+    rig.codes.delete(f"code_{email}")  # consumed: some relays deliver before they answer
+    hold.release.set()
+    assert rig.caller.reply(request_id) == {"email": email, "error": 0}
+    # The code in that mail is not live any more, so there is no cooldown.
+    assert rig.caller.ask(email)["error"] == 0
+    assert len(rig.mails_to(email)) == 2

@@ -1,0 +1,203 @@
+"""Redis down at start, gone in between, spread over three servers, behind a password."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from caller import address, message
+from redis_server import RedisServer
+from rig import Rig
+from smtp_server import Held
+from worker_process import eventually
+
+NewServer = Callable[..., RedisServer]
+NewRig = Callable[..., Rig]
+
+
+def test_codes_broker_and_results_may_be_three_servers(new_redis_server: NewServer, new_rig: NewRig) -> None:
+    codes, broker, results = (new_redis_server() for _ in range(3))
+    rig = new_rig(codes_url=codes.url(5), broker_url=broker.url(6), results_url=results.url(7))
+    rig.add_worker()
+    email = address()
+    assert rig.caller.ask(email) == {"email": email, "error": 0}
+    with codes.client(5) as client:
+        assert client.ttl(f"code_{email}") > 590
+    assert list(rig.server.client().scan_iter()) == []
+    # Joins and retries cross the servers too.
+    hold = Held("450 4.2.1 later")
+    rig.script(email := address(), dot=[hold])
+    first = rig.caller.request(email)
+    assert hold.reached.wait(10)
+    ids = rig.caller.push(*(message({"email": email}) for _ in range(5)))
+    eventually(lambda: rig.broker.hlen("verification.parked") == 5)
+    hold.release.set()
+    assert rig.caller.replies([first, *ids]) == [0] * 6
+    assert len(rig.mails_to(email)) == 1
+
+
+@pytest.mark.parametrize("how", ["killed", "hung"])
+def test_without_the_codes_database_the_answer_is_1_within_3_seconds(
+    new_redis_server: NewServer, new_rig: NewRig, how: str
+) -> None:
+    codes = new_redis_server()
+    rig = new_rig(codes_url=codes.url(0))
+    rig.add_worker()
+    assert rig.caller.ask(address())["error"] == 0
+    codes.kill() if how == "killed" else codes.pause()
+    began = time.monotonic()
+    email = address()
+    assert rig.caller.ask(email) == {"email": email, "error": 1}
+    assert time.monotonic() - began < 3
+    codes.start() if how == "killed" else codes.resume()
+    eventually(lambda: rig.caller.ask(address())["error"] == 0, within=5)
+
+
+def test_without_the_codes_database_from_the_start_the_answer_is_1(
+    new_redis_server: NewServer, new_rig: NewRig
+) -> None:
+    codes = new_redis_server()
+    rig = new_rig(codes_url=codes.url(0))
+    codes.kill()
+    rig.add_worker()
+    assert rig.caller.ask(address(), within=3)["error"] == 1
+    codes.start()
+    eventually(lambda: rig.caller.ask(address())["error"] == 0, within=5)
+
+
+def test_a_reply_waits_for_the_results_database(new_redis_server: NewServer, new_rig: NewRig) -> None:
+    results = new_redis_server()
+    rig = new_rig(results_url=results.url(2))
+    rig.add_worker()
+    assert rig.caller.ask(address())["error"] == 0
+    results.kill()
+    email = address()
+    request_id = rig.caller.request(email)
+    eventually(lambda: len(rig.mails_to(email)) == 1)
+    results.start()
+    eventually(lambda: _answer(rig, request_id) == 0, within=5)
+    assert len(rig.mails_to(email)) == 1
+
+
+def _answer(rig: Rig, request_id: str) -> int | None:
+    """The reply's error; None while there is none, or no server to ask."""
+    try:
+        return int(rig.caller.reply(request_id, within=0.1)["error"])
+    except (AssertionError, ConnectionError, OSError):
+        return None
+
+
+def test_a_worker_starts_before_redis_and_works_within_5_seconds_of_its_coming(
+    new_redis_server: NewServer, new_rig: NewRig
+) -> None:
+    server = new_redis_server()
+    rig = new_rig(server=server)
+    server.kill()
+    worker = rig.add_worker(wait=False)
+    worker.wait_for_log("waiting for Redis")
+    server.start()
+    began = time.monotonic()
+    assert rig.caller.ask(address())["error"] == 0
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("aof", [False, True], ids=["empty", "aof"])
+def test_a_worker_outlives_a_restart_of_redis_and_works_again_within_5_seconds(
+    new_redis_server: NewServer, new_rig: NewRig, aof: bool
+) -> None:
+    server = new_redis_server(aof=aof)
+    rig = new_rig(server=server)
+    rig.add_worker()
+    assert rig.caller.ask(address())["error"] == 0
+    server.kill()
+    server.start()
+    began = time.monotonic()
+    assert rig.caller.ask(address())["error"] == 0
+    assert time.monotonic() - began < 5
+    rig.settled()
+    assert rig.worker.alive
+
+
+def test_a_send_that_a_restart_of_redis_meets_on_the_wire_is_answered(
+    new_redis_server: NewServer, new_rig: NewRig
+) -> None:
+    server = new_redis_server(aof=True)
+    rig = new_rig(server=server)
+    rig.add_worker()
+    email, hold = address(), Held("250 ok")
+    rig.script(email, dot=[hold])
+    request_id = rig.caller.request(email)
+    assert hold.reached.wait(10)
+    time.sleep(1.1)  # appendfsync everysec: what Redis has acknowledged is on the disk by now
+    server.kill()
+    server.start()
+    hold.release.set()
+    eventually(lambda: _answer(rig, request_id) == 0, within=10)
+    rig.settled()
+    assert len(rig.mails_to(email)) == 1
+    assert rig.worker.alive
+
+
+def test_a_worker_outlives_a_redis_that_hangs(new_redis_server: NewServer, new_rig: NewRig) -> None:
+    server = new_redis_server()
+    rig = new_rig(server=server)
+    rig.add_worker()
+    server.pause()
+    time.sleep(3)  # longer than a command may take
+    server.resume()
+    began = time.monotonic()
+    assert rig.caller.ask(address())["error"] == 0
+    assert time.monotonic() - began < 5
+
+
+def test_a_password_opens_redis_and_stands_in_no_log(new_redis_server: NewServer, new_rig: NewRig) -> None:
+    password = "hush-hush:/@%é"
+    server = new_redis_server(password=password)
+    rig = new_rig(server=server)
+    rig.add_worker()
+    assert rig.caller.ask(address())["error"] == 0
+    server.kill()  # so that connection errors are logged too
+    rig.worker.wait_for_log("waiting for Redis")
+    server.start()
+    eventually(lambda: rig.caller.ask(address())["error"] == 0, within=10)
+    assert "hush" not in rig.worker.log
+
+
+def test_flushed_scripts_are_loaded_again(rig: Rig) -> None:
+    rig.codes.script_flush()
+    assert rig.caller.ask(address())["error"] == 0
+
+
+def test_a_flushed_server_is_worked_with_as_before(new_rig: NewRig) -> None:
+    rig = new_rig()
+    rig.add_worker()
+    assert rig.caller.ask(address())["error"] == 0
+    rig.codes.flushall()
+    assert rig.caller.ask(address())["error"] == 0
+
+
+def test_a_request_that_waits_for_its_eta_outlives_a_lost_connection(new_rig: NewRig) -> None:
+    rig = new_rig()
+    rig.add_worker()
+    email = address()
+    eta = (datetime.now(UTC) + timedelta(seconds=3)).isoformat()
+    [request_id] = rig.caller.push(message({"email": email}, headers={"eta": eta}))
+    eventually(lambda: rig.broker.hlen("unacked") == 1)
+    rig.broker.client_kill_filter(_type="normal", skipme=True)
+    assert rig.caller.reply(request_id, within=15) == {"email": email, "error": 0}
+    assert len(rig.mails_to(email)) == 1
+
+
+def test_lost_connections_lose_no_request_and_double_no_mail(new_rig: NewRig) -> None:
+    rig = new_rig()
+    rig.add_worker()
+    emails = [address() for _ in range(300)]
+    ids: list[str] = []
+    for email in emails:
+        ids.append(rig.caller.request(email))
+        if len(ids) % 60 == 0:
+            rig.broker.client_kill_filter(_type="normal", skipme=True)
+    assert set(rig.caller.replies(ids, within=30)) <= {0, 1}
+    assert max(len(rig.mails_to(email)) for email in emails) == 1

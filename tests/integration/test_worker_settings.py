@@ -1,0 +1,74 @@
+"""How a worker starts: settings from the environment, from files, from the old server's config.json, or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from caller import address
+from rig import Rig
+from worker_process import WorkerProcess
+
+HUSH = "hush-hush"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("VERIFY_CODE_TTL", "abc", "VERIFY_CODE_TTL: 'abc' is not allowed; allowed: whole seconds, 1 to 86400"),
+        ("VERIFY_RELAYS", f"http://user:{HUSH}@mail", "VERIFY_RELAYS: the value is not allowed"),
+        ("VERIFY_REDIS_URL", f"redis://:{HUSH}@127.0.0.1/5", "VERIFY_REDIS_URL: the value is not allowed"),
+        ("VERIFY_CONFIG", "/nowhere/config.json", "VERIFY_CONFIG: '/nowhere/config.json' cannot be used"),
+    ],
+)
+def test_a_bad_setting_ends_the_worker_at_start_with_one_line(name: str, value: str, says: str) -> None:
+    worker = WorkerProcess({name: value})
+    try:
+        worker.start(wait=False)
+        assert worker.wait() != 0
+        [line] = worker.log.splitlines()
+        assert line.startswith(says)
+        assert HUSH not in line
+    finally:
+        worker.close()
+
+
+def test_the_old_servers_config_starts_a_worker(new_rig: Callable[..., Rig], tmp_path: Path) -> None:
+    rig = new_rig()
+    config = tmp_path / "config.json"
+    config.write_text(
+        json.dumps(
+            {
+                "email": {"user": "code@163.example", "pass": HUSH},
+                "mysql": {"host": "127.0.0.1", "port": 3308, "passwd": HUSH},
+                "redis": {"host": "127.0.0.1", "port": rig.server.port, "passwd": ""},
+            }
+        )
+    )
+    del rig.settings["VERIFY_REDIS_URL"]
+    rig.settings["VERIFY_CONFIG"] = str(config)
+    rig.add_worker()
+    email = address()
+    assert rig.caller.ask(email)["error"] == 0
+    # The environment's relay wins; From is the config's user.
+    [mail] = rig.mails_to(email)
+    assert mail.sender == "code@163.example"
+    assert HUSH not in rig.worker.log
+
+
+def test_a_secret_may_come_from_a_file(new_rig: Callable[..., Rig], tmp_path: Path) -> None:
+    rig = new_rig()
+    secret = tmp_path / "relays"
+    secret.write_text(rig.settings.pop("VERIFY_RELAYS") + "\n")
+    rig.settings["VERIFY_RELAYS_FILE"] = str(secret)
+    rig.add_worker()
+    assert rig.caller.ask(address())["error"] == 0
+
+
+def test_another_queue_name_is_served(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(queue="other.queue")
+    rig.caller.queue = "other.queue"
+    rig.add_worker()
+    assert rig.caller.ask(address())["error"] == 0
