@@ -15,7 +15,8 @@ from rich.text import Text
 from producer.client import VerificationClient
 from producer.contract import DEFAULT_PURPOSE, PURPOSE_PATTERN, ErrorCode, is_purpose
 from producer.errors import VerifyError
-from producer.settings import Settings, load_or_exit, mask_url
+from producer.settings import Settings, load_or_exit
+from producer.values import mask_url
 
 INTERRUPTED: Final = 130  # exit status of a program that Ctrl-C ended
 

@@ -48,6 +48,9 @@ class ErrorCode(IntEnum):
         return "".join(word.capitalize() for word in self.name.split("_"))
 
 
+_KNOWN = frozenset(ErrorCode)
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """The answer to one request: the address as the caller gave it, and how it went."""
@@ -128,6 +131,10 @@ def read_reply(payload: str | bytes) -> Reply:
     meta = json.loads(payload)
     try:
         result = meta["result"]
-        return Reply(result["email"], ErrorCode(result["error"]))
+        email, error = result["email"], result["error"]
     except (TypeError, KeyError, IndexError) as exc:
         raise ValueError("the stored result is no reply to a verification request") from exc
+    if type(error) is not int:
+        raise ValueError("the stored result's error is no number")
+    # A newer worker may know errors that we do not.
+    return Reply(email, ErrorCode(error) if error in _KNOWN else ErrorCode.EXCEPTION)

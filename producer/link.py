@@ -207,7 +207,8 @@ class Link:
         except BaseException as exc:
             if protocol is not None:
                 protocol.transport.abort()
-            if isinstance(exc, OSError) and not isinstance(exc, RedisUnavailable):
+            # UnicodeError: a host name that IDNA cannot take.
+            if isinstance(exc, OSError | UnicodeError) and not isinstance(exc, RedisUnavailable):
                 raise RedisUnavailable(f"Redis could not be reached ({type(exc).__name__})") from None
             raise
         self._protocol = protocol

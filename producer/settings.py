@@ -5,146 +5,34 @@ from __future__ import annotations
 import json
 import os
 import sys
-from email.utils import getaddresses
 from pathlib import Path
-from typing import Annotated, Any, Final, NamedTuple, NoReturn
-from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit, urlunsplit
+from typing import Any, Final, NoReturn
+from urllib.parse import parse_qs, quote, urlsplit, urlunsplit
 
 from dotenv import dotenv_values
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from producer import address
 from producer.contract import DEAD_LETTERS
-from producer.errors import BadSetting, InvalidAddress
+from producer.errors import BadSetting
+from producer.values import (
+    MASK,
+    RELAY_PORTS,
+    Bind,
+    BindTo,
+    Flag,
+    From,
+    Keys,
+    RedisURL,
+    RelayURL,
+    RelayURLs,
+    Sender,
+    mask_url,
+)
 
 PREFIX: Final = "VERIFY_"
-MASK: Final = "***"
-_RELAY_PORTS: Final = {"smtp": 25, "smtp+starttls": 587, "smtps": 465}
 _DATABASES: Final = {"codes_url": 0, "broker_url": 1, "results_url": 2}
 
 
-class RelayURL(NamedTuple):
-    """Where and how one relay is reached."""
-
-    scheme: str  # smtp (plain), smtp+starttls, smtps (implicit TLS)
-    host: str
-    port: int
-    user: str | None
-    password: str | None
-
-    def __repr__(self) -> str:
-        return self.masked()
-
-    def masked(self) -> str:
-        """The URL as it may be shown: without user and password."""
-        who = f"{MASK}@" if self.user is not None else ""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{who}{host}:{self.port}"
-
-
-class Bind(NamedTuple):
-    """A `host:port` to listen on."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-class Sender(NamedTuple):
-    """The header From: a display name, possibly empty, and an address."""
-
-    name: str
-    mailbox: str
-
-
-def mask_url(url: str) -> str:
-    """`url` with its user and password, and the values of its query, replaced."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    netloc = f"{MASK}@{host}" if "@" in parts.netloc else host
-    query = "&".join(f"{pair.partition('=')[0]}={MASK}" for pair in parts.query.split("&") if pair)
-    return urlunsplit((parts.scheme, netloc, parts.path, query, ""))
-
-
-def _redis_url(value: str) -> str:
-    parts = urlsplit(value)
-    path = parts.path.removeprefix("/")
-    database = not path or (path.isascii() and path.isdecimal())
-    if parts.scheme not in {"redis", "rediss"} or not parts.hostname or parts.port == 0 or not database:
-        raise ValueError
-    return value
-
-
-def _split(url: str) -> SplitResult:
-    parts = urlsplit(url)
-    if parts.query or parts.fragment or any(c.isspace() or not c.isprintable() for c in url):
-        raise ValueError
-    return parts
-
-
-def _relays(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    return tuple(_relay(url.strip()) for url in value.split(","))
-
-
-def _relay(url: str) -> RelayURL:
-    parts = _split(url)
-    if parts.scheme not in _RELAY_PORTS or not parts.hostname or parts.path.strip("/") or parts.port == 0:
-        raise ValueError
-    user = None if parts.username is None else unquote(parts.username)
-    password = None if parts.password is None else unquote(parts.password)
-    if (user is None) != (password is None) or any(c in f"{user}{password}" for c in "\r\n\0"):
-        raise ValueError
-    return RelayURL(parts.scheme, parts.hostname, parts.port or _RELAY_PORTS[parts.scheme], user, password)
-
-
-def _bind(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    parts = _split(f"//{value}")
-    if not parts.hostname or parts.port is None or parts.path or "@" in value:
-        raise ValueError
-    return Bind(parts.hostname, parts.port)
-
-
-def _sender(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    found = getaddresses([value])
-    if len(found) != 1 or value.count("<") != value.count(">") or any(c in value for c in "\r\n\0"):
-        raise ValueError
-    name, mailbox = found[0]
-    try:
-        parsed = address.parse(mailbox)
-    except InvalidAddress:
-        raise ValueError from None
-    if parsed.needs_smtputf8:
-        raise ValueError
-    return Sender(name, parsed.mailbox)
-
-
-def _keys(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    keys = tuple(key.strip() for key in value.split(",") if key.strip())
-    if not keys:
-        raise ValueError  # set, but to nothing: that must not open the door
-    return keys
-
-
-def _flag(value: object) -> object:
-    if value in {"0", "1"}:
-        return value == "1"
-    if isinstance(value, bool):
-        return value
-    raise ValueError
-
-
-RedisURL = Annotated[str, AfterValidator(_redis_url)]
-Flag = Annotated[bool, BeforeValidator(_flag)]
 _REDIS = "redis://host:port or rediss://host:port, with user:password@ before the host if needed"
 _FLAG = "0 or 1"
 
@@ -159,7 +47,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    redis_url: RedisURL = _setting("redis://127.0.0.1:6379", f"{_REDIS}, no database", secret=True)
+    redis_url: RedisURL = _setting("redis://127.0.0.1:6379", f"{_REDIS}, no database but 0", secret=True)
     codes_url: RedisURL = _setting("", f"{_REDIS}, and /database", secret=True)
     broker_url: RedisURL = _setting("", f"{_REDIS}, and /database", secret=True)
     results_url: RedisURL = _setting("", f"{_REDIS}, and /database", secret=True)
@@ -168,7 +56,7 @@ class Settings(BaseModel):
     )
     visibility_timeout: float = _setting(15, "seconds, 1 to 3600", ge=1, le=3600)
     reply_timeout: float = _setting(5, "seconds, above 0 to 300", gt=0, le=300)
-    relays: Annotated[tuple[RelayURL, ...], BeforeValidator(_relays)] = _setting(
+    relays: RelayURLs = _setting(
         (RelayURL("smtp", "127.0.0.1", 1025, None, None),),
         "comma-separated URLs: smtp://, smtp+starttls:// or smtps://, then user:password@ (percent-encoded) if needed,"
         " then host:port",
@@ -177,7 +65,7 @@ class Settings(BaseModel):
     relay_connections: int = _setting(32, "a whole number, 1 to 10000", ge=1, le=10000)
     connect_timeout: float = _setting(2, "seconds, above 0 to 300", gt=0, le=300)
     send_timeout: float = _setting(10, "seconds, above 0 to 300", gt=0, le=300)
-    mail_from: Annotated[Sender, BeforeValidator(_sender)] = _setting(
+    mail_from: From = _setting(
         Sender("", "no-reply@example.com"), 'an address, or "Name <address>"; the address in ASCII'
     )
     code_ttl: int = _setting(600, "whole seconds, 1 to 86400", ge=1, le=86400)
@@ -188,21 +76,19 @@ class Settings(BaseModel):
     max_attempts: int = _setting(5, "a whole number, 1 to 1000", ge=1, le=1000)
     give_up_after: float = _setting(300, "seconds, 1 to 3600", ge=1, le=3600)
     locale: str = _setting("zh-CN", "zh-CN or en", pattern=r"^(zh-CN|en)$")
-    http_bind: Annotated[Bind, BeforeValidator(_bind)] = _setting(Bind("127.0.0.1", 8081), "host:port")
-    grpc_bind: Annotated[Bind, BeforeValidator(_bind)] = _setting(Bind("127.0.0.1", 50051), "host:port")
+    http_bind: BindTo = _setting(Bind("127.0.0.1", 8081), "host:port")
+    grpc_bind: BindTo = _setting(Bind("127.0.0.1", 50051), "host:port")
     max_queue: int = _setting(100000, "a whole number, 1 or more", ge=1)
-    api_keys: Annotated[tuple[str, ...], BeforeValidator(_keys)] = _setting((), "keys, comma-separated", secret=True)
+    api_keys: Keys = _setting((), "keys, comma-separated", secret=True)
     allow_plaintext: Flag = _setting(False, _FLAG)
-    metrics_bind: Annotated[Bind, BeforeValidator(_bind)] = _setting(
-        Bind("127.0.0.1", 9464), "host:port; port 0 picks a free one"
-    )
+    metrics_bind: BindTo = _setting(Bind("127.0.0.1", 9464), "host:port; port 0 picks a free one")
     demo: Flag = _setting(False, _FLAG)
 
     @field_validator("redis_url")
     @classmethod
     def _no_database(cls, value: str) -> str:
         parts = urlsplit(value)
-        if parts.path not in {"", "/"} or "db" in parse_qs(parts.query):
+        if parts.path not in {"", "/", "/0"} or "db" in parse_qs(parts.query):
             raise ValueError
         return value
 
@@ -302,7 +188,7 @@ def _from_config(path: str | None) -> dict[str, Any]:
         if email:
             host, port = email.get("host", "smtp.163.com"), int(email.get("port", 465))
             # The original always speaks TLS from the first byte; port 587 is STARTTLS by RFC 8314, 3.3.
-            scheme = "smtp+starttls" if port == _RELAY_PORTS["smtp+starttls"] else "smtps"
+            scheme = "smtp+starttls" if port == RELAY_PORTS["smtp+starttls"] else "smtps"
             values["relays"] = (RelayURL(scheme, str(host), port, str(email["user"]), str(email["pass"])),)
             values["mail_from"] = str(email["user"])
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as exc:

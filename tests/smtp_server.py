@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final, NamedTuple, Self
 
-from producer.settings import RelayURL
+from producer.values import RelayURL
 
 HOST: Final = "127.0.0.1"
 STEPS: Final = ("banner", "ehlo", "starttls", "auth", "rset", "mail", "rcpt", "data", "content", "dot", "quit")

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from producer.contract import DEAD_LETTERS
 from producer.errors import VerifyError
-from producer.settings import Settings, load_or_exit, mask_url
+from producer.settings import Settings, load_or_exit
+from producer.values import mask_url
 from worker.dead import DeadLetter, DeadLetters
 
 TIMEOUT = 3.0  # seconds for Redis to answer

@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final, Self
 
 HOST: Final = "127.0.0.1"
-PASS, STALL, HOLE, TRICKLE = "pass", "stall", "hole", "trickle"
+PASS, STALL, HOLE, MUTE, TRICKLE = "pass", "stall", "hole", "mute", "trickle"
 _LINGER_NOT: Final = struct.pack("ii", 1, 0)
 
 
@@ -19,6 +19,7 @@ class Proxy:
     """Forwards to a port of this host. Its faults concern the connections that are open, and those to come.
 
     `mode`: PASS; STALL holds back what is said, to be heard later; HOLE swallows it, as a half-open connection does;
+    MUTE swallows only what the target says;
     TRICKLE lets a byte pass every `seconds_a_byte`.
     """
 
@@ -97,7 +98,10 @@ class Proxy:
             return
         both = {writer, back}
         self._writers |= both
-        pumps = [asyncio.create_task(self._pump(*pair)) for pair in ((reader, back), (there, writer))]
+        pumps = [
+            asyncio.create_task(self._pump(reader, back, {HOLE})),
+            asyncio.create_task(self._pump(there, writer, {HOLE, MUTE})),
+        ]
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -108,14 +112,14 @@ class Proxy:
             for each in both:
                 each.close()
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, lost: set[str]) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
                 while self.mode == STALL:  # noqa: ASYNC110 - another thread decides
                     await asyncio.sleep(0.01)
-                if self.mode == HOLE:
+                if self.mode in lost:
                     continue
-                if self.mode == PASS:
+                if self.mode != TRICKLE:
                     writer.write(data)
                     await writer.drain()
                     continue

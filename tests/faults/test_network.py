@@ -9,8 +9,9 @@ from collections.abc import Callable
 import pytest
 import redis
 from caller import QUEUE
+from smtp_server import Later, ScriptedServer
 
-from faults.proxy import HOLE, PASS, STALL, TRICKLE, Proxy
+from faults.proxy import HOLE, MUTE, PASS, STALL, TRICKLE, Proxy
 from faults.stage import Load, Stage, eventually, new_address
 from producer.client import VerificationClient
 from producer.contract import ErrorCode
@@ -50,6 +51,27 @@ def test_a_worker_whose_way_to_redis_fails_recovers_and_loses_nothing(new_stage:
     finding = stage.check(twice=load.ids, within=20)
     assert set(finding.errors.values()) <= {0, 1}
     assert time.monotonic() - back < 60
+
+
+def test_what_redis_did_without_being_heard_delays_no_request_by_a_visibility_timeout(new_stage: NewStage) -> None:
+    relay = ScriptedServer({"dot": Later("250 2.0.0 ok", 0.02)})
+    stage = new_stage(redis_proxy=True, sink=relay, visibility_timeout=15, relay_connections=8)
+    proxy = stage.redis_proxy
+    assert proxy is not None
+    emails = [new_address() for _ in range(600)]
+    ids = stage.push(*emails)
+    for part in range(1, 4):
+        eventually(lambda part=part: len(stage.sink.mails) > 60 * part)  # type: ignore[misc]  # bound at once
+        proxy.mode = MUTE
+        time.sleep(2)
+        proxy.reset()
+        proxy.mode = PASS
+    errors = stage.replies(ids, RECOVERED + 2)
+    assert set(errors) <= {0, 1}
+    # Who was told that Redis was away may ask again at once.
+    again = stage.push(*(email for email, error in zip(emails, errors, strict=True) if error == 1))
+    assert set(stage.replies(again, RECOVERED)) <= {0}
+    stage.check()
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 import pytest
 from smtp_server import Act, Drop, Last, ScriptedServer, Silence
 
-from producer.settings import RelayURL
+from producer.values import RelayURL
 from worker.mail.errors import (
     AcceptanceUnknown,
     MailError,

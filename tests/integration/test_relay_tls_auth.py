@@ -15,7 +15,7 @@ import trustme
 from aiosmtpd.smtp import SMTP, AuthResult
 from smtp_server import HOST, Act, ScriptedServer, Silence
 
-from producer.settings import RelayURL
+from producer.values import RelayURL
 from worker.mail.errors import MailError, MessageDeferred, RelayUnavailable, Smtputf8Unsupported
 from worker.mail.relay import Envelope, Relay
 

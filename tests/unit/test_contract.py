@@ -157,7 +157,7 @@ def test_a_stored_reply_is_read(error: ErrorCode) -> None:
         b'{"result": {"error": 0}}',
         b'{"result": {"email": "a@example.com"}}',
         b'{"result": {"email": "a@example.com", "error": "0"}}',
-        b'{"result": {"email": "a@example.com", "error": 7}}',
+        b'{"result": {"email": "a@example.com", "error": true}}',
         b'{"result": {"email": "a@example.com", "error": null}}',
         b'{"result": {"email": "a@example.com", "error": []}}',
         b'{"result": {"email": "a@example.com", "error": {}}}',
@@ -166,3 +166,8 @@ def test_a_stored_reply_is_read(error: ErrorCode) -> None:
 def test_what_is_no_reply_is_said_to_be_none(stored: bytes) -> None:
     with pytest.raises(ValueError, match=r".+"):
         contract.read_reply(stored)
+
+
+def test_an_error_that_only_a_newer_worker_knows_reads_as_an_exception() -> None:
+    reply = contract.read_reply(b'{"result": {"email": "a@example.com", "error": 7}}')
+    assert reply == contract.Reply("a@example.com", contract.ErrorCode.EXCEPTION)

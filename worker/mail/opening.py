@@ -11,7 +11,7 @@ from worker.mail.errors import MailError, RelayUnavailable, Step, classify
 if TYPE_CHECKING:
     import ssl
 
-    from producer.settings import RelayURL
+    from producer.values import RelayURL
     from worker.mail.replies import Reply
     from worker.mail.smtp import Connection
 

@@ -14,7 +14,7 @@ from worker.mail.smtp import Connection, Envelope, Stale
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from producer.settings import RelayURL
+    from producer.values import RelayURL
 
 __all__ = ["Envelope", "Relay"]
 

