@@ -15,7 +15,7 @@ from producer.contract import DEAD_LETTERS
 from producer.errors import VerifyError
 from producer.logs import mask_email, mask_text
 from producer.script import Script
-from worker.intake import Unfit, parse
+from worker.message import Unfit, parse
 from worker.queue import Reserved
 
 _REPLAY = Script(Path(__file__).parent / "lua" / "replay.lua")

@@ -7,131 +7,28 @@ group, callbacks) goes to Celery's default strategy, whose task hands the servic
 from __future__ import annotations
 
 import asyncio
-import binascii
 import contextlib
-import json
 import logging
-from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
-import orjson
-
-from producer.contract import DEFAULT_PURPOSE, TASK, ErrorCode, Reply, VerifyRequest
+from producer.contract import ErrorCode, Reply, VerifyRequest
 from producer.errors import RedisUnavailable
-from producer.link import Link, ServerError
-from producer.logs import mask_email
+from producer.link import Link, raise_errors
 from producer.script import Command
 from worker.databases import Database
+from worker.message import Unfit, for_celery, parse
 from worker.queue import RequestQueue, Reserved
 from worker.service import Job, Service
 from worker.settle import Settler
 
 logger = logging.getLogger(__name__)
 
-TICK = 1.0  # seconds between two rounds of renewing, redelivery and bringing back what is due
 BLOCK = 1.0  # seconds of one wait for a message; below the link's time for an answer
 SETTLED = 2.0  # seconds of unbroken contact with Redis before others' messages count as abandoned: they come back too
 SETTLING = 1.0  # seconds that a stopping worker keeps for settling what it has sent
-DEEPEST = 100  # levels that an address or purpose which is no text may be nested: it is echoed, so it must be writable
+UNHEARD_MOST = 10_000  # tags; those of a few answers, the first of which count, as then there still was a connection
 _PAUSE = 0.25  # seconds between tries while Redis is away
-
-
-class Unfit(Exception):
-    """The message's body or one of its headers cannot be read."""
-
-
-@dataclass(slots=True)
-class Parsed:
-    """A message, read."""
-
-    job: Job
-    needs_celery: bool
-    envelope: dict[str, Any]
-    eta: float | None  # Unix seconds
-    embed: dict[str, Any]
-
-
-def parse(reserved: Reserved) -> Parsed:
-    """Read a message. The reserve script has looked at its envelope before it gets here; a dead letter may lack one.
-
-    Raises `Unfit` with the reason; the reason never quotes the message.
-    """
-    try:
-        envelope = _read_json(reserved.message)
-        headers, text = envelope["headers"], envelope["body"]
-        request_id = headers["id"]
-        request_id.encode()
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise Unfit("the envelope is not that of a task message") from None
-    try:
-        body = _read_json(b64decode(text, validate=True))
-    except (ValueError, TypeError, binascii.Error, RecursionError):
-        raise Unfit("the body is not JSON in base64") from None
-    if not (isinstance(body, list) and len(body) == 3 and isinstance(body[0], list) and isinstance(body[1], dict)):
-        raise Unfit("the body is not [args, kwargs, embed]")
-    args, kwargs, embed = body
-    given = {**dict(zip(("email", "purpose", "locale"), args, strict=False)), **kwargs}
-    request = VerifyRequest(given.get("email"), given.get("purpose", DEFAULT_PURPOSE), given.get("locale"))
-    if not (_is_shallow(request.email, DEEPEST) and _is_shallow(request.purpose, DEEPEST)):
-        raise Unfit("an argument is nested too deeply")
-    expires, eta = _timestamp(headers, "expires"), _timestamp(headers, "eta")
-    job = Job(request_id, reserved.tag, request, _number(headers.get("enqueued_at")), expires)
-    embed = _signatures(embed)
-    return Parsed(job, eta is not None or bool(headers.get("group") or embed), envelope, eta, embed)
-
-
-def _read_json(text: bytes) -> Any:
-    """JSON; also what orjson refuses and the standard library reads: lone surrogates, integers beyond 64 bits."""
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return json.loads(text.decode(), parse_constant=_refuse)
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _is_shallow(value: object, levels: int) -> bool:
-    if isinstance(value, dict):
-        value = list(value.values())
-    return not isinstance(value, list) or (levels > 0 and all(_is_shallow(each, levels - 1) for each in value))
-
-
-def _signatures(embed: object) -> dict[str, Any]:
-    """What Celery is to do after the task: callbacks, chain, chord. Empty if there is nothing."""
-    if not isinstance(embed, dict):
-        return {}
-    found = {name: embed[name] for name in ("callbacks", "errbacks", "chain", "chord") if embed.get(name)}
-    for name, value in found.items():
-        each = [value] if name == "chord" else value
-        if not isinstance(each, list) or not all(
-            isinstance(one, dict) and isinstance(one.get("task"), str) for one in each
-        ):
-            raise Unfit(f"{name} in the body is no task signature")
-    return found
-
-
-def _number(value: object) -> float | None:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        # Beyond this, a time in milliseconds is no exact number in Lua; no clock is that wrong.
-        return float(min(max(value, 0), 10**11))
-    return None
-
-
-def _timestamp(headers: dict[str, Any], name: str) -> float | None:
-    """Celery's `expires` or `eta`: ISO 8601, UTC if it names no zone."""
-    value = headers.get(name)
-    if value is None:
-        return None
-    try:
-        moment = datetime.fromisoformat(value)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    except (TypeError, ValueError, OverflowError):
-        raise Unfit(f"{name} is not a time in ISO 8601") from None
 
 
 class Watcher:
@@ -170,6 +67,7 @@ class Intake:
         self.held: dict[str, Job] = {}  # by tag: everything in this worker's hands on the fast way
         self._at_celery: dict[str, Job] = {}  # by tag: what went to Celery and is not done
         self._for_celery: dict[str, asyncio.Future[ErrorCode | None]] = {}  # by tag: what Celery's task waits for
+        self._unheard: list[str] = []  # tags that may have been given in answers that never came
         self._room = asyncio.Event()
         self._consuming = False
         self._suspects = 0
@@ -276,6 +174,9 @@ class Intake:
                 await self._room.wait()
                 continue
             try:
+                if self._unheard:
+                    await self._broker.run([self.queue.release(self._unheard)])
+                    self._unheard = []
                 found = await self._reserve(wanted)
                 if not found:
                     await self._message()
@@ -286,9 +187,14 @@ class Intake:
                 await asyncio.sleep(_PAUSE)
 
     async def _reserve(self, wanted: int) -> bool:
-        [answer] = await self._broker.run([self.queue.reserve(wanted, held=len(self.held))])
-        if isinstance(answer, ServerError):
-            raise RedisUnavailable
+        command = self.queue.reserve(wanted, held=len(self.held))
+        try:
+            [answer] = await self._broker.run([command])
+        except RedisUnavailable:
+            if len(self._unheard) < UNHEARD_MOST:
+                self._unheard += self.queue.tags_of(command)
+            raise
+        raise_errors([answer])
         taken, self._suspects, alone = self.queue.read_reserve(answer)
         if not self._consuming:  # told so while they were on their way
             await self._broker.run([self.queue.release([reserved.tag for reserved in taken])])
@@ -322,7 +228,7 @@ class Intake:
                 self._settler.answer(job, ErrorCode.TIMEOUT, mark=False)
             elif parsed.needs_celery:
                 self._at_celery[job.tag] = job
-                self._watcher.to_celery(_for_celery(parsed))
+                self._watcher.to_celery(for_celery(parsed))
             else:
                 self.held[job.tag] = job
                 jobs.append(job)
@@ -350,8 +256,7 @@ class Intake:
             room.cancel()
         if self._waiting.done():
             waited, self._waiting = self._waiting, None
-            if isinstance(waited.result()[0], ServerError):
-                raise RedisUnavailable
+            raise_errors(waited.result())
 
     async def _tend(self) -> None:
         loop = asyncio.get_running_loop()
@@ -359,19 +264,22 @@ class Intake:
             began = loop.time()
             try:
                 await asyncio.gather(self._service.tick(), self._round(began))
-            except RedisUnavailable:
+            except RedisUnavailable as exc:
+                if self._in_touch_since is not None:
+                    logger.warning("the broker database cannot be used, waiting for it: %s", exc)
                 self._in_touch_since = None
             except Exception as exc:  # noqa: BLE001 - whatever it is, leases want renewing
                 logger.error("unforeseen error in tending", extra={"kind": type(exc).__name__})
-            await asyncio.sleep(max(0.0, TICK - (loop.time() - began)))
+            await asyncio.sleep(max(0.0, self.queue.tick - (loop.time() - began)))
 
     async def _round(self, now: float) -> None:
-        if self._in_touch_since is None:
-            self._in_touch_since = now
-        restore = now - self._in_touch_since >= SETTLED
+        since = now if self._in_touch_since is None else self._in_touch_since
+        restore = now - since >= SETTLED
         [answer] = await self._broker.run([self.queue.tend([*self.held, *self._at_celery], restore=restore)])
-        if isinstance(answer, ServerError):
-            raise RedisUnavailable
+        raise_errors([answer])
+        if self._in_touch_since is None:
+            logger.info("in touch with the broker database")
+        self._in_touch_since = since
         tended = self.queue.read_tend(answer)
         if tended.restored:
             logger.warning("requests of a dead worker came back", extra={"count": tended.restored})
@@ -391,30 +299,3 @@ class Intake:
             return
         self._service.judge(job)
         self._settler.bury(job, reason, answer=ErrorCode.EXCEPTION)
-
-
-def _for_celery(parsed: Parsed) -> dict[str, Any]:
-    """The message as Celery gets it: settled by our tag, its deadline ours to keep, without the arguments, which the
-    task does not need, and without any header that could make Celery drop it."""
-    message, job = parsed.envelope, parsed.job
-    headers = message["headers"]
-    body = json.dumps([[], {}, parsed.embed]).encode()
-    return {
-        **{name: message[name] for name in ("content-type", "content-encoding")},
-        "body": b64encode(body).decode(),
-        "headers": {
-            **{name: headers[name] for name in ("root_id", "parent_id", "group") if isinstance(headers.get(name), str)},
-            **({"group_index": headers["group_index"]} if isinstance(headers.get("group_index"), int) else {}),
-            "lang": "py",
-            "task": TASK,
-            "id": job.request_id,
-            "eta": None if parsed.eta is None else datetime.fromtimestamp(parsed.eta, UTC).isoformat(),
-            "argsrepr": "()",
-            "kwargsrepr": repr({"email": mask_email(job.request.email)}),
-        },
-        "properties": {
-            "delivery_tag": job.tag,
-            "body_encoding": "base64",
-            "delivery_info": message["properties"]["delivery_info"],
-        },
-    }

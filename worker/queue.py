@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from producer.contract import DEAD_LETTERS, REPLY_TTL, TASK
+from producer.depth import PARKED, SUSPECTS, WORKERS
 from producer.script import Command, Script
 
 _LUA = Path(__file__).parent / "lua"
@@ -23,6 +24,7 @@ _RESERVE, _TEND, _ACK, _PARK, _WAKE, _BURY, _RELEASE = (
 UNACKED, INDEX = "unacked", "unacked_index"  # kombu's names
 DEADLY = 4  # a message that killed so many workers is not tried again
 MOVES = 1000  # messages that one call may move; what is left waits for the next second
+TICK = 1.0  # seconds between two calls of `tend`, at most; several must fit into the visibility timeout
 NOTE_LIFE = 5000  # ms that the note for a request about to be parked lasts: longer than any round trip may take
 
 
@@ -55,11 +57,12 @@ class RequestQueue:
 
     def __init__(self, name: str, *, visibility_timeout: float) -> None:
         self.name = name
+        self.tick = min(TICK, visibility_timeout / 4)
         self._visibility_timeout = visibility_timeout
         self._owner = uuid.uuid4().hex
         self._calls = itertools.count()
         self._due, self._ready = f"{name}.parked.due", f"{name}.parked.ready"
-        self._parked, self._suspects = f"{name}.parked", f"{name}.suspects"
+        self._parked, self._suspects, self._workers = name + PARKED, name + SUSPECTS, name + WORKERS
         self._woken, self._deaths = f"{name}.woken:", f"{name}.deaths:"
 
     def _prefix(self) -> str:
@@ -71,6 +74,12 @@ class RequestQueue:
         return _RESERVE(keys, [count, self._prefix(), TASK, self.name, held])
 
     @staticmethod
+    def tags_of(reserve: Command) -> list[str]:
+        """Every tag that this `reserve` can have given: if its answer was lost, what it took can be put back."""
+        count, prefix = int(reserve[10]), str(reserve[11])
+        return [f"{prefix}{2 * i + 2}" for i in range(count)]
+
+    @staticmethod
     def read_reserve(answer: list[Any]) -> Reservation:
         """What `reserve` answered."""
         return Reservation(_pairs(answer[2:]), answer[0], answer[1] == 1)
@@ -80,10 +89,10 @@ class RequestQueue:
         return ("BLMOVE", self.name, self.name, "RIGHT", "RIGHT", seconds)
 
     def tend(self, tags: list[str], *, restore: bool) -> Command:
-        """Renew what is held, bring back what the dead held and what is due; read with `read_tend`."""
-        keys = [INDEX, UNACKED, self.name, self._suspects, self._due, self._ready, self._parked]
+        """Give a sign of life, renew what is held, bring back what the dead held and what is due; see `read_tend`."""
+        keys = [INDEX, UNACKED, self.name, self._suspects, self._due, self._ready, self._parked, self._workers]
         visibility = self._visibility_timeout if restore else 0
-        return _TEND(keys, [visibility, MOVES, self._prefix(), self._deaths, REPLY_TTL, DEADLY, *tags])
+        return _TEND(keys, [visibility, MOVES, self._prefix(), self._deaths, REPLY_TTL, DEADLY, self._owner, *tags])
 
     @staticmethod
     def read_tend(answer: list[Any]) -> Tended:

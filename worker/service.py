@@ -118,7 +118,8 @@ class Service:
         except RedisUnavailable:
             logger.warning("the codes database cannot be reached")
             for job in jobs:
-                self._settler.answer(job, ErrorCode.REDIS_ERR, mark=False)
+                # The step may have been taken all the same; its lease and its charge are given back then.
+                self._settler.answer(job, ErrorCode.REDIS_ERR, mark=self._settler.one_trip)
             return
         for job, answer in zip(jobs, answers, strict=True):
             self._proceed(job, answer, asked)

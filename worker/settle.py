@@ -79,6 +79,11 @@ class Settler:
         self._pending: list[_Item] = []
         self._flushing: asyncio.Task[None] | None = None
 
+    @property
+    def one_trip(self) -> bool:
+        """Whether a reply need not wait for its mark."""
+        return self._databases.one_server
+
     def answer(self, job: Job, error: ErrorCode, *, mark: bool) -> None:
         """The request's final answer. `mark`: it is news to the store."""
         item = _Item(job, error=error)

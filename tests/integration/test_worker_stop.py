@@ -44,9 +44,9 @@ def test_a_send_on_the_wire_is_finished_and_answered(new_rig: NewRig, number: si
 
 
 def test_what_is_not_on_the_wire_stays_on_the_queue_for_the_next_worker(new_rig: NewRig) -> None:
-    rig = new_rig(relay=ScriptedServer({"dot": Later("250 ok", 0.5)}), relay_connections=4)
+    rig = new_rig(relay=ScriptedServer({"dot": Later("250 ok", 0.3)}), relay_connections=4)
     rig.add_worker()
-    emails = [address() for _ in range(30)]
+    emails = [address() for _ in range(20)]
     ids = rig.caller.push(*(message({"email": email}) for email in emails))
     eventually(lambda: len(rig.relay.dotted) >= 4)
     assert rig.worker.stop() == 0

@@ -51,7 +51,7 @@ local function fault(message)
     return nil
 end
 
-local taken = { suspects, 0 }
+local taken = { suspects, 0 } -- what follows has the tags 2, 4, 6 ...: RequestQueue.tags_of knows that
 local function take(message)
     local reason = fault(message)
     if reason then

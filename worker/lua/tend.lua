@@ -9,13 +9,15 @@ KEYS 1 index       zset
      5 due         zset   parked requests: id by due time (ms)
      6 ready       zset   id by birth (ms)
      7 parked      hash   id -> birth (ms), a space, message
+     8 workers     zset   worker by its last sign of life (s)
 ARGV 1 visibility  s      0: only renew, restore nothing
      2 most        int    to move in one call
      3 tag prefix  string for messages that are taken here
      4 deaths      string key prefix of the counters of died workers, by request id
      5 remember    s      life of such a counter
      6 deadly      int    deaths after which a message is not tried again
-     7 ...                tags that this worker holds
+     7 worker      string this one's name, unique to its process
+     8 ...                tags that it holds
 
 Returns {ready, suspects, restored, tag, message ...}: the messages are reserved by this call because they killed `deadly`
 workers; they want an answer and a grave.
@@ -23,7 +25,7 @@ workers; they want an answer and a grave.
 local time = redis.call('TIME')
 local seconds = time[1] + time[2] / 1000000
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-for i = 7, #ARGV do
+for i = 8, #ARGV do
     redis.call('ZADD', KEYS[1], 'XX', seconds, ARGV[i])
 end
 
@@ -64,6 +66,10 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', now, 'LIMIT', 0
         redis.call('ZADD', KEYS[6], string.match(entry, '^%d+'), id)
     end
 end
+-- Last, and whatever becomes of it: a full server may refuse it, and must not refuse the rest.
+redis.pcall('ZADD', KEYS[8], seconds, ARGV[7])
+redis.pcall('ZREMRANGEBYSCORE', KEYS[8], '-inf', seconds - 60)
+redis.pcall('EXPIRE', KEYS[8], 60)
 result[1] = redis.call('ZCARD', KEYS[6])
 result[2] = redis.call('LLEN', KEYS[4])
 return result
