@@ -46,8 +46,8 @@ MODULES: Final = {name_of(path): path for package in OURS for path in sorted((RO
 def imported(node: ast.AST) -> Iterator[str]:
     """What is imported at or below `node`, as dotted names; what only the type checker sees is left out."""
     if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-        for child in node.orelse:
-            yield from imported(child)
+        for statement in node.orelse:
+            yield from imported(statement)
         return
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)

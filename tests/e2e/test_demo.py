@@ -218,14 +218,17 @@ def test_a_redis_that_is_too_old_is_a_clear_error(start: Callable[..., Demo], ol
 def old_redis() -> Iterator[str]:
     """Something that says it is Redis 6.0."""
 
+    info = b"# Server\r\nredis_version:6.0.16\r\n"
+
     class Old(socketserver.StreamRequestHandler):
         def handle(self) -> None:
-            while line := self.rfile.readline():
-                if line.strip().upper() == b"SELECT":
-                    self.wfile.write(b"+OK\r\n")
-                elif line.strip().upper() == b"INFO":
-                    info = b"# Server\r\nredis_version:6.0.16\r\n"
-                    self.wfile.write(b"$%d\r\n%s\r\n" % (len(info), info))
+            # A command is `*<words>`, then `$<length>` and so many bytes for each word.
+            while head := self.rfile.readline():
+                words = [self._word() for _ in range(int(head[1:]))]
+                self.wfile.write(b"$%d\r\n%s\r\n" % (len(info), info) if words[0] == b"INFO" else b"+OK\r\n")
+
+        def _word(self) -> bytes:
+            return self.rfile.read(int(self.rfile.readline()[1:]) + 2)[:-2]
 
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Old) as server:
         server.daemon_threads = True

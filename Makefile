@@ -1,0 +1,58 @@
+# Everything a newcomer needs: Python 3.11 or newer, make and git. `make help` lists the targets.
+
+BIN := .venv/bin
+STAMP := .venv/requirements.lock
+# Left out by `make test`: they need programs that pip does not install, or much time.
+QUICK := not tools and not slow
+# Two processes; each has its own Redis and SMTP servers. `make test PYTEST_ARGS="-n 0 -x tests/unit"` narrows it.
+PYTEST_ARGS ?= -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint lock
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+
+setup: $(STAMP) ## make .venv from requirements.lock (again only if that changed)
+
+# A checkout touches the lock without changing it, so its content decides.
+$(STAMP): requirements.lock
+	@if cmp -s requirements.lock $@; then touch $@; exit 0; fi; \
+	for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
+	  if $$python -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    found=$$python; break; \
+	  fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "No Python 3.11 or newer with venv and ensurepip was found (Debian: python3-venv)." >&2; \
+	  echo "Name one: make setup PYTHON=/path/to/python3" >&2; exit 1; \
+	fi; \
+	echo "Setting up .venv with $$($$found --version) ..."; \
+	$$found -m venv --clear .venv && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock && \
+	cp requirements.lock $@
+
+demo: setup ## one code from request to mailbox, on real parts; stays up, or with ONCE=1 stops after that
+	@$(BIN)/python -m demo $(if $(filter-out 0,$(ONCE)),--once)
+
+test: lint ## ruff, mypy, and every test that needs only Python and what pip installs
+	@echo "Left out (make test-all; those marked slow: $(BIN)/python -m pytest -m slow):"
+	@$(BIN)/python -m pytest --collect-only -qq -m 'tools or slow' 2>/dev/null | sed -n 's/^tests/  &/p'
+	$(BIN)/python -m pytest -m '$(QUICK)' $(PYTEST_ARGS)
+
+test-all: lint ## the same, with the tests that use other tools; installs these with apt-get if it can
+	@sh tests/tools.sh
+	@echo "Left out: those marked slow ($(BIN)/python -m pytest -m slow)."
+	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Seven days old at least: what is withdrawn or not yet on every mirror is not in it. The build backend is in the group
+# dev. No host name comes in.
+lock: setup ## resolve the newest versions that pyproject.toml allows into requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --extra cli --extra worker --group dev --universal --python-version 3.11 \
+	  --generate-hashes --no-header --upgrade --exclude-newer '7 days' --quiet --output-file requirements.lock
+	@! grep -n '://' requirements.lock
