@@ -19,9 +19,14 @@ class AsyncVerificationClient:
     Every verb may raise `ServerTooOld`, and `RuntimeError` once the client is closed.
     """
 
-    def __init__(self, settings: Settings | None = None) -> None:
-        """`settings`: what is in force; read from the environment if not given, which may raise `BadSetting`."""
+    def __init__(self, settings: Settings | None = None, *, max_queue: int | None = None) -> None:
+        """`settings`: what is in force; read from the environment if not given, which may raise `BadSetting`.
+
+        `max_queue`: with more requests waiting in the queue, `request` answers `TOO_MANY_REQUESTS` and `enqueue` raises
+        `QueueFull`; None: the queue may grow.
+        """
         self._settings = settings or load()
+        self._max_queue = max_queue
         self._asker: Asker | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
@@ -66,7 +71,7 @@ class AsyncVerificationClient:
         loop = asyncio.get_running_loop()
         if self._asker is None or self._loop is not loop:
             # The former loop's connections died with it.
-            self._asker, self._loop = Asker(self._settings), loop
+            self._asker, self._loop = Asker(self._settings, max_queue=self._max_queue), loop
         return self._asker
 
     async def __aenter__(self) -> Self:

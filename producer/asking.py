@@ -10,7 +10,7 @@ import time
 from producer import address
 from producer.codes import CodePolicy, CodeStore
 from producer.contract import CheckResult, ErrorCode, Reply, VerifyRequest, is_purpose
-from producer.errors import InvalidAddress, RedisUnavailable
+from producer.errors import InvalidAddress, QueueFull, RedisUnavailable
 from producer.inbox import Inbox
 from producer.link import Link, raise_errors
 from producer.outbox import Outbox
@@ -42,10 +42,11 @@ class Asker:
     A task that is cancelled leaves nothing behind. Every verb may raise `ServerTooOld`.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, max_queue: int | None = None) -> None:
+        """`max_queue`: with more requests waiting than this, nothing is enqueued."""
         self._settings = settings
         self._store = CodeStore(CodePolicy.of(settings))
-        self._outbox = Outbox(settings.broker_url, settings.queue)
+        self._outbox = Outbox(settings.broker_url, settings.queue, limit=max_queue)
         self._inbox = Inbox(settings.results_url)
         self._codes = Link(settings.codes_url, on_open=check_version)
 
@@ -67,6 +68,8 @@ class Asker:
                 async with asyncio.timeout_at(start + min(REDIS_PATIENCE, patience)):
                     await self._inbox.listen()
                     await self._outbox.push(message)
+            except QueueFull:
+                return Reply(request.email, ErrorCode.TOO_MANY_REQUESTS)
             except OSError as exc:  # RedisUnavailable and TimeoutError are its kinds
                 # A push that was cut may have arrived all the same.
                 if not reply.done():
@@ -82,7 +85,8 @@ class Asker:
         """Put a request on the queue. Returns its id as soon as Redis has it.
 
         Raises `RedisUnavailable` within 3 s if Redis does not confirm; it may have the message even so, and the same
-        id can be sent again. Raises `ValueError` for an id that is none, `TypeError` for an email that JSON cannot say.
+        id can be sent again. Raises `QueueFull`; `ValueError` for an id that is none; `TypeError` for an email that
+        JSON cannot say.
         """
         if request_id is None:
             request_id = self._inbox.ids.new()

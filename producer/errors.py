@@ -24,3 +24,7 @@ class RedisUnavailable(VerifyError, ConnectionError):
 
 class ServerTooOld(VerifyError):
     """The Redis server is older than 6.2."""
+
+
+class QueueFull(VerifyError):
+    """More requests wait in the queue than is allowed."""

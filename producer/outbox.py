@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from itertools import islice
+from typing import Any
 
-from producer.errors import RedisUnavailable, VerifyError
+from producer import depth
+from producer.errors import QueueFull, RedisUnavailable, VerifyError
 from producer.link import Link, raise_errors
-from producer.script import Command
 from producer.server import REDIS_PATIENCE, TOO_LATE, check_version
 
 MOST_IN_A_PUSH = 500  # messages of some 800 bytes: a crowd's first reply need not wait for its last push
@@ -19,8 +20,10 @@ MOST_IN_A_PUSH = 500  # messages of some 800 bytes: a crowd's first reply need n
 class Outbox:
     """Messages on their way to the queue, on one event loop."""
 
-    def __init__(self, url: str, queue: str) -> None:
+    def __init__(self, url: str, queue: str, *, limit: int | None = None) -> None:
+        """`limit`: with more requests waiting in the queue than this, nothing is added to it."""
         self._queue = queue
+        self._limit = limit
         self._link = Link(url, on_open=check_version)
         self._waiting: dict[asyncio.Future[None], bytes] = {}
         self._pusher: asyncio.Task[None] | None = None
@@ -32,7 +35,7 @@ class Outbox:
     async def push(self, message: bytes) -> None:
         """Wait until Redis has the message. Once the caller is gone, it leaves with no later push.
 
-        Raises `RedisUnavailable`; Redis may have the message even so. It may also have it twice.
+        Raises `RedisUnavailable`; Redis may have the message even so. It may also have it twice. Raises `QueueFull`.
         """
         if self._closed:
             raise RedisUnavailable("the client was closed")
@@ -59,10 +62,14 @@ class Outbox:
         try:
             while batch := dict(islice(self._waiting.items(), MOST_IN_A_PUSH)):
                 failure: VerifyError | None = None
+                refused: list[asyncio.Future[None]] = []
                 try:
-                    await self._push_batch(batch)
+                    refused = await self._push_batch(batch)
                 except VerifyError as exc:
                     failure = exc
+                for sent in refused:
+                    if not sent.done():
+                        sent.set_exception(QueueFull())
                 for sent in batch:
                     self._waiting.pop(sent, None)
                     if not sent.done():
@@ -71,20 +78,24 @@ class Outbox:
         finally:
             self._pusher = None
 
-    async def _push_batch(self, batch: dict[asyncio.Future[None], bytes]) -> None:
+    async def _push_batch(self, batch: dict[asyncio.Future[None], bytes]) -> list[asyncio.Future[None]]:
+        """Push what is still wanted. Returns those for which the queue has no room."""
+        wanted = [sent for sent in batch if not sent.done()]
         try:
             async with asyncio.timeout(REDIS_PATIENCE):
                 try:
-                    replies = await self._link.run([self._command(batch)])
+                    replies = await self._push(wanted, batch)
                 except RedisUnavailable:
                     # Perhaps only this connection was lost. A message that arrived twice has the same id twice, so it
                     # is still one request.
-                    if all(sent.done() for sent in batch):
-                        return
-                    replies = await self._link.run([self._command(batch)])
+                    wanted = [sent for sent in wanted if not sent.done()]
+                    if not wanted:
+                        return []
+                    replies = await self._push(wanted, batch)
         except TimeoutError:
             raise RedisUnavailable(TOO_LATE) from None
-        raise_errors(replies)
+        [pushed] = raise_errors(replies)
+        return [] if self._limit is None else wanted[pushed:]
 
-    def _command(self, batch: dict[asyncio.Future[None], bytes]) -> Command:
-        return ("LPUSH", self._queue, *(message for sent, message in batch.items() if not sent.done()))
+    async def _push(self, wanted: list[asyncio.Future[None]], batch: dict[asyncio.Future[None], bytes]) -> list[Any]:
+        return await self._link.run([depth.push(self._queue, [batch[sent] for sent in wanted], limit=self._limit)])

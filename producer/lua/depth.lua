@@ -1,0 +1,26 @@
+--[[
+depth: how the queue stands. Reads only.
+
+KEYS 1 queue       list
+     2 parked      hash
+     3 suspects    list
+     4 dead        list   dead letters
+     5 workers     zset   worker by its last sign of life (s, this server's)
+ARGV 1 silence     s      after which a worker counts as gone
+
+Returns {queued, parked, suspects, dead, workers alive, age of the queue's oldest request (ms)}; the age is -1 if the queue
+is empty or its oldest message does not say when it was made.
+]]
+local time = redis.call('TIME')
+local seconds = time[1] + time[2] / 1000000
+local oldest = redis.call('LINDEX', KEYS[1], -1)
+-- By its text: the message may be anything, of any size, and this need not be exact.
+local made = oldest and tonumber(string.match(string.sub(oldest, 1, 65536), '"enqueued_at"%s*:%s*([%d.]+)'))
+return {
+    redis.call('LLEN', KEYS[1]),
+    redis.call('HLEN', KEYS[2]),
+    redis.call('LLEN', KEYS[3]),
+    redis.call('LLEN', KEYS[4]),
+    redis.call('ZCOUNT', KEYS[5], seconds - ARGV[1], '+inf'),
+    made and math.max(0, math.floor((seconds - made) * 1000)) or -1,
+}
