@@ -4,8 +4,8 @@ from producer.contract import REPLY_TTL, TASK
 from producer.settings import load_or_exit
 
 _settings = load_or_exit()
-# A silent or half-open Redis is noticed in seconds. redis-py 8 would try a command ten times by itself; one who waits for
-# an answer is better served by an early error.
+# A silent or half-open Redis is noticed in seconds. redis-py 8 would try a command ten times by itself; one who waits
+# for an answer is better served by an early error.
 _sockets = {
     "socket_timeout": 5,
     "socket_connect_timeout": 2,

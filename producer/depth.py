@@ -37,8 +37,8 @@ def depth(queue: str) -> Command:
 
 def read_depth(answer: Sequence[Any]) -> Depth:
     """What `depth` answered."""
-    *counts, oldest = answer
-    return Depth(*counts, oldest=None if oldest < 0 else oldest / 1000)
+    queued, parked, suspects, dead, workers, oldest = answer
+    return Depth(queued, parked, suspects, dead, workers, None if oldest < 0 else oldest / 1000)
 
 
 def push(queue: str, messages: Sequence[bytes], *, limit: int | None) -> Command:
