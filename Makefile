@@ -29,7 +29,7 @@ $(STAMP): requirements.lock
 	fi; \
 	echo "Setting up .venv with $$($$found --version) ..."; \
 	$$found -m venv --clear .venv && \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock && \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements.lock && \
 	cp requirements.lock $@
 
 demo: setup ## one code from request to mailbox, on real parts; stays up, or with ONCE=1 stops after that

@@ -10,7 +10,7 @@ import asyncio
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import hiredis
 from redis.asyncio.connection import SSLConnection, parse_url
@@ -46,8 +46,7 @@ class _Protocol(asyncio.Protocol):
         return not self.closed.done() and not self.transport.is_closing()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - tells the type checker, TCP and TLS both are
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # TCP and TLS both are like it; uvloop's are none
 
     def data_received(self, data: bytes) -> None:
         self.reader.feed(data)

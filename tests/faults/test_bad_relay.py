@@ -7,6 +7,7 @@ import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -88,6 +89,7 @@ def test_every_single_recipients_trouble_ends_in_its_reply_and_no_other_recipien
     assert len(finding.mails[ids[emails.index(twice_unknown)]]) == 2
 
 
+@pytest.mark.slow
 def test_what_no_relay_takes_before_the_deadline_is_answered_6_unsent(new_stage: NewStage) -> None:
     stage = new_stage(give_up_after=3)
     email = new_address()
@@ -110,6 +112,7 @@ def outage(stage: Stage, begin: Callable[[], Any], end: Callable[[], Any], secon
     return ids
 
 
+@pytest.mark.slow
 def test_requests_outlive_a_relay_that_refuses_connections(new_stage: NewStage) -> None:
     stage = new_stage(relay_proxy=True)
     assert stage.relay_proxy is not None
@@ -149,9 +152,17 @@ def test_requests_outlive_resets_on_the_way_to_the_relay(new_stage: NewStage) ->
 
 
 def expired(authority: trustme.CA) -> ssl.SSLContext:
+    """A server's side of TLS, whose certificate has expired and has no other fault."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1", not_after=dt.datetime.now(dt.UTC) - dt.timedelta(days=1)).configure_cert(context)
     return context
+
+
+def trusting(authority: trustme.CA, directory: Path) -> dict[str, str]:
+    """A worker's environment in which it trusts the authority."""
+    path = directory / "authority.pem"
+    authority.cert_pem.write_to_path(str(path))
+    return {"SSL_CERT_FILE": str(path)}
 
 
 FAULTS: dict[str, tuple[str, dict[str, Act | list[Act]]]] = {
@@ -174,9 +185,10 @@ FAULTS: dict[str, tuple[str, dict[str, Act | list[Act]]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_sick_relay_is_passed_over_for_the_next_one(new_stage: NewStage, fault: str) -> None:
+def test_a_sick_relay_is_passed_over_for_the_next_one(new_stage: NewStage, tmp_path: Path, fault: str) -> None:
     scheme, script = FAULTS[fault]
-    tls = expired(trustme.CA()) if fault == "certificate expired" else None
+    authority = trustme.CA()
+    tls = expired(authority) if fault == "certificate expired" else None
     offers = ("PIPELINING", "8BITMIME", "SMTPUTF8", "STARTTLS", "AUTH PLAIN")
     sick = ScriptedServer(script, offers=offers, tls=tls, implicit_tls=tls is not None)
     with ExitStack() as stack:
@@ -185,10 +197,10 @@ def test_a_sick_relay_is_passed_over_for_the_next_one(new_stage: NewStage, fault
         who = "user:secret@" if fault == "AUTH refused" else ""
         first = f"{scheme}://{who}127.0.0.1:{sick.port}"
         stage.settings["VERIFY_RELAYS"] = f"{first},smtp://127.0.0.1:{stage.sink.port}"
-        stage.add_worker()
+        stage.add_worker(environment=trusting(authority, tmp_path))
         ids = stage.push(*(new_address() for _ in range(100)))
         assert stage.replies(ids, 15) == [0] * 100
-        assert sick.connections > 0
+        assert sick.connections > 0 or tls  # asyncio tells its servers nothing of a handshake that fails
         assert sick.mails == []
         assert stage.check().errors
         assert "secret" not in stage.worker.log
@@ -196,17 +208,19 @@ def test_a_sick_relay_is_passed_over_for_the_next_one(new_stage: NewStage, fault
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_requests_wait_for_the_only_relay_and_are_answered_6_at_their_deadline(new_stage: NewStage, fault: str) -> None:
+def test_requests_wait_for_the_only_relay_until_their_deadline(new_stage: NewStage, tmp_path: Path, fault: str) -> None:
     scheme, script = FAULTS[fault]
-    tls = expired(trustme.CA()) if fault == "certificate expired" else None
+    authority = trustme.CA()
+    tls = expired(authority) if fault == "certificate expired" else None
     offers = ("PIPELINING", "8BITMIME", "SMTPUTF8", "STARTTLS", "AUTH PLAIN")
     sick = ScriptedServer(script, offers=offers, tls=tls, implicit_tls=tls is not None)
     stage = new_stage(workers=0, sink=sick, connect_timeout=1, send_timeout=3, give_up_after=4)
     who = "user:secret@" if fault == "AUTH refused" else ""
     stage.settings["VERIFY_RELAYS"] = f"{scheme}://{who}127.0.0.1:{sick.port}"
-    stage.add_worker()
+    stage.add_worker(environment=trusting(authority, tmp_path))
     ids = stage.push(*(new_address() for _ in range(40)))
-    assert stage.replies(ids, 12) == [6] * 40
+    # "Every relay answered some 5xx" is a refusal; what else a relay may do is no answer.
+    assert stage.replies(ids, 12) == [5 if fault in {"554", "EHLO refused"} else 6] * 40
     eventually(lambda: not stage.held())
     assert sick.dotted == []
     stage.check(fresh=False)

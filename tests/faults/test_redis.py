@@ -90,7 +90,7 @@ def test_every_connection_that_redis_hangs_up_on_is_opened_again_and_no_request_
     assert stage.worker.alive
 
 
-@pytest.mark.parametrize("mode", ["WRITE", "ALL"])
+@pytest.mark.parametrize("mode", ["ALL", pytest.param("WRITE", marks=pytest.mark.slow)])
 def test_a_paused_redis_delays_requests_and_costs_none(new_stage: NewStage, mode: str) -> None:
     stage = new_stage()
     ids = stage.push(*(new_address() for _ in range(20)))
@@ -100,6 +100,7 @@ def test_a_paused_redis_delays_requests_and_costs_none(new_stage: NewStage, mode
     stage.check(twice=ids, heard=False)
 
 
+@pytest.mark.slow
 def test_a_full_redis_serves_again_once_it_has_room(new_stage: NewStage) -> None:
     stage = new_stage()
     held = Held("250 2.0.0 ok")

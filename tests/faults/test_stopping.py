@@ -16,7 +16,7 @@ NewStage = Callable[..., Stage]
 BOUND = 15.0  # seconds from SIGTERM to exit, by contract
 
 
-def under_load(new_stage: NewStage, count: int = 2000, **options: object) -> tuple[Stage, list[str]]:
+def under_load(new_stage: NewStage, count: int = 1000, **options: object) -> tuple[Stage, list[str]]:
     stage = new_stage(**options)
     ids = stage.push(*(new_address() for _ in range(count)))
     eventually(lambda: len(stage.sink.mails) > 100, 30)
@@ -34,7 +34,11 @@ def stop(stage: Stage, *signals: signal.Signals, apart: float = 0.1) -> float:
     return time.monotonic() - began
 
 
-@pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGINT,)], ids=["TERM", "INT"])
+@pytest.mark.parametrize(
+    "signals",
+    [(signal.SIGTERM,), pytest.param((signal.SIGINT,), marks=pytest.mark.slow)],
+    ids=["TERM", "INT"],
+)
 def test_a_warm_shutdown_finishes_what_is_in_hand_and_puts_back_the_rest(
     new_stage: NewStage, signals: tuple[signal.Signals, ...]
 ) -> None:
@@ -55,7 +59,7 @@ def test_a_warm_shutdown_finishes_what_is_in_hand_and_puts_back_the_rest(
     [
         pytest.param((signal.SIGTERM, signal.SIGTERM), marks=pytest.mark.slow),
         pytest.param((signal.SIGINT, signal.SIGINT), marks=pytest.mark.slow),
-        (signal.SIGQUIT,),
+        pytest.param((signal.SIGQUIT,), marks=pytest.mark.slow),
         pytest.param((signal.SIGQUIT, signal.SIGQUIT), marks=pytest.mark.slow),
         pytest.param((signal.SIGTERM, signal.SIGQUIT), marks=pytest.mark.slow),
     ],
