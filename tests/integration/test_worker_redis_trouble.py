@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -208,3 +209,17 @@ def test_lost_connections_lose_no_request_and_double_no_mail(new_rig: NewRig) ->
             hang_up(rig)
     assert set(rig.caller.replies(ids, within=30)) <= {0, 1}
     assert max(len(rig.mails_to(email)) for email in emails) == 1
+
+
+def test_what_an_app_beside_us_holds_on_the_same_broker_stays_its_own(new_rig: NewRig) -> None:
+    # kombu's `unacked` is one hash for all queues of a database.
+    rig = new_rig(visibility_timeout=1)
+    ours, theirs = message({"email": address()}), message({"email": address()})
+    stale = {"ours": [ours, "", "verification"], "theirs": [theirs, "", "thumbnails"]}
+    for tag, entry in stale.items():
+        rig.broker.hset("unacked", tag, json.dumps(entry))
+        rig.broker.zadd("unacked_index", {tag: 1})
+    rig.add_worker()
+    assert rig.caller.replies([ours["headers"]["id"]]) == [0]
+    assert rig.broker.hkeys("unacked") == [b"theirs"]
+    rig.broker.delete("unacked", "unacked_index")

@@ -35,10 +35,13 @@ if visibility > 0 then
     local stale = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', seconds - visibility, 'LIMIT', 0, most)
     for i = #stale, 1, -1 do
         local entry = redis.call('HGET', KEYS[2], stale[i])
-        redis.call('HDEL', KEYS[2], stale[i])
-        redis.call('ZREM', KEYS[1], stale[i])
-        local message = entry and string.match(entry, '^%[(.*),%s*"[^"]*",%s*"[^"]*"%]$')
-        if message then
+        local message, queue = string.match(entry or '', '^%[(.*),%s*"[^"]*",%s*"([^"]*)"%]$')
+        -- kombu's keys are shared by all queues of a database: what is another's is not ours to judge.
+        if queue == nil or queue == KEYS[3] then
+            redis.call('HDEL', KEYS[2], stale[i])
+            redis.call('ZREM', KEYS[1], stale[i])
+        end
+        if queue == KEYS[3] then
             local fine, envelope = pcall(cjson.decode, message)
             local id = fine and type(envelope) == 'table' and type(envelope.headers) == 'table' and envelope.headers.id
             local deaths = redis.call('INCR', ARGV[4] .. tostring(id))
@@ -50,7 +53,7 @@ if visibility > 0 then
                 result[#result + 1] = tag
                 result[#result + 1] = message
             elseif deaths >= 2 then
-                redis.call('LPUSH', KEYS[4], message)
+                redis.call('RPUSH', KEYS[4], message)
             else
                 redis.call('RPUSH', KEYS[3], message)
             end
