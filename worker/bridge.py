@@ -29,8 +29,8 @@ from producer.logs import mask_email
 from producer.settings import Settings
 from worker.bootstrap import Worker, wire
 from worker.intake import Intake, Watcher
+from worker.job import Job
 from worker.queue import RequestQueue
-from worker.service import Job
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,10 @@ from producer.errors import RedisUnavailable
 from producer.link import Link, raise_errors
 from producer.script import Command
 from worker.databases import Database
+from worker.job import Job
 from worker.message import Unfit, for_celery, parse
 from worker.queue import RequestQueue, Reserved
-from worker.service import Job, Service
+from worker.service import Service
 from worker.settle import Settler
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ import orjson
 
 from producer.contract import DEFAULT_PURPOSE, TASK, VerifyRequest
 from producer.logs import mask_email
+from worker.job import Job
 from worker.queue import Reserved
-from worker.service import Job
 
 DEEPEST = 100  # levels that an address or purpose which is no text may be nested: it is echoed, so it must be writable
 

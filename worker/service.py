@@ -6,16 +6,16 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 from producer import address
 from producer.codes import Answered, Claim, CodeStore, Conflict, Send, Wait
-from producer.contract import ErrorCode, VerifyRequest, is_purpose
+from producer.contract import ErrorCode, is_purpose
 from producer.errors import InvalidAddress, RedisUnavailable
 from producer.link import ServerError
 from worker.databases import Database
 from worker.generator import new_code
+from worker.job import Job
 from worker.mail.errors import (
     AcceptanceUnknown,
     MailError,
@@ -34,26 +34,6 @@ RETRY_BASE = 1.0  # seconds; doubles with each try
 RETRY_CAP = 60.0  # seconds
 AHEAD = 0.03  # seconds of work that a worker reserves beyond what its connections can send at once
 LEASE_MARGIN = 0.2  # seconds by which a lease counts as lapsed early: the way of a command to Redis
-
-
-NOBODY = Claim("", "", "", "", "")  # until `Service.judge` knows better
-
-
-@dataclass(slots=True)
-class Job:
-    """One request in this worker's hands. `enqueued_at` and `expires_at` are Unix seconds."""
-
-    request_id: str
-    tag: str
-    request: VerifyRequest
-    enqueued_at: float | None
-    expires_at: float | None
-    through_celery: bool = False  # Celery stores the reply and acks the message
-    claim: Claim = NOBODY
-    mailbox: address.Address | None = None
-    began: float = 0.0  # on the loop's clock, as `lease_until`
-    lease_until: float = 0.0
-    dotted: bool = False  # the final dot of this send may have left
 
 
 class Mailer(Protocol):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 
@@ -24,10 +24,8 @@ from producer.errors import RedisUnavailable
 from producer.link import ServerError
 from producer.script import Command, Script
 from worker.databases import Database, Databases
+from worker.job import Job
 from worker.queue import RequestQueue
-
-if TYPE_CHECKING:
-    from worker.service import Job
 
 logger = logging.getLogger(__name__)
 

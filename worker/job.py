@@ -1,0 +1,28 @@
+"""One request in a worker's hands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from producer.address import Address
+from producer.codes import Claim
+from producer.contract import VerifyRequest
+
+NOBODY = Claim("", "", "", "", "")  # until the service knows better
+
+
+@dataclass(slots=True)
+class Job:
+    """One request in this worker's hands. `enqueued_at` and `expires_at` are Unix seconds."""
+
+    request_id: str
+    tag: str
+    request: VerifyRequest
+    enqueued_at: float | None
+    expires_at: float | None
+    through_celery: bool = False  # Celery stores the reply and acks the message
+    claim: Claim = NOBODY
+    mailbox: Address | None = None
+    began: float = 0.0  # on the loop's clock, as `lease_until`
+    lease_until: float = 0.0
+    dotted: bool = False  # the final dot of this send may have left
