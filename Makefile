@@ -8,7 +8,7 @@ QUICK := not tools and not slow
 PYTEST_ARGS ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint lock
+.PHONY: help setup demo test test-all faults soak lint lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -45,6 +45,13 @@ test-all: lint ## the same, with the tests that use other tools; installs these 
 	@echo "Left out: those marked slow ($(BIN)/python -m pytest -m slow)."
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 
+faults: setup ## the whole fault suite: real processes, killed, frozen, cut off and lied to
+	$(BIN)/python -m pytest tests/faults -m "slow or not slow"
+
+MINUTES ?= 10
+soak: setup ## random faults under steady load, and a report: make soak MINUTES=10 SEED=1
+	PYTHONPATH=tests $(BIN)/python -m faults.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,6 +60,6 @@ lint: setup ## ruff and mypy
 # Seven days old at least: what is withdrawn or not yet on every mirror is not in it. The build backend is in the group
 # dev. No host name comes in.
 lock: setup ## resolve the newest versions that pyproject.toml allows into requirements.lock
-	$(BIN)/uv pip compile pyproject.toml --extra cli --extra worker --group dev --universal --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --extra cli --extra worker --extra doors --group dev --universal --python-version 3.11 \
 	  --generate-hashes --no-header --upgrade --exclude-newer '7 days' --quiet --output-file requirements.lock
 	@! grep -n '://' requirements.lock

@@ -1,17 +1,20 @@
-"""`send`, `check` and `settings` at a terminal."""
+"""`send`, `check`, `settings` and `serve` at a terminal."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from typing import Annotated, Final
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from producer import logs
 from producer.client import VerificationClient
 from producer.contract import DEFAULT_PURPOSE, PURPOSE_PATTERN, ErrorCode, is_purpose
 from producer.errors import VerifyError
@@ -27,6 +30,19 @@ EPILOG: Final = (
     "Environment, or .env: VERIFY_REDIS_URL (default redis://127.0.0.1:6379), VERIFY_CODES_URL, VERIFY_BROKER_URL,"
     " VERIFY_RESULTS_URL, VERIFY_QUEUE, VERIFY_REPLY_TIMEOUT (seconds), VERIFY_CONFIG (an old config.json); any of"
     " them as NAME_FILE for a secret file. `python -m producer settings` shows all that are in force."
+)
+
+SERVE_EPILOG: Final = (
+    "Stops at SIGTERM or Ctrl-C: what was accepted is answered, within 10 s; a second one stops at once. Exit status: 0"
+    " stopped so; 2 a bad setting, a place where it may not listen, or a busy port.\n\n"
+    "HTTP: POST /get_varifycode, POST /check_varifycode, GET /healthz, /readyz, /metrics, /docs. gRPC:"
+    " message.VarifyService/GetVarifyCode, health, reflection.\n\n"
+    "Environment, or .env: VERIFY_HTTP_BIND (default 127.0.0.1:8081), VERIFY_GRPC_BIND (127.0.0.1:50051),"
+    " VERIFY_API_KEYS (comma-separated; the HTTP door then asks for one), VERIFY_ALLOW_PLAINTEXT (1: listen beyond"
+    " loopback without TLS or keys), VERIFY_MAX_QUEUE (100000; with more requests waiting the answer is"
+    " TooManyRequests), VERIFY_REPLY_TIMEOUT (5 s), VERIFY_REDIS_URL (redis://127.0.0.1:6379), VERIFY_CODES_URL,"
+    " VERIFY_BROKER_URL, VERIFY_RESULTS_URL, VERIFY_QUEUE, VERIFY_MAX_ATTEMPTS (5), VERIFY_CONFIG (an old config.json);"
+    " any of them as NAME_FILE for a secret file. `python -m producer settings` shows all that are in force."
 )
 
 app = typer.Typer(
@@ -87,6 +103,48 @@ def settings(as_json: AsJson = False) -> None:
         return
     for name, value in shown.items():
         _print(Text.assemble((name, "bold"), "=", value))
+
+
+class LogLevel(StrEnum):
+    """How much is logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@app.command(epilog=SERVE_EPILOG)
+def serve(
+    http_bind: Annotated[
+        str | None,
+        typer.Option(help="Where the HTTP door listens.", metavar="HOST:PORT", show_default="VERIFY_HTTP_BIND"),
+    ] = None,
+    grpc_bind: Annotated[
+        str | None,
+        typer.Option(help="Where the gRPC door listens.", metavar="HOST:PORT", show_default="VERIFY_GRPC_BIND"),
+    ] = None,
+    log_level: Annotated[
+        LogLevel, typer.Option(help="How much is logged, on stderr; never a code or a whole address.")
+    ] = LogLevel.INFO,
+) -> None:
+    """Open the doors: HTTP and gRPC in front of the queue."""
+    for name, value in (("VERIFY_HTTP_BIND", http_bind), ("VERIFY_GRPC_BIND", grpc_bind)):
+        if value is not None:
+            os.environ.pop(f"{name}_FILE", None)
+            os.environ[name] = value
+    in_force = load_or_exit()
+    try:
+        from producer.gate import serve as doors  # noqa: PLC0415 - needs what a mere caller does not install
+    except ModuleNotFoundError as exc:
+        typer.echo(f"The doors need {exc.name}: pip install 'verifyserver[doors]'", err=True)
+        raise typer.Exit(2) from None
+    logs.configure(log_level.upper())
+    try:
+        doors.serve(in_force)
+    except VerifyError as exc:
+        typer.echo(str(exc), err=True)
+        raise typer.Exit(2) from None
 
 
 @contextmanager

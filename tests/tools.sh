@@ -6,6 +6,7 @@ set -u
 missing=
 command -v chromium >/dev/null || missing="$missing chromium"
 command -v spamassassin >/dev/null || missing="$missing spamassassin"
+command -v nginx >/dev/null || [ -x /usr/sbin/nginx ] || missing="$missing nginx-light"
 [ -n "$(fc-list :lang=zh-cn 2>/dev/null)" ] || missing="$missing fontconfig fonts-noto-cjk"
 [ -n "$missing" ] || exit 0
 

@@ -261,8 +261,7 @@ class Stage:
 
     def held(self) -> dict[str, int]:
         """What is still somewhere in the broker database, and where."""
-        counts = {name: int(count(self.broker)) for name, count in _HELD.items()}
-        return {name: count for name, count in counts.items() if count}
+        return held_in(self.broker)
 
     def _state(self) -> str:
         try:
@@ -395,6 +394,12 @@ def _secrets_in(text: str) -> list[str]:
     """What may be a code or an address."""
     around = [text[max(0, found.start() - 64) : found.end() + 64] for found in re.finditer("@", text)]
     return re.findall(r"\d{12}", text) + [each for part in around for each in re.findall(r"[\w.+-]+@[\w.-]+\w", part)]
+
+
+def held_in(client: redis.Redis) -> dict[str, int]:
+    """What is still somewhere in this broker database, and where."""
+    counts = {name: int(count(client)) for name, count in _HELD.items()}
+    return {name: count for name, count in counts.items() if count}
 
 
 def eventually_empty(held: Callable[[], dict[str, int]], within: float, state: Callable[[], str]) -> None:

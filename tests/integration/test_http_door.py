@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
 import socket
 import subprocess
 import threading
@@ -24,7 +26,9 @@ ASK, CHECK = "/get_varifycode", "/check_varifycode"
 
 @pytest.fixture(scope="module")
 def doors(redis_server: RedisServer) -> Iterator[Doors]:
-    with Doors({"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_REPLY_TIMEOUT": "2", "VERIFY_MAX_QUEUE": "1000"}) as doors:
+    with Doors(
+        {"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_REPLY_TIMEOUT": "2", "VERIFY_MAX_QUEUE": "1000"}
+    ) as doors:
         yield doors
 
 
@@ -35,7 +39,18 @@ def _empty(redis: redis_py.Redis) -> None:
 
 class TestAsking:
     @pytest.mark.parametrize(
-        "email", [A, " A@b.example ", "ü@例子.example", "a\u0000@b", "", "nobody", "😀@x.example", 'q"\\/@x.example', "x" * 10_000]
+        "email",
+        [
+            A,
+            " A@b.example ",
+            "ü@例子.example",
+            "a\u0000@b",
+            "",
+            "nobody",
+            "😀@x.example",
+            'q"\\/@x.example',
+            "x" * 10_000,
+        ],
     )
     def test_the_address_comes_back_as_given(self, doors: Doors, redis_server: RedisServer, email: str) -> None:
         with FakeWorker(redis_server):
@@ -135,7 +150,9 @@ class TestMalformed:
             answer = doors.http.post(path, content=b"{}")
             assert (answer.status_code, answer.json()["error"]) == (404, 1001)
 
-    @pytest.mark.parametrize("junk", [b"\x16\x03\x01\x02\x00\x01\x00", b"GET\r\n\r\n", b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n"])
+    @pytest.mark.parametrize(
+        "junk", [b"\x16\x03\x01\x02\x00\x01\x00", b"GET\r\n\r\n", b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n"]
+    )
     def test_what_is_no_http(self, doors: Doors, junk: bytes) -> None:
         with doors.knock(junk) as connection:
             status, _, body = answer_of(connection)
@@ -169,9 +186,10 @@ class TestTooLarge:
             reader = threading.Thread(target=lambda: answers.append(answer_of(connection)[0]))
             reader.start()
             began = time.monotonic()
-            with pytest.raises(OSError, match=r"reset|pipe|aborted"):
+            with contextlib.suppress(OSError):  # the door hangs up
                 while time.monotonic() - began < 20:
                     connection.sendall(b"400\r\n" + b"x" * 0x400 + b"\r\n")
+            assert time.monotonic() - began < 15
             reader.join(10)
         assert answers == [413]
 
@@ -195,7 +213,7 @@ class TestChecking:
 
     def test_five_wrong_ones_drop_it(self, doors: Doors, redis: redis_py.Redis) -> None:
         redis.set("code_" + A, "123456", ex=60)
-        assert [doors.check(A, "1")["error"] for _ in range(6)] == [1004] * 4 + [1003] * 2 or redis.get("code_" + A) is None
+        assert [doors.check(A, "1")["error"] for _ in range(6)] == [1004] * 5 + [1003]
         assert doors.check(A, "123456")["error"] == 1003
 
     def test_of_a_crowd_one_succeeds(self, doors: Doors, redis: redis_py.Redis) -> None:
@@ -288,8 +306,15 @@ class TestOverload:
             assert doors.get_code(A)["error"] == 0
 
 
+def _allow_connections() -> None:
+    """The doors do the same for themselves."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 class TestSlowClients:
     def test_a_thousand_that_send_nothing_hold_nothing_up(self, doors: Doors, redis_server: RedisServer) -> None:
+        _allow_connections()
         silent = [doors.knock(port=port) for port in (doors.http_port, doors.grpc_port) for _ in range(1000)]
         try:
             with FakeWorker(redis_server):
@@ -302,23 +327,19 @@ class TestSlowClients:
             for each in silent:
                 each.close()
 
-    @pytest.mark.slow
-    def test_those_are_sent_away(self, doors: Doors) -> None:
-        half = request_bytes(ASK, b"x" * 100)[:-50]
+    def test_half_a_request_is_sent_away(self, doors: Doors, redis_server: RedisServer) -> None:
         began = time.monotonic()
-        waiting = [doors.knock(said) for said in (b"", b"POST /get", b"\r\n", half)]
-        ends = [answer_of(each)[0] for each in waiting]
-        assert ends == [0, 0, 0, 408]
+        half = request_bytes(ASK, b"x" * 100)[:-50]
+        *heads, body = [doors.knock(said) for said in (b"", b"POST /get", b"\r\n", half)]
+        with FakeWorker(redis_server):
+            assert doors.get_code(A)["error"] == 0
+        status, headers, said = answer_of(body)
+        assert (status, json.loads(said)["error"], headers["connection"]) == (408, 1001, "close")
+        assert time.monotonic() - began < 6
+        assert [answer_of(each)[0] for each in heads] == [0, 0, 0]
         assert time.monotonic() - began < 12
-        for each in waiting:
+        for each in (*heads, body):
             each.close()
-
-    def test_a_body_that_does_not_come(self, doors: Doors, redis_server: RedisServer) -> None:
-        with doors.knock(request_bytes(ASK, b"x" * 100)[:-50]) as slow:
-            with FakeWorker(redis_server):
-                assert doors.get_code(A)["error"] == 0
-            status, headers, body = answer_of(slow)
-        assert (status, json.loads(body)["error"], headers["connection"]) == (408, 1001, "close")
 
     def test_byte_by_byte(self, doors: Doors, redis_server: RedisServer) -> None:
         with FakeWorker(redis_server), doors.knock() as connection:
@@ -328,11 +349,11 @@ class TestSlowClients:
             assert answer_of(connection)[0] == 200
 
     def test_a_client_that_closes_its_half(self, doors: Doors, redis_server: RedisServer) -> None:
-        with FakeWorker(redis_server, before=lambda *_: time.sleep(0.2)):
-            with doors.knock(request_bytes(ASK, json.dumps({"email": A}).encode())) as connection:
-                connection.shutdown(socket.SHUT_WR)
-                assert answer_of(connection)[0] == 200
-                assert connection.recv(1) == b""
+        whole = request_bytes(ASK, json.dumps({"email": A}).encode())
+        with FakeWorker(redis_server, before=lambda *_: time.sleep(0.2)), doors.knock(whole) as connection:
+            connection.shutdown(socket.SHUT_WR)
+            assert answer_of(connection)[0] == 200
+            assert connection.recv(1) == b""
 
     def test_a_client_that_goes_away(self, doors: Doors) -> None:
         for _ in range(20):
@@ -373,14 +394,15 @@ class TestSlowClients:
         assert json.loads(said.stdout) == {"error": 0, "email": A}
 
 
-class TestKeys:
-    @pytest.fixture(scope="class")
-    def locked(self, redis_server: RedisServer) -> Iterator[Doors]:
-        with Doors({"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_API_KEYS": "one, zwei"}) as doors:
-            yield doors
+@pytest.fixture(scope="module")
+def locked(redis_server: RedisServer) -> Iterator[Doors]:
+    with Doors({"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_API_KEYS": "one, zwei"}) as doors:
+        yield doors
 
+
+class TestKeys:
     @pytest.mark.parametrize(
-        "header", [None, "", "Bearer", "Bearer ", "Bearer wrong", "one", "Basic one", "Bearer one,zwei", "Bearer onee"]
+        "header", [None, "", "Bearer", "Bearer wrong", "one", "Basic one", "Bearer one,zwei", "Bearer onee"]
     )
     def test_missing_or_wrong(self, locked: Doors, redis: redis_py.Redis, header: str | None) -> None:
         redis.set("code_" + A, "1", ex=60)
@@ -391,7 +413,7 @@ class TestKeys:
             assert answer.json()["error"] == 1001
         assert redis.get("code_" + A) == b"1"
 
-    @pytest.mark.parametrize("header", ["Bearer one", "bearer zwei", "Bearer  one "])
+    @pytest.mark.parametrize("header", ["Bearer one", "bearer zwei", "BEARER  one"])
     def test_right(self, locked: Doors, redis_server: RedisServer, header: str) -> None:
         with FakeWorker(redis_server):
             assert locked.post(ASK, {"email": A}, headers={"Authorization": header})["error"] == 0

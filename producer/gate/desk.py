@@ -1,0 +1,64 @@
+"""What both doors share: the client behind them, and the promise that there is always an answer."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Awaitable
+from typing import Final, Literal
+
+from producer.aio import AsyncVerificationClient
+from producer.contract import DEFAULT_PURPOSE, CheckResult, ErrorCode, Reply
+from producer.errors import VerifyError
+from producer.gate.metrics import DoorMetrics
+from producer.gate.probe import Probe
+from producer.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+Door = Literal["http", "grpc"]
+BODY_LIMIT: Final = 16 * 1024  # bytes of one request; the longest address has 254
+
+
+class Desk:
+    """Answers for the doors. Lives on the event loop that runs when it is first used."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.client = AsyncVerificationClient(settings, max_queue=settings.max_queue)
+        self.probe = Probe(settings)
+        self.metrics = DoorMetrics()
+        self.leaving = False  # set once the process drains: it serves, and is not ready
+        self.in_flight: Counter[Door] = Counter()
+
+    async def request(
+        self, door: Door, email: str, *, purpose: str = DEFAULT_PURPOSE, locale: str | None = None
+    ) -> ErrorCode:
+        """Ask for a code, within the reply timeout; whatever happens is an error code."""
+        return await self._answer(door, "request", self.client.request(email, purpose=purpose, locale=locale))
+
+    async def check(self, door: Door, email: str, code: str, *, purpose: str = DEFAULT_PURPOSE) -> ErrorCode:
+        """Check a code, within 3 s; whatever happens is an error code."""
+        return await self._answer(door, "check", self.client.check(email, code, purpose=purpose))
+
+    async def close(self) -> None:
+        """Who still waits is answered `TIMEOUT`."""
+        await self.client.close()
+        await self.probe.close()
+
+    async def _answer(self, door: Door, verb: str, work: Awaitable[Reply | CheckResult]) -> ErrorCode:
+        with self.metrics.under_way(door, verb) as answer:
+            self.in_flight[door] += 1
+            try:
+                error = (await work).error
+            except VerifyError as exc:  # such as a Redis server that is too old
+                logger.error("%s", exc)
+                error = ErrorCode.REDIS_ERR
+            except Exception as exc:  # noqa: BLE001 - whatever it is, the caller gets an answer
+                # Without its text, which may quote what the caller sent.
+                logger.error("unforeseen error at the %s door", door, extra={"kind": type(exc).__name__})
+                error = ErrorCode.EXCEPTION
+            finally:
+                self.in_flight[door] -= 1
+            answer.append(error)
+        return error

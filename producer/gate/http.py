@@ -1,0 +1,212 @@
+"""The HTTP door."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+from typing import Any, Final
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from producer.contract import DEFAULT_PURPOSE, ErrorCode, is_purpose
+from producer.gate import pages
+from producer.gate.connection import BODY_PATIENCE, refusal
+from producer.gate.desk import BODY_LIMIT, Desk
+from producer.gate.metrics import CONTENT_TYPE
+
+JSON: Final = "application/json"
+OPEN: Final = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})  # no key: probes have none; nothing secret
+
+
+class NotOurs(Exception):
+    """The body is no JSON object, or lacks what must be in it."""
+
+
+def make_app(desk: Desk) -> ASGIApp:
+    """The door as an ASGI application."""
+    app = FastAPI(
+        title="VerifyServer",
+        summary="Sends email verification codes and checks them.",
+        description=pages.DESCRIPTION,
+        version="1",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        exception_handlers={HTTPException: _refuse, Exception: _unforeseen},
+    )
+
+    @app.post("/get_varifycode", summary="Send a code", **pages.describe(pages.REQUEST, pages.REQUEST_ANSWER))
+    async def get_varifycode(request: Request) -> Response:
+        """Send a code to `email`, and wait for the outcome."""
+        try:
+            given = await _read(request)
+            email, purpose = _text(given, "email"), _purpose(given)
+        except NotOurs:
+            return _answer({"error": int(ErrorCode.ERROR_JSON)})
+        error = await desk.request("http", email, purpose=purpose, locale=given.get("locale"))
+        return _answer({"error": int(error), "email": email})
+
+    @app.post("/check_varifycode", summary="Check a code", **pages.describe(pages.CHECK, pages.CHECK_ANSWER))
+    async def check_varifycode(request: Request) -> Response:
+        """Check a code; the right one is consumed. Each check is an attempt."""
+        try:
+            given = await _read(request)
+            email, code, purpose = _text(given, "email"), _text(given, "varifycode"), _purpose(given)
+        except NotOurs:
+            return _answer({"error": int(ErrorCode.ERROR_JSON)})
+        error = await desk.check("http", email, code, purpose=purpose)
+        return _answer({"error": int(error), "email": email})
+
+    _add_looks(app, desk)
+    guarded: ASGIApp = app
+    if desk.settings.api_keys:
+        app.openapi_schema = pages.with_keys(app.openapi(), OPEN)
+        guarded = _Guard(app, desk.settings.api_keys)
+    return _Counted(guarded, desk)
+
+
+def _add_looks(app: FastAPI, desk: Desk) -> None:
+    """What is looked at and changes nothing."""
+
+    async def healthz() -> Response:
+        """The process is up."""
+        return _answer({"status": "ok"})
+
+    async def readyz() -> Response:
+        """Broker, results and codes can be reached, and a worker gave a sign of life within 5 s; else 503."""
+        found = await desk.probe.find()
+        parts = {"broker": found.broker, "results": found.results, "codes": found.codes, "workers": found.workers}
+        ready = found.ready and not desk.leaving
+        return _answer({"ready": ready, **parts, "leaving": desk.leaving}, 200 if ready else 503)
+
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(desk.metrics.show((await desk.probe.find()).depth), media_type=CONTENT_TYPE)
+
+    async def docs() -> Response:
+        """This description, for people; it needs nothing from elsewhere."""
+        return HTMLResponse(pages.page(app.openapi()))
+
+    for path, shown, endpoint in (
+        ("/healthz", pages.HEALTH, healthz),
+        ("/readyz", pages.READY, readyz),
+        ("/metrics", pages.METRICS, metrics),
+    ):
+        app.add_api_route(path, endpoint, methods=["GET"], summary=endpoint.__doc__, **shown)
+        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
+    app.add_api_route("/docs", docs, methods=["GET"], include_in_schema=False)
+
+
+class _Guard:
+    """Asks for a key before anything else is looked at."""
+
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+        self._app = app
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN and not self._may(scope):
+            answer = Response(refusal("a key is needed: Authorization: Bearer KEY"), 401, media_type=JSON)
+            answer.headers["WWW-Authenticate"] = "Bearer"
+            await answer(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _may(self, scope: Scope) -> bool:
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        scheme, _, key = (given[0] if len(given) == 1 else b"").partition(b" ")
+        # Digests have one length, and all are compared: the time taken tells nothing about any key.
+        digest = _digest(key.strip())
+        matches = [hmac.compare_digest(digest, each) for each in self._digests]
+        return scheme.lower() == b"bearer" and any(matches)
+
+
+class _Counted:
+    """Counts answers that are not 200."""
+
+    def __init__(self, app: ASGIApp, desk: Desk) -> None:
+        self._app = app
+        self._desk = desk
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] != 200:
+                self._desk.metrics.refused(message["status"])
+            await send(message)
+
+        await self._app(scope, receive, counting)
+
+
+async def _read(request: Request) -> dict[str, Any]:
+    """The JSON object in the body, whatever the content type says."""
+    body = await _body(request)
+    try:
+        given = json.loads(body)
+    except (ValueError, RecursionError):
+        raise NotOurs from None
+    if not isinstance(given, dict):
+        raise NotOurs
+    return given
+
+
+async def _body(request: Request) -> bytes:
+    """The whole body. Raises `HTTPException`, without reading on, if it is too large or too slow."""
+    said = request.headers.get("content-length", "0")
+    if not said.isascii() or not said.isdecimal() or int(said[:20]) > BODY_LIMIT:
+        raise HTTPException(413, f"a body has at most {BODY_LIMIT} bytes")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_PATIENCE):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > BODY_LIMIT:
+                    raise HTTPException(413, f"a body has at most {BODY_LIMIT} bytes")
+    except TimeoutError:
+        raise HTTPException(408, f"the body did not arrive within {BODY_PATIENCE:g} s") from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the body ended early") from None
+    return bytes(body)
+
+
+def _text(given: dict[str, Any], name: str) -> str:
+    value = given.get(name)
+    if not isinstance(value, str):
+        raise NotOurs
+    return value
+
+
+def _purpose(given: dict[str, Any]) -> str:
+    purpose = given.get("purpose", DEFAULT_PURPOSE)
+    if not is_purpose(purpose):
+        raise NotOurs
+    return str(purpose)
+
+
+def _answer(content: dict[str, Any], status: int = 200) -> Response:
+    try:
+        body = json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        body = json.dumps(content).encode()  # half of a surrogate pair, which only an escape can say
+    return Response(body, status, media_type=JSON)
+
+
+async def _refuse(_request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)  # noqa: S101 - tells the type checker
+    headers = dict(exc.headers or {})
+    if exc.status_code == 408:
+        headers["Connection"] = "close"
+    return Response(refusal(exc.detail), exc.status_code, headers, media_type=JSON)
+
+
+async def _unforeseen(_request: Request, _exc: Exception) -> Response:
+    return Response(refusal("unforeseen error", int(ErrorCode.EXCEPTION)), 500, media_type=JSON)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

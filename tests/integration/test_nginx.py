@@ -1,0 +1,148 @@
+"""`deploy/nginx.conf` in a real nginx, in front of real doors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import ssl
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+import trustme
+from doors_process import Doors
+from fake_worker import FakeWorker
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from redis_server import RedisServer
+from worker_process import ROOT, eventually
+
+from producer.gate.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp
+
+pytestmark = [pytest.mark.tools, pytest.mark.usefixtures("redis")]
+A = "a@example.com"
+KEY = {"Authorization": "Bearer k3y"}
+
+
+class Proxy:
+    """nginx with the snippet; the doors' ports, its own and the certificates are replaced, and nothing else."""
+
+    def __init__(self, doors: Doors, directory: Path) -> None:
+        nginx = shutil.which("nginx") or "/usr/sbin/nginx"
+        authority = trustme.CA()
+        certificate = authority.issue_cert("localhost", "127.0.0.1")
+        certificate.private_key_and_cert_chain_pem.write_to_path(directory / "verify.pem")
+        self._root = authority.cert_pem.bytes()
+        http, rpc = _free_port(), _free_port()
+        text = (ROOT / "deploy/nginx.conf").read_text()
+        for old, new in (
+            ("127.0.0.1:8081", f"127.0.0.1:{doors.http_port}"),
+            ("127.0.0.1:50051", f"127.0.0.1:{doors.grpc_port}"),
+            ("listen 443", f"listen 127.0.0.1:{http}"),
+            ("listen 50443", f"listen 127.0.0.1:{rpc}"),
+            ("/etc/nginx/verify.pem", str(directory / "verify.pem")),
+            ("/etc/nginx/verify.key", str(directory / "verify.pem")),
+        ):
+            assert old in text
+            text = text.replace(old, new)
+        (directory / "verifyserver.conf").write_text(text)
+        paths = "".join(
+            f"{kind}_temp_path {directory}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        (directory / "nginx.conf").write_text(
+            f"daemon off; pid {directory}/nginx.pid; error_log {directory}/error.log;"
+            f"events {{}} http {{ {paths} include {directory}/verifyserver.conf; }}"
+        )
+        command = [nginx, "-p", str(directory), "-c", str(directory / "nginx.conf")]
+        checked = subprocess.run([*command, "-t"], capture_output=True, text=True, timeout=20, check=False)
+        assert checked.returncode == 0, checked.stderr
+        self._process = subprocess.Popen(command)
+        context = ssl.create_default_context(cadata=self._root.decode())
+        self.http = httpx.Client(base_url=f"https://localhost:{http}", verify=context, timeout=15, trust_env=False)
+        credentials = grpc.ssl_channel_credentials(self._root)
+        self.channel = grpc.secure_channel(f"localhost:{rpc}", credentials)
+        eventually(lambda: _listens(http) and _listens(rpc))
+
+    def call(self, email: str) -> Any:
+        """`GetVarifyCode`."""
+        call = self.channel.unary_unary(f"/{SERVICE}/{METHOD}", GetVarifyReq.SerializeToString, GetVarifyRsp.FromString)
+        return call(GetVarifyReq(email=email), timeout=15)
+
+    def close(self) -> None:
+        """End it."""
+        self.http.close()
+        self.channel.close()
+        self._process.terminate()
+        self._process.wait(10)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def doors(redis_server: RedisServer) -> Iterator[Doors]:
+    with (
+        FakeWorker(redis_server),
+        Doors({"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_API_KEYS": "k3y"}) as doors,
+    ):
+        yield doors
+
+
+@pytest.fixture
+def proxy(doors: Doors, tmp_path: Path) -> Iterator[Proxy]:
+    tmp_path.chmod(0o755)
+    proxy = Proxy(doors, tmp_path)
+    yield proxy
+    proxy.close()
+
+
+def ask(proxy: Proxy, email: str = A) -> httpx.Response:
+    return proxy.http.post("/get_varifycode", content=json.dumps({"email": email}), headers=KEY)
+
+
+def test_both_doors_through_it(proxy: Proxy) -> None:
+    assert ask(proxy, "ü@x.example").json() == {"error": 0, "email": "ü@x.example"}
+    body = json.dumps({"email": A, "varifycode": "1"})
+    assert proxy.http.post("/check_varifycode", content=body, headers=KEY).json() == {"error": 1003, "email": A}
+    assert proxy.http.post("/get_varifycode", content=body).status_code == 401
+    assert proxy.http.get("/healthz").json() == {"status": "ok"}
+    said = proxy.call(A)
+    assert (said.error, said.email, said.code) == (0, A, "")
+    stub = health_pb2_grpc.HealthStub(proxy.channel)
+    assert stub.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_what_it_keeps_from_outside(proxy: Proxy) -> None:
+    for path in ("/", "/metrics", "/readyz", "/docs"):
+        answer = proxy.http.get(path, headers=KEY)
+        assert (answer.status_code, answer.json()["error"]) == (404, 1001)
+    answer = proxy.http.post("/get_varifycode", content=b"x" * 20_000, headers=KEY)
+    assert (answer.status_code, answer.json()["error"]) == (413, 1001)
+
+
+def test_one_address_has_its_limit(proxy: Proxy) -> None:
+    answers = [ask(proxy) for _ in range(20)]
+    assert [answer.status_code for answer in answers[:11]] == [200] * 11
+    assert {(answer.status_code, answer.json()["error"]) for answer in answers[12:]} == {(429, 4)}
+
+
+def test_without_doors_it_says_so(proxy: Proxy, doors: Doors) -> None:
+    doors.process.terminate()
+    assert doors.wait() == 0
+    answer = ask(proxy)
+    assert (answer.status_code, answer.json()["error"]) == (502, 1)
+    with pytest.raises(grpc.RpcError) as raised:
+        proxy.call(A)
+    assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
