@@ -58,8 +58,11 @@ lint: setup ## ruff and mypy
 	$(BIN)/mypy
 
 # Seven days old at least: what is withdrawn or not yet on every mirror is not in it. The build backend is in the group
-# dev. No host name comes in.
-lock: setup ## resolve the newest versions that pyproject.toml allows into requirements.lock
-	$(BIN)/uv pip compile pyproject.toml --extra cli --extra worker --extra doors --group dev --universal --python-version 3.11 \
-	  --generate-hashes --no-header --upgrade --exclude-newer '7 days' --quiet --output-file requirements.lock
-	@! grep -n '://' requirements.lock
+# dev. No host name comes in. The second lock is the part of the first that runs in production.
+PRODUCTION := --extra cli --extra worker --extra doors --extra flower
+COMPILE := $(BIN)/uv pip compile pyproject.toml $(PRODUCTION) --universal --python-version 3.11 \
+  --generate-hashes --no-header --exclude-newer '7 days' --quiet
+lock: setup ## resolve the newest versions that pyproject.toml allows into requirements.lock and requirements.prod.lock
+	$(COMPILE) --group dev --upgrade --output-file requirements.lock
+	$(COMPILE) --upgrade --constraints requirements.lock --no-annotate --output-file requirements.prod.lock
+	@! grep -n '://' requirements.lock requirements.prod.lock

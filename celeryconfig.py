@@ -18,7 +18,7 @@ broker_url = _settings.broker_url
 broker_transport_options = {"visibility_timeout": _settings.visibility_timeout, **_sockets}
 broker_connection_retry_on_startup = True  # worker and Redis start in any order
 broker_connection_max_retries = None  # Redis may stay away for long
-broker_pool_limit = 2  # events and the odd callback; requests do not pass here
+broker_pool_limit = 100  # at most, opened when needed: each of Flower's threads (up to 32) holds two while it inspects
 
 result_backend = f"worker.backend:ReplyBackend+{_settings.results_url}"  # stores success, nothing else
 result_expires = REPLY_TTL  # as long as a request id is remembered

@@ -25,6 +25,7 @@ _ISSUE, _SETTLE, _DOT, _RENEW, _CHECK = (
 ATTEMPTS, COOLDOWN, SENDING, JOINED = "attempts:", "cooldown:", "sending:", "joined:"  # + code key
 BUCKET = "bucket:"  # + canonical address
 REQUEST = "request:"  # + request id
+COOLDOWN_HIT, BUCKET_HIT = "cooldown", "bucket"  # why a request was answered without a mail
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +90,14 @@ class Answered(NamedTuple):
     """The request has its final answer."""
 
     error: ErrorCode
+    why: str = ""  # COOLDOWN_HIT or BUCKET_HIT, if this request was the one that met it
 
 
 class Wait(NamedTuple):
     """Another holder is at it; come back when woken, or after so many seconds."""
 
     seconds: float
+    joined: bool = False  # what is at it is another request, whose mail is on the wire
 
 
 class Conflict(NamedTuple):
@@ -162,10 +165,10 @@ class CodeStore:
                 code = answer[1].decode("utf-8", "surrogateescape")
                 return Send(code, answer[2] / 1000, answer[3] / 1000, answer[4])
             case b"answered":
-                return Answered(ErrorCode(answer[1]))
+                return Answered(ErrorCode(answer[1]), answer[2].decode() if len(answer) > 2 else "")
             case b"conflict":
                 return Conflict()
-        return Wait(answer[1] / 1000)
+        return Wait(answer[1] / 1000, joined=answer[0] == b"join")
 
     def answered(self, claim: Claim, error: ErrorCode) -> Command:
         """Remember the final answer; read with `read_settle`."""

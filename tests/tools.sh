@@ -6,7 +6,16 @@ set -u
 missing=
 command -v chromium >/dev/null || missing="$missing chromium"
 command -v spamassassin >/dev/null || missing="$missing spamassassin"
+command -v redis-cli >/dev/null || missing="$missing redis-tools"
+command -v tini >/dev/null || missing="$missing tini"
 command -v nginx >/dev/null || [ -x /usr/sbin/nginx ] || missing="$missing nginx-light"
+command -v curl >/dev/null || missing="$missing curl"
+command -v node >/dev/null || missing="$missing nodejs"
+command -v g++ >/dev/null || missing="$missing g++"
+command -v grpc_cpp_plugin >/dev/null || missing="$missing protobuf-compiler-grpc"
+pkg-config --exists hiredis jsoncpp grpc++ protobuf 2>/dev/null ||
+    missing="$missing pkg-config libhiredis-dev libjsoncpp-dev libgrpc++-dev libprotobuf-dev"
+[ -e /usr/include/boost/beast.hpp ] || missing="$missing libboost-dev"
 [ -n "$(fc-list :lang=zh-cn 2>/dev/null)" ] || missing="$missing fontconfig fonts-noto-cjk"
 [ -n "$missing" ] || exit 0
 

@@ -19,7 +19,7 @@ START_TIMEOUT: Final = 30.0  # seconds; Celery's imports alone take more than on
 STOP_TIMEOUT: Final = 15.0  # the contract's bound for SIGTERM
 
 # Asks the kernel to end this process with the tests' (Linux only), then becomes Celery.
-_LAUNCH: Final = """
+LAUNCH: Final = """
 import os, sys
 if sys.platform == "linux":
     import ctypes
@@ -54,7 +54,7 @@ class WorkerProcess:
         celery = ["-A", "worker.app", "worker", "-l", self._level, "-n", self.name]
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _LAUNCH, *celery],
+                [sys.executable, "-c", LAUNCH, *celery],
                 cwd=self._directory.name,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,

@@ -8,6 +8,7 @@ import sys
 import threading
 from typing import Any
 
+import click
 from celery import Celery, signals
 
 from producer import logs
@@ -15,6 +16,7 @@ from worker import (
     broker,
     control,  # noqa: F401 - puts our inspect commands in the place of Celery's
 )
+from worker.backend import ReplyBackend
 from worker.tasks import SendCode
 
 broker.register()
@@ -41,6 +43,15 @@ def _before_start(sender: str, options: dict[str, Any] | None = None, **_: Any) 
     if pool is not None and pool.__module__ not in {"celery.concurrency.thread", "celery.concurrency.solo"}:
         sys.stderr.write("--pool: the worker runs with threads only, which is the default; leave the option out\n")
         raise SystemExit(2)
+
+
+@signals.import_modules.connect  # type: ignore[untyped-decorator]
+def _before_flower(**_: Any) -> None:
+    """Flower's process has no worker in it: what it logs, and the results that it shows, are masked from here."""
+    context = click.get_current_context(silent=True)
+    if context is not None and context.info_name == "flower":
+        logs.configure(logging.getLogger().level)
+        ReplyBackend.masks = True
 
 
 @signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]

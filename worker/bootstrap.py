@@ -13,9 +13,11 @@ from worker.intake import Intake, Watcher
 from worker.mail.failover import Failover
 from worker.mail.relay import Relay
 from worker.mail.render import Renderer
+from worker.metrics import MetricsServer, WorkerMetrics
 from worker.queue import RequestQueue
 from worker.service import Service
 from worker.settle import Settler
+from worker.tally import Tally
 
 
 class Worker:
@@ -37,22 +39,31 @@ class Worker:
         )
         store = CodeStore(CodePolicy.of(settings))
         queue = RequestQueue(settings.queue, visibility_timeout=settings.visibility_timeout)
-        settler = Settler(self._databases, store, queue, self._done, visibility_timeout=settings.visibility_timeout)
+        tally = Tally()
+        settler = Settler(self._databases, store, queue, self._done, tally)
         service = Service(
             store,
             self._databases.codes,
             self._mailer,
             Renderer(settings.mail_from, default_locale=settings.locale),
             settler,
+            tally,
             sender=settings.mail_from.mailbox,
             code_length=settings.code_length,
         )
-        self.intake = Intake(self._databases.broker, self._waiter, queue, service, settler, watcher)
+        self.intake = Intake(self._databases.broker, self._waiter, queue, service, settler, watcher, tally)
+        self._metrics = MetricsServer(
+            WorkerMetrics(
+                tally, self._mailer.standings, lambda: self.intake.load, self._databases.broker, settings.queue
+            )
+        )
+        self._metrics_bind = settings.metrics_bind
         self._watcher = watcher
         self._background: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Begin to work, on the running loop."""
+        await self._metrics.open(self._metrics_bind)
         self.intake.start()
         self._background = asyncio.create_task(self._require_versions())
 
@@ -82,6 +93,7 @@ class Worker:
             self._background.cancel()
         await self.intake.stop(seconds)
         await self._mailer.close()
+        await self._metrics.close()
         await self._waiter.close()
         await self._databases.close()
 
@@ -89,5 +101,5 @@ class Worker:
 async def wire(settings: Settings, watcher: Watcher) -> Worker:
     """The worker, on the running loop."""
     worker = Worker(settings, watcher)
-    worker.start()
+    await worker.start()
     return worker

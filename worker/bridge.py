@@ -50,6 +50,11 @@ def current() -> Bridge:
     return _current
 
 
+def held_by_service() -> int:
+    """How many requests are in this process' hands that Celery knows nothing of."""
+    return 0 if _current is None else sum(not job.through_celery for job in _current.held())
+
+
 class Bridge(Watcher):
     """Runs the service's loop beside Celery's hub."""
 
@@ -130,8 +135,7 @@ class Bridge(Watcher):
 
     def bury(self, tag: str) -> None:
         """A message that Celery rejects becomes a dead letter."""
-        queue = self._intake.queue
-        self._call(self._intake.leave_celery(tag, lambda tag: [queue.bury(tag, "Celery rejected it")]))
+        self._call(self._intake.bury_from_celery(tag))
 
     def release(self, tag: str) -> None:
         """A message that went to Celery goes back to the queue."""
@@ -169,7 +173,10 @@ class Bridge(Watcher):
         """Send the event of a request that left."""
         fields: dict[str, Any] = {"uuid": job.request_id, "timestamp": time.time()}
         if error is None:
-            self._send([("task-retried", {**fields, "exception": "not yet answered"})])
+            if job.request_id:  # what could not be read has none, and never was a task
+                # Celery's own order of states keeps a SUCCESS of the same id before a rejection.
+                left = "task-rejected" if job.buried else "task-retried"
+                self._send([(left, {**fields, "exception": "not yet answered"})])
             return
         took = asyncio.get_running_loop().time() - job.began
         self._send([("task-succeeded", {**fields, "result": shown(job.request.email, error), "runtime": took})])

@@ -6,11 +6,13 @@ from typing import Any
 
 from celery import bootsteps
 from celery.utils.log import get_logger
-from celery.worker import state
-from celery.worker.consumer import consumer
+from celery.utils.sysinfo import load_average
+from celery.worker import heartbeat, state
+from celery.worker.consumer import consumer, heart
 from celery.worker.consumer.tasks import Tasks
 
 from producer.settings import load_or_exit
+from worker import bridge
 from worker.bridge import Bridge
 from worker.broker import Transport
 
@@ -47,13 +49,41 @@ class ServiceStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ship
             self._bridge.close()
 
 
+class Pulse(heartbeat.Heart):  # type: ignore[misc]  # Celery ships no types
+    """Celery's heartbeats, in which the requests that the service holds are active too."""
+
+    def _send(self, event: str, retry: bool = True) -> Any:
+        return self.eventer.send(
+            event,
+            freq=self.interval,
+            active=len(state.active_requests) + bridge.held_by_service(),
+            processed=state.all_total_count[0],
+            loadavg=load_average(),
+            retry=retry,
+            **state.SOFTWARE_INFO,
+        )
+
+
+class Heart(heart.Heart):  # type: ignore[misc]  # Celery ships no types
+    """Celery's step, with our heartbeats."""
+
+    def start(self, consumer: Any) -> None:
+        """Begin to beat."""
+        consumer.heart = Pulse(consumer.timer, consumer.event_dispatcher, self.heartbeat_interval)
+        consumer.heart.start()
+
+
 class Consumer(consumer.Consumer):  # type: ignore[misc]  # Celery ships no types
     """Celery's consumer, with the service, and without what costs O(workers^2) messages and a second at start."""
 
     class Blueprint(consumer.Consumer.Blueprint):  # type: ignore[misc]  # Celery ships no types
         """Celery's steps, and ours."""
 
-        default_steps = (*consumer.Consumer.Blueprint.default_steps, ServiceStep)
+        default_steps = (
+            *(step for step in consumer.Consumer.Blueprint.default_steps if not str(step).endswith(":Heart")),
+            Heart,
+            ServiceStep,
+        )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "without_gossip": True, "without_mingle": True})

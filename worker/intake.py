@@ -22,6 +22,7 @@ from worker.message import Unfit, for_celery, parse
 from worker.queue import RequestQueue, Reserved
 from worker.service import Service
 from worker.settle import Settler
+from worker.tally import Tally
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,14 @@ class Intake:
     """Reserves as many messages as can be sent soon, reads them, and hands them to the service as batches."""
 
     def __init__(
-        self, broker: Database, waiter: Link, queue: RequestQueue, service: Service, settler: Settler, watcher: Watcher
+        self,
+        broker: Database,
+        waiter: Link,
+        queue: RequestQueue,
+        service: Service,
+        settler: Settler,
+        watcher: Watcher,
+        tally: Tally,
     ) -> None:
         self._broker = broker
         self._waiter = waiter
@@ -65,6 +73,7 @@ class Intake:
         self._service = service
         self._settler = settler
         self._watcher = watcher
+        self._tally = tally
         self.held: dict[str, Job] = {}  # by tag: everything in this worker's hands on the fast way
         self._at_celery: dict[str, Job] = {}  # by tag: what went to Celery and is not done
         self._for_celery: dict[str, asyncio.Future[ErrorCode | None]] = {}  # by tag: what Celery's task waits for
@@ -96,9 +105,9 @@ class Intake:
             self._alone = self._alone and bool(self.held)
             self._room.set()
         future = self._for_celery.pop(job.tag, None)
-        if future is None:
+        if future is None or error is None:  # Celery tells the world of a reply, and of nothing else
             self._watcher.done(job, error)
-        elif not future.done():
+        if future is not None and not future.done():
             future.set_result(error)
 
     async def serve_for_celery(self, tag: str) -> Reply | None:
@@ -112,6 +121,17 @@ class Intake:
         await self._serve([job])
         error = await future
         return None if error is None else Reply(job.request.email, error)
+
+    @property
+    def load(self) -> int:
+        """How many requests are in this worker's hands, on either way."""
+        return len(self.held.keys() | self._at_celery.keys())
+
+    async def bury_from_celery(self, tag: str) -> None:
+        """A message that Celery rejects becomes a dead letter."""
+        reason = "Celery rejected it"
+        self._tally.buried(reason)
+        await self.leave_celery(tag, lambda tag: [self.queue.bury(tag, reason)])
 
     async def leave_celery(self, tag: str, command: Callable[[str], list[Command]]) -> None:
         """Celery is done with a message: settle its reservation."""
@@ -196,7 +216,9 @@ class Intake:
                 self._unheard += self.queue.tags_of(command)
             raise
         raise_errors([answer])
-        taken, self._suspects, alone = self.queue.read_reserve(answer)
+        taken, self._suspects, alone, buried = self.queue.read_reserve(answer)
+        for reason in buried:
+            self._tally.buried(reason)
         if not self._consuming:  # told so while they were on their way
             await self._broker.run([self.queue.release([reserved.tag for reserved in taken])])
             return True
@@ -208,7 +230,7 @@ class Intake:
             self._serving.add(task)
             task.add_done_callback(self._serving.discard)
         # Suspects wait for empty hands; an empty answer is no reason to wait for a message then.
-        return bool(taken) or self._suspects > 0
+        return bool(taken or buried) or self._suspects > 0
 
     def _read(self, taken: Iterable[Reserved]) -> list[Job]:
         jobs = []
@@ -216,20 +238,21 @@ class Intake:
         for reserved in taken:
             try:
                 parsed = parse(reserved)
-            except Unfit as exc:
-                self._settler.bury(Job("", reserved.tag, VerifyRequest(None), None, None), str(exc))
-                continue
+                message = for_celery(parsed) if parsed.needs_celery else None
             except Exception as exc:  # noqa: BLE001 - no message stops a worker, or the others of its batch
-                reason = f"it cannot be read ({type(exc).__name__})"
+                reason = str(exc) if isinstance(exc, Unfit) else f"it cannot be read ({type(exc).__name__})"
                 self._settler.bury(Job("", reserved.tag, VerifyRequest(None), None, None), reason)
                 continue
             job = parsed.job
             job.began = now
+            self._tally.taken += 1
             if self._watcher.is_revoked(job.request_id):
+                self._watcher.received([job])
                 self._settler.answer(job, ErrorCode.TIMEOUT, mark=False)
-            elif parsed.needs_celery:
+            elif message is not None:
+                self._tally.through_celery += 1
                 self._at_celery[job.tag] = job
-                self._watcher.to_celery(for_celery(parsed))
+                self._watcher.to_celery(message)
             else:
                 self.held[job.tag] = job
                 jobs.append(job)
@@ -283,6 +306,7 @@ class Intake:
         self._in_touch_since = since
         tended = self.queue.read_tend(answer)
         if tended.restored:
+            self._tally.restored += tended.restored
             logger.warning("requests of a dead worker came back", extra={"count": tended.restored})
         for killer in tended.killers:
             self._condemn(killer)

@@ -26,3 +26,4 @@ class Job:
     began: float = 0.0  # on the loop's clock, as `lease_until`
     lease_until: float = 0.0
     dotted: bool = False  # the final dot of this send may have left
+    buried: bool = False  # it left as a dead letter

@@ -109,9 +109,11 @@ def _timestamp(headers: dict[str, Any], name: str) -> float | None:
         return None
     try:
         moment = datetime.fromisoformat(value)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        datetime.fromtimestamp(seconds, UTC)  # there are moments that only another zone can say
     except (TypeError, ValueError, OverflowError):
         raise Unfit(f"{name} is not a time in ISO 8601") from None
+    return seconds
 
 
 def for_celery(parsed: Parsed) -> dict[str, Any]:

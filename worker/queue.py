@@ -22,6 +22,7 @@ _RESERVE, _TEND, _ACK, _PARK, _WAKE, _BURY, _RELEASE = (
 )
 
 UNACKED, INDEX = "unacked", "unacked_index"  # kombu's names
+PRIORITY_SEPARATOR, PRIORITY_STEPS = "\x06\x16", (3, 6, 9)  # kombu's: lists beside the queue, the later the lower
 DEADLY = 4  # a message that killed so many workers is not tried again
 MOVES = 1000  # messages that one call may move; what is left waits for the next second
 TICK = 1.0  # seconds between two calls of `tend`, at most; several must fit into the visibility timeout
@@ -41,6 +42,7 @@ class Reservation(NamedTuple):
     taken: list[Reserved]
     suspects: int
     alone: bool  # the one message taken is a suspect: nothing else may run beside it
+    buried: list[str]  # the reasons of those that were unfit
 
 
 class Tended(NamedTuple):
@@ -71,18 +73,21 @@ class RequestQueue:
     def reserve(self, count: int, *, held: int) -> Command:
         """Take up to `count` messages; read with `read_reserve`. `held`: how many this worker holds already."""
         keys = [self.name, self._ready, self._parked, self._suspects, UNACKED, INDEX, DEAD_LETTERS]
+        keys += [f"{self.name}{PRIORITY_SEPARATOR}{step}" for step in PRIORITY_STEPS]
         return _RESERVE(keys, [count, self._prefix(), TASK, self.name, held])
 
     @staticmethod
     def tags_of(reserve: Command) -> list[str]:
         """Every tag that this `reserve` can have given: if its answer was lost, what it took can be put back."""
-        count, prefix = int(reserve[10]), str(reserve[11])
-        return [f"{prefix}{2 * i + 2}" for i in range(count)]
+        count, prefix = reserve[3 + int(reserve[2]) :][:2]
+        return [f"{prefix!s}{2 * i + 2}" for i in range(int(count))]
 
     @staticmethod
     def read_reserve(answer: list[Any]) -> Reservation:
         """What `reserve` answered."""
-        return Reservation(_pairs(answer[2:]), answer[0], answer[1] == 1)
+        pairs = _pairs(answer[2:])
+        buried = [reason.decode() for tag, reason in pairs if not tag]
+        return Reservation([pair for pair in pairs if pair.tag], answer[0], answer[1] == 1, buried)
 
     def await_message(self, seconds: float) -> Command:
         """Block until the queue has a message, and leave it there: from its end to its end."""
@@ -101,8 +106,16 @@ class RequestQueue:
 
     @staticmethod
     def ack(tags: list[str]) -> Command:
-        """These messages are done."""
-        return _ACK([UNACKED, INDEX], tags)
+        """These messages are done. Answers 0."""
+        return _ACK([UNACKED, INDEX], ["", "", *(arg for tag in tags for arg in (tag, ""))])
+
+    @staticmethod
+    def ack_if_stored(replies: list[tuple[str, str]], *, broker: int, results: int) -> Command:
+        """These messages, each with the key of its reply, are done if the reply is stored. Answers how many stay.
+
+        `broker`, `results`: the numbers of two databases of one server.
+        """
+        return _ACK([UNACKED, INDEX], [broker, results, *(arg for pair in replies for arg in pair)])
 
     def park(self, tag: str, request_id: str, delay: float, enqueued_at: float | None) -> Command:
         """The request waits for `delay` seconds, or until it is woken."""

@@ -27,6 +27,7 @@ from worker.mail.errors import (
 from worker.mail.relay import Envelope
 from worker.mail.render import Renderer
 from worker.settle import Settler
+from worker.tally import Tally
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Service:
         mailer: Mailer,
         renderer: Renderer,
         settler: Settler,
+        tally: Tally,
         *,
         sender: str,
         code_length: int,
@@ -66,6 +68,7 @@ class Service:
         self._mailer = mailer
         self._renderer = renderer
         self._settler = settler
+        self._tally = tally
         self._sender = sender
         self._code_length = code_length
         self._leased: dict[str, Job] = {}  # by tag
@@ -98,8 +101,12 @@ class Service:
         except RedisUnavailable:
             logger.warning("the codes database cannot be reached")
             for job in jobs:
-                # The step may have been taken all the same; its lease and its charge are given back then.
-                self._settler.answer(job, ErrorCode.REDIS_ERR, mark=self._settler.one_trip)
+                if self._settler.one_trip:
+                    # Nor can any reply be stored. The request is served once Redis is back; the step may have been
+                    # taken all the same, and its lease and its charge are given back.
+                    self._settler.retry(job, 0.0, unknown=False)
+                else:
+                    self._settler.answer(job, ErrorCode.REDIS_ERR, mark=False)
             return
         for job, answer in zip(jobs, answers, strict=True):
             self._proceed(job, answer, asked)
@@ -132,9 +139,12 @@ class Service:
                 task = asyncio.create_task(self._send(job, send))
                 self._sends.add(task)
                 task.add_done_callback(self._sends.discard)
-            case Answered(error):
+            case Answered(error, why):
+                if why:
+                    self._tally.hits[why] += 1
                 self._settler.answer(job, error, mark=False)
-            case Wait(seconds):
+            case Wait(seconds, joined):
+                self._tally.joins += joined
                 self._settler.wait(job, seconds)
             case Conflict():
                 self._settler.bury(job, "the request id belongs to another address or purpose")
@@ -183,6 +193,7 @@ class Service:
             self._settler.retry(job, delay, unknown=unknown)
         else:
             self._accepted += 1
+            self._tally.until_accepted.since(job.enqueued_at)
             self._settler.answer(job, ErrorCode.SUCCESS, mark=True)
 
     @staticmethod

@@ -25,7 +25,7 @@ ARGV 1 request id
     15 remember         ms      life of the record
 
 Returns {'send', code, life ms, ms until the deadline, tries so far}
-      | {'answered', error}   final; also stored in the record
+      | {'answered', error, why}   final; also stored in the record; why: 'cooldown', 'bucket' (it is empty) or nothing
       | {'wait', ms}          the same id is being sent by another holder
       | {'join', ms}          another request's mail to the same code key is on the wire
       | {'conflict'}          the id belongs to another address or purpose; nothing was changed
@@ -49,11 +49,23 @@ if record[10] then
 end
 
 local first = tonumber(record[2]) or now
-local function answer(error)
+local doubts = (tonumber(record[6]) or 0) + (tonumber(record[7]) or 0)
+local interval = tonumber(ARGV[13])
+local function answer(error, why)
+    if record[5] == '1' and doubts == 0 then
+        -- Charged for a send that no relay accepted; the worker that would have said so is gone.
+        local full = tonumber(redis.call('GET', KEYS[7])) or 0
+        if full - interval > now then
+            redis.call('SET', KEYS[7], string.format('%.0f', full - interval), 'PX', string.format('%.0f', full - interval - now))
+        else
+            redis.call('DEL', KEYS[7])
+        end
+        redis.call('HSET', KEYS[1], 'charged', 0)
+    end
     redis.call('HSET', KEYS[1], 'who', who, 'first', first, 'error', error)
     redis.call('HDEL', KEYS[1], 'token', 'until')
     redis.call('PEXPIRE', KEYS[1], remember)
-    return { 'answered', error }
+    return { 'answered', error, why }
 end
 
 if ARGV[4] ~= '' then
@@ -71,11 +83,11 @@ end
 
 local code = redis.call('GET', KEYS[2])
 local life = redis.call('PTTL', KEYS[2])
-local live = code and life > 0
+local live = code and code ~= '' and life > 0
 local cooldown = tonumber(ARGV[12])
 if cooldown > 0 then
     if live and redis.call('GET', KEYS[4]) == redis.sha1hex(code) then
-        return answer(0)
+        return answer(0, 'cooldown')
     end
     local holder = redis.call('GET', KEYS[5])
     if holder and holder ~= id then
@@ -85,21 +97,19 @@ if cooldown > 0 then
         redis.call('PEXPIRE', KEYS[1], remember)
         redis.call('SADD', KEYS[6], id)
         redis.call('PEXPIRE', KEYS[6], remember)
-        return { 'join', redis.call('PTTL', KEYS[5]) }
+        return { 'join', math.min(redis.call('PTTL', KEYS[5]), deadline - now) }
     end
 end
 
 -- A mail of this request may have been accepted: once more with the very same code, or not at all.
-local doubts = (tonumber(record[6]) or 0) + (tonumber(record[7]) or 0)
 if doubts > 0 and (doubts > 1 or not live or redis.sha1hex(code) ~= record[8]) then
     return answer(6)
 end
 
-local interval = tonumber(ARGV[13])
 if interval > 0 and record[5] ~= '1' then
     local full = math.max(tonumber(redis.call('GET', KEYS[7])) or 0, now)
     if full - now > (ARGV[14] - 1) * interval then
-        return answer(4)
+        return answer(4, 'bucket')
     end
     redis.call('SET', KEYS[7], string.format('%.0f', full + interval), 'PX', string.format('%.0f', full + interval - now))
 end

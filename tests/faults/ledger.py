@@ -26,6 +26,8 @@ KEPT: Final = 3300.0  # seconds after which a stored reply is not looked for any
 SAMPLE: Final = 20_000  # latencies that are kept
 CALM: Final = 3.0  # seconds after a fault that still belong to it
 DECODED: Final = 32_768  # bytes of each part of a log that are also looked at as base64
+BEFORE: Final = 1.0  # seconds before a mail came whole from which a fault may have concerned it
+AFTER: Final = 2.0  # and after, within which its acceptance is surely recorded if nothing is broken
 _NEVER: Final = float("inf")
 
 
@@ -197,9 +199,9 @@ class Ledger:
             return [record for record in self.records if record.acknowledged and record.error is None]
 
     def some_answered(self, count: int, chance: random.Random) -> list[Record]:
-        """Some requests of the last minutes that have their reply."""
+        """Some requests of the last minutes that were answered Success."""
         with self._lock:
-            recent = [record for record in self.records[-3000:] if record.error is not None and record.request_id]
+            recent = [record for record in self.records[-3000:] if record.error == 0 and record.request_id]
         return chance.sample(recent, min(count, len(recent)))
 
     def expect_dead(self, least: int, most: int) -> None:
@@ -248,7 +250,9 @@ class Ledger:
     def _judge_mails(self, record: Record) -> None:
         if len({mail.code for mail in record.mails}) > 1:
             self.violated("two codes under one id", record)
-        doubts = set(self._between(record.mails[0].at - 1, record.mails[-1].at, doubts=True))
+        # What permits a second mail keeps the first one's acceptance from being known, or recorded.
+        first = record.mails[0].at
+        doubts = any(self._between(first - BEFORE, first + AFTER, doubts=True))
         if len(record.mails) > 2:
             self.violated(f"{len(record.mails)} mails", record)
         elif len(record.mails) == 2:

@@ -69,11 +69,13 @@ KINDS: Final = (
     Kind("relay: 451 at RCPT", _RELAYS, (1, 5), False),
     Kind("relay: 451 after the dot", _RELAYS, (1, 5), False),
     Kind("relay: silent", _RELAYS, (1, 5), True),
-    Kind("relay: hangs up before the dot", _RELAYS, (1, 3), False),
+    Kind("relay: hangs up at DATA", _RELAYS, (1, 3), False),
+    # Text and final dot leave in one write: who sent them cannot know that the dot was not read.
+    Kind("relay: hangs up in mid-DATA", _RELAYS, (1, 3), True, 1),
     Kind("relay: hangs up after the dot", _RELAYS, (0.5, 2), True),
     Kind("relay: one byte a second", _RELAYS, (1, 4), True),
     Kind("poison", ("queue",), (0, 0), False, 3),
-    Kind("same id twice", ("queue",), (0, 0), False, 3),
+    Kind("same id twice", ("queue",), (0, 0), False, 4),
     Kind("same id, another address", ("queue",), (0, 0), False, 3),
 )
 _BY_NAME: Final = {kind.name: kind for kind in KINDS}
@@ -83,7 +85,8 @@ _SCRIPTS: Final[dict[str, dict[str, Act]]] = {
     "451 at RCPT": {"rcpt": "451 4.3.0 later"},
     "451 after the dot": {"dot": "451 4.3.0 later"},
     "silent": {"banner": Silence(), "dot": Silence()},
-    "hangs up before the dot": {"content": Drop()},
+    "hangs up at DATA": {"data": Drop()},
+    "hangs up in mid-DATA": {"content": Drop()},
     "hangs up after the dot": {"dot": Drop()},
     "one byte a second": {"mail": Slowly("250 2.1.0 ok", 1), "dot": Slowly("250 2.0.0 ok", 1)},
 }
@@ -372,6 +375,12 @@ class Mischief:
             for _ in range(count):
                 envelope = message({"email": self._askers.address("twice")})
                 self._askers.push_raw(self._queue, envelope, *[envelope] * chance.randint(1, 3))
+            # And ids that have long been answered: the cooldown is over, and there is still no second mail.
+            old = [record for record in self._ledger.some_answered(count, chance) if record.request_id]
+            again = [message({"email": record.email}, request_id=record.request_id) for record in old]
+            with contextlib.suppress(redis.RedisError):
+                if again:
+                    self._queue.lpush(QUEUE, *(json.dumps(each) for each in again))
         else:
             stolen = [
                 message({"email": self._askers.address("thief")}, request_id=record.request_id)

@@ -39,7 +39,7 @@ SETTLED: Final = GIVE_UP_AFTER + 30.0  # seconds after the last fault within whi
 PROGRESS: Final = 10.0  # seconds
 LAST: Final = 30  # requests after the last fault, which must all succeed
 BATCH: Final = 500
-MOST: Final = 50  # violations that are told in full
+MOST: Final = 20  # violations of a kind that are told in full
 
 
 class Soak:
@@ -295,8 +295,10 @@ def main() -> int:
     print(f"\n{report}\n")
     if options.report is not None:
         options.report.write_text(report + "\n")
-    for each in violations[:MOST]:
-        print(f"VIOLATED: {each}", file=sys.stderr)
+    for kind, like in Counter(each.partition("\n")[0] for each in violations).most_common():
+        print(f"VIOLATED {like} times: {kind}", file=sys.stderr)
+        for each in [each for each in violations if each.partition("\n")[0] == kind][:MOST]:
+            print(each, file=sys.stderr)
     return 1 if violations else 0
 
 

@@ -16,7 +16,7 @@ from redis_server import RedisServer
 from store_driver import EMAIL, POLICY, Driver, claim_of, run
 
 from producer import codes
-from producer.codes import Answered, Claim, CodePolicy, CodeStore, Conflict, Send, Wait
+from producer.codes import BUCKET_HIT, COOLDOWN_HIT, Answered, Claim, CodePolicy, CodeStore, Conflict, Send, Wait
 from producer.contract import ErrorCode, code_key
 from producer.settings import load
 
@@ -152,7 +152,8 @@ def test_the_code_key_is_the_address_byte_for_byte(driver: Driver) -> None:
 
 def test_within_the_cooldown_a_request_is_answered_success_without_a_mail(driver: Driver) -> None:
     driver.deliver(claim_of("one"))
-    assert driver.issue(claim_of("two")) == Answered(ErrorCode.SUCCESS)
+    assert driver.issue(claim_of("two")) == Answered(ErrorCode.SUCCESS, COOLDOWN_HIT)
+    assert driver.issue(claim_of("two")) == Answered(ErrorCode.SUCCESS)  # known by now: no second hit
 
 
 def test_after_the_cooldown_the_same_code_is_sent_again(redis: redis_py.Redis) -> None:
@@ -254,7 +255,8 @@ def test_an_empty_bucket_answers_too_many_requests(redis: redis_py.Redis) -> Non
     driver = with_policy(redis, burst=2, cooldown=0)
     driver.deliver(claim_of("one"))
     driver.deliver(claim_of("two"))
-    assert driver.issue(claim_of("three")) == Answered(ErrorCode.TOO_MANY_REQUESTS)
+    assert driver.issue(claim_of("three")) == Answered(ErrorCode.TOO_MANY_REQUESTS, BUCKET_HIT)
+    assert driver.issue(claim_of("three")) == Answered(ErrorCode.TOO_MANY_REQUESTS)  # known by now: no second hit
 
 
 def test_the_bucket_takes_all_it_holds_at_once(redis: redis_py.Redis) -> None:

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from store_driver import claim_of
 
 from producer import codes
-from producer.codes import Answered, Claim, CodePolicy, CodeStore, Conflict, Issue, Send, Wait
+from producer.codes import BUCKET_HIT, COOLDOWN_HIT, Answered, Claim, CodePolicy, CodeStore, Conflict, Issue, Send, Wait
 from producer.contract import ErrorCode, code_key
 from producer.script import Command
 
@@ -133,19 +133,19 @@ class Model:
         if deadline <= self.now:
             return self._answer(claim, record, ErrorCode.TIMEOUT)
         if code and self.cooldowns.get(key, ("", 0))[0] == code.value:
-            return self._answer(claim, record, ErrorCode.SUCCESS)
+            return self._answer(claim, record, ErrorCode.SUCCESS, COOLDOWN_HIT)
         holder, end = self.sending.get(key, (claim.request_id, 0.0))
         if holder != claim.request_id:
             record.token = ""
             self._remember(claim, record)
             self.joined[key] = (self.joined.get(key, (set(), 0))[0] | {claim.request_id}, self.now + POLICY.remember)
-            return Wait((end - self.now) / 1000)
+            return Wait((end - self.now) / 1000, joined=True)
         doubts = record.doubts + record.dot
         if doubts > 1 or (doubts == 1 and (code is None or code.value != record.sent)):
             return self._answer(claim, record, ErrorCode.TIMEOUT)
         full = max(self.full.get(claim.canonical, 0), self.now)
         if not record.charged and full - self.now > (POLICY.burst - 1) * POLICY.interval:
-            return self._answer(claim, record, ErrorCode.TOO_MANY_REQUESTS)
+            return self._answer(claim, record, ErrorCode.TOO_MANY_REQUESTS, BUCKET_HIT)
         return None
 
     def _send(self, claim: Claim, record: Record, candidate: str, deadline: float) -> Send:
@@ -230,10 +230,10 @@ class Model:
         record = self.records.get(claim.request_id)
         return record if record and record.token == claim.token else None
 
-    def _answer(self, claim: Claim, record: Record, error: ErrorCode) -> Answered:
+    def _answer(self, claim: Claim, record: Record, error: ErrorCode, why: str = "") -> Answered:
         record.error, record.token = error, ""
         self._remember(claim, record)
-        return Answered(error)
+        return Answered(error, why)
 
     def _remember(self, claim: Claim, record: Record) -> None:
         record.end = self.now + POLICY.remember
@@ -292,6 +292,7 @@ class CodeStoreMachine(RuleBasedStateMachine):
             assert found.remaining == pytest.approx(expected.remaining, abs=SLACK / 1000)
         elif isinstance(found, Wait) and isinstance(expected, Wait):
             assert found.seconds == pytest.approx(expected.seconds, abs=SLACK / 1000)
+            assert found.joined == expected.joined
         else:
             assert found == expected
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 
@@ -12,22 +13,30 @@ from producer.settings import PREFIX, Settings, load
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / ".env.example"
 NAMES = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {f"{PREFIX}CONFIG"}
+# What docker-compose.yml asks for besides; tests/unit/test_compose_file.py holds it to that.
+COMPOSE = {"REDIS_PASSWORD", "REDIS_PORT", "FLOWER_USER", "FLOWER_PASSWORD"}
+# Another default holds in compose, so a copy of the file must not set it.
+COMMENTED = {f"{PREFIX}RELAYS"}
+# The file with that one in force too.
+WHOLE = re.sub(r"^# (?=[A-Z_]+=)", "", EXAMPLE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+VALUES = dotenv_values(stream=io.StringIO(WHOLE))
 
 
 def test_it_lists_exactly_the_settings() -> None:
-    lines = EXAMPLE.read_text(encoding="utf-8").splitlines()
-    names = [line.partition("=")[0] for line in lines if line and not line.startswith("#")]
+    names = [line.partition("=")[0] for line in WHOLE.splitlines() if line and not line.startswith("#")]
     assert len(names) == len(set(names))
-    assert set(names) == NAMES
+    assert set(names) == NAMES | COMPOSE
+    assert VALUES.keys() - dotenv_values(EXAMPLE).keys() == COMMENTED
 
 
-def test_it_holds_the_defaults() -> None:
-    assert load({}, dotenv=EXAMPLE) == load({}, dotenv=None)
+def test_it_holds_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(WHOLE, encoding="utf-8")
+    assert load({}, dotenv=tmp_path / ".env") == load({}, dotenv=EXAMPLE) == load({}, dotenv=None)
 
 
 def test_each_value_is_said_and_not_left_to_the_default() -> None:
     derived = {f"{PREFIX}{name}" for name in ("CODES_URL", "BROKER_URL", "RESULTS_URL", "API_KEYS", "CONFIG")}
-    assert {name for name, value in dotenv_values(EXAMPLE).items() if not value} == derived
+    assert {name for name, value in VALUES.items() if not value} == derived | {"REDIS_PASSWORD", "FLOWER_PASSWORD"}
 
 
 def test_the_readme_lists_them_with_the_same_defaults() -> None:
@@ -35,5 +44,5 @@ def test_the_readme_lists_them_with_the_same_defaults() -> None:
         r"^\| `(VERIFY_\w+)` \| (?:`(.*?)`|.*?) \|", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE
     )
     assert {name for name, _ in rows} == NAMES
-    example = dotenv_values(EXAMPLE)
-    assert {name: default for name, default in rows if default} == {k: v for k, v in example.items() if v}
+    values = {name: value for name, value in VALUES.items() if value and name in NAMES}
+    assert {name: default for name, default in rows if default} == values

@@ -1,17 +1,33 @@
 --[[
-ack: these messages are done.
+ack: these messages are done. On one server, a message whose reply was refused just before, in the same trip, stays.
 
 KEYS 1 unacked     hash
      2 index       zset
-ARGV               tags
+ARGV 1 broker      int    number of its database
+     2 results     int    number of theirs; '' if the replies are known to be stored
+     3 ...                tag, reply key, tag, reply key ...
 
-Returns how many were still ours. ZADD comes first: a full server (maxmemory), which has refused to store the replies that
-went before, then refuses this too, and the messages stay.
+Returns how many stay.
 ]]
-local acked = 0
-for i = 1, #ARGV do
-    redis.call('ZADD', KEYS[2], 'XX', 0, ARGV[i])
-    acked = acked + redis.call('HDEL', KEYS[1], ARGV[i])
-    redis.call('ZREM', KEYS[2], ARGV[i])
+local stored = {}
+if ARGV[2] ~= '' then
+    redis.call('SELECT', ARGV[2])
+    for i = 3, #ARGV, 2 do
+        stored[i] = redis.call('EXISTS', ARGV[i + 1]) == 1
+    end
+    redis.call('SELECT', ARGV[1])
 end
-return acked
+local tags, stay = {}, 0
+for i = 3, #ARGV, 2 do
+    if ARGV[2] == '' or stored[i] then
+        tags[#tags + 1] = ARGV[i]
+    else
+        stay = stay + 1
+    end
+end
+if #tags > 0 then
+    -- The payload goes first: an index entry without one is harmless, not the reverse.
+    redis.call('HDEL', KEYS[1], unpack(tags))
+    redis.call('ZREM', KEYS[2], unpack(tags))
+end
+return stay

@@ -13,10 +13,14 @@ local entry = redis.call('HGET', KEYS[1], ARGV[1])
 if not entry then
     return 0
 end
-redis.call('HDEL', KEYS[1], ARGV[1])
-redis.call('ZREM', KEYS[2], ARGV[1])
 local time = redis.call('TIME')
 local message = string.match(entry, '^%[(.*),%s*"[^"]*",%s*"[^"]*"%]$')
 redis.call('LPUSH', KEYS[3],
     cjson.encode({ reason = ARGV[2], at = time[1] + time[2] / 1000000, message = message }))
+local removed = redis.pcall('HDEL', KEYS[1], ARGV[1])
+if type(removed) == 'table' and removed.err then
+    redis.pcall('LPOP', KEYS[3])
+    return redis.error_reply(removed.err)
+end
+redis.call('ZREM', KEYS[2], ARGV[1])
 return 1

@@ -12,9 +12,13 @@ local back = 0
 for i = #ARGV, 1, -1 do
     local entry = redis.call('HGET', KEYS[1], ARGV[i])
     if entry then
-        redis.call('HDEL', KEYS[1], ARGV[i])
-        redis.call('ZREM', KEYS[2], ARGV[i])
         redis.call('RPUSH', KEYS[3], string.match(entry, '^%[(.*),%s*"[^"]*",%s*"[^"]*"%]$'))
+        local removed = redis.pcall('HDEL', KEYS[1], ARGV[i])
+        if type(removed) == 'table' and removed.err then
+            redis.pcall('RPOP', KEYS[3])
+            return redis.error_reply(removed.err)
+        end
+        redis.call('ZREM', KEYS[2], ARGV[i])
         back = back + 1
     end
 end

@@ -8,8 +8,9 @@ ARGV 1 letter      string as it stands in the list
 
 Returns 1, or 0 if the letter is not there any more.
 ]]
-if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 0 then
+if not redis.call('LPOS', KEYS[1], ARGV[1]) then
     return 0
 end
 redis.call('LPUSH', KEYS[2], ARGV[2])
+redis.call('LREM', KEYS[1], 1, ARGV[1])
 return 1

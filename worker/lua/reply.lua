@@ -11,5 +11,11 @@ if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[2]) then
     redis.call('PUBLISH', KEYS[1], ARGV[1])
     return 1
 end
-redis.call('PUBLISH', KEYS[1], redis.call('GET', KEYS[1]))
+local first = redis.pcall('GET', KEYS[1])
+if type(first) ~= 'string' then
+    -- Something else has our key, which no reply ever had.
+    redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+    first = ARGV[1]
+end
+redis.call('PUBLISH', KEYS[1], first)
 return 0

@@ -1,6 +1,6 @@
 --[[
-reserve: take up to so many messages, in one atomic step: each leaves its list and stands in `unacked` with its index, or,
-if it is unfit, in the dead letters. Parked requests that are due come first, oldest first; then the list's end.
+reserve: take up to so many messages, in one atomic step: each leaves its place and stands in `unacked` with its index, or,
+if it is unfit, in the dead letters. Parked requests that are due come first, oldest first; then the lists' ends.
 
 KEYS 1 queue       list   what producers LPUSH
      2 ready       zset   parked requests that are due: id by birth (ms)
@@ -9,15 +9,17 @@ KEYS 1 queue       list   what producers LPUSH
      5 unacked     hash   tag -> [message, exchange, routing key], as kombu writes it
      6 index       zset   tag by time (s, this server's)
      7 dead        list   dead letters, JSON
+     8 ...         list   where Celery clients put messages with a lower priority
 ARGV 1 how many
      2 tag prefix  string unique to this call
      3 task        string the only task there is
      4 queue name  string
      5 held        int    messages that this worker holds already
 
-Returns {suspects left, 1 if the one taken is a suspect, tag, message, tag, message ...}.
-RPOP comes first: a full server (maxmemory) refuses a script's first write only if it may need memory, so this one never
-stops half way.
+Returns {suspects left, 1 if the one taken is a suspect, tag, message, tag, message ...}; a tag '' has the reason of a dead
+letter in the message's place.
+A script is not undone if a command of it is refused (memory, access, a key of another type). So messages are only looked
+at first, written to where they go next, and only then removed; what was written is taken back if that cannot be done.
 ]]
 local time = redis.call('TIME')
 local seconds = time[1] + time[2] / 1000000
@@ -51,39 +53,91 @@ local function fault(message)
     return nil
 end
 
-local taken = { suspects, 0 } -- what follows has the tags 2, 4, 6 ...: RequestQueue.tags_of knows that
-local function take(message)
+local taken = { suspects, 0 }
+local payloads, index, dead = {}, {}, {}
+local function look(message)
     local reason = fault(message)
     if reason then
-        redis.call('LPUSH', KEYS[7], cjson.encode({ reason = reason, at = seconds, message = message }))
+        dead[#dead + 1] = cjson.encode({ reason = reason, at = seconds, message = message })
+        taken[#taken + 1] = ''
+        taken[#taken + 1] = reason
         return
     end
     local tag = prefix .. #taken
-    redis.call('HSET', KEYS[5], tag, '[' .. message .. ',"","' .. ARGV[4] .. '"]')
-    redis.call('ZADD', KEYS[6], seconds, tag)
+    payloads[#payloads + 1] = tag
+    payloads[#payloads + 1] = '[' .. message .. ',"","' .. ARGV[4] .. '"]'
+    index[#index + 1] = seconds
+    index[#index + 1] = tag
     taken[#taken + 1] = tag
     taken[#taken + 1] = message
 end
 
+-- Looks first. `removals`: the commands that end the move.
+local removals = {}
 if suspects > 0 then
     if held == 0 then
         taken[2] = 1
-        take(redis.call('RPOP', KEYS[4]))
+        look(redis.call('LINDEX', KEYS[4], -1))
+        removals[1] = { 'RPOP', KEYS[4] }
     end
+else
+    local due = redis.call('ZRANGE', KEYS[2], 0, count - 1)
+    if #due > 0 then
+        local entries = redis.call('HMGET', KEYS[3], unpack(due))
+        for i = 1, #due do
+            if entries[i] then
+                look(string.match(entries[i], '^%d+ (.*)$'))
+            end
+        end
+        removals[#removals + 1] = { 'ZREM', KEYS[2], unpack(due) }
+        removals[#removals + 1] = { 'HDEL', KEYS[3], unpack(due) }
+    end
+    local room = count - #due
+    for i = 1, #KEYS do
+        if (i == 1 or i > 7) and room > 0 then
+            local messages = redis.call('LRANGE', KEYS[i], -room, -1)
+            for j = #messages, 1, -1 do
+                look(messages[j])
+            end
+            if #messages > 0 then
+                removals[#removals + 1] = { 'LTRIM', KEYS[i], 0, -#messages - 1 }
+                room = room - #messages
+            end
+        end
+    end
+end
+if #removals == 0 then
     return taken
 end
 
-local due = redis.call('ZPOPMIN', KEYS[2], count)
-for i = 1, #due, 2 do
-    local entry = redis.call('HGET', KEYS[3], due[i])
-    redis.call('HDEL', KEYS[3], due[i])
-    if entry then
-        take(string.match(entry, '^%d+ (.*)$'))
-    end
+local function refused(answer)
+    return type(answer) == 'table' and answer.err
 end
-for _ = #due / 2 + 1, count do
-    local message = redis.call('RPOP', KEYS[1])
-    if not message then break end
-    take(message)
+local done = 0
+local function try(...)
+    return refused(redis.pcall(...))
+end
+local error
+if #payloads > 0 then
+    error = try('HSET', KEYS[5], unpack(payloads)) or try('ZADD', KEYS[6], unpack(index))
+end
+if not error and #dead > 0 then
+    error = try('LPUSH', KEYS[7], unpack(dead))
+    done = error and 0 or #dead
+end
+for i = 1, #removals do
+    -- After the first, whatever is refused leaves a message twice, which is still one request.
+    error = error or try(unpack(removals[i]))
+    if error then break end
+end
+if error then
+    for i = 1, #payloads, 2 do
+        redis.pcall('ZREM', KEYS[6], payloads[i])
+        redis.pcall('HDEL', KEYS[5], payloads[i])
+    end
+    if done > 0 then
+        redis.pcall('LTRIM', KEYS[7], done, -1)
+    end
+    return redis.error_reply(error)
 end
 return taken

@@ -37,15 +37,15 @@ if visibility > 0 then
         local entry = redis.call('HGET', KEYS[2], stale[i])
         local message, queue = string.match(entry or '', '^%[(.*),%s*"[^"]*",%s*"([^"]*)"%]$')
         -- kombu's keys are shared by all queues of a database: what is another's is not ours to judge.
-        if queue == nil or queue == KEYS[3] then
-            redis.call('HDEL', KEYS[2], stale[i])
-            redis.call('ZREM', KEYS[1], stale[i])
-        end
         if queue == KEYS[3] then
             local fine, envelope = pcall(cjson.decode, message)
             local id = fine and type(envelope) == 'table' and type(envelope.headers) == 'table' and envelope.headers.id
-            local deaths = redis.call('INCR', ARGV[4] .. tostring(id))
-            redis.call('EXPIRE', ARGV[4] .. tostring(id), ARGV[5])
+            local deaths = redis.pcall('INCR', ARGV[4] .. tostring(id))
+            redis.pcall('EXPIRE', ARGV[4] .. tostring(id), ARGV[5])
+            if type(deaths) == 'table' then
+                deaths = 1
+            end
+            -- Written first, removed last: what is refused on the way loses nothing.
             if deaths >= tonumber(ARGV[6]) then
                 local tag = ARGV[3] .. #result
                 redis.call('HSET', KEYS[2], tag, entry)
@@ -59,15 +59,19 @@ if visibility > 0 then
             end
             result[3] = result[3] + 1
         end
+        if queue == nil or queue == KEYS[3] then
+            redis.call('ZREM', KEYS[1], stale[i])
+            redis.call('HDEL', KEYS[2], stale[i])
+        end
     end
 end
 
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', now, 'LIMIT', 0, most)) do
-    redis.call('ZREM', KEYS[5], id)
     local entry = redis.call('HGET', KEYS[7], id)
     if entry then
         redis.call('ZADD', KEYS[6], string.match(entry, '^%d+'), id)
     end
+    redis.call('ZREM', KEYS[5], id)
 end
 -- Last, and whatever becomes of it: a full server may refuse it, and must not refuse the rest.
 redis.pcall('ZADD', KEYS[8], seconds, ARGV[7])

@@ -16,10 +16,10 @@ local found = 0
 for i = 3, #ARGV do
     local entry = redis.call('HGET', KEYS[3], ARGV[i])
     if entry then
+        redis.call('RPUSH', KEYS[4], string.match(entry, '^%d+ (.*)$'))
         redis.call('HDEL', KEYS[3], ARGV[i])
         redis.call('ZREM', KEYS[1], ARGV[i])
         redis.call('ZREM', KEYS[2], ARGV[i])
-        redis.call('RPUSH', KEYS[4], string.match(entry, '^%d+ (.*)$'))
         found = found + 1
     else
         redis.call('SET', ARGV[1] .. ARGV[i], 1, 'PX', ARGV[2])

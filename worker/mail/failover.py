@@ -6,15 +6,17 @@ import asyncio
 import logging
 import random
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from worker.mail.errors import (
     AcceptanceUnknown,
     MailError,
     MessageDeferred,
     MessageRejected,
+    RecipientRejected,
     RelayBusy,
     RelayUnavailable,
+    SendWithheld,
     Smtputf8Unsupported,
 )
 
@@ -26,7 +28,30 @@ if TYPE_CHECKING:
 _FIRST_PAUSE: Final = 1.0  # seconds until a sick relay is probed; doubled with every failed probe
 _LONGEST_PAUSE: Final = 60.0
 
+_ACCEPTED: Final = "accepted"
+_DEFERRED: Final = "deferred"
+_CALLED_OFF: Final = "called_off"  # the request's deadline came, or the worker stops
+_OUTCOMES: Final[dict[type[MailError], str]] = {
+    RecipientRejected: "recipient_rejected",
+    MessageRejected: "message_rejected",
+    MessageDeferred: _DEFERRED,
+    RelayUnavailable: "unavailable",
+    RelayBusy: "busy",
+    AcceptanceUnknown: "unknown",
+    Smtputf8Unsupported: "no_smtputf8",
+    SendWithheld: "withheld",
+}
+
 logger = logging.getLogger(__name__)
+
+
+class Standing(NamedTuple):
+    """How it stands with one relay."""
+
+    relay: str  # its URL, masked
+    sends: dict[str, int]  # by outcome, since the start
+    connections: int
+    sick: bool
 
 
 class _Health:
@@ -35,6 +60,7 @@ class _Health:
     def __init__(self, relay: Relay, clock: Callable[[], float]) -> None:
         self.relay: Final = relay
         self.sick = False
+        self.sends = dict.fromkeys((_ACCEPTED, *_OUTCOMES.values(), _CALLED_OFF), 0)
         self._clock = clock
         self._pause = _FIRST_PAUSE
         self._probe_at = 0.0
@@ -51,24 +77,26 @@ class _Health:
 
     async def send(self, envelope: Envelope, before_dot: Callable[[], bool]) -> None:
         """`Relay.send`, with a look at what its outcome says of the relay."""
-        probe = self.sick
+        probe, outcome = self.sick, _CALLED_OFF
         try:
             await self.relay.send(envelope, before_dot)
-        except RelayUnavailable as exc:
-            # Sends that were under way when it fell sick say nothing new.
-            if probe or not self.sick:
-                self._worse(exc)
-            raise
-        except (RelayBusy, AcceptanceUnknown):
-            raise
         except MailError as exc:
+            outcome = _OUTCOMES.get(type(exc), _DEFERRED)
+            if isinstance(exc, RelayUnavailable):
+                # Sends that were under way when it fell sick say nothing new.
+                if probe or not self.sick:
+                    self._worse(exc)
             # A relay that refuses is at work; one that was not asked (no code) may not be.
-            if exc.code or not isinstance(exc, MessageDeferred):
+            elif not isinstance(exc, RelayBusy | AcceptanceUnknown) and (
+                exc.code or not isinstance(exc, MessageDeferred)
+            ):
                 self._well()
             raise
         else:
+            outcome = _ACCEPTED
             self._well()
         finally:
+            self.sends[outcome] += 1
             if probe:
                 self._probing = False
                 self._rest()
@@ -107,6 +135,13 @@ class Failover:
         If all are sick, those of the first: sends fail at once then, and none of them holds a connection.
         """
         return next((health for health in self._relays if not health.sick), self._relays[0]).relay.capacity
+
+    def standings(self) -> list[Standing]:
+        """How it stands with each relay."""
+        return [
+            Standing(health.relay.url.masked(), health.sends, health.relay.open_connections, health.sick)
+            for health in self._relays
+        ]
 
     async def send(self, envelope: Envelope, before_dot: Callable[[], bool]) -> None:
         """Return when a relay has accepted the mail; `before_dot` as in `Relay.send`.

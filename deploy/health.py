@@ -1,0 +1,31 @@
+"""`python -ISB deploy/health.py PORT PATH`: exit 0 if this host's HTTP server on PORT answers 200, else 1 and why.
+
+A container's health check, run every few seconds. With `-ISB` and nothing but `socket` it takes 30 ms of CPU, where
+`import redis` alone takes 190 and `celery inspect ping` over a second.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+PATIENCE = (
+    4.0  # seconds; a worker whose Redis is silent answers after 3. Below the check's own 5, so that it can say why
+)
+
+
+def main(port: str, path: str) -> int:
+    """Ask once."""
+    try:
+        with socket.create_connection(("127.0.0.1", int(port)), PATIENCE) as connection:
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            said = connection.makefile("rb").readline(256)
+    except OSError as exc:
+        sys.stdout.write(f"port {port}: {exc}\n")
+        return 1
+    sys.stdout.write(f"{path}: {said.decode('ascii', 'replace').strip()}\n")
+    return 0 if said.split()[1:2] == [b"200"] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(*sys.argv[1:]))

@@ -1,0 +1,59 @@
+"""Asks for a code over raw Redis, with the package `redis` only: SUBSCRIBE, LPUSH, GET, as every caller does.
+
+python ask.py a@example.com
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import sys
+import time
+import uuid
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+PATIENCE = 5.0  # seconds
+HOST, PORT = os.environ.get("REDIS_HOST", "127.0.0.1"), int(os.environ.get("REDIS_PORT", "6379"))
+PASSWORD = os.environ.get("REDIS_PASSWORD")
+
+
+def ask(email: str) -> Any:
+    """The reply, or None: unknown, the mail may still arrive."""
+    deadline = time.monotonic() + PATIENCE
+    bounds: Any = {"socket_timeout": PATIENCE, "socket_connect_timeout": PATIENCE, "retry": Retry(NoBackoff(), 0)}
+    broker, results = (redis.Redis(HOST, PORT, db, PASSWORD, **bounds) for db in (1, 2))
+    request_id = str(uuid.uuid4())
+    message = {
+        "body": base64.b64encode(json.dumps([[], {"email": email}, {}]).encode()).decode(),
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
+        "headers": {"task": "verification.send_code", "id": request_id},
+        "properties": {
+            "delivery_tag": str(uuid.uuid4()),
+            "body_encoding": "base64",
+            "delivery_info": {"exchange": "", "routing_key": "verification"},
+        },
+    }
+    key = f"celery-task-meta-{request_id}"
+    with broker, results, results.pubsub() as subscription:  # type: ignore[no-untyped-call]
+        subscription.subscribe(key)
+        subscription.get_message(timeout=PATIENCE)  # Redis' word that we are subscribed
+        broker.lpush("verification", json.dumps(message))
+        payload = results.get(key)
+        while payload is None and (left := deadline - time.monotonic()) > 0:
+            published = subscription.get_message(timeout=left)
+            payload = published and published["data"]
+    return payload and json.loads(payload)["result"]
+
+
+if __name__ == "__main__":
+    reply = ask(sys.argv[1])
+    if reply is None:
+        sys.exit(f"no reply within {PATIENCE:g} s")
+    print(json.dumps(reply))
+    sys.exit(0 if reply["error"] == 0 else 1)

@@ -1,0 +1,176 @@
+"""The golden wire files: a worker answers each as it says, and our clients and Celery's write what it says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from typing import Any, Final
+
+import golden
+import pytest
+import redis
+from caller import TASK, address
+from celery import Celery
+from golden import Blanks
+from redis_server import RedisServer
+from rig import Rig, code_in
+
+from producer.aio import AsyncVerificationClient
+from producer.client import VerificationClient
+from producer.contract import ErrorCode, Reply, VerifyRequest, read_reply
+from producer.settings import Settings
+
+MESSAGES: Final = golden.files("push")
+REPLIES: Final = golden.files("stored")
+ANSWERED: Final = {name: file for name, file in MESSAGES.items() if "reply" in file["expect"]}
+UNFIT: Final = {name: file for name, file in MESSAGES.items() if "dead" in file["expect"]}
+PATIENCE: Final = 10.0  # seconds
+
+
+def test_each_file_says_what_it_is_and_what_is_to_happen() -> None:
+    assert len(ANSWERED) + len(UNFIT) == len(MESSAGES)
+    assert len(MESSAGES) + len(REPLIES) == len(list(golden.DIRECTORY.glob("*.json")))
+    for file in (*MESSAGES.values(), *REPLIES.values()):
+        assert set(file) in ({"what", "push", "expect"}, {"what", "stored", "read"})
+        assert file["what"].endswith(".")
+        assert set(file.get("expect", {})) <= {"reply", "key", "dead"}
+
+
+def pushed(rig: Rig, message: Any) -> bytes:
+    """What was pushed: a message, or what a file has as raw text."""
+    raw = message.encode() if isinstance(message, str) else json.dumps(message).encode()
+    rig.broker.lpush("verification", raw)
+    return raw
+
+
+def answered(rig: Rig, name: str, blanks: Blanks) -> Any:
+    """What is stored for a golden message, asked for as the contract says: SUBSCRIBE, LPUSH, GET."""
+    key = f"celery-task-meta-{blanks.uuid}"
+    with rig.results.pubsub() as subscription:  # type: ignore[no-untyped-call]
+        subscription.subscribe(key)
+        assert subscription.get_message(timeout=PATIENCE)["type"] == "subscribe"
+        pushed(rig, blanks.fill(MESSAGES[name]["push"]))
+        payload = rig.results.get(key)
+        deadline = time.monotonic() + PATIENCE
+        while payload is None:
+            assert time.monotonic() < deadline, "no reply"
+            published = subscription.get_message(timeout=0.5)
+            payload = published and published["data"]
+    assert rig.results.get(key) == payload
+    assert isinstance(payload, bytes)
+    return json.loads(payload)
+
+
+@pytest.mark.parametrize("name", ANSWERED)
+def test_a_golden_message_is_answered_as_it_says(rig: Rig, name: str) -> None:
+    blanks = Blanks(address())
+    expect = ANSWERED[name]["expect"]
+    stored = answered(rig, name, blanks)
+    blanks.assert_equal(expect["reply"], stored["result"])
+    mails = rig.mails_to(blanks.email)
+    if expect["reply"]["error"] != 0:
+        assert mails == []
+        return
+    [mail] = mails
+    code = rig.codes.get(blanks.fill(expect.get("key", "code_<email>")))
+    assert code == code_in(mail).encode()
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_golden_message_that_is_unfit_becomes_a_dead_letter(rig: Rig, name: str) -> None:
+    blanks = Blanks(address())
+    rig.broker.delete("verification.dead")
+    raw = pushed(rig, blanks.fill(UNFIT[name]["push"]))
+    found = rig.broker.brpop(["verification.dead"], timeout=PATIENCE)
+    assert found is not None
+    letter = json.loads(found[1])
+    assert (letter["reason"], letter["message"].encode()) == (UNFIT[name]["expect"]["dead"], raw)
+    assert rig.results.exists(f"celery-task-meta-{blanks.uuid}") == 0
+    assert rig.mails_to(blanks.email) == []
+    assert rig.caller.ask(address())["error"] == 0
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [("reply-success", "minimal"), ("reply-invalid-address", "bad-address"), ("reply-timeout", "expired")],
+)
+def test_what_a_worker_stores_is_the_golden_reply(rig: Rig, reply: str, message: str) -> None:
+    blanks = Blanks(address())
+    blanks.assert_equal(REPLIES[reply]["stored"], answered(rig, message, blanks))
+
+
+@pytest.mark.parametrize("name", REPLIES)
+def test_a_golden_reply_is_read_as_it_says(name: str) -> None:
+    blanks = Blanks(address())
+    read = blanks.fill(REPLIES[name]["read"])
+    payload = json.dumps(blanks.fill(REPLIES[name]["stored"]))
+    assert read_reply(payload) == Reply(read["email"], ErrorCode(read["error"]))
+
+
+WORDS: Final = {
+    "client": VerifyRequest("a@example.com"),
+    "client-purpose": VerifyRequest("a@example.com", "login", "en"),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_our_message_is_the_golden_one(name: str) -> None:
+    message = WORDS[name].message("an id", enqueued_at=time.time())
+    Blanks("a@example.com", "an id").assert_equal(MESSAGES[name]["push"], json.loads(message))
+
+
+@pytest.fixture
+def written(redis: redis.Redis, redis_server: RedisServer) -> Any:
+    """Takes the one message that waits; no worker is there."""
+
+    def take() -> Any:
+        with redis_server.client(1) as broker:
+            [raw] = broker.lrange("verification", 0, -1)
+            broker.delete("verification")
+        return json.loads(raw)
+
+    assert redis.dbsize() == 0
+    return take
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_what_our_clients_push_is_the_golden_message(written: Any, redis_server: RedisServer, name: str) -> None:
+    settings, words = Settings(redis_url=redis_server.url()), WORDS[name]
+    request_id = str(uuid.uuid4())
+    blanks = Blanks(words.email, request_id)
+    with VerificationClient(settings) as client:
+        client.enqueue(words.email, purpose=words.purpose, locale=words.locale, request_id=request_id)
+    blanks.assert_equal(MESSAGES[name]["push"], written())
+
+    async def enqueue() -> None:
+        async with AsyncVerificationClient(settings) as client:
+            await client.enqueue(words.email, purpose=words.purpose, locale=words.locale, request_id=request_id)
+
+    asyncio.run(enqueue())
+    blanks.assert_equal(MESSAGES[name]["push"], written())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("celery", {"kwargs": {"email": "a@example.com"}}),
+        ("celery-arguments", {"args": ["a@example.com", "login"], "expires": 60}),
+    ],
+)
+def test_what_celery_pushes_is_the_golden_message(
+    written: Any, redis_server: RedisServer, name: str, options: dict[str, Any]
+) -> None:
+    app = Celery("caller", set_as_current=False)
+    app.config_from_object(
+        {
+            "broker_url": redis_server.url(1),
+            "broker_transport": "kombu.transport.redis:Transport",
+            "result_backend": redis_server.url(2),
+            "task_routes": {TASK: {"queue": "verification"}},
+        }
+    )
+    with app:
+        result = app.send_task(TASK, **options)
+        Blanks("a@example.com", result.id).assert_equal(MESSAGES[name]["push"], written())

@@ -1,0 +1,177 @@
+"""`docker-compose.yml`, `Dockerfile`, `.dockerignore` and the image's lock file fit each other and the settings."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import containers
+import pytest
+from containers import ROOT, VariableMissing, compose, example, services, stages
+
+from producer.settings import PREFIX, Settings, load
+
+OURS = {"worker", "doors", "flower"}
+SECRETS = {"VERIFY_RELAYS": "worker", "VERIFY_API_KEYS": "doors"}
+# The composition's own: its Redis, and where things listen in the image.
+FIXED = {"REDIS_URL", "CODES_URL", "BROKER_URL", "RESULTS_URL", "HTTP_BIND", "GRPC_BIND", "METRICS_BIND"}
+MARKS = {f"VERIFY_{name.upper()}": f"mark-{name}" for name in Settings.model_fields}
+
+
+def test_it_is_valid_by_the_compose_specification() -> None:
+    schema = files("check_jsonschema") / "builtin_schemas" / "vendor" / "compose-spec.json"
+    assert json.loads(schema.read_text("utf-8"))["properties"]["services"]
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", "--no-cache"]
+    done = subprocess.run([*command, containers.COMPOSE], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("missing", ["REDIS_PASSWORD", "FLOWER_PASSWORD"])
+def test_without_a_password_nothing_starts(missing: str) -> None:
+    with pytest.raises(VariableMissing, match=missing):
+        compose({**example(), **containers.PASSWORDS, missing: ""})
+
+
+def test_every_setting_reaches_who_uses_it() -> None:
+    found = services({**MARKS, **containers.PASSWORDS})
+    told = {name: found[name]["environment"] for name in OURS}
+    for setting, mark in MARKS.items():
+        who = {name for name in OURS if told[name].get(setting) == mark}
+        if setting.removeprefix(PREFIX) in FIXED or setting == "VERIFY_ALLOW_PLAINTEXT":
+            assert who == set(), setting
+        elif setting in SECRETS:
+            assert who == {SECRETS[setting]}, setting
+        else:
+            assert who, setting
+
+
+def test_every_variable_it_asks_for_is_in_the_example() -> None:
+    asked = set(re.findall(r"\$\{(\w+)", containers.COMPOSE.read_text("utf-8")))
+    listed = set(re.findall(r"^(?:# )?([A-Z_]+)=", containers.EXAMPLE.read_text("utf-8"), re.MULTILINE))
+    assert asked <= listed
+    assert {name for name in listed if not name.startswith(PREFIX)} <= asked
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_the_example_makes_settings_that_are_taken(name: str) -> None:
+    told = {**containers.environment(), **services()[name]["environment"]}
+    in_force = load(told, dotenv=None)
+    assert in_force.broker_url == f"redis://:{containers.PASSWORDS['REDIS_PASSWORD']}@redis:6379/1"
+    assert {bind.host for bind in (in_force.http_bind, in_force.grpc_bind, in_force.metrics_bind)} == {"0.0.0.0"}  # noqa: S104
+    if name == "worker":
+        assert [relay.masked() for relay in in_force.relays] == ["smtp://mailpit:1025"]
+    assert in_force.allow_plaintext == (name == "doors")
+
+
+def test_all_start_once_redis_is_healthy_and_none_waits_in_a_circle() -> None:
+    found = services()
+    for name, service in found.items():
+        expected = {"redis": {"condition": "service_healthy"}} if name in OURS else {}
+        assert service.get("depends_on", {}) == expected
+
+
+@pytest.mark.parametrize("name", sorted(services()))
+def test_each_service(name: str) -> None:
+    service = services()[name]
+    assert "container_name" not in service
+    assert service["restart"] == "unless-stopped"
+    assert service["healthcheck"]["test"][0] in {"CMD", "CMD-SHELL"}
+    assert _seconds(service["healthcheck"]["timeout"]) <= _seconds(service["healthcheck"]["interval"])
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert "mem_limit" in service
+    assert re.fullmatch(r"[\w/]+:v?\d+\.\d+[\w.-]*", service["image"])
+    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+
+
+def test_a_worker_can_be_there_many_times() -> None:
+    worker = services()["worker"]
+    assert "ports" not in worker
+    assert "hostname" not in worker
+    assert _seconds(worker["stop_grace_period"]) == 20
+
+
+def test_what_is_published() -> None:
+    published = {name: service.get("ports") for name, service in services().items()}
+    assert published == {
+        "redis": ["127.0.0.1:6379:6379"],
+        "worker": None,
+        "doors": ["127.0.0.1:8081:8081", "127.0.0.1:50051:50051"],
+        "flower": ["127.0.0.1:5555:5555"],
+        "mailpit": ["127.0.0.1:8025:8025"],
+    }
+
+
+def test_no_password_is_in_a_command_line() -> None:
+    for service in services().values():
+        for password in containers.PASSWORDS.values():
+            assert password not in json.dumps([service.get("command"), service["healthcheck"]])
+
+
+def test_the_image_is_lean_and_not_root() -> None:
+    build, end = stages()
+    assert build[0].words[0] == end[0].words[0]  # or the environment would not fit its Python
+    assert [step.words for step in end if step.word == "USER"] == [["10001:10001"]]
+    assert [step.rest for step in end if step.word == "STOPSIGNAL"] == ["SIGTERM"]
+    assert [step.words for step in end if step.word == "ENTRYPOINT"] == [["tini", "--"]]
+    assert [step for step in end if step.word == "COPY" and "venv" in step.rest] == []
+    installs = [step.rest for step in end if step.word == "RUN"]
+    assert len(installs) == 1
+    assert "pip install" not in installs[0]
+    assert "--require-hashes --only-binary :all:" in next(step.rest for step in build if step.word == "RUN")
+
+
+def test_its_own_command_and_check_are_the_doors() -> None:
+    end = stages()[-1]
+    doors = services()["doors"]
+    assert [step.words for step in end if step.word == "CMD"] == [doors["command"]]
+    check = next(step.rest for step in end if step.word == "HEALTHCHECK")
+    assert json.loads(check.partition(" CMD ")[2]) == doors["healthcheck"]["test"][1:]
+
+
+def test_the_build_is_sent_what_it_copies_and_no_more() -> None:
+    lines = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    assert rules[0] == "*"
+    assert sorted(rule[1:] for rule in rules if rule.startswith("!")) == sorted(containers.copied())
+
+
+def test_what_runs_is_what_was_tested() -> None:
+    production, whole = _pins("requirements.prod.lock"), _pins("requirements.lock")
+    assert production.items() <= whole.items()  # versions and hashes
+
+
+def test_nothing_else_runs_there() -> None:
+    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    wanted = [*project["project"]["dependencies"]]
+    for extra in project["project"]["optional-dependencies"].values():
+        wanted += extra
+    tools = [each for each in project["dependency-groups"]["dev"] if isinstance(each, str)]
+    tools += project["dependency-groups"]["demo"]
+    production = _pins("requirements.prod.lock")
+    assert {_name(each) for each in wanted} <= production.keys()
+    assert {_name(each) for each in tools} & production.keys() == set()
+
+
+def _name(requirement: str) -> str:
+    found = re.match(r"[\w.-]+", requirement)
+    assert found
+    return found[0].lower().replace("_", "-").replace(".", "-")
+
+
+def _pins(name: str) -> dict[str, tuple[str, frozenset[str]]]:
+    text = Path(ROOT / name).read_text("utf-8")
+    assert "://" not in text
+    pins = re.findall(r"^([\w.-]+)==([^\s;]+)((?:.*\\\n)(?: +--hash=\S+(?: \\)?\n)+)", text, re.MULTILINE)
+    return {pin: (version, frozenset(re.findall(r"--hash=(\S+)", rest))) for pin, version, rest in pins}
+
+
+def _seconds(text: str) -> int:
+    assert text.endswith("s")
+    return int(text.removesuffix("s"))

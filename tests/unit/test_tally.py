@@ -1,0 +1,58 @@
+"""What a worker counts."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from producer.contract import ErrorCode
+from worker.tally import BOUNDS, OTHER, REASONS, Durations, Tally
+
+WORKER = Path(__file__).parents[2] / "worker"
+# As they stand in the code; what is filled in is at no reason's beginning but one.
+FOUND = [
+    *re.findall(r"return '([^']+)'", (WORKER / "lua" / "reserve.lua").read_text()),
+    *re.findall(r'Unfit\(f?"([^"]+)"\)', (WORKER / "message.py").read_text()),
+    *re.findall(r'bury\(job, "([^"]+)"', (WORKER / "service.py").read_text()),
+    *re.findall(r'reason = "([^"]+)"', (WORKER / "intake.py").read_text()),
+]
+WRITTEN = [
+    reason.replace("{name}", name)
+    for reason in FOUND
+    for name in (("expires", "eta") if "is not a time" in reason else ("callbacks", "errbacks", "chain", "chord"))
+]
+
+
+@pytest.mark.parametrize("reason", sorted(set(WRITTEN)))
+def test_every_reason_that_we_write_has_its_class(reason: str) -> None:
+    tally = Tally()
+    tally.buried(reason)
+    assert sum(tally.dead.values()) == 1
+    assert tally.dead[OTHER] == 0
+
+
+def test_all_classes_are_in_use_and_any_other_reason_is_counted() -> None:
+    tally = Tally()
+    for reason in [*WRITTEN, "it cannot be read (KeyError)"]:
+        tally.buried(reason)
+    assert {name for name, count in tally.dead.items() if count} == set(REASONS)
+
+
+@pytest.mark.parametrize(
+    ("ago", "counted"), [(0.02, 0.025), (7, 10.0), (-3600, BOUNDS[0]), (10**10, BOUNDS[-1]), (-(10**10), BOUNDS[0])]
+)
+def test_a_duration_falls_into_its_bucket_whatever_the_message_says(ago: float, counted: float) -> None:
+    durations = Durations()
+    durations.since(time.time() - ago)
+    assert durations.counts[BOUNDS.index(counted)] == 1
+    assert 0 <= durations.total <= BOUNDS[-1]
+
+
+def test_who_does_not_say_when_has_no_duration() -> None:
+    tally = Tally()
+    tally.replied(ErrorCode.SUCCESS, None)
+    assert tally.replies[ErrorCode.SUCCESS] == 1
+    assert sum(tally.until_reply.counts) == 0
