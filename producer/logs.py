@@ -16,12 +16,15 @@ _ADDRESS = re.compile(r"((?:\x1b\[[\d;]*m)*)([^\s@\"'<>()\[\]{},:;=\x1b]+@[^\s@\
 _EXTRAS = ("count", "email", "error", "kind", "next_try_in", "reply", "request_id", "seconds")
 
 
+LONGEST_DOMAIN = 253  # characters, by RFC 1035, 2.3.4; what is longer is no domain, and not worth a log's room
+
+
 def mask_email(email: object) -> str:
     """`a***@example.com`: the first character, and the domain; `***` for what is no address."""
     if not isinstance(email, str) or "@" not in email:
         return "***"
     local, _, domain = email.strip().rpartition("@")
-    return f"{local[:1]}***@{domain}"
+    return f"{local[:1]}***@{domain[:LONGEST_DOMAIN]}"
 
 
 # Names that look like addresses and are none: the worker's own, which Celery says often.

@@ -30,6 +30,8 @@ from producer.values import (
 )
 
 PREFIX: Final = "VERIFY_"
+# Keys that stand beside the queue in its database: dead letters, and kombu's own.
+_NO_QUEUES: Final = frozenset({DEAD_LETTERS, "unacked", "unacked_index", "unacked_mutex"})
 _DATABASES: Final = {"codes_url": 0, "broker_url": 1, "results_url": 2}
 
 
@@ -52,7 +54,9 @@ class Settings(BaseModel):
     broker_url: RedisURL = _setting("", f"{_REDIS}, and /database", secret=True)
     results_url: RedisURL = _setting("", f"{_REDIS}, and /database", secret=True)
     queue: str = _setting(
-        "verification", f"1 to 64 of A-Z a-z 0-9 . _ -, not {DEAD_LETTERS}", pattern=r"^[A-Za-z0-9._-]{1,64}$"
+        "verification",
+        f"1 to 64 of A-Z a-z 0-9 . _ -, not {DEAD_LETTERS} or unacked",
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
     )
     visibility_timeout: float = _setting(15, "seconds, 1 to 3600", ge=1, le=3600)
     reply_timeout: float = _setting(5, "seconds, above 0 to 300", gt=0, le=300)
@@ -94,8 +98,8 @@ class Settings(BaseModel):
 
     @field_validator("queue")
     @classmethod
-    def _no_dead_letters(cls, value: str) -> str:
-        if value == DEAD_LETTERS:
+    def _not_taken(cls, value: str) -> str:
+        if value in _NO_QUEUES:
             raise ValueError
         return value
 
@@ -184,19 +188,27 @@ def _from_config(path: str | None) -> dict[str, Any]:
         if redis:
             secret = redis.get("passwd")
             who = f":{quote(str(secret), safe='')}@" if secret else ""
-            values["redis_url"] = f"redis://{who}{redis.get('host', '127.0.0.1')}:{int(redis.get('port', 6379))}"
+            values["redis_url"] = f"redis://{who}{_text(redis.get('host', '127.0.0.1'))}:{int(redis.get('port', 6379))}"
         if email:
             host, port = email.get("host", "smtp.163.com"), int(email.get("port", 465))
             # The original always speaks TLS from the first byte; port 587 is STARTTLS by RFC 8314, 3.3.
             scheme = "smtp+starttls" if port == RELAY_PORTS["smtp+starttls"] else "smtps"
-            values["relays"] = (RelayURL(scheme, str(host), port, str(email["user"]), str(email["pass"])),)
-            values["mail_from"] = str(email["user"])
+            user, password = _text(email["user"]), _text(email["pass"])
+            values["relays"] = (RelayURL(scheme, _text(host), port, user, password),)
+            values["mail_from"] = user
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as exc:
         raise BadSetting(
             f"{PREFIX}CONFIG: {path!r} cannot be used ({_reason(exc)}); allowed: a config.json with"
             " email.user, email.pass, redis.host, redis.port, redis.passwd"
         ) from None
     return values
+
+
+def _text(value: object) -> str:
+    """A value that must be there; the original takes numbers too."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise TypeError
+    return str(value)
 
 
 def _reason(exc: Exception) -> str:

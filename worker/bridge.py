@@ -25,7 +25,7 @@ from celery.worker import state
 
 from producer.contract import TASK, ErrorCode, Reply
 from producer.errors import VerifyError
-from producer.logs import mask_email
+from producer.logs import mask_email, mask_text
 from producer.settings import Settings
 from worker.bootstrap import Worker, wire
 from worker.intake import Intake, Watcher
@@ -158,20 +158,26 @@ class Bridge(Watcher):
     # Called by the intake, on the service's loop.
 
     def received(self, jobs: list[Job]) -> None:
-        """Count the requests, and send their events."""
+        """Count the requests, and send their events. An id is the caller's choice, and may be an address."""
         state.total_count[TASK] += len(jobs)
         state.all_total_count[0] += len(jobs)
         now = time.time()
         events = []
         for job in jobs:
-            fields = {"uuid": job.request_id, "name": TASK, "args": "()", "kwargs": _shown(job), "retries": 0}
-            events.append(("task-received", {**fields, "root_id": job.request_id, "timestamp": now}))
-            events.append(("task-started", {"uuid": job.request_id, "timestamp": now}))
+            fields = {
+                "uuid": mask_text(job.request_id),
+                "name": TASK,
+                "args": "()",
+                "kwargs": _shown(job),
+                "retries": 0,
+            }
+            events.append(("task-received", {**fields, "root_id": mask_text(job.request_id), "timestamp": now}))
+            events.append(("task-started", {"uuid": mask_text(job.request_id), "timestamp": now}))
         self._send(events)
 
     def done(self, job: Job, error: ErrorCode | None) -> None:
         """Send the event of a request that left."""
-        fields: dict[str, Any] = {"uuid": job.request_id, "timestamp": time.time()}
+        fields: dict[str, Any] = {"uuid": mask_text(job.request_id), "timestamp": time.time()}
         if error is None:
             if job.request_id:  # what could not be read has none, and never was a task
                 # Celery's own order of states keeps a SUCCESS of the same id before a rejection.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from typing import Annotated
 
 import typer
@@ -134,6 +136,10 @@ def _chosen(letters: DeadLetters, names: list[str] | None, every: bool) -> list[
 
 def main() -> None:
     """Run the command line; what is wrong is one line, and exit status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        # A dead letter may hold text that no encoding can write.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except RedisError as exc:

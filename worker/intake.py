@@ -182,7 +182,8 @@ class Intake:
 
     def _wanted(self) -> int:
         """How many messages to reserve now."""
-        held = len(self.held)
+        # What Celery's threads have still to run is in hand too; what waits there for its ETA is not.
+        held = len(self.held.keys() | {tag for tag, job in self._at_celery.items() if not job.scheduled})
         if not self._consuming or self._alone or (self._suspects and held):
             return 0
         return self._service.appetite - held

@@ -59,6 +59,7 @@ def parse(reserved: Reserved) -> Parsed:
         raise Unfit("an argument is nested too deeply")
     expires, eta = _timestamp(headers, "expires"), _timestamp(headers, "eta")
     job = Job(request_id, reserved.tag, request, _number(headers.get("enqueued_at")), expires)
+    job.scheduled = eta is not None
     embed = _signatures(embed)
     return Parsed(job, eta is not None or bool(headers.get("group") or embed), envelope, eta, embed)
 

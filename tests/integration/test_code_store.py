@@ -351,6 +351,14 @@ def test_a_request_given_up_after_its_final_dot_is_not_refunded(redis: redis_py.
     assert driver.answer_of(claim_of("two")) is ErrorCode.TOO_MANY_REQUESTS
 
 
+def test_a_request_whose_worker_died_before_its_mail_left_is_refunded_at_its_deadline(redis: redis_py.Redis) -> None:
+    driver = with_policy(redis, burst=1, cooldown=0, lease=1)
+    driver.send(claim_of("one"))
+    time.sleep(0.01)
+    assert driver.issue(claim_of("one"), expires_at=1.0) == Answered(ErrorCode.TIMEOUT)
+    assert isinstance(driver.issue(claim_of("two")), Send)
+
+
 def test_a_takeover_is_not_charged_again(redis: redis_py.Redis) -> None:
     driver = with_policy(redis, burst=1)
     driver.send(claim_of("one", token="a"))

@@ -53,91 +53,102 @@ local function fault(message)
     return nil
 end
 
-local taken = { suspects, 0 }
-local payloads, index, dead = {}, {}, {}
-local function look(message)
-    local reason = fault(message)
-    if reason then
-        dead[#dead + 1] = cjson.encode({ reason = reason, at = seconds, message = message })
-        taken[#taken + 1] = ''
-        taken[#taken + 1] = reason
-        return
-    end
-    local tag = prefix .. #taken
-    payloads[#payloads + 1] = tag
-    payloads[#payloads + 1] = '[' .. message .. ',"","' .. ARGV[4] .. '"]'
-    index[#index + 1] = seconds
-    index[#index + 1] = tag
-    taken[#taken + 1] = tag
-    taken[#taken + 1] = message
-end
-
--- Looks first. `removals`: the commands that end the move.
-local removals = {}
-if suspects > 0 then
-    if held == 0 then
-        taken[2] = 1
-        look(redis.call('LINDEX', KEYS[4], -1))
-        removals[1] = { 'RPOP', KEYS[4] }
-    end
-else
-    local due = redis.call('ZRANGE', KEYS[2], 0, count - 1)
-    if #due > 0 then
-        local entries = redis.call('HMGET', KEYS[3], unpack(due))
-        for i = 1, #due do
-            if entries[i] then
-                look(string.match(entries[i], '^%d+ (.*)$'))
-            end
-        end
-        removals[#removals + 1] = { 'ZREM', KEYS[2], unpack(due) }
-        removals[#removals + 1] = { 'HDEL', KEYS[3], unpack(due) }
-    end
-    local room = count - #due
-    for i = 1, #KEYS do
-        if (i == 1 or i > 7) and room > 0 then
-            local messages = redis.call('LRANGE', KEYS[i], -room, -1)
-            for j = #messages, 1, -1 do
-                look(messages[j])
-            end
-            if #messages > 0 then
-                removals[#removals + 1] = { 'LTRIM', KEYS[i], 0, -#messages - 1 }
-                room = room - #messages
-            end
-        end
-    end
-end
-if #removals == 0 then
-    return taken
-end
-
 local function refused(answer)
     return type(answer) == 'table' and answer.err
 end
-local done = 0
-local function try(...)
-    return refused(redis.pcall(...))
-end
-local error
-if #payloads > 0 then
-    error = try('HSET', KEYS[5], unpack(payloads)) or try('ZADD', KEYS[6], unpack(index))
-end
-if not error and #dead > 0 then
-    error = try('LPUSH', KEYS[7], unpack(dead))
-    done = error and 0 or #dead
-end
-for i = 1, #removals do
-    -- After the first, whatever is refused leaves a message twice, which is still one request.
-    error = error or try(unpack(removals[i]))
-    if error then break end
-end
-if error then
+
+local taken = { suspects, 0 }
+
+-- Moves these messages, of one source; the removals take them out of it. Returns what was refused, if anything.
+local function move(messages, removals)
+    local from, payloads, index, dead = #taken, {}, {}, {}
+    for _, message in ipairs(messages) do
+        local tag = prefix .. #taken
+        local reason = fault(message)
+        if reason then
+            dead[#dead + 1] = cjson.encode({ reason = reason, at = seconds, message = message })
+            tag, message = '', reason
+        else
+            payloads[#payloads + 1] = tag
+            payloads[#payloads + 1] = '[' .. message .. ',"","' .. ARGV[4] .. '"]'
+            index[#index + 1] = seconds
+            index[#index + 1] = tag
+        end
+        taken[#taken + 1] = tag
+        taken[#taken + 1] = message
+    end
+    local buried
+    local error = #payloads > 0 and (refused(redis.pcall('HSET', KEYS[5], unpack(payloads)))
+        or refused(redis.pcall('ZADD', KEYS[6], unpack(index))))
+    if not error and #dead > 0 then
+        error = refused(redis.pcall('LPUSH', KEYS[7], unpack(dead)))
+        buried = not error
+    end
+    error = error or refused(redis.pcall(unpack(removals[1])))
+    if not error then
+        -- They have moved. What another removal leaves behind points to nothing.
+        for i = 2, #removals do
+            redis.pcall(unpack(removals[i]))
+        end
+        return nil
+    end
     for i = 1, #payloads, 2 do
         redis.pcall('ZREM', KEYS[6], payloads[i])
         redis.pcall('HDEL', KEYS[5], payloads[i])
     end
-    if done > 0 then
-        redis.pcall('LTRIM', KEYS[7], done, -1)
+    if buried then
+        redis.pcall('LTRIM', KEYS[7], #dead, -1)
     end
-    return redis.error_reply(error)
+    for i = #taken, from + 1, -1 do
+        taken[i] = nil
+    end
+    return error
+end
+
+local function answer(error)
+    if error and #taken == 2 then
+        return redis.error_reply(error)
+    end
+    return taken
+end
+
+if suspects > 0 then
+    if held > 0 then
+        return taken
+    end
+    taken[2] = 1
+    return answer(move({ redis.call('LINDEX', KEYS[4], -1) }, { { 'RPOP', KEYS[4] } }))
+end
+
+local room = count
+local due = redis.call('ZRANGE', KEYS[2], 0, count - 1)
+if #due > 0 then
+    local messages = {}
+    for _, entry in ipairs(redis.call('HMGET', KEYS[3], unpack(due))) do
+        if entry then
+            messages[#messages + 1] = string.match(entry, '^%d+ (.*)$')
+        end
+    end
+    local error = move(messages, { { 'HDEL', KEYS[3], unpack(due) }, { 'ZREM', KEYS[2], unpack(due) } })
+    if error then
+        return answer(error)
+    end
+    room = room - #messages
+end
+for i = 1, #KEYS do
+    if (i == 1 or i > 7) and room > 0 then
+        local messages = {}
+        local tail = redis.call('LRANGE', KEYS[i], -room, -1)
+        for j = #tail, 1, -1 do
+            messages[#messages + 1] = tail[j]
+        end
+        if #messages > 0 then
+            local error = move(messages, { { 'LTRIM', KEYS[i], 0, -#messages - 1 } })
+            if error then
+                return answer(error)
+            end
+            room = room - #messages
+        end
+    end
 end
 return taken

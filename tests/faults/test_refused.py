@@ -1,0 +1,129 @@
+"""Commands that Redis refuses one by one, and keys that are not what they should be: nothing is lost on the way."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+
+import pytest
+from caller import QUEUE, address, message
+from redis_server import RedisServer
+from rig import Rig
+from smtp_server import Held
+from worker_process import eventually
+
+NewRig = Callable[..., Rig]
+NewServer = Callable[..., RedisServer]
+
+
+@pytest.mark.parametrize("command", ["hset", "zadd", "ltrim", "hdel", "zrem", "rpush", "lpush"])
+def test_a_command_that_is_refused_for_a_while_loses_no_request(new_rig: NewRig, command: str) -> None:
+    rig = new_rig(visibility_timeout=2, give_up_after=60)
+    rig.tolerated.append("kombu")  # Celery's own connection is refused the same, and kombu shows where
+    rig.add_worker()
+    again = address()
+    rig.script(again, rcpt=["451 4.3.0 later"] * 2)
+    ids = rig.caller.push(*(message({"email": address()}) for _ in range(20)), message({"email": again}))
+    admin = rig.server.client()
+    admin.acl_setuser("default", enabled=True, nopass=True, commands=[f"-{command}"])
+    try:
+        if command != "lpush":
+            ids += rig.caller.push(*(message({"email": address()}) for _ in range(20)))
+        time.sleep(1)
+    finally:
+        admin.acl_setuser("default", enabled=True, nopass=True, categories=["+@all"])
+    assert set(rig.caller.replies(ids, within=20)) <= {0, 1}
+    eventually(lambda: rig.caller.ask(address())["error"] == 0)
+
+
+@pytest.mark.parametrize(
+    "key", ["unacked", "unacked_index", "verification.parked", "verification.parked.due", "verification.dead"]
+)
+def test_a_key_of_another_type_holds_requests_up_and_loses_none(new_rig: NewRig, key: str) -> None:
+    rig = new_rig(visibility_timeout=2)
+    rig.add_worker()
+    assert rig.caller.ask(address())["error"] == 0
+    eventually(lambda: not rig.broker.exists("unacked"))
+    rig.broker.delete(key)
+    rig.broker.set(key, "not what it should be")
+    again = address()
+    rig.script(again, rcpt=["451 4.3.0 later"])
+    ids = rig.caller.push(*(message({"email": address()}) for _ in range(10)), message({"email": again}))
+    if key == "verification.dead":
+        rig.broker.lpush(QUEUE, "no message at all")
+    time.sleep(1)
+    rig.broker.delete(key)
+    assert rig.caller.replies(ids, within=20) == [0] * 11
+    if key == "verification.dead":
+        eventually(lambda: rig.broker.llen("verification.dead") == 1)
+
+
+def test_something_else_under_a_replys_key_gives_way_to_the_reply(new_rig: NewRig) -> None:
+    rig = new_rig()
+    rig.add_worker()
+    asked = message({"email": address()})
+    request_id = asked["headers"]["id"]
+    rig.results.lpush(f"celery-task-meta-{request_id}", "not a reply")
+    rig.results.expire(f"celery-task-meta-{request_id}", 60)
+    rig.broker.lpush(QUEUE, json.dumps(asked))
+    eventually(lambda: rig.results.type(f"celery-task-meta-{request_id}") == b"string")
+    assert rig.caller.reply(request_id)["error"] == 0
+
+
+def test_an_outage_of_the_results_database_is_no_death_of_a_worker(
+    new_redis_server: NewServer, new_rig: NewRig
+) -> None:
+    results = new_redis_server(aof=True)
+    rig = new_rig(results_url=results.url(2), visibility_timeout=1)
+    rig.add_worker()
+    assert rig.caller.ask(address())["error"] == 0
+    results.kill()
+    email = address()
+    ids = rig.caller.push(message({"email": email}))
+    eventually(lambda: rig.mails_to(email))
+    # Long enough to have been redelivered four times; meanwhile others are served as well as can be.
+    other = address()
+    rig.caller.push(message({"email": other}))
+    eventually(lambda: rig.mails_to(other))
+    time.sleep(6)
+    results.start()
+    assert rig.caller.replies(ids, within=20) == [0]
+    assert rig.broker.llen("verification.dead") == 0
+
+
+def test_a_holder_that_stood_still_and_was_refused_does_not_answer_for_the_one_that_sent(new_rig: NewRig) -> None:
+    rig = new_rig(visibility_timeout=2)
+    slow = rig.add_worker()
+    email = address()
+    refused = Held("550 5.1.1 no such mailbox")
+    rig.script(email, rcpt=[refused, "250 2.1.5 ok"])
+    request_id = rig.caller.request(email)
+    assert refused.reached.wait(10)
+    slow.pause()
+    rig.add_worker()
+    eventually(lambda: len(rig.mails_to(email)) == 1, within=20)
+    refused.release.set()
+    slow.resume()
+    time.sleep(1)
+    assert rig.caller.reply(request_id)["error"] == 0
+
+
+@pytest.mark.parametrize("eta", ["9999-12-31T23:59:59-14:00", "0001-01-01T00:00:00+14:00"])
+def test_a_time_that_cannot_be_told_stops_neither_the_worker_nor_its_batch(new_rig: NewRig, eta: str) -> None:
+    rig = new_rig()
+    ids = rig.caller.push(*(message({"email": address()}) for _ in range(5)))
+    rig.caller.push(message({"email": address()}, headers={"eta": eta}))
+    ids += rig.caller.push(*(message({"email": address()}) for _ in range(5)))
+    rig.add_worker()
+    assert rig.caller.replies(ids) == [0] * 10
+    eventually(lambda: rig.broker.llen("verification.dead") == 1)
+
+
+@pytest.mark.parametrize("priority", [3, 6, 9])
+def test_what_a_celery_client_gives_a_priority_is_served(new_rig: NewRig, priority: int) -> None:
+    rig = new_rig()
+    rig.add_worker()
+    asked = message({"email": address()})
+    rig.broker.lpush(f"{QUEUE}\x06\x16{priority}", json.dumps(asked))
+    assert rig.caller.reply(asked["headers"]["id"])["error"] == 0
