@@ -90,7 +90,7 @@ def test_workers_and_the_queue_are_there(rig: Rig, flower: FlowerProcess) -> Non
     assert [queue["name"] for queue in info["active_queues"]] == ["verification"]
     assert TASK in info["registered"]
     assert flower.api("/api/queues/length") == {"active_queues": [{"name": "verification", "messages": 0}]}
-    assert rig.worker.name in flower.get("/workers")
+    eventually(lambda: rig.worker.name in flower.get("/workers"))  # known by its heartbeats
     assert flower.get("/healthcheck") == "OK"
 
 
