@@ -9,21 +9,23 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 from demo import processes, redis
 from demo.catcher import Catcher
-from demo.processes import Child
+from demo.doors import Doors
+from demo.processes import Child, PartMissing
 from demo.screen import Screen
 from demo.tour import StepFailed, Tour
 from producer.errors import VerifyError
+from producer.gate.proto import SERVICE
 from producer.settings import PREFIX, Settings, load
 from producer.values import mask_url
 
 COOLDOWN = "2"  # seconds; with the default of 10 everybody would wait
 REPLY_TIMEOUT = "30"  # seconds; a very busy machine is no failure
-WORKER_PATIENCE = 60.0  # seconds until a worker is ready, likewise
 LOOK = 0.25  # seconds between two looks at mailbox, worker and parent
 TAKEN = ("REDIS_URL", "LOCALE", "MAIL_FROM")  # what the demo takes from its environment
 _INTERRUPTED = 128 + signal.SIGINT
@@ -31,10 +33,6 @@ _INTERRUPTED = 128 + signal.SIGINT
 
 class Stop(BaseException):
     """Someone wants the demo to end."""
-
-
-class PartMissing(VerifyError):
-    """A part of the demo did not start, or has ended."""
 
 
 def main() -> int:
@@ -51,7 +49,7 @@ def main() -> int:
     screen = Screen()
     with ExitStack() as stack:
         try:
-            stage = Stage(stack, screen)
+            stage = Stage(stack, screen, once=once)
             if not stage.show():
                 return 1
             if not once:
@@ -74,9 +72,10 @@ def _stop(*_: object) -> None:
 
 
 class Stage:
-    """The parts, running: Redis, mail catcher, worker. They end with `stack`."""
+    """The parts, running: Redis, mail catcher, worker, doors; Flower, if it stays up. They end with `stack`."""
 
-    def __init__(self, stack: ExitStack, screen: Screen) -> None:
+    def __init__(self, stack: ExitStack, screen: Screen, *, once: bool) -> None:
+        self._stack = stack
         self._screen = screen
         self._parent = os.getppid()
         env = _environment()
@@ -94,13 +93,50 @@ class Stage:
         self.settings = load(env, dotenv=None)
         self._show_redis(given=given)
         screen.fact("mail catcher", self.catcher.url)
-        self._worker = processes.worker(self._directory, env)
-        stack.callback(self._worker.stop)
-        self._children.append(self._worker)
-        with screen.waiting("starting a worker"):
-            _wait_until_ready(self._worker, self.settings)
-        screen.fact("worker", f"celery -A worker.app worker   (pid {self._worker.pid})")
+        self._open(env, once=once)
         screen.note(f"The cooldown between two mails is {COOLDOWN} s here instead of 10, so that nobody waits.")
+
+    def _open(self, env: dict[str, str], *, once: bool) -> None:
+        """Worker, doors, Flower: all at once, as what each needs of the others it waits for by itself."""
+        directory, screen = self._directory, self._screen
+        self._worker = self._started(processes.worker(directory, env))
+        doors = self._started(processes.doors(directory, env))
+        flower = None if once else self._started(processes.flower(directory, env))
+        with screen.waiting("starting a worker"):
+            self._worker.until(lambda: redis.look(self.settings).workers)
+        screen.fact("worker", f"celery -A worker.app worker   (pid {self._worker.pid})")
+        with screen.waiting("opening the doors"):
+            http, rpc = self._places(
+                doors,
+                lambda: processes.doors(directory, env, usual=False),
+                r"HTTP door is open on ([\d.:]+)",
+                r"gRPC door is open on ([\d.:]+)",
+            )
+        self.doors = Doors(f"http://{http}", rpc, reply_timeout=self.settings.reply_timeout)
+        screen.fact("HTTP door", f"{self.doors.http}/docs{_instead_of(processes.HTTP_PORT, http)}")
+        screen.fact("its metrics", f"{self.doors.http}/metrics")
+        screen.fact("gRPC door", f"{rpc}   {SERVICE}{_instead_of(processes.GRPC_PORT, rpc)}")
+        if flower is not None:
+            with screen.waiting("starting Flower"):
+                [where] = self._places(
+                    flower, lambda: processes.flower(directory, env, usual=False), r"Visit me at http://([\d.:]+)"
+                )
+            screen.fact("Flower", f"http://{where}{_instead_of(processes.FLOWER_PORT, where)}")
+
+    def _places(self, child: Child, again: Callable[[], Child], *patterns: str) -> list[str]:
+        """Where it listens, as its log says; started once more if it ended, as a usual port was taken meanwhile."""
+        try:
+            return [child.says(pattern)[0] for pattern in patterns]
+        except PartMissing:
+            child.stop()
+            self._children.remove(child)
+            child = self._started(again())
+            return [child.says(pattern)[0] for pattern in patterns]
+
+    def _started(self, child: Child) -> Child:
+        self._stack.callback(child.stop)
+        self._children.append(child)
+        return child
 
     def _show_redis(self, *, given: bool) -> None:
         url = self.settings.redis_url
@@ -119,15 +155,18 @@ class Stage:
     def show(self) -> bool:
         """Go through the steps; whether each was true."""
         try:
-            Tour(self.settings, self.catcher, self._screen).run()
+            Tour(self.settings, self.doors, self.catcher, self._screen).run()
         except StepFailed as exc:
-            self._screen.failed(exc.step, exc.why, self._worker.tail())
+            self._screen.failed(exc.step, exc.why, self._logs())
             return False
         except VerifyError as exc:
-            self._screen.failed("the parts stay up", str(exc), self._worker.tail())
+            self._screen.failed("the parts stay up", str(exc), self._logs())
             return False
         self._screen.title("Every step was true.")
         return True
+
+    def _logs(self) -> dict[str, str]:
+        return {child.name: child.tail() for child in self._children if child.name in {"worker", "doors"}}
 
     def stay(self) -> None:
         """Print each mail that arrives, until someone wants the demo to end."""
@@ -139,8 +178,7 @@ class Stage:
                     self._screen.title(time.strftime("%H:%M:%S  a mail arrived"))
                     self._screen.mail(mail)
                 for child in self._children:
-                    if not child.running:
-                        raise PartMissing(f"the {child.name} process has ended:\n{child.tail()}")
+                    child.require_running()
                 # Whoever started the demo (make, a terminal) was killed: nobody could end it any more.
                 if os.getppid() != self._parent:
                     return
@@ -155,9 +193,11 @@ class Stage:
         screen.title("What to try next, in another terminal")
         # A password does not belong on a screen; who gave it can give it again.
         prefix = f"{name}={url}" if mask_url(url) == url else f"{name}=$YOUR_REDIS_URL"
+        body = '"email": "you@example.com"'
+        screen.command(f"curl {self.doors.http}/get_varifycode -d '{{{body}}}'")
+        screen.command(f'curl {self.doors.http}/check_varifycode -d \'{{{body}, "varifycode": "123456"}}\'')
         for words in (
             "producer send you@example.com",
-            "producer send you@example.com --json",
             "producer check you@example.com 123456",
             "producer settings",
         ):
@@ -179,14 +219,9 @@ def _environment() -> dict[str, str]:
     return blank | env | {PREFIX + name: value for name, value in ours.items()}
 
 
-def _wait_until_ready(worker: Child, settings: Settings) -> None:
-    until = time.monotonic() + WORKER_PATIENCE
-    while not redis.has_worker(settings):
-        if not worker.running:
-            raise PartMissing(f"the worker ended at its start:\n{worker.tail()}")
-        if time.monotonic() > until:
-            raise PartMissing(f"the worker was not ready within {WORKER_PATIENCE:.0f} s:\n{worker.tail()}")
-        time.sleep(0.1)
+def _instead_of(usual: int, where: str) -> str:
+    """Said where a usual port was busy."""
+    return "" if where.endswith(f":{usual}") else f"   ({usual} is busy)"
 
 
 if __name__ == "__main__":

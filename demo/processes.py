@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
+
+from producer.errors import VerifyError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+HOST = "127.0.0.1"
+START_PATIENCE = 60.0  # seconds until a program is ready; a very busy machine is no failure
 STOP_PATIENCE = 15.0  # seconds for an orderly end; a worker finishes the sends in its hands
+HTTP_PORT, GRPC_PORT, FLOWER_PORT = 8081, 50051, 5555  # each taken if it is free
 TAIL = 15  # lines of a log that a failure shows
 
 # The shell leaves a watcher behind and becomes the program. The watcher waits for a line; the end of its input means
@@ -22,6 +31,13 @@ exec 3<&0 </dev/null >>"$log" 2>&1
 { read -r _ <&3 || { kill -KILL $$; rm -rf "$directory"; }; } >/dev/null 2>&1 &
 exec 3<&- "$@"
 """
+
+
+_T = TypeVar("_T")
+
+
+class PartMissing(VerifyError):
+    """A part of the demo did not start, or has ended."""
 
 
 class Child:
@@ -57,6 +73,27 @@ class Child:
         """The end of its log."""
         return "\n".join(self.written().splitlines()[-TAIL:])
 
+    def require_running(self) -> None:
+        """Raises `PartMissing` if it has ended."""
+        if not self.running:
+            raise PartMissing(f"the {self.name} process has ended:\n{self.tail()}")
+
+    def until(self, ready: Callable[[], _T | None]) -> _T:
+        """The first answer of `ready` that is true. Raises `PartMissing`."""
+        end = time.monotonic() + START_PATIENCE
+        while not (answer := ready()):
+            self.require_running()
+            if time.monotonic() > end:
+                raise PartMissing(
+                    f"the {self.name} process was not ready within {START_PATIENCE:.0f} s:\n{self.tail()}"
+                )
+            time.sleep(0.1)
+        return answer
+
+    def says(self, pattern: str) -> list[str]:
+        """What its log says of `pattern`, once it does. Raises `PartMissing`."""
+        return self.until(lambda: re.findall(pattern, self.written()))
+
     def stop(self) -> None:
         """Ask it to end, and end it if it does not; then let the watcher go."""
         if self.running:
@@ -75,3 +112,30 @@ class Child:
 def worker(directory: Path, env: Mapping[str, str]) -> Child:
     """A real worker, as an operator starts it: `celery -A worker.app worker`."""
     return Child("worker", [sys.executable, "-m", "celery", "-A", "worker.app", "worker"], directory, env)
+
+
+def doors(directory: Path, env: Mapping[str, str], *, usual: bool = True) -> Child:
+    """Both doors, `python -m producer serve`; `usual`: at their usual ports, where these are free."""
+    ports = [
+        f"--{door}-bind={HOST}:{_port(port) if usual else 0}"
+        for door, port in (("http", HTTP_PORT), ("grpc", GRPC_PORT))
+    ]
+    return Child("doors", [sys.executable, "-m", "producer", "serve", *ports], directory, env)
+
+
+def flower(directory: Path, env: Mapping[str, str], *, usual: bool = True) -> Child:
+    """Flower, `celery -A worker.app flower`; `usual`: at its usual port, if that is free."""
+    options = [f"--address={HOST}", f"--port={_port(FLOWER_PORT) if usual else 0}"]
+    env = {name: value for name, value in env.items() if not name.startswith("FLOWER_")}  # settings of another Flower
+    return Child("flower", [sys.executable, "-m", "celery", "-A", "worker.app", "flower", *options], directory, env)
+
+
+def _port(usual: int) -> int:
+    """The usual port, or 0 (the program takes a free one) if it is busy."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have just ended do not count
+        try:
+            probe.bind((HOST, usual))
+        except OSError:
+            return 0
+    return usual

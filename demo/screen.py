@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich import box
@@ -67,12 +67,12 @@ class Screen:
         panel = Panel(whole, box=box.ROUNDED, border_style="dim", width=min(_WIDTH, self._console.width - 2))
         self._console.print(Padding(panel, (0, 0, 0, 2)), soft_wrap=False)
 
-    def failed(self, step: str, why: str, log: str = "") -> None:
-        """A step that was not true, why, and what the worker had to say."""
+    def failed(self, step: str, why: str, logs: Mapping[str, str] | None = None) -> None:
+        """A step that was not true, why, and what the parts had to say, by their names."""
         self._console.print(Text.assemble("  ", ("✗", "bold red"), " ", (step, "bold")))
         for line in why.splitlines():
             self._console.print(Text(f"    {line}"))
-        if log:
-            self._console.print(Text("    The end of the worker's log:", "dim"))
+        for name, log in (logs or {}).items():
+            self._console.print(Text(f"    The end of the log of {name}:", "dim"))
             for line in log.splitlines():
                 self._console.print(Text(f"      {line}", "dim"))

@@ -168,6 +168,8 @@ class Link:
         del replies[:skip]
         for reply in replies:
             if isinstance(reply, ServerError) and _kind(reply) in _AWAY:
+                # The address may lead to a server that works by now; this connection does not.
+                protocol.transport.abort()
                 raise RedisUnavailable(f"Redis does not work at the moment ({_kind(reply)})")
         unknown = [
             i for i, reply in enumerate(replies) if isinstance(reply, ServerError) and _kind(reply) == "NOSCRIPT"

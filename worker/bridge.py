@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 FINISH_WITHIN = 11.0  # seconds a warm shutdown waits for sends in hand; one send takes VERIFY_SEND_TIMEOUT at most
 SWITCH_INTERVAL = 0.0002  # seconds
 CUT_WITHIN = 1.5  # seconds in which a cold one puts back what it can; what is left is redelivered
+EVENTS_AT_ONCE = 500  # in one message; Celery's 24 are those of eight requests
 _BEAT = 0.1  # seconds between two looks at Celery's state while waiting
 
 _T = TypeVar("_T")
@@ -87,6 +88,8 @@ class Bridge(Watcher):
             # Celery has forgotten what it had scheduled: with stock kombu, all of it comes again.
             self._call(self._intake.celery_forgot())
         self._consumer = consumer
+        if consumer.event_dispatcher is not None:
+            consumer.event_dispatcher.buffer_limit = EVENTS_AT_ONCE
         # Read when the hub runs, not now: only then does the new channel know whose messages these are.
         consumer.hub.add_reader(self._reader, self._empty_inbox)
 
@@ -228,8 +231,10 @@ class Bridge(Watcher):
 
     def _post(self, call: Callable[[], None]) -> None:
         self._inbox.append(call)
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._writer, b"\0")
+        # With more in it, the hub is emptying it, or has been woken for what came before.
+        if len(self._inbox) == 1:
+            with contextlib.suppress(BlockingIOError):
+                os.write(self._writer, b"\0")
 
 
 async def _call_off_all() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
+import socket
 import socketserver
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +20,13 @@ from pathlib import Path
 import pytest
 from redis_server import RedisServer
 
+from demo.processes import GRPC_PORT, HOST, HTTP_PORT
 from producer.settings import PREFIX
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 90.0  # seconds; the machine may be busy
 STAYS = "Mails appear here"
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc"),
@@ -115,12 +120,16 @@ def test_once_shows_every_step(start: Callable[..., Demo]) -> None:
     assert demo.ends() == 0, demo.output()
     output = demo.output()
     assert "embedded" in output
-    [code] = set(re.findall(r"in Redis +code_\S+ = (\d{6})", output))
+    [code] = set(re.findall(r"in Redis +code_demo-\w+@\S+ = (\d{6})", output))
     assert output.count(code) >= 4  # mail, key, key again, right check
-    assert output.count('"error": 0}') == 2
+    assert len(re.findall(r'reply +{"error": 0, ', output)) == 3  # two requests, the right check
     assert "the same code came again" in output
-    assert "error 1004 (VarifyCodeErr)" in output
-    assert f"check {code}   error 0 (Success)" in output
+    assert '"error": 1004, ' in output
+    assert f'"varifycode": "{code}"}}' in output
+    assert re.search(r'reply +error: 0  email: "\S+-grpc@example.com"  code: ""', output)
+    [other] = re.findall(r"in Redis +code_\S+-grpc@\S+ = (\d{6})", output)
+    assert output.count(other) == 1
+    assert re.search(r"✓ the code in the mail is the one in code_\S+-grpc@", output)
     assert "✗" not in output
     nothing_is_left(demo)
 
@@ -170,6 +179,12 @@ def test_it_stays_up_until_told_to_end(start: Callable[..., Demo], number: signa
     until(lambda: STAYS in demo.output(), demo.output)
     found = re.search(r"VERIFY_REDIS_URL=(\S+)", demo.output())
     assert found
+    # What it says is open is open.
+    pages = re.findall(r"^  (HTTP door|its metrics|Flower) +(http://\S+)", demo.output(), re.MULTILINE)
+    assert [name for name, _ in pages] == ["HTTP door", "its metrics", "Flower"]
+    for _, url in pages:
+        with OPENER.open(url, timeout=PATIENCE) as page:
+            assert page.status == 200
     # What it says to try next works, and the mail shows.
     sent = subprocess.run(
         [sys.executable, "-m", "producer", "send", "you@example.com"],
@@ -191,10 +206,24 @@ def test_it_stays_up_until_told_to_end(start: Callable[..., Demo], number: signa
 def test_nothing_outlives_a_killed_demo(start: Callable[..., Demo]) -> None:
     demo = start()
     until(lambda: STAYS in demo.output(), demo.output)
-    assert len(demo.processes()) >= 3  # itself, Redis, a worker
+    assert len(demo.processes()) >= 5  # itself, Redis, a worker, the doors, Flower
     demo.process.kill()
     demo.process.wait()
     nothing_is_left(demo)
+
+
+def test_busy_ports_are_no_obstacle(start: Callable[..., Demo]) -> None:
+    with contextlib.ExitStack() as stack:
+        for port in (HTTP_PORT, GRPC_PORT):
+            with contextlib.suppress(OSError):  # busy already
+                listener = stack.enter_context(socket.socket())
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the doors do
+                listener.bind((HOST, port))
+                listener.listen()
+        demo = start("--once")
+        assert demo.ends() == 0, demo.output()
+    assert f"({HTTP_PORT} is busy)" in demo.output()
+    assert f"({GRPC_PORT} is busy)" in demo.output()
 
 
 def test_a_dead_worker_is_said(start: Callable[..., Demo]) -> None:
