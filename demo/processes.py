@@ -95,7 +95,7 @@ class Child:
         return self.until(lambda: re.findall(pattern, self.written()))
 
     def stop(self) -> None:
-        """Ask it to end, and end it if it does not; then let the watcher go."""
+        """Ask it to end, and end it if it does not; then let the watcher go. Once more is no harm."""
         if self.running:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -105,8 +105,9 @@ class Child:
         self._process.wait()
         assert self._process.stdin is not None  # noqa: S101 - it was asked for
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(b"stopped\n")
-            self._process.stdin.close()
+            if not self._process.stdin.closed:
+                self._process.stdin.write(b"stopped\n")
+                self._process.stdin.close()
 
 
 def worker(directory: Path, env: Mapping[str, str]) -> Child:
