@@ -300,6 +300,10 @@ class Stage:
 
     def _check_replies(self, within: float, *, heard: bool) -> dict[str, int]:
         self.replies(self.asked, within)
+        if heard:  # published with being stored, and heard a moment later
+            channels = {META + request_id for request_id in self.asked}
+            with contextlib.suppress(AssertionError):  # which were not is said below
+                eventually(lambda: channels <= {channel for channel, _ in list(self._listener.heard)}, within)
         published = defaultdict(list)
         for channel, data in list(self._listener.heard):
             published[channel.removeprefix(META)].append(json.loads(data))
