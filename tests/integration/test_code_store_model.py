@@ -139,7 +139,7 @@ class Model:
             record.token = ""
             self._remember(claim, record)
             self.joined[key] = (self.joined.get(key, (set(), 0))[0] | {claim.request_id}, self.now + POLICY.remember)
-            return Wait((end - self.now) / 1000, joined=True)
+            return Wait((min(end, deadline) - self.now) / 1000, joined=True)
         doubts = record.doubts + record.dot
         if doubts > 1 or (doubts == 1 and (code is None or code.value != record.sent)):
             return self._answer(claim, record, ErrorCode.TIMEOUT)
@@ -231,6 +231,9 @@ class Model:
         return record if record and record.token == claim.token else None
 
     def _answer(self, claim: Claim, record: Record, error: ErrorCode, why: str = "") -> Answered:
+        if record.charged and record.doubts + record.dot == 0:
+            self.full[claim.canonical] = self.full.get(claim.canonical, 0) - POLICY.interval
+            record.charged = False
         record.error, record.token = error, ""
         self._remember(claim, record)
         return Answered(error, why)
