@@ -19,15 +19,15 @@ from producer.script import Command
 from worker.databases import Database
 from worker.job import Job
 from worker.message import Unfit, for_celery, parse
-from worker.queue import RequestQueue, Reserved
+from worker.queue import RequestQueue, Reserved, Tended
 from worker.service import Service
 from worker.settle import Settler
 from worker.tally import Tally
+from worker.tending import Tender
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 1.0  # seconds of one wait for a message; below the link's time for an answer
-SETTLED = 2.0  # seconds of unbroken contact with Redis before others' messages count as abandoned: they come back too
 SETTLING = 1.0  # seconds that a stopping worker keeps for settling what it has sent
 UNHEARD_MOST = 10_000  # tags; those of a few answers, the first of which count, as then there still was a connection
 _PAUSE = 0.25  # seconds between tries while Redis is away
@@ -82,7 +82,6 @@ class Intake:
         self._consuming = False
         self._suspects = 0
         self._alone = False
-        self._in_touch_since: float | None = None
         self._serving: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._taking: asyncio.Task[None] | None = None
@@ -92,7 +91,18 @@ class Intake:
     def start(self) -> None:
         """Begin to tend; messages are taken once `consume` was called."""
         self._taking = asyncio.create_task(self._take())
-        self._tending = asyncio.create_task(self._tend())
+        tender = Tender(
+            self._broker, self.queue, self._service, self._settler, self._tally, self._mine, self._on_tended
+        )
+        self._tending = asyncio.create_task(tender.run())
+
+    def _mine(self) -> list[str]:
+        return [*self.held, *self._at_celery]
+
+    def _on_tended(self, tended: Tended) -> None:
+        self._suspects = tended.suspects
+        if tended.ready or tended.suspects:
+            self._room.set()
 
     def consume(self, *, on: bool) -> None:
         """Take messages, or stop taking."""
@@ -282,46 +292,3 @@ class Intake:
         if self._waiting.done():
             waited, self._waiting = self._waiting, None
             raise_errors(waited.result())
-
-    async def _tend(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            began = loop.time()
-            try:
-                await asyncio.gather(self._service.tick(), self._round(began))
-            except RedisUnavailable as exc:
-                if self._in_touch_since is not None:
-                    logger.warning("the broker database cannot be used, waiting for it: %s", exc)
-                self._in_touch_since = None
-            except Exception as exc:  # noqa: BLE001 - whatever it is, leases want renewing
-                logger.error("unforeseen error in tending", extra={"kind": type(exc).__name__})
-            await asyncio.sleep(max(0.0, self.queue.tick - (loop.time() - began)))
-
-    async def _round(self, now: float) -> None:
-        since = now if self._in_touch_since is None else self._in_touch_since
-        restore = now - since >= SETTLED
-        [answer] = await self._broker.run([self.queue.tend([*self.held, *self._at_celery], restore=restore)])
-        raise_errors([answer])
-        if self._in_touch_since is None:
-            logger.info("in touch with the broker database")
-        self._in_touch_since = since
-        tended = self.queue.read_tend(answer)
-        if tended.restored:
-            self._tally.restored += tended.restored
-            logger.warning("requests of a dead worker came back", extra={"count": tended.restored})
-        for killer in tended.killers:
-            self._condemn(killer)
-        self._suspects = tended.suspects
-        if tended.ready or tended.suspects:
-            self._room.set()
-
-    def _condemn(self, killer: Reserved) -> None:
-        """A message that killed its worker four times: answered, and buried."""
-        reason = "it killed its worker four times"
-        try:
-            job = parse(killer).job
-        except Unfit:
-            self._settler.bury(Job("", killer.tag, VerifyRequest(None), None, None), reason)
-            return
-        self._service.judge(job)
-        self._settler.bury(job, reason, answer=ErrorCode.EXCEPTION)
