@@ -17,7 +17,7 @@ FOUND = [
     *re.findall(r"return '([^']+)'", (WORKER / "lua" / "reserve.lua").read_text()),
     *re.findall(r'Unfit\(f?"([^"]+)"\)', (WORKER / "message.py").read_text()),
     *re.findall(r'bury\(job, "([^"]+)"', (WORKER / "service.py").read_text()),
-    *re.findall(r'reason = "([^"]+)"', (WORKER / "intake.py").read_text()),
+    *(reason for module in WORKER.glob("*.py") for reason in re.findall(r'reason = "([^"]+)"', module.read_text())),
 ]
 WRITTEN = [
     reason.replace("{name}", name)
