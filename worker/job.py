@@ -25,6 +25,5 @@ class Job:
     mailbox: Address | None = None
     began: float = 0.0  # on the loop's clock, as `lease_until`
     lease_until: float = 0.0
-    dotted: bool = False  # the final dot of this send may have left
     scheduled: bool = False  # it waits at Celery for its ETA
     buried: bool = False  # it left as a dead letter
