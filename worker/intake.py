@@ -17,7 +17,7 @@ from producer.errors import RedisUnavailable
 from producer.link import Link, raise_errors
 from producer.script import Command
 from worker.databases import Database
-from worker.job import Job
+from worker.job import Finished, Job
 from worker.message import Unfit, for_celery, parse
 from worker.queue import RequestQueue, Reserved, Tended
 from worker.service import Service
@@ -39,8 +39,8 @@ class Watcher:
     def received(self, jobs: list[Job]) -> None:
         """These requests are about to be served."""
 
-    def done(self, job: Job, error: ErrorCode | None) -> None:
-        """The request is off this worker's hands; None: parked, buried or put back."""
+    def done(self, finished: Finished) -> None:
+        """These requests are off this worker's hands."""
 
     def to_celery(self, message: dict[str, Any]) -> None:
         """This message needs Celery's own machinery; its delivery tag is the reservation's."""
@@ -109,16 +109,24 @@ class Intake:
         self._consuming = on
         self._room.set()
 
-    def done(self, job: Job, error: ErrorCode | None) -> None:
-        """The settler's word that a request is off our hands."""
-        if self.held.pop(job.tag, None) is not None:
+    def done(self, finished: Finished) -> None:
+        """The settler's word that requests are off our hands."""
+        held = len(self.held)
+        for job, _ in finished:
+            self.held.pop(job.tag, None)
+        if len(self.held) < held:
             self._alone = self._alone and bool(self.held)
             self._room.set()
+        if self._for_celery:
+            finished = [each for each in finished if not self._tell_celery(*each)]
+        self._watcher.done(finished)
+
+    def _tell_celery(self, job: Job, error: ErrorCode | None) -> bool:
+        """Whether Celery's task waits for this request, and so tells the world of it: of a reply, and nothing else."""
         future = self._for_celery.pop(job.tag, None)
-        if future is None or error is None:  # Celery tells the world of a reply, and of nothing else
-            self._watcher.done(job, error)
         if future is not None and not future.done():
             future.set_result(error)
+        return future is not None and error is not None
 
     async def serve_for_celery(self, tag: str) -> Reply | None:
         """What became of a request whose task Celery runs now; None: it was parked, buried or put back."""

@@ -24,7 +24,7 @@ from producer.errors import RedisUnavailable
 from producer.link import ServerError
 from producer.script import Command, Script
 from worker.databases import Database, Databases
-from worker.job import Job
+from worker.job import Finished, Job
 from worker.queue import RequestQueue
 from worker.tally import Tally
 
@@ -67,9 +67,9 @@ class _Item:
 class Settler:
     """Takes each request's outcome and makes it known, in the order mark, reply, ack.
 
-    `on_done(job, error)` is called when a request is off this worker's hands; error None: it was parked, buried or
-    given back. A step that Redis does not take is repeated. A reply that cannot be stored does not hold up other
-    requests: its own is parked for a second, and whoever gets it then finds what was done.
+    `on_done` is called once a trip, with the requests that are off this worker's hands by it. A step that Redis does
+    not take is repeated. A reply that cannot be stored does not hold up other requests: its own is parked for a second,
+    and whoever gets it then finds what was done.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Settler:
         databases: Databases,
         store: CodeStore,
         queue: RequestQueue,
-        on_done: Callable[[Job, ErrorCode | None], None],
+        on_done: Callable[[Finished], None],
         tally: Tally,
     ) -> None:
         self._databases = databases
@@ -169,16 +169,19 @@ class Settler:
         else:
             for stage in stages:
                 await stage(batch)
+        finished: Finished = []
         left, now = [], asyncio.get_running_loop().time()
         for item in batch:
             if item.marked and item.reply is None and not item.leave and not item.ack:
                 if item.error is not None:
                     self._tally.replied(item.error, item.job.enqueued_at)
-                self._on_done(item.job, item.error)
+                finished.append((item.job, item.error))
             else:
                 if item.until < now and item.reply is not None:
                     self._put_off(item)
                 left.append(item)
+        if finished:
+            self._on_done(finished)
         return left
 
     def _put_off(self, item: _Item) -> None:
