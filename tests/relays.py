@@ -10,9 +10,10 @@ from typing import Final
 
 from smtp_server import ScriptedServer
 
+from worker.mail.envelope import Envelope, Mail
 from worker.mail.errors import MailError
 from worker.mail.failover import Failover
-from worker.mail.relay import Envelope, Mail, Relay
+from worker.mail.relay import Relay
 
 CONTENT: Final = b"Subject: code\r\n\r\nhello\r\n"
 

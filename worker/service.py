@@ -17,6 +17,7 @@ from producer.link import ServerError
 from worker.databases import Database
 from worker.generator import new_code
 from worker.job import Job
+from worker.mail.envelope import Envelope, Mail
 from worker.mail.errors import (
     AcceptanceUnknown,
     MailError,
@@ -25,7 +26,6 @@ from worker.mail.errors import (
     SendWithheld,
     Smtputf8Unsupported,
 )
-from worker.mail.relay import Envelope, Mail
 from worker.mail.render import Renderer
 from worker.settle import Settler
 from worker.tally import Tally

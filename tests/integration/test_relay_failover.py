@@ -11,6 +11,7 @@ from relays import outcome
 from smtp_server import Act, Drop, Last, ScriptedServer, Silence
 
 from producer.values import RelayURL
+from worker.mail.envelope import Envelope
 from worker.mail.errors import (
     AcceptanceUnknown,
     CalledOff,
@@ -22,7 +23,7 @@ from worker.mail.errors import (
     Smtputf8Unsupported,
 )
 from worker.mail.failover import Failover
-from worker.mail.relay import Envelope, Relay
+from worker.mail.relay import Relay
 
 ENVELOPE = Envelope("no-reply@example.com", "alice@example.com", False, b"Subject: code\r\n\r\nhello\r\n")
 WANTS_UTF8 = ENVELOPE._replace(recipient="用户@example.com", needs_smtputf8=True)

@@ -10,8 +10,8 @@ import pytest
 from relays import CONTENT, assert_nothing_left, make, outcome, send, until
 from smtp_server import Drop, Last, Later, ScriptedServer
 
+from worker.mail.envelope import Envelope
 from worker.mail.errors import AcceptanceUnknown, RelayUnavailable
-from worker.mail.relay import Envelope
 
 
 def test_one_connection_serves_one_mail_after_the_other() -> None:

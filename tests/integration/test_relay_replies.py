@@ -8,6 +8,7 @@ import pytest
 from relays import outcome
 from smtp_server import Act, Drop, Last, ScriptedServer, Silence, Slowly
 
+from worker.mail.envelope import Envelope
 from worker.mail.errors import (
     AcceptanceUnknown,
     MailError,
@@ -17,7 +18,7 @@ from worker.mail.errors import (
     RelayUnavailable,
     SendWithheld,
 )
-from worker.mail.relay import Envelope, Relay
+from worker.mail.relay import Relay
 
 ENVELOPE = Envelope("no-reply@example.com", "alice@example.com", False, b"Subject: code\r\n\r\n..stuffed\r\n")
 CONTENT_SEEN = ("content", "dot")  # steps that come when the content is on its way

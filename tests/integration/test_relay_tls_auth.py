@@ -17,8 +17,9 @@ from relays import outcome
 from smtp_server import HOST, Act, ScriptedServer, Silence
 
 from producer.values import RelayURL
+from worker.mail.envelope import Envelope
 from worker.mail.errors import MailError, MessageDeferred, RelayUnavailable, Smtputf8Unsupported
-from worker.mail.relay import Envelope, Relay
+from worker.mail.relay import Relay
 
 ENVELOPE = Envelope("no-reply@example.com", "alice@example.com", False, b"Subject: code\r\n\r\nhello\r\n")
 USER, PASSWORD = "用户@example.com", "pä:ss /wörd"

@@ -8,6 +8,7 @@ import random
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from worker.mail.envelope import Mail
 from worker.mail.errors import (
     AcceptanceUnknown,
     CalledOff,
@@ -20,7 +21,6 @@ from worker.mail.errors import (
     SendWithheld,
     Smtputf8Unsupported,
 )
-from worker.mail.smtp import Mail
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -7,14 +7,13 @@ import ssl
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
+from worker.mail.envelope import Mail
 from worker.mail.errors import CalledOff, MailError, MessageDeferred, RelayBusy, RelayUnavailable
 from worker.mail.opening import establish
-from worker.mail.smtp import Connection, Envelope, Mail, Stale
+from worker.mail.smtp import Connection, Stale
 
 if TYPE_CHECKING:
     from producer.values import RelayURL
-
-__all__ = ["Envelope", "Mail", "Relay"]
 
 _RAISE_SECONDS: Final = 10.0  # after a 421, the limit rises by one connection this often
 _CLOSE_SECONDS: Final = 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import TYPE_CHECKING, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from worker.mail.errors import RelayUnavailable, SendWithheld, Smtputf8Unsupported, Step, classify
 from worker.mail.replies import Reply, ReplyReader
@@ -12,47 +12,21 @@ from worker.mail.replies import Reply, ReplyReader
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from worker.mail.envelope import Mail
+
 _QUIT_SECONDS: Final = 0.5
 _CLOSING: Final = 421
-_NO_PATH: Final = re.compile(r"[\x00-\x20<>\x7f\ud800-\udfff]")
 _NO_COMMAND: Final = re.compile(rb"[\r\n\0]")
 
 
-class Envelope(NamedTuple):
-    """One mail, ready to go."""
-
-    sender: str
-    recipient: str
-    needs_smtputf8: bool
-    content: bytes  # CRLF lines, dot-stuffed, the last one ended, without the final dot
-
-    def check(self) -> None:
-        """Raise `ValueError` if an address could say more than an address, or the final dot would not stand alone."""
-        if _NO_PATH.search(self.sender) or _NO_PATH.search(self.recipient):
-            raise ValueError("an address with a control character, a space, an angle bracket or half a character")
-        if not self.needs_smtputf8 and not (self.sender.isascii() and self.recipient.isascii()):
-            raise ValueError("an address that is not ASCII and claims to need no SMTPUTF8")
-        if not self.content.endswith(b"\r\n"):
-            raise ValueError("content whose last line is not ended")
+_BUFFER: Final = memoryview(bytearray(65536))
 
 
 class Stale(RelayUnavailable):
     """The relay closed a kept connection before the transaction began."""
 
 
-class Mail(NamedTuple):
-    """One mail for one transaction."""
-
-    envelope: Envelope
-    deadline: float  # loop time
-    # Called right before the content is to be written, with what is then called with whether it may be, once and soon:
-    # many connections' questions are answered together.
-    before_dot: Callable[[Callable[[bool], None]], None]
-    # Called once with the outcome: None: accepted; a `MailError`; what `before_dot` raised.
-    done: Callable[[Exception | None], None]
-
-
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """A connection, from its opening (`worker.mail.opening`) to its end.
 
     The transaction is a state machine driven by arriving data and ends in a call: no coroutine, nor a future that wakes
@@ -286,9 +260,13 @@ class Connection(asyncio.Protocol):
         """See `asyncio.Protocol`."""
         self.transport = cast("asyncio.Transport", transport)
 
-    def data_received(self, data: bytes) -> None:
-        """See `asyncio.Protocol`."""
-        for reply in self._reader.feed(data):
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 asyncio's signature
+        """See `asyncio.BufferedProtocol`: what arrives is read at once, so one buffer serves all connections."""
+        return _BUFFER
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """See `asyncio.BufferedProtocol`."""
+        for reply in self._reader.feed(bytes(_BUFFER[:nbytes])):
             if self._mail is not None:
                 self._on_reply(reply)
             elif not self._answer.done():
