@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 from producer import address
-from producer.codes import Answered, Claim, CodeStore, Conflict, Send, Wait
+from producer.codes import Answered, Asked, Claim, CodeStore, Conflict, Send, Wait
 from producer.contract import ErrorCode, is_purpose
 from producer.errors import InvalidAddress, RedisUnavailable
-from producer.link import ServerError
+from producer.link import ServerError, entries
 from worker.databases import Database
 from worker.generator import new_code
 from worker.job import Job
@@ -89,21 +89,13 @@ class Service:
 
     async def serve(self, jobs: list[Job]) -> None:
         """Issue for all of them in one round trip, and start their sends. Returns before these end."""
-        asked = asyncio.get_running_loop().time()
-        commands = []
+        began = asyncio.get_running_loop().time()
+        asked = []
         for job in jobs:
             verdict = self.judge(job)
-            commands.append(
-                self._store.issue(
-                    job.claim,
-                    new_code(self._code_length),
-                    verdict=verdict,
-                    enqueued_at=job.enqueued_at,
-                    expires_at=job.expires_at,
-                )
-            )
+            asked.append(Asked(job.claim, new_code(self._code_length), verdict, job.enqueued_at, job.expires_at))
         try:
-            answers = await self._codes.run(commands)
+            [answer] = await self._codes.run([self._store.issue(asked)])
         except RedisUnavailable:
             logger.warning("the codes database cannot be reached")
             for job in jobs:
@@ -114,8 +106,8 @@ class Service:
                 else:
                     self._settler.answer(job, ErrorCode.REDIS_ERR, mark=False)
             return
-        for job, answer in zip(jobs, answers, strict=True):
-            self._proceed(job, answer, asked)
+        for job, entry in zip(jobs, entries(answer, len(jobs)), strict=True):
+            self._proceed(job, entry, began)
 
     @staticmethod
     def judge(job: Job) -> ErrorCode | None:
@@ -133,14 +125,14 @@ class Service:
         job.claim = Claim.of(job.request_id, job.tag, request.email, request.purpose, canonical)
         return verdict
 
-    def _proceed(self, job: Job, answer: object, asked: float) -> None:
-        if isinstance(answer, ServerError):
-            logger.error("Redis refused to issue", extra={"kind": str(answer).partition(" ")[0]})
+    def _proceed(self, job: Job, entry: object, began: float) -> None:
+        if isinstance(entry, ServerError):
+            logger.error("Redis refused to issue", extra={"kind": str(entry).partition(" ")[0]})
             self._settler.answer(job, ErrorCode.REDIS_ERR, mark=False)
             return
-        match self._store.read_issue(answer):
+        match self._store.read_issue(entry):
             case Send() as send:
-                job.lease_until = asked + self._store.policy.lease / 1000 - LEASE_MARGIN
+                job.lease_until = began + self._store.policy.lease / 1000 - LEASE_MARGIN
                 self._leased[job.tag] = job
                 self._send(job, send)
             case Answered(error, why):
@@ -221,7 +213,7 @@ class Service:
         recorded = False
         if ours:
             with contextlib.suppress(RedisUnavailable):
-                self._codes.link.post([self._store.dot(claim) for claim in ours], database=self._codes.number)
+                self._codes.link.post([self._store.dot(ours)], database=self._codes.number)
                 recorded = True
         for job, go in dots:
             go(recorded and now < job.lease_until)

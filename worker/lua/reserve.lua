@@ -23,6 +23,7 @@ at first, written to where they go next, and only then removed; what was written
 ]]
 local time = redis.call('TIME')
 local seconds = time[1] + time[2] / 1000000
+local score = string.format('%.6f', seconds) -- once: a number that is handed on is written out each time
 local count, prefix, held = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[5])
 local suspects = redis.call('LLEN', KEYS[4])
 
@@ -71,7 +72,7 @@ local function move(messages, removals)
         else
             payloads[#payloads + 1] = tag
             payloads[#payloads + 1] = '[' .. message .. ',"","' .. ARGV[4] .. '"]'
-            index[#index + 1] = seconds
+            index[#index + 1] = score
             index[#index + 1] = tag
         end
         taken[#taken + 1] = tag
