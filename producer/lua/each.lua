@@ -1,7 +1,7 @@
 --[[
 each: the beginning of every script that serves many requests in one call. They are served one after the other, as if each
 came alone: what Redis refuses one of them (memory, access, a key of another type) hits that one only, and what was written
-for it before stays.
+for it before stays. Memory is refused to a script only until it has written something.
 
 KEYS                      what follows says
 ARGV                      likewise

@@ -108,7 +108,8 @@ return each(#KEYS / 3, function(i)
         local id = string.sub(record_key, id_at)
         if found[3] and found[3] ~= id then
             -- A holder of this request that stood still, if there was one, may not send any more.
-            call('HSET', record_key, 'who', who, 'first', first, 'token', '')
+            call('HDEL', record_key, 'token', 'until')
+            call('HSET', record_key, 'who', who, 'first', first)
             call('PEXPIRE', record_key, remember)
             call('SADD', ARGV[13] .. code_key, id)
             call('PEXPIRE', ARGV[13] .. code_key, remember)

@@ -33,6 +33,9 @@ return each(#KEYS / 3, function(i)
     if record[1] ~= ARGV[6 + 2 * i] or record[2] then
         return { 0 }
     end
+    -- First, as it needs no memory: a full server refuses a script's first write, not what follows, and an outcome must be
+    -- known even there.
+    call('PEXPIRE', record_key, remember)
     local sending_key = ARGV[6] .. code_key
     local found = call('MGET', sending_key, code_key, bucket_key)
 
@@ -56,7 +59,6 @@ return each(#KEYS / 3, function(i)
     else
         call('HSET', record_key, 'token', '', 'error', outcome)
     end
-    call('PEXPIRE', record_key, remember)
 
     local live = false
     if accepted and cooldown > 0 and found[2] then

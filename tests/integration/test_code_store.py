@@ -664,6 +664,19 @@ def test_a_full_server_refuses_each_request_of_a_batch_and_none_is_half_written(
         assert driver.everything() == before
 
 
+def test_outcomes_are_known_even_to_a_full_server(new_redis_server: Callable[..., RedisServer]) -> None:
+    with new_redis_server().client() as client:
+        driver = Driver(client)
+        accepted, failed = claim_of("accepted"), claim_of("failed", "b@example.com")
+        batch_of(driver, accepted, failed, claim_of("joined"))
+        client.config_set("maxmemory", 1)
+        assert driver.run(driver.store.settle([Outcome(accepted, ErrorCode.SUCCESS), Outcome(failed, FAILED)])) == [
+            [1, b"joined"],
+            [1],
+        ]
+        assert [driver.answer_of(claim) for claim in (accepted, claim_of("joined"))] == [ErrorCode.SUCCESS] * 2
+
+
 @pytest.mark.parametrize("command", ["set", "hset", "pexpire"])
 def test_a_command_that_is_refused_is_an_error_of_each_request(
     command: str, new_redis_server: Callable[..., RedisServer]
