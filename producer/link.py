@@ -71,6 +71,8 @@ class Link:
     async def run_all(self, parts: Sequence[Part]) -> list[list[Any]]:
         """Send batches for several databases in one write, to be executed in their order; the replies to each."""
         protocol = await self._open()
+        if not protocol.open:  # lost in the moment between its opening and our turn
+            raise RedisUnavailable("the connection to Redis was lost")
         before = self._selected
         return await self._read(protocol, parts, before, await protocol.ask(*self._pack_all(parts)))
 

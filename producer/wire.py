@@ -80,6 +80,7 @@ class Protocol(asyncio.BufferedProtocol):
         self._fail("the connection to Redis was lost")
         if self.timer is not None:
             self.timer.cancel()
+            self.timer = None
         if not self.closed.done():
             self.closed.set_result(None)
 

@@ -436,6 +436,20 @@ def test_a_connection_whose_opening_failed_is_not_used(redis_server: RedisServer
     using(redis_server.url(), use, on_open=greet)
 
 
+def test_a_connection_lost_right_after_its_opening_fails_what_waited_for_it(redis_server: RedisServer) -> None:
+    async def lose(link: Link) -> None:
+        assert link._protocol is not None
+        link._protocol.transport.abort()
+        await link._protocol.closed
+
+    async def main() -> None:
+        async with opened(redis_server.url(), on_open=lose) as link:
+            taken, _ = await fails(asyncio.wait_for(link.run([("PING",)]), 1))
+            assert taken < 0.5
+
+    asyncio.run(main())
+
+
 def test_garbage_from_the_server_ends_the_connection() -> None:
     async def main() -> None:
         async def garbage(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
