@@ -53,7 +53,16 @@ class Worker:
             sender=settings.mail_from.mailbox,
             code_length=settings.code_length,
         )
-        self.intake = Intake(self._databases.broker, self._waiter, queue, service, settler, watcher, tally)
+        self.intake = Intake(
+            self._databases.broker,
+            self._waiter,
+            queue,
+            service,
+            settler,
+            watcher,
+            tally,
+            lambda: self._mailer.capacity,
+        )
         self.events = Events(self._databases.broker)
         self._metrics = MetricsServer(
             WorkerMetrics(

@@ -14,6 +14,7 @@ import functools
 import logging
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -77,6 +78,8 @@ class Bridge(Watcher):
         global _current
         # While Celery's thread computes, the service's loop waits for the interpreter: 5 ms by default, at each reply.
         sys.setswitchinterval(SWITCH_INTERVAL)
+        # The hub sleeps until it has something to do, a second and more: without this, in spite of a signal to stop.
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._thread.start()
         self._worker = self._call(wire(self._settings, self)).result()
         _current = self
