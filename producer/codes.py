@@ -1,25 +1,26 @@
 """The code store: issue, settle and check, each one atomic step in Redis.
 
-A step is built here as a command and its answer read here; who sends it (a blocking client, or a pipelined connection
-for a whole batch) is the caller's choice, so there is one store for both.
+A step is built here as a command and its answer read here; who sends it is the caller's choice. A worker asks for many
+requests in one command, which serves them one after the other, as if each came alone. Its answer is a list with an
+entry for each, and an error in the place of one that Redis refused.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from producer.contract import REPLY_TTL, CheckResult, ErrorCode, code_key, is_purpose
-from producer.script import Command, Script
+from producer.script import EACH, Arg, Command, Script
 from producer.settings import Settings
 
 _LUA = Path(__file__).parent / "lua"
-_ISSUE, _SETTLE, _DOT, _RENEW, _CHECK = (
-    Script(_LUA / f"{name}.lua") for name in ("issue", "settle", "dot", "renew", "check")
-)
+_ISSUE, _SETTLE, _DOT = (Script(EACH, _LUA / f"{name}.lua") for name in ("issue", "settle", "dot"))
+_RENEW, _CHECK = (Script(_LUA / f"{name}.lua") for name in ("renew", "check"))
 
 # Side keys; none begins with `code_`, which GateServer builds from user text. All have a TTL.
 ATTEMPTS, COOLDOWN, SENDING, JOINED = "attempts:", "cooldown:", "sending:", "joined:"  # + code key
@@ -73,8 +74,28 @@ class Claim(NamedTuple):
         """`canonical`: the canonical address, or '' for what is no address."""
         # What is no address or no purpose has no code; its text, perhaps not even Unicode, stays out of the keys.
         key = code_key(str(email), str(purpose)) if canonical and is_purpose(purpose) else ""
-        who = hashlib.sha256(json.dumps([email, purpose], sort_keys=True).encode()).hexdigest()
-        return cls(request_id, token, key, canonical, who)
+        return cls(request_id, token, key, canonical, blake2b(_told_apart(email, purpose), digest_size=16).hexdigest())
+
+
+class Asked(NamedTuple):
+    """What `issue` is asked for one request. Times are Unix seconds."""
+
+    claim: Claim
+    candidate: str  # the code to set if there is none to reuse
+    verdict: ErrorCode | None = None  # an error that is already certain; it only needs remembering
+    enqueued_at: float | None = None
+    expires_at: float | None = None
+
+
+FAILED: Final = "failed"  # no relay accepted the mail: the bucket is refunded, the request may try again
+UNKNOWN: Final = "unknown"  # a relay may have accepted the mail: the request may try once more
+
+
+class Outcome(NamedTuple):
+    """What became of a request: its final answer, FAILED or UNKNOWN. Either way its lease is free."""
+
+    claim: Claim
+    became: ErrorCode | Literal["failed", "unknown"]
 
 
 class Send(NamedTuple):
@@ -112,54 +133,36 @@ class CodeStore:
 
     def __init__(self, policy: CodePolicy) -> None:
         self.policy = policy
+        lives = (policy.lease, policy.give_up_after, policy.ttl, policy.min_life)
+        limits = (policy.cooldown, policy.interval, policy.burst)
+        self._issue_policy: tuple[Arg, ...] = (
+            *(*lives, *limits, policy.remember),
+            *(REQUEST, ATTEMPTS, COOLDOWN, SENDING, JOINED),
+        )
+        self._settle_policy: tuple[Arg, ...] = (
+            *(policy.cooldown, policy.interval, policy.remember),
+            *(REQUEST, COOLDOWN, SENDING, JOINED),
+        )
 
-    def issue(
-        self,
-        claim: Claim,
-        candidate: str,
-        *,
-        verdict: ErrorCode | None = None,
-        enqueued_at: float | None = None,
-        expires_at: float | None = None,
-    ) -> Command:
-        """Get or create the code and take the lease; `candidate` is the code to set if there is none to reuse.
-
-        `verdict`: an error that is already certain; it only needs remembering. Times are Unix seconds.
-        """
-        policy = self.policy
-        key = claim.code_key
-        return _ISSUE(
-            [
-                REQUEST + claim.request_id,
-                key,
-                ATTEMPTS + key,
-                COOLDOWN + key,
-                SENDING + key,
-                JOINED + key,
-                BUCKET + claim.canonical,
-            ],
-            [
-                claim.request_id,
+    def issue(self, asked: Sequence[Asked]) -> Command:
+        """Get or create the codes and take the leases; read each entry that is no error with `read_issue`."""
+        keys: list[str] = []
+        args = [*self._issue_policy]
+        for claim, candidate, verdict, enqueued_at, expires_at in asked:
+            keys += (REQUEST + claim.request_id, claim.code_key, BUCKET + claim.canonical)
+            args += (
                 claim.who,
                 claim.token,
                 "" if verdict is None else int(verdict),
                 "" if enqueued_at is None else round(enqueued_at * 1000),
                 "" if expires_at is None else round(expires_at * 1000),
                 candidate,
-                policy.lease,
-                policy.give_up_after,
-                policy.ttl,
-                policy.min_life,
-                policy.cooldown,
-                policy.interval,
-                policy.burst,
-                policy.remember,
-            ],
-        )
+            )
+        return _ISSUE(keys, args)
 
     @staticmethod
     def read_issue(answer: Any) -> Issue:
-        """What `issue` answered."""
+        """What `issue` answered to one request."""
         match answer[0]:
             case b"send":
                 code = answer[1].decode("utf-8", "surrogateescape")
@@ -170,33 +173,14 @@ class CodeStore:
                 return Conflict()
         return Wait(answer[1] / 1000, joined=answer[0] == b"join")
 
-    def answered(self, claim: Claim, error: ErrorCode) -> Command:
-        """Remember the final answer; read with `read_settle`."""
-        return self._settle(claim, "answered", error)
-
-    def failed(self, claim: Claim) -> Command:
-        """No relay accepted the mail: the bucket is refunded, the lease is free, the request may try again."""
-        return self._settle(claim, "failed")
-
-    def unknown(self, claim: Claim) -> Command:
-        """A relay may have accepted the mail: the lease is free, the request may try once more."""
-        return self._settle(claim, "unknown")
-
-    def _settle(self, claim: Claim, outcome: str, error: ErrorCode | None = None) -> Command:
-        key = claim.code_key
-        return _SETTLE(
-            [REQUEST + claim.request_id, key, COOLDOWN + key, SENDING + key, JOINED + key, BUCKET + claim.canonical],
-            [
-                claim.request_id,
-                claim.token,
-                outcome,
-                "" if error is None else int(error),
-                self.policy.cooldown,
-                self.policy.interval,
-                self.policy.remember,
-                REQUEST,
-            ],
-        )
+    def settle(self, outcomes: Sequence[Outcome]) -> Command:
+        """Make outcomes known; read each entry that is no error with `read_settle`."""
+        keys: list[str] = []
+        args = [*self._settle_policy]
+        for claim, became in outcomes:
+            keys += (REQUEST + claim.request_id, claim.code_key, BUCKET + claim.canonical)
+            args += (claim.token, became if isinstance(became, str) else int(became))
+        return _SETTLE(keys, args)
 
     @staticmethod
     def read_settle(answer: Any) -> tuple[bool, list[str]]:
@@ -204,9 +188,9 @@ class CodeStore:
         return answer[0] == 1, [request_id.decode() for request_id in answer[1:]]
 
     @staticmethod
-    def dot(claim: Claim) -> Command:
-        """The final dot is about to be written. Answers 1, or 0 if the lease is lost."""
-        return _DOT([REQUEST + claim.request_id], [claim.token])
+    def dot(claims: Sequence[Claim]) -> Command:
+        """Final dots are about to be written. Answers a list of 1, 0 (the lease is lost) or errors."""
+        return _DOT([REQUEST + claim.request_id for claim in claims], [claim.token for claim in claims])
 
     def renew(self, claims: list[Claim]) -> Command:
         """All these leases anew. Answers a list of 1 (kept) or 0 (lost)."""
@@ -223,6 +207,13 @@ class CodeStore:
     def read_check(email: str, answer: Any) -> CheckResult:
         """What `check` answered."""
         return CheckResult(email, ErrorCode(answer))
+
+
+def _told_apart(email: object, purpose: object) -> bytes:
+    """Both in one, so that no two pairs look the same."""
+    if isinstance(email, str) and isinstance(purpose, str):
+        return f"{len(purpose)} {purpose}{email}".encode("utf-8", "surrogatepass")
+    return json.dumps([email, purpose], sort_keys=True).encode()  # begins with no digit
 
 
 def _unicode(text: str) -> str:

@@ -8,80 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import hiredis
 from redis.asyncio.connection import SSLConnection, parse_url
 
 from producer.errors import RedisUnavailable, ServerTooOld
 from producer.script import Command, in_full, load_all
+from producer.wire import Protocol
 
-CONNECT_TIMEOUT = 1.0  # seconds; with ANSWER_TIMEOUT it keeps "Redis is down" within the promised 3 s
-ANSWER_TIMEOUT = 1.5  # seconds a batch waits for its replies before the connection counts as dead
+CONNECT_TIMEOUT = 1.0  # seconds; with the wire's ANSWER_TIMEOUT it keeps "Redis is down" within the promised 3 s
 OLDEST = (6, 2)
 
 # Replies of a server that is there and cannot work: it reads its files, is in a long script, has become a replica.
 _AWAY = ("LOADING", "BUSY", "MASTERDOWN", "READONLY")
-_PUSHED = ([b"message"], [b"pmessage"])
 
 Batch = Sequence[Command]
+Part = tuple[int, Batch]  # a database's number, and what is for it
 ServerError = hiredis.ReplyError
-
-
-class _Protocol(asyncio.Protocol):
-    """The wire: matches replies with the batches that wait for them."""
-
-    def __init__(self, on_push: Callable[[Any], None] | None) -> None:
-        self.reader = hiredis.Reader()
-        self.waiting: deque[tuple[asyncio.Future[list[Any]], int, list[Any]]] = deque()
-        self.closed = asyncio.get_running_loop().create_future()
-        self.on_push = on_push
-        self.transport: asyncio.Transport
-
-    @property
-    def open(self) -> bool:
-        """Whether a batch may be written: no more once the transport is given up, even before it says it is lost."""
-        return not self.closed.done() and not self.transport.is_closing()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # TCP and TLS both are like it; uvloop's are none
-
-    def data_received(self, data: bytes) -> None:
-        self.reader.feed(data)
-        try:
-            while (reply := self.reader.gets()) is not False:
-                self._take(reply)
-        except hiredis.ProtocolError:
-            self.transport.abort()
-
-    def _take(self, reply: Any) -> None:
-        if self.on_push is not None and isinstance(reply, list) and reply[:1] in _PUSHED:
-            self.on_push(reply)
-            return
-        if not self.waiting:
-            return
-        future, size, replies = self.waiting[0]
-        replies.append(reply)
-        if len(replies) == size:
-            self.waiting.popleft()
-            if not future.done():
-                future.set_result(replies)
-
-    def connection_lost(self, _exc: Exception | None) -> None:
-        for future, _, _ in self.waiting:
-            if not future.done():
-                future.set_exception(RedisUnavailable("the connection to Redis was lost"))
-        self.waiting.clear()
-        if not self.closed.done():
-            self.closed.set_result(None)
-
-    def write(self, packed: bytes, size: int) -> asyncio.Future[list[Any]]:
-        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        self.waiting.append((future, size, []))
-        self.transport.write(packed)
-        return future
 
 
 class Link:
@@ -101,9 +46,9 @@ class Link:
         self._options: dict[str, Any] = dict(parse_url(url))
         self._on_push = on_push
         self._on_open = on_open
-        self._protocol: _Protocol | None = None
-        self._opening: asyncio.Task[_Protocol] | None = None
-        self._posted: set[asyncio.Future[list[Any]]] = set()
+        self._protocol: Protocol | None = None
+        self._opening: asyncio.Task[Protocol] | None = None
+        self._unheard: set[asyncio.Future[list[list[Any]]]] = set()  # posts whose replies want a second look
         self.database = int(self._options.get("db") or 0)
         self._selected = self.database
 
@@ -120,68 +65,85 @@ class Link:
 
     async def run(self, batch: Batch, *, database: int | None = None) -> list[Any]:
         """Send all commands of a batch in one write; their replies in order."""
-        return await self.start(batch, database=database, protocol=await self._open())
+        [replies] = await self.run_all([(self.database if database is None else database, batch)])
+        return replies
 
-    def start(
-        self, batch: Batch, *, database: int | None = None, protocol: _Protocol | None = None
-    ) -> Awaitable[list[Any]]:
-        """Write now, without waiting: what follows on this connection comes after it, even if we are killed.
+    async def run_all(self, parts: Sequence[Part]) -> list[list[Any]]:
+        """Send batches for several databases in one write, to be executed in their order; the replies to each."""
+        protocol = await self._open()
+        if not protocol.open:  # lost in the moment between its opening and our turn
+            raise RedisUnavailable("the connection to Redis was lost")
+        before = self._selected
+        return await self._read(protocol, parts, before, await protocol.ask(*self._pack_all(parts)))
+
+    def post(self, batch: Batch, *, database: int | None = None) -> None:
+        """Write now, and do not care about the replies: what follows on this connection comes after it.
 
         Raises `RedisUnavailable` if no connection is open.
         """
-        protocol = protocol or self._protocol
+        protocol = self._protocol
         if protocol is None or not protocol.open:
             raise RedisUnavailable
-        wanted = self.database if database is None else database
-        commands = [_pack(command) for command in batch]
-        switch = wanted != self._selected
-        if switch:
-            commands.insert(0, _pack(("SELECT", wanted)))
-            self._selected = wanted
-        future = protocol.write(b"".join(commands), len(commands))
-        return self._answer(protocol, future, batch, wanted, skip=int(switch))
+        parts = [(self.database if database is None else database, batch)]
+        before = self._selected
 
-    def post(self, batch: Batch, *, database: int | None = None) -> None:
-        """Write now, and do not care about the replies. Raises `RedisUnavailable` if no connection is open."""
-        task = asyncio.ensure_future(self.start(batch, database=database))
-        self._posted.add(task)
-        task.add_done_callback(self._forget)
+        def then(replies: list[Any]) -> None:
+            if _has_error(replies):
+                task = asyncio.ensure_future(self._read(protocol, parts, before, replies))
+                self._unheard.add(task)
+                task.add_done_callback(self._forget)
 
-    def _forget(self, task: asyncio.Future[list[Any]]) -> None:
-        self._posted.discard(task)
+        protocol.tell(*self._pack_all(parts), then)
+
+    def _forget(self, task: asyncio.Future[list[list[Any]]]) -> None:
+        self._unheard.discard(task)
         if not task.cancelled():
             task.exception()
 
-    async def _answer(
-        self, protocol: _Protocol, future: asyncio.Future[list[Any]], batch: Batch, database: int, *, skip: int
-    ) -> list[Any]:
-        try:
-            async with asyncio.timeout(ANSWER_TIMEOUT):
-                replies = await future
-        except TimeoutError:
-            # Replies come in order: after a lost one, nothing on this connection can be matched.
-            protocol.transport.abort()
-            raise RedisUnavailable("Redis did not answer in time") from None
-        if skip and isinstance(replies[0], ServerError):
-            protocol.transport.abort()
-            raise RedisUnavailable(f"Redis refused SELECT {database}: {_kind(replies[0])}")
-        del replies[:skip]
-        for reply in replies:
-            if isinstance(reply, ServerError) and _kind(reply) in _AWAY:
+    def _pack_all(self, parts: Sequence[Part]) -> tuple[bytes, int]:
+        """The bytes to write, and how many replies they will get."""
+        packed = []
+        for database, batch in parts:
+            if database != self._selected:
+                packed.append(_pack(("SELECT", database)))
+                self._selected = database
+            packed += map(_pack, batch)
+        return b"".join(packed), len(packed)
+
+    async def _read(
+        self, protocol: Protocol, parts: Sequence[Part], selected: int, replies: list[Any]
+    ) -> list[list[Any]]:
+        """The replies to each of `parts`, which were written where `selected` was. What was unknown is run in full."""
+        found, at = [], 0
+        for database, batch in parts:
+            if database != selected:
+                if isinstance(replies[at], ServerError):
+                    protocol.transport.abort()
+                    raise RedisUnavailable(f"Redis refused SELECT {database}: {_kind(replies[at])}")
+                selected = database
+                at += 1
+            found.append(replies[at : at + len(batch)])
+            at += len(batch)
+        if _has_error(replies):
+            for (database, batch), answers in zip(parts, found, strict=True):
+                await self._mend(protocol, database, batch, answers)
+        return found
+
+    async def _mend(self, protocol: Protocol, database: int, batch: Batch, replies: list[Any]) -> None:
+        errors = {i: _kind(reply) for i, reply in enumerate(replies) if isinstance(reply, ServerError)}
+        for kind in errors.values():
+            if kind in _AWAY:
                 # The address may lead to a server that works by now; this connection does not.
                 protocol.transport.abort()
-                raise RedisUnavailable(f"Redis does not work at the moment ({_kind(reply)})")
-        unknown = [
-            i for i, reply in enumerate(replies) if isinstance(reply, ServerError) and _kind(reply) == "NOSCRIPT"
-        ]
+                raise RedisUnavailable(f"Redis does not work at the moment ({kind})")
+        unknown = [i for i, kind in errors.items() if kind == "NOSCRIPT"]
         if unknown:
             # Nothing of these was executed: the server was restarted or its scripts were flushed.
             again = await self.run([in_full(batch[i]) for i in unknown], database=database)
             for i, reply in zip(unknown, again, strict=True):
                 replies[i] = reply
-        return replies
 
-    async def _open(self) -> _Protocol:
+    async def _open(self) -> Protocol:
         if self._protocol is not None and self._protocol.open:
             return self._protocol
         opening = self._opening
@@ -193,14 +155,14 @@ class Link:
             raise RedisUnavailable("the connection to Redis was closed")
         return opening.result()
 
-    def _opened(self, task: asyncio.Task[_Protocol]) -> None:
+    def _opened(self, task: asyncio.Task[Protocol]) -> None:
         if self._opening is task:
             self._opening = None
         if not task.cancelled():
             task.exception()  # seen, even if nobody waits any more
 
-    async def _connect(self) -> _Protocol:
-        protocol: _Protocol | None = None
+    async def _connect(self) -> Protocol:
+        protocol: Protocol | None = None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 protocol = await self._dial()
@@ -221,7 +183,7 @@ class Link:
                 raise
         return protocol
 
-    async def _dial(self) -> _Protocol:
+    async def _dial(self) -> Protocol:
         options = self._options
         tls: ssl.SSLContext | None = None
         if options.get("connection_class") is SSLConnection:
@@ -233,11 +195,11 @@ class Link:
             if options.get("ssl_certfile"):
                 tls.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"))
         _, protocol = await asyncio.get_running_loop().create_connection(
-            lambda: _Protocol(self._on_push), options.get("host", "localhost"), options.get("port", 6379), ssl=tls
+            lambda: Protocol(self._on_push), options.get("host", "localhost"), options.get("port", 6379), ssl=tls
         )
         return protocol
 
-    async def _greet(self, protocol: _Protocol) -> None:
+    async def _greet(self, protocol: Protocol) -> None:
         greeting: list[Command] = []
         if self._options.get("password"):
             user = self._options.get("username")
@@ -246,7 +208,7 @@ class Link:
         self._selected = self.database
         # Scripts go first: one found missing would run after the commands that were written behind it.
         packed = [_pack(command) for command in (*greeting, *load_all())]
-        replies = await protocol.write(b"".join(packed), len(packed))
+        replies = await protocol.ask(b"".join(packed), len(packed))
         for i, reply in enumerate(replies):
             # A user without the right to load may still have that to run.
             if isinstance(reply, ServerError) and (i < len(greeting) or _kind(reply) in _AWAY):
@@ -268,6 +230,10 @@ def _pack(command: Command) -> bytes:
     return packed
 
 
+def _has_error(replies: list[Any]) -> bool:
+    return any(isinstance(reply, ServerError) for reply in replies)
+
+
 def _kind(error: Exception) -> str:
     """The first word of an error reply: the rest may quote keys."""
     return str(error).partition(" ")[0]
@@ -279,6 +245,14 @@ def raise_errors(replies: list[Any]) -> list[Any]:
         if isinstance(reply, ServerError):
             raise RedisUnavailable(f"Redis answered an error ({_kind(reply)})")
     return replies
+
+
+def entries(answer: Any, count: int) -> list[Any]:
+    """What a script answered that serves `count` requests in one call: an entry, or an error, for each.
+
+    An error instead of that list is everyone's.
+    """
+    return [answer] * count if isinstance(answer, ServerError) else answer
 
 
 def require_version(info: bytes | str) -> None:

@@ -10,11 +10,14 @@ Arg = str | bytes | int | float
 Command = tuple[Arg, ...]
 
 
-class Script:
-    """One Lua file. Calling it with keys and arguments gives the command to send."""
+EACH = Path(__file__).parent / "lua" / "each.lua"  # what a script that serves many requests in one call begins with
 
-    def __init__(self, path: Path) -> None:
-        self.text = path.read_text(encoding="utf-8")
+
+class Script:
+    """One Lua script, of one file or several in a row. Calling it with keys and arguments gives the command to send."""
+
+    def __init__(self, *paths: Path) -> None:
+        self.text = "".join(path.read_text(encoding="utf-8") for path in paths)
         self.sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
         _BY_SHA[self.sha] = self
 

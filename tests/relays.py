@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 from collections.abc import Callable
 from typing import Final
 
 from smtp_server import ScriptedServer
 
+from worker.mail.envelope import Envelope, Mail
 from worker.mail.errors import MailError
-from worker.mail.relay import Envelope, Relay
+from worker.mail.failover import Failover
+from worker.mail.relay import Relay
 
 CONTENT: Final = b"Subject: code\r\n\r\nhello\r\n"
 
@@ -21,13 +24,28 @@ def make(server: ScriptedServer, connections: int = 4, **options: float) -> Rela
     return Relay(server.url(), connections=connections, **timeouts)  # type: ignore[arg-type]  # floats only
 
 
+ENVELOPE: Final = Envelope("no-reply@example.com", "alice@example.com", False, CONTENT)
+
+
 async def send(relay: Relay, name: str = "alice") -> MailError | None:
     """Send once; the outcome."""
-    try:
-        await relay.send(Envelope("no-reply@example.com", f"{name}@example.com", False, CONTENT), lambda: True)
-    except MailError as exc:
-        return exc
-    return None
+    return await outcome(relay, ENVELOPE._replace(recipient=f"{name}@example.com"))
+
+
+async def outcome(
+    through: Relay | Failover,
+    envelope: Envelope,
+    *,
+    deadline: float = math.inf,
+    wanted: Callable[[], bool] = lambda: True,
+) -> MailError | None:
+    """Send `envelope`, to be done by `deadline` (loop time); the outcome. Raises what is no `MailError`."""
+    done: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+    through.send(Mail(envelope, deadline, lambda go: go(wanted()), done.set_result))
+    error = await done
+    if error is None or isinstance(error, MailError):
+        return error
+    raise error
 
 
 async def until(condition: Callable[[], bool]) -> None:

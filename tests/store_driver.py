@@ -8,7 +8,20 @@ import redis
 from redis.exceptions import NoScriptError
 
 from producer.address import parse
-from producer.codes import REQUEST, SENDING, Answered, Claim, CodePolicy, CodeStore, Issue, Send
+from producer.codes import (
+    FAILED,
+    REQUEST,
+    SENDING,
+    UNKNOWN,
+    Answered,
+    Asked,
+    Claim,
+    CodePolicy,
+    CodeStore,
+    Issue,
+    Outcome,
+    Send,
+)
 from producer.contract import ErrorCode
 from producer.script import Command, in_full
 
@@ -39,6 +52,11 @@ def run(client: redis.Redis, command: Command) -> Any:
         return client.execute_command(*in_full(command))  # type: ignore[no-untyped-call]
 
 
+def is_error(entry: object) -> bool:
+    """Whether Redis refused this one of a batch."""
+    return isinstance(entry, redis.ResponseError)
+
+
 class Driver:
     """A store, a client, and the invariants. `outside`: keys that a test itself left without a TTL."""
 
@@ -50,8 +68,17 @@ class Driver:
 
     def issue(self, claim: Claim, candidate: str | None = None, **options: Any) -> Issue:
         """Issue with `candidate`, or with a code never used before."""
-        command = self.store.issue(claim, candidate or next(self._candidates), **options)
-        return self.store.read_issue(self._run(command))
+        return self.store.read_issue(self.one(self.store.issue([self.asked(claim, candidate, **options)])))
+
+    def asked(self, claim: Claim, candidate: str | None = None, **options: Any) -> Asked:
+        """What is asked for one request."""
+        return Asked(claim, candidate or next(self._candidates), **options)
+
+    def issue_all(self, asked: list[Asked]) -> list[Issue | redis.ResponseError]:
+        """Issue for a batch: what each got, or the error in its place."""
+        return [
+            entry if is_error(entry) else self.store.read_issue(entry) for entry in self.run(self.store.issue(asked))
+        ]
 
     def send(self, claim: Claim, candidate: str | None = None, **options: Any) -> Send:
         """Issue, where the lease must be had."""
@@ -67,39 +94,39 @@ class Driver:
 
     def accepted(self, claim: Claim) -> list[str]:
         """A relay accepted the mail. The ids to wake."""
-        return self.settle(self.store.answered(claim, ErrorCode.SUCCESS))
+        return self.settle(Outcome(claim, ErrorCode.SUCCESS))
 
     def answered(self, claim: Claim, error: ErrorCode) -> list[str]:
         """The request has another final answer. The ids to wake."""
-        return self.settle(self.store.answered(claim, error))
+        return self.settle(Outcome(claim, error))
 
     def failed(self, claim: Claim) -> list[str]:
         """No relay accepted the mail. The ids to wake."""
-        return self.settle(self.store.failed(claim))
+        return self.settle(Outcome(claim, FAILED))
 
     def unknown(self, claim: Claim) -> list[str]:
         """A relay may have accepted the mail. The ids to wake."""
-        return self.settle(self.store.unknown(claim))
+        return self.settle(Outcome(claim, UNKNOWN))
 
-    def settle(self, command: Command) -> list[str]:
+    def settle(self, outcome: Outcome) -> list[str]:
         """Settle, where the lease must be ours."""
-        ours, wake = self.store.read_settle(self._run(command))
+        ours, wake = self.store.read_settle(self.one(self.store.settle([outcome])))
         assert ours
         return wake
 
-    def settle_late(self, command: Command) -> None:
+    def settle_late(self, outcome: Outcome) -> None:
         """Settle, where the lease must be lost; nothing changes."""
         before = self.everything()
-        assert self.store.read_settle(self._run(command)) == (False, [])
+        assert self.store.read_settle(self.one(self.store.settle([outcome]))) == (False, [])
         assert self.everything() == before
 
     def dot(self, claim: Claim) -> bool:
         """Announce the final dot."""
-        return bool(self._run(self.store.dot(claim)) == 1)
+        return bool(self.one(self.store.dot([claim])) == 1)
 
     def renew(self, *claims: Claim) -> list[int]:
         """Renew leases."""
-        kept: list[int] = self._run(self.store.renew(list(claims)))
+        kept: list[int] = self.run(self.store.renew(list(claims)))
         return kept
 
     def lapse(self, claim: Claim) -> None:
@@ -109,7 +136,7 @@ class Driver:
 
     def check(self, code: str, email: str = EMAIL, purpose: str = "default") -> ErrorCode:
         """Check a code."""
-        return self.store.read_check(email, self._run(self.store.check(email, code, purpose))).error
+        return self.store.read_check(email, self.run(self.store.check(email, code, purpose))).error
 
     def answer_of(self, claim: Claim) -> ErrorCode:
         """The final answer that is remembered."""
@@ -130,7 +157,15 @@ class Driver:
                 found[key] = self.client.get(key)
         return found
 
-    def _run(self, command: Command) -> Any:
+    def one(self, command: Command) -> Any:
+        """Run a command for one request; its entry. Raises what stands there if that is an error."""
+        [entry] = self.run(command)
+        if is_error(entry):
+            raise entry
+        return entry
+
+    def run(self, command: Command) -> Any:
+        """Run a command; then every key must have a time to live."""
         answer = run(self.client, command)
         keys = list(self.client.scan_iter(count=1000))
         with self.client.pipeline(transaction=False) as pipe:

@@ -9,7 +9,9 @@ from producer.errors import RedisUnavailable, ServerTooOld
 from producer.link import Link, require_version
 from producer.settings import Settings
 from worker.databases import Databases
+from worker.events import Events
 from worker.intake import Intake, Watcher
+from worker.job import Finished
 from worker.mail.failover import Failover
 from worker.mail.relay import Relay
 from worker.mail.render import Renderer
@@ -51,7 +53,17 @@ class Worker:
             sender=settings.mail_from.mailbox,
             code_length=settings.code_length,
         )
-        self.intake = Intake(self._databases.broker, self._waiter, queue, service, settler, watcher, tally)
+        self.intake = Intake(
+            self._databases.broker,
+            self._waiter,
+            queue,
+            service,
+            settler,
+            watcher,
+            tally,
+            lambda: self._mailer.capacity,
+        )
+        self.events = Events(self._databases.broker)
         self._metrics = MetricsServer(
             WorkerMetrics(
                 tally, self._mailer.standings, lambda: self.intake.load, self._databases.broker, settings.queue
@@ -67,8 +79,8 @@ class Worker:
         self.intake.start()
         self._background = asyncio.create_task(self._require_versions())
 
-    def _done(self, *args: object) -> None:
-        self.intake.done(*args)  # type: ignore[arg-type]
+    def _done(self, finished: Finished) -> None:
+        self.intake.done(finished)
 
     async def _require_versions(self) -> None:
         """Wait for each database, and give up if one is a server that is too old."""
@@ -92,6 +104,7 @@ class Worker:
         if self._background is not None:
             self._background.cancel()
         await self.intake.stop(seconds)
+        await self.events.close()
         await self._mailer.close()
         await self._metrics.close()
         await self._waiter.close()

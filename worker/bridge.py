@@ -1,8 +1,8 @@
 """Where Celery's thread and the service's loop meet.
 
-Celery runs its hub in the main thread: control commands, events, and messages that need its own machinery. The service
-runs on one asyncio loop in a thread of its own. Whatever crosses from the loop to the hub lies in one deque, and a pipe
-wakes the hub; whatever crosses the other way is called on the loop.
+Celery runs its hub in the main thread: control commands, heartbeats, and messages that need its own machinery. The
+service runs on one asyncio loop in a thread of its own. Whatever crosses from the loop to the hub lies in one deque,
+and a pipe wakes the hub; whatever crosses the other way is called on the loop. No plain request crosses at all.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import functools
 import logging
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -25,11 +26,11 @@ from celery.worker import state
 
 from producer.contract import TASK, ErrorCode, Reply
 from producer.errors import VerifyError
-from producer.logs import mask_email, mask_text
+from producer.logs import mask_email
 from producer.settings import Settings
 from worker.bootstrap import Worker, wire
 from worker.intake import Intake, Watcher
-from worker.job import Job
+from worker.job import Finished, Job
 from worker.queue import RequestQueue
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,6 @@ logger = logging.getLogger(__name__)
 FINISH_WITHIN = 11.0  # seconds a warm shutdown waits for sends in hand; one send takes VERIFY_SEND_TIMEOUT at most
 SWITCH_INTERVAL = 0.0002  # seconds
 CUT_WITHIN = 1.5  # seconds in which a cold one puts back what it can; what is left is redelivered
-EVENTS_AT_ONCE = 500  # in one message; Celery's 24 are those of eight requests
 _BEAT = 0.1  # seconds between two looks at Celery's state while waiting
 
 _T = TypeVar("_T")
@@ -78,6 +78,8 @@ class Bridge(Watcher):
         global _current
         # While Celery's thread computes, the service's loop waits for the interpreter: 5 ms by default, at each reply.
         sys.setswitchinterval(SWITCH_INTERVAL)
+        # The hub sleeps until it has something to do, a second and more: without this, in spite of a signal to stop.
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._thread.start()
         self._worker = self._call(wire(self._settings, self)).result()
         _current = self
@@ -88,8 +90,8 @@ class Bridge(Watcher):
             # Celery has forgotten what it had scheduled: with stock kombu, all of it comes again.
             self._call(self._intake.celery_forgot())
         self._consumer = consumer
-        if consumer.event_dispatcher is not None:
-            consumer.event_dispatcher.buffer_limit = EVENTS_AT_ONCE
+        if self._worker is not None:
+            self._worker.events.attach(consumer.event_dispatcher)
         # Read when the hub runs, not now: only then does the new channel know whose messages these are.
         consumer.hub.add_reader(self._reader, self._empty_inbox)
 
@@ -161,44 +163,22 @@ class Bridge(Watcher):
     # Called by the intake, on the service's loop.
 
     def received(self, jobs: list[Job]) -> None:
-        """Count the requests, and send their events. An id is the caller's choice, and may be an address."""
+        """Count the requests, and send their events."""
         state.total_count[TASK] += len(jobs)
         state.all_total_count[0] += len(jobs)
-        now = time.time()
-        events = []
-        for job in jobs:
-            fields = {
-                "uuid": mask_text(job.request_id),
-                "name": TASK,
-                "args": "()",
-                "kwargs": _shown(job),
-                "retries": 0,
-            }
-            events.append(("task-received", {**fields, "root_id": mask_text(job.request_id), "timestamp": now}))
-            events.append(("task-started", {"uuid": mask_text(job.request_id), "timestamp": now}))
-        self._send(events)
+        if self._worker is not None:
+            self._worker.events.received(jobs)
 
-    def done(self, job: Job, error: ErrorCode | None) -> None:
-        """Send the event of a request that left."""
-        fields: dict[str, Any] = {"uuid": mask_text(job.request_id), "timestamp": time.time()}
-        if error is None:
-            if job.request_id:  # what could not be read has none, and never was a task
-                # Celery's own order of states keeps a SUCCESS of the same id before a rejection.
-                left = "task-rejected" if job.buried else "task-retried"
-                self._send([(left, {**fields, "exception": "not yet answered"})])
+    def done(self, finished: Finished) -> None:
+        """Send the events of requests that left, and say so in the log."""
+        if self._worker is not None:
+            self._worker.events.done(finished)
+        if not logger.isEnabledFor(logging.INFO):
             return
-        took = asyncio.get_running_loop().time() - job.began
-        self._send([("task-succeeded", {**fields, "result": shown(job.request.email, error), "runtime": took})])
-        logger.log(
-            logging.DEBUG if error is ErrorCode.SUCCESS else logging.INFO,
-            "request answered",
-            extra={
-                "request_id": job.request_id,
-                "email": mask_email(job.request.email),
-                "error": error.title,
-                "seconds": round(took, 3),
-            },
-        )
+        debug = logger.isEnabledFor(logging.DEBUG)
+        for job, error in finished:
+            if error is not None and (debug or error is not ErrorCode.SUCCESS):
+                _log(job, error)
 
     def to_celery(self, message: dict[str, Any]) -> None:
         """Deliver to Celery's consumer, through its transport."""
@@ -217,18 +197,6 @@ class Bridge(Watcher):
         logger.critical(reason)
         state.should_stop = 1
 
-    def _send(self, events: list[tuple[str, dict[str, Any]]]) -> None:
-        dispatcher = self._consumer.event_dispatcher if self._consumer is not None else None
-        if dispatcher is None or not dispatcher.enabled:
-            return
-
-        def send() -> None:
-            for kind, fields in events:
-                # Buffered: Celery's hub flushes them many at a time, as one `task.multi`.
-                dispatcher.send(kind, **fields)
-
-        self._post(send)
-
     def _post(self, call: Callable[[], None]) -> None:
         self._inbox.append(call)
         # With more in it, the hub is emptying it, or has been woken for what came before.
@@ -246,10 +214,14 @@ async def _call_off_all() -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _shown(job: Job) -> str:
-    return repr({"email": mask_email(job.request.email)})
-
-
-def shown(email: object, error: ErrorCode) -> str:
-    """A reply as Flower, events and logs may show it."""
-    return repr({"email": mask_email(email), "error": int(error)})
+def _log(job: Job, error: ErrorCode) -> None:
+    logger.log(
+        logging.DEBUG if error is ErrorCode.SUCCESS else logging.INFO,
+        "request answered",
+        extra={
+            "request_id": job.request_id,
+            "email": mask_email(job.request.email),
+            "error": error.title,
+            "seconds": round(asyncio.get_running_loop().time() - job.began, 3),
+        },
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Sequence
 from typing import Any
 
 from producer.link import Batch, Link
@@ -20,10 +20,6 @@ class Database:
         """As `Link.run`."""
         return await self.link.run(batch, database=self.number)
 
-    def start(self, batch: Batch) -> Awaitable[list[Any]]:
-        """As `Link.start`."""
-        return self.link.start(batch, database=self.number)
-
 
 class Databases:
     """Codes, broker and results. On one server they share one connection: what concerns all three is one trip."""
@@ -38,6 +34,10 @@ class Databases:
     def _database(self, url: str) -> Database:
         link = Link(url)
         return Database(self._links.setdefault(link.server, link), link.database)
+
+    async def run_all(self, parts: Sequence[tuple[Database, Batch]]) -> list[list[Any]]:
+        """As `Link.run_all`, for databases of one server."""
+        return await parts[0][0].link.run_all([(database.number, batch) for database, batch in parts])
 
     async def close(self) -> None:
         """Drop the connections."""

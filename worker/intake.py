@@ -17,7 +17,7 @@ from producer.errors import RedisUnavailable
 from producer.link import Link, raise_errors
 from producer.script import Command
 from worker.databases import Database
-from worker.job import Job
+from worker.job import Finished, Job
 from worker.message import Unfit, for_celery, parse
 from worker.queue import RequestQueue, Reserved, Tended
 from worker.service import Service
@@ -28,6 +28,8 @@ from worker.tending import Tender
 logger = logging.getLogger(__name__)
 
 BLOCK = 1.0  # seconds of one wait for a message; below the link's time for an answer
+SHARE = 4  # what is held beyond what can be sent at once is filled up when one part in so many of it is free
+LOOK = 0.02  # seconds until an empty queue is looked at again, for what requests that were done may have woken
 SETTLING = 1.0  # seconds that a stopping worker keeps for settling what it has sent
 UNHEARD_MOST = 10_000  # tags; those of a few answers, the first of which count, as then there still was a connection
 _PAUSE = 0.25  # seconds between tries while Redis is away
@@ -39,8 +41,8 @@ class Watcher:
     def received(self, jobs: list[Job]) -> None:
         """These requests are about to be served."""
 
-    def done(self, job: Job, error: ErrorCode | None) -> None:
-        """The request is off this worker's hands; None: parked, buried or put back."""
+    def done(self, finished: Finished) -> None:
+        """These requests are off this worker's hands."""
 
     def to_celery(self, message: dict[str, Any]) -> None:
         """This message needs Celery's own machinery; its delivery tag is the reservation's."""
@@ -66,7 +68,9 @@ class Intake:
         settler: Settler,
         watcher: Watcher,
         tally: Tally,
+        at_once: Callable[[], int],
     ) -> None:
+        """`waiter`: a connection that may block. `at_once` tells how many mails can be on the wire at the moment."""
         self._broker = broker
         self._waiter = waiter
         self.queue = queue
@@ -74,8 +78,10 @@ class Intake:
         self._settler = settler
         self._watcher = watcher
         self._tally = tally
+        self._at_once = at_once
         self.held: dict[str, Job] = {}  # by tag: everything in this worker's hands on the fast way
         self._at_celery: dict[str, Job] = {}  # by tag: what went to Celery and is not done
+        self._hurried: set[str] = set()  # of these, what Celery runs as soon as it can
         self._for_celery: dict[str, asyncio.Future[ErrorCode | None]] = {}  # by tag: what Celery's task waits for
         self._unheard: list[str] = []  # tags that may have been given in answers that never came
         self._room = asyncio.Event()
@@ -109,16 +115,24 @@ class Intake:
         self._consuming = on
         self._room.set()
 
-    def done(self, job: Job, error: ErrorCode | None) -> None:
-        """The settler's word that a request is off our hands."""
-        if self.held.pop(job.tag, None) is not None:
+    def done(self, finished: Finished) -> None:
+        """The settler's word that requests are off our hands."""
+        held = len(self.held)
+        for job, _ in finished:
+            self.held.pop(job.tag, None)
+        if len(self.held) < held:
             self._alone = self._alone and bool(self.held)
             self._room.set()
+        if self._for_celery:
+            finished = [each for each in finished if not self._tell_celery(*each)]
+        self._watcher.done(finished)
+
+    def _tell_celery(self, job: Job, error: ErrorCode | None) -> bool:
+        """Whether Celery's task waits for this request, and so tells the world of it: of a reply, and nothing else."""
         future = self._for_celery.pop(job.tag, None)
-        if future is None or error is None:  # Celery tells the world of a reply, and of nothing else
-            self._watcher.done(job, error)
         if future is not None and not future.done():
             future.set_result(error)
+        return future is not None and error is not None
 
     async def serve_for_celery(self, tag: str) -> Reply | None:
         """What became of a request whose task Celery runs now; None: it was parked, buried or put back."""
@@ -146,6 +160,7 @@ class Intake:
     async def leave_celery(self, tag: str, command: Callable[[str], list[Command]]) -> None:
         """Celery is done with a message: settle its reservation."""
         self._at_celery.pop(tag, None)
+        self._hurried.discard(tag)
         try:
             await self._broker.run(command(tag))
         except RedisUnavailable:
@@ -156,6 +171,7 @@ class Intake:
         tags = [tag for tag, job in self._at_celery.items() if not job.through_celery]
         for tag in tags:
             del self._at_celery[tag]
+            self._hurried.discard(tag)
         if tags:
             with contextlib.suppress(RedisUnavailable):  # it is redelivered, then
                 await self._broker.run([self.queue.release(tags)])
@@ -182,7 +198,9 @@ class Intake:
                 await self._service.drain(seconds - SETTLING)
                 await self._settler.drain()
                 if self._at_celery:
-                    tags, self._at_celery = list(self._at_celery), {}
+                    tags = list(self._at_celery)
+                    self._at_celery.clear()
+                    self._hurried.clear()
                     await self._broker.run([self.queue.release(tags)])
         await self._settler.abandon()
         for task in (self._taking, self._tending, self._waiting):
@@ -193,24 +211,27 @@ class Intake:
     def _wanted(self) -> int:
         """How many messages to reserve now."""
         # What Celery's threads have still to run is in hand too; what waits there for its ETA is not.
-        held = len(self.held.keys() | {tag for tag, job in self._at_celery.items() if not job.scheduled})
+        held = len(self.held.keys() | self._hurried) if self._hurried else len(self.held)
         if not self._consuming or self._alone or (self._suspects and held):
             return 0
-        return self._service.appetite - held
+        appetite, at_once = self._service.appetite, self._at_once()
+        free = appetite - held
+        # No connection waits for what is held ahead: of that, many places are filled at once, not each as it is free.
+        return 0 if held >= at_once and free * SHARE < appetite - at_once else free
 
     async def _take(self) -> None:
         while not self._stopping:
             wanted = self._wanted()
+            self._room.clear()  # what happens while we ask is news
             if wanted <= 0:
-                self._room.clear()
                 await self._room.wait()
                 continue
             try:
                 if self._unheard:
                     await self._broker.run([self.queue.release(self._unheard)])
                     self._unheard = []
-                found = await self._reserve(wanted)
-                if not found:
+                more = await self._reserve(wanted)
+                if not more:
                     await self._message()
             except RedisUnavailable:
                 await asyncio.sleep(_PAUSE)
@@ -219,6 +240,7 @@ class Intake:
                 await asyncio.sleep(_PAUSE)
 
     async def _reserve(self, wanted: int) -> bool:
+        """Take up to so many messages. Whether there may be more; if not, one is worth waiting for."""
         command = self.queue.reserve(wanted, held=len(self.held))
         try:
             [answer] = await self._broker.run([command])
@@ -240,8 +262,8 @@ class Intake:
             task = asyncio.create_task(self._serve(jobs))
             self._serving.add(task)
             task.add_done_callback(self._serving.discard)
-        # Suspects wait for empty hands; an empty answer is no reason to wait for a message then.
-        return bool(taken or buried) or self._suspects > 0
+        # Suspects wait for empty hands, not for a message.
+        return len(taken) + len(buried) >= wanted or self._suspects > 0
 
     def _read(self, taken: Iterable[Reserved]) -> list[Job]:
         jobs = []
@@ -263,6 +285,8 @@ class Intake:
             elif message is not None:
                 self._tally.through_celery += 1
                 self._at_celery[job.tag] = job
+                if not job.scheduled:
+                    self._hurried.add(job.tag)
                 self._watcher.to_celery(message)
             else:
                 self.held[job.tag] = job
@@ -280,13 +304,15 @@ class Intake:
 
     async def _message(self) -> None:
         """Wait until the queue has a message, or something else is worth a look."""
-        self._room.clear()
         if self._waiting is None:
             self._waiting = asyncio.ensure_future(self._waiter.run([self.queue.await_message(BLOCK)]))
         room = asyncio.ensure_future(self._room.wait())
         both: list[asyncio.Future[Any]] = [self._waiting, room]
         try:
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if not self._waiting.done():
+                # The queue is empty: no place that is free again need look at once, trip for trip.
+                await asyncio.wait([self._waiting], timeout=LOOK)
         finally:
             room.cancel()
         if self._waiting.done():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from producer.address import Address
 from producer.codes import Claim
-from producer.contract import VerifyRequest
+from producer.contract import ErrorCode, VerifyRequest
 
 NOBODY = Claim("", "", "", "", "")  # until the service knows better
 
@@ -25,6 +25,9 @@ class Job:
     mailbox: Address | None = None
     began: float = 0.0  # on the loop's clock, as `lease_until`
     lease_until: float = 0.0
-    dotted: bool = False  # the final dot of this send may have left
     scheduled: bool = False  # it waits at Celery for its ETA
     buried: bool = False  # it left as a dead letter
+
+
+# Requests that are off this worker's hands, each with its answer; None: it was parked, buried or put back.
+Finished = list[tuple[Job, ErrorCode | None]]

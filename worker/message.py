@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import binascii
 import json
-from base64 import b64decode, b64encode
+from base64 import b64encode
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -16,6 +16,9 @@ from producer.logs import mask_email
 from worker.job import Job
 from worker.queue import Reserved
 
+_ARGUMENTS = ("email", "purpose", "locale")  # in the task's order
+_SIGNATURES = ("callbacks", "errbacks", "chain", "chord")
+_LATEST = 1e11  # Unix seconds; beyond, a time in milliseconds is no exact number in Lua, and no clock is that wrong
 DEEPEST = 100  # levels that an address or purpose which is no text may be nested: it is echoed, so it must be writable
 
 
@@ -47,21 +50,25 @@ def parse(reserved: Reserved) -> Parsed:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise Unfit("the envelope is not that of a task message") from None
     try:
-        body = _read_json(b64decode(text, validate=True))
-    except (ValueError, TypeError, binascii.Error, RecursionError):
+        body = _read_json(binascii.a2b_base64(text, strict_mode=True))
+    except (ValueError, TypeError, RecursionError):
         raise Unfit("the body is not JSON in base64") from None
     if not (isinstance(body, list) and len(body) == 3 and isinstance(body[0], list) and isinstance(body[1], dict)):
         raise Unfit("the body is not [args, kwargs, embed]")
     args, kwargs, embed = body
-    given = {**dict(zip(("email", "purpose", "locale"), args, strict=False)), **kwargs}
-    request = VerifyRequest(given.get("email"), given.get("purpose", DEFAULT_PURPOSE), given.get("locale"))
-    if not (_is_shallow(request.email, DEEPEST) and _is_shallow(request.purpose, DEEPEST)):
-        raise Unfit("an argument is nested too deeply")
-    expires, eta = _timestamp(headers, "expires"), _timestamp(headers, "eta")
-    job = Job(request_id, reserved.tag, request, _number(headers.get("enqueued_at")), expires)
+    given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs} if args else kwargs
+    email, purpose = given.get("email"), given.get("purpose", DEFAULT_PURPOSE)
+    for value in (email, purpose):
+        if not isinstance(value, str) and not _is_shallow(value, DEEPEST):
+            raise Unfit("an argument is nested too deeply")
+    get = headers.get
+    expires = None if get("expires") is None else _timestamp(headers, "expires")
+    eta = None if get("eta") is None else _timestamp(headers, "eta")
+    request = VerifyRequest(email, purpose, given.get("locale"))
+    job = Job(request_id, reserved.tag, request, _number(get("enqueued_at")), expires)
     job.scheduled = eta is not None
     embed = _signatures(embed)
-    return Parsed(job, eta is not None or bool(headers.get("group") or embed), envelope, eta, embed)
+    return Parsed(job, job.scheduled or bool(embed or get("group")), envelope, eta, embed)
 
 
 def _read_json(text: bytes) -> Any:
@@ -84,9 +91,9 @@ def _is_shallow(value: object, levels: int) -> bool:
 
 def _signatures(embed: object) -> dict[str, Any]:
     """What Celery is to do after the task: callbacks, chain, chord. Empty if there is nothing."""
-    if not isinstance(embed, dict):
+    if not isinstance(embed, dict) or not any(embed.values()):
         return {}
-    found = {name: embed[name] for name in ("callbacks", "errbacks", "chain", "chord") if embed.get(name)}
+    found = {name: embed[name] for name in _SIGNATURES if embed.get(name)}
     for name, value in found.items():
         each = [value] if name == "chord" else value
         if not isinstance(each, list) or not all(
@@ -97,19 +104,15 @@ def _signatures(embed: object) -> dict[str, Any]:
 
 
 def _number(value: object) -> float | None:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        # Beyond this, a time in milliseconds is no exact number in Lua; no clock is that wrong.
-        return float(min(max(value, 0), 10**11))
-    return None
-
-
-def _timestamp(headers: dict[str, Any], name: str) -> float | None:
-    """Celery's `expires` or `eta`: ISO 8601, UTC if it names no zone."""
-    value = headers.get(name)
-    if value is None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
+    return float(value) if 0 <= value <= _LATEST else 0.0 if value < 0 else _LATEST
+
+
+def _timestamp(headers: dict[str, Any], name: str) -> float:
+    """Celery's `expires` or `eta`: ISO 8601, UTC if it names no zone."""
     try:
-        moment = datetime.fromisoformat(value)
+        moment = datetime.fromisoformat(headers[name])
         seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
         datetime.fromtimestamp(seconds, UTC)  # there are moments that only another zone can say
     except (TypeError, ValueError, OverflowError):

@@ -107,15 +107,15 @@ class RequestQueue:
     @staticmethod
     def ack(tags: list[str]) -> Command:
         """These messages are done. Answers 0."""
-        return _ACK([UNACKED, INDEX], ["", "", *(arg for tag in tags for arg in (tag, ""))])
+        return _ACK([UNACKED, INDEX], ["", "", len(tags), *tags])
 
     @staticmethod
-    def ack_if_stored(replies: list[tuple[str, str]], *, broker: int, results: int) -> Command:
-        """These messages, each with the key of its reply, are done if the reply is stored. Answers how many stay.
+    def ack_if_stored(tags: list[str], replies: list[str], *, broker: int, results: int) -> Command:
+        """These messages are done, each if its reply is stored under its key. Answers how many stay.
 
         `broker`, `results`: the numbers of two databases of one server.
         """
-        return _ACK([UNACKED, INDEX], [broker, results, *(arg for pair in replies for arg in pair)])
+        return _ACK([UNACKED, INDEX], [broker, results, len(tags), *tags, *replies])
 
     def park(self, tag: str, request_id: str, delay: float, enqueued_at: float | None) -> Command:
         """The request waits for `delay` seconds, or until it is woken."""

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Callable
 from typing import Protocol
 
 from producer import address
-from producer.codes import Answered, Claim, CodeStore, Conflict, Send, Wait
+from producer.codes import Answered, Asked, Claim, CodeStore, Conflict, Send, Wait
 from producer.contract import ErrorCode, is_purpose
 from producer.errors import InvalidAddress, RedisUnavailable
-from producer.link import ServerError
+from producer.link import ServerError, entries
 from worker.databases import Database
 from worker.generator import new_code
 from worker.job import Job
+from worker.mail.envelope import Envelope, Mail
 from worker.mail.errors import (
     AcceptanceUnknown,
     MailError,
@@ -24,7 +26,6 @@ from worker.mail.errors import (
     SendWithheld,
     Smtputf8Unsupported,
 )
-from worker.mail.relay import Envelope
 from worker.mail.render import Renderer
 from worker.settle import Settler
 from worker.tally import Tally
@@ -40,8 +41,11 @@ LEASE_MARGIN = 0.2  # seconds by which a lease counts as lapsed early: the way o
 class Mailer(Protocol):
     """Sends one mail through some relay."""
 
-    async def send(self, envelope: Envelope, before_dot: Callable[[], bool]) -> None:
-        """Returns once a relay accepted the mail; raises `MailError`."""
+    def send(self, mail: Mail) -> None:
+        """Send through some relay; `mail.done` is called with the outcome."""
+
+    async def close(self) -> None:
+        """Call off what is under way."""
 
     @property
     def capacity(self) -> int:
@@ -72,7 +76,9 @@ class Service:
         self._sender = sender
         self._code_length = code_length
         self._leased: dict[str, Job] = {}  # by tag
-        self._sends: set[asyncio.Task[None]] = set()
+        self._dots: list[tuple[Job, Callable[[bool], None]]] = []  # final dots that may be written in a moment
+        self._stopping = False
+        self._drained: asyncio.Future[None] | None = None
         self._accepted = 0  # mails since the last tick
         self._rate = 0.0  # mails a second, smoothed
 
@@ -83,21 +89,13 @@ class Service:
 
     async def serve(self, jobs: list[Job]) -> None:
         """Issue for all of them in one round trip, and start their sends. Returns before these end."""
-        asked = asyncio.get_running_loop().time()
-        commands = []
+        began = asyncio.get_running_loop().time()
+        asked = []
         for job in jobs:
             verdict = self.judge(job)
-            commands.append(
-                self._store.issue(
-                    job.claim,
-                    new_code(self._code_length),
-                    verdict=verdict,
-                    enqueued_at=job.enqueued_at,
-                    expires_at=job.expires_at,
-                )
-            )
+            asked.append(Asked(job.claim, new_code(self._code_length), verdict, job.enqueued_at, job.expires_at))
         try:
-            answers = await self._codes.run(commands)
+            [answer] = await self._codes.run([self._store.issue(asked)])
         except RedisUnavailable:
             logger.warning("the codes database cannot be reached")
             for job in jobs:
@@ -108,8 +106,8 @@ class Service:
                 else:
                     self._settler.answer(job, ErrorCode.REDIS_ERR, mark=False)
             return
-        for job, answer in zip(jobs, answers, strict=True):
-            self._proceed(job, answer, asked)
+        for job, entry in zip(jobs, entries(answer, len(jobs)), strict=True):
+            self._proceed(job, entry, began)
 
     @staticmethod
     def judge(job: Job) -> ErrorCode | None:
@@ -127,18 +125,16 @@ class Service:
         job.claim = Claim.of(job.request_id, job.tag, request.email, request.purpose, canonical)
         return verdict
 
-    def _proceed(self, job: Job, answer: object, asked: float) -> None:
-        if isinstance(answer, ServerError):
-            logger.error("Redis refused to issue", extra={"kind": str(answer).partition(" ")[0]})
+    def _proceed(self, job: Job, entry: object, began: float) -> None:
+        if isinstance(entry, ServerError):
+            logger.error("Redis refused to issue", extra={"kind": str(entry).partition(" ")[0]})
             self._settler.answer(job, ErrorCode.REDIS_ERR, mark=False)
             return
-        match self._store.read_issue(answer):
+        match self._store.read_issue(entry):
             case Send() as send:
-                job.lease_until = asked + self._store.policy.lease / 1000 - LEASE_MARGIN
+                job.lease_until = began + self._store.policy.lease / 1000 - LEASE_MARGIN
                 self._leased[job.tag] = job
-                task = asyncio.create_task(self._send(job, send))
-                self._sends.add(task)
-                task.add_done_callback(self._sends.discard)
+                self._send(job, send)
             case Answered(error, why):
                 if why:
                     self._tally.hits[why] += 1
@@ -149,52 +145,53 @@ class Service:
             case Conflict():
                 self._settler.bury(job, "the request id belongs to another address or purpose")
 
-    async def _send(self, job: Job, send: Send) -> None:
-        try:
-            await self._attempt(job, send)
-        except asyncio.CancelledError:
-            self._settler.retry(job, 0.0, unknown=job.dotted)
-            raise
-        except Exception as exc:  # noqa: BLE001 - whatever it is, the request gets an answer
-            # Its text and its frames may carry the address or the code: only the kind is logged.
-            logger.error("unforeseen error in a send", extra={"kind": type(exc).__name__})
-            self._settler.answer(job, ErrorCode.EXCEPTION, mark=True)
-        finally:
-            self._leased.pop(job.tag, None)
-
-    async def _attempt(self, job: Job, send: Send) -> None:
+    def _send(self, job: Job, send: Send) -> None:
         assert job.mailbox is not None  # noqa: S101 - `judge` has set it, or the store has not said Send
-        envelope = Envelope(
-            self._sender,
-            job.mailbox.mailbox,
-            job.mailbox.needs_smtputf8,
-            self._renderer.render(
-                recipient=job.mailbox.mailbox,
+        mailbox = job.mailbox.mailbox
+        try:
+            content = self._renderer.render(
+                recipient=mailbox,
                 code=send.code,
                 life=send.life,
                 request_id=job.request_id,
                 locale=job.request.locale,
-            ),
+            )
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the request gets an answer
+            self._sent(job, send, exc)
+            return
+        self._mailer.send(
+            Mail(
+                Envelope(self._sender, mailbox, job.mailbox.needs_smtputf8, content),
+                # A request is never on the wire past its deadline.
+                asyncio.get_running_loop().time() + send.remaining,
+                lambda go: self._before_dot(job, go),
+                lambda error: self._sent(job, send, error),
+            )
         )
-        try:
-            # A request is never on the wire past its deadline.
-            async with asyncio.timeout(send.remaining):
-                await self._mailer.send(envelope, lambda: self._may_write_dot(job))
-        except (RecipientRejected, MessageRejected) as exc:
-            logger.info("mail rejected", extra={"reply": str(exc)})
-            self._settler.answer(job, ErrorCode.MAIL_REJECTED, mark=True)
-        except Smtputf8Unsupported:
-            self._settler.answer(job, ErrorCode.INVALID_ADDRESS, mark=True)
-        except (MailError, TimeoutError) as exc:
-            delay = self._delay(send)
-            unknown = isinstance(exc, AcceptanceUnknown) or (isinstance(exc, TimeoutError) and job.dotted)
-            if not isinstance(exc, SendWithheld):
-                logger.warning("mail deferred", extra={"reply": str(exc), "next_try_in": round(delay, 1)})
-            self._settler.retry(job, delay, unknown=unknown)
-        else:
+
+    def _sent(self, job: Job, send: Send, error: Exception | None) -> None:
+        """A send has ended."""
+        self._leased.pop(job.tag, None)
+        if error is None:
             self._accepted += 1
             self._tally.until_accepted.since(job.enqueued_at)
             self._settler.answer(job, ErrorCode.SUCCESS, mark=True)
+        elif isinstance(error, RecipientRejected | MessageRejected):
+            logger.info("mail rejected", extra={"reply": str(error)})
+            self._settler.answer(job, ErrorCode.MAIL_REJECTED, mark=True)
+        elif isinstance(error, Smtputf8Unsupported):
+            self._settler.answer(job, ErrorCode.INVALID_ADDRESS, mark=True)
+        elif isinstance(error, MailError):
+            delay = 0.0 if self._stopping else self._delay(send)
+            if not self._stopping and not isinstance(error, SendWithheld):
+                logger.warning("mail deferred", extra={"reply": str(error), "next_try_in": round(delay, 1)})
+            self._settler.retry(job, delay, unknown=isinstance(error, AcceptanceUnknown))
+        else:
+            # Its text and its frames may carry the address or the code: only the kind is logged.
+            logger.error("unforeseen error in a send", extra={"kind": type(error).__name__})
+            self._settler.answer(job, ErrorCode.EXCEPTION, mark=True)
+        if self._drained is not None and not self._leased and not self._drained.done():
+            self._drained.set_result(None)
 
     @staticmethod
     def _delay(send: Send) -> float:
@@ -202,16 +199,24 @@ class Service:
         jittered = random.uniform(0, min(RETRY_CAP, RETRY_BASE * 2 ** min(send.tries, 10)))
         return min(jittered, send.remaining)
 
-    def _may_write_dot(self, job: Job) -> bool:
-        """Record that a final dot is on its way, unless the lease has lapsed: then another may be sending."""
-        if asyncio.get_running_loop().time() >= job.lease_until:
-            return False
-        try:
-            self._codes.link.post([self._store.dot(job.claim)], database=self._codes.number)
-        except RedisUnavailable:
-            return False
-        job.dotted = True
-        return True
+    def _before_dot(self, job: Job, go: Callable[[bool], None]) -> None:
+        """Let the mail's content go in this turn of the loop, together with all that is ready."""
+        self._dots.append((job, go))
+        if len(self._dots) == 1:
+            asyncio.get_running_loop().call_soon(self._write_dots)
+
+    def _write_dots(self) -> None:
+        """Record that final dots are on their way, but for lapsed leases: then another may be sending."""
+        dots, self._dots = self._dots, []
+        now = asyncio.get_running_loop().time()
+        ours = [job.claim for job, _ in dots if now < job.lease_until]
+        recorded = False
+        if ours:
+            with contextlib.suppress(RedisUnavailable):
+                self._codes.link.post([self._store.dot(ours)], database=self._codes.number)
+                recorded = True
+        for job, go in dots:
+            go(recorded and now < job.lease_until)
 
     async def tick(self) -> None:
         """Once a second: all leases anew. Those that Redis does not confirm lapse by themselves."""
@@ -233,9 +238,8 @@ class Service:
 
     async def drain(self, seconds: float) -> None:
         """Let the sends in hand finish, for so long at most; the rest is called off and put back."""
-        if self._sends:
-            _, late = await asyncio.wait(self._sends, timeout=seconds)
-            for task in late:
-                task.cancel()
-            if late:
-                await asyncio.wait(late)
+        if self._leased:
+            self._drained = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._drained], timeout=seconds)
+        self._stopping = True
+        await self._mailer.close()

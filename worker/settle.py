@@ -10,27 +10,27 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import orjson
 
-from producer.codes import Answered, CodeStore
+from producer.codes import FAILED, UNKNOWN, Answered, Asked, CodeStore, Outcome
 from producer.contract import REPLY_TTL, ErrorCode, reply_key
 from producer.errors import RedisUnavailable
-from producer.link import ServerError
-from producer.script import Command, Script
+from producer.link import ServerError, entries
+from producer.script import EACH, Command, Script
 from worker.databases import Database, Databases
-from worker.job import Job
+from worker.job import Finished, Job
 from worker.queue import RequestQueue
 from worker.tally import Tally
 
 logger = logging.getLogger(__name__)
 
-_REPLY = Script(Path(__file__).parent / "lua" / "reply.lua")
+_REPLY = Script(EACH, Path(__file__).parent / "lua" / "reply.lua")
 _PAUSE = 0.25  # seconds between tries while Redis is away
 _PATIENCE = 2.0  # seconds for a reply to be stored, before its request makes room for others
 _PUT_OFF = 1.0  # seconds until a reply that could not be stored is tried again
@@ -41,13 +41,13 @@ class _Item:
     """One request on its way out: the steps that are left."""
 
     job: Job
-    mark: Command | None = None
-    unmarkable: bool = False  # the mark was refused; the rest need not wait for it
+    error: ErrorCode | None = None  # what it is answered
+    mark: ErrorCode | Literal["failed", "unknown"] | None = None
     asks: bool = False  # the mark is a question too: the request may have its answer already
-    reply: Command | None = None
-    leave: list[Command] = field(default_factory=list)
+    unmarkable: bool = False  # the mark was refused; the rest need not wait for it
+    reply: bool = False
+    leave: Command | None = None
     ack: bool = False
-    error: ErrorCode | None = None
     until: float = 0.0
 
     def doubtful(self) -> bool:
@@ -63,13 +63,26 @@ class _Item:
         """Whether reply and leave may follow."""
         return self.mark is None or self.unmarkable
 
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left."""
+        return not self.reply and self.leave is None and not self.ack and self.marked
+
+
+class _Step(NamedTuple):
+    """What a trip asks of one database, and who reads the answers."""
+
+    database: Database
+    commands: list[Command]
+    read: Callable[[list[Any]], None]
+
 
 class Settler:
     """Takes each request's outcome and makes it known, in the order mark, reply, ack.
 
-    `on_done(job, error)` is called when a request is off this worker's hands; error None: it was parked, buried or
-    given back. A step that Redis does not take is repeated. A reply that cannot be stored does not hold up other
-    requests: its own is parked for a second, and whoever gets it then finds what was done.
+    `on_done` is called once a trip, with the requests that are off this worker's hands by it. A step that Redis does
+    not take is repeated. A reply that cannot be stored does not hold up other requests: its own is parked for a second,
+    and whoever gets it then finds what was done.
     """
 
     def __init__(
@@ -77,7 +90,7 @@ class Settler:
         databases: Databases,
         store: CodeStore,
         queue: RequestQueue,
-        on_done: Callable[[Job, ErrorCode | None], None],
+        on_done: Callable[[Finished], None],
         tally: Tally,
     ) -> None:
         self._databases = databases
@@ -86,6 +99,7 @@ class Settler:
         self._on_done = on_done
         self._tally = tally
         self._pending: list[_Item] = []
+        self._woken: list[str] = []
         self._flushing: asyncio.Task[None] | None = None
 
     @property
@@ -95,38 +109,27 @@ class Settler:
 
     def answer(self, job: Job, error: ErrorCode, *, mark: bool) -> None:
         """The request's final answer. `mark`: it is news to the store."""
-        item = _Item(job, error=error)
-        if mark:
-            item.mark = self._store.answered(job.claim, error)
-        item.reply = _reply(job, error)
-        item.ack = not job.through_celery
-        self._add(item)
+        self._add(_Item(job, error, error if mark else None, reply=True, ack=not job.through_celery))
 
     def retry(self, job: Job, delay: float, *, unknown: bool) -> None:
         """The mail was not sent (`unknown`: may have been): park the request for its next try, in `delay` seconds."""
         self._tally.retries += 1
-        item = _Item(job, mark=self._store.unknown(job.claim) if unknown else self._store.failed(job.claim))
-        item.leave.append(self._parked(job, delay))
-        self._add(item)
+        self._add(_Item(job, mark=UNKNOWN if unknown else FAILED, leave=self._parked(job, delay)))
 
     def wait(self, job: Job, delay: float) -> None:
         """Another send decides about this request: park it until that is known, at most `delay` seconds."""
-        self._add(_Item(job, leave=[self._parked(job, delay)]))
+        self._add(_Item(job, leave=self._parked(job, delay)))
 
     def bury(self, job: Job, reason: str, *, answer: ErrorCode | None = None) -> None:
         """The message becomes a dead letter; with `answer`, its request is answered so first."""
-        item = _Item(job, leave=[self._queue.bury(job.tag, reason)])
         job.buried = True
         self._tally.buried(reason)
-        if answer is not None:
-            item.error = answer
-            item.mark, item.asks = self._store.issue(job.claim, "", verdict=answer), True
-            item.reply = _reply(job, answer)
-        self._add(item)
+        asks = answer is not None
+        self._add(_Item(job, answer, answer, asks=asks, reply=asks, leave=self._queue.bury(job.tag, reason)))
 
     def release(self, job: Job) -> None:
         """Put the message back on the queue."""
-        self._add(_Item(job, leave=[self._queue.release([job.tag])]))
+        self._add(_Item(job, leave=self._queue.release([job.tag])))
 
     async def drain(self) -> None:
         """Wait until nothing is on its way."""
@@ -161,128 +164,153 @@ class Settler:
 
     async def _trip(self, batch: list[_Item]) -> list[_Item]:
         """One round trip for all of `batch`; what is not finished."""
-        await self._confirm(batch)
+        # Where the lease has lapsed, another may have taken over: what it finds stands, not what we found.
+        doubtful = [item for item in batch if item.doubtful()]
+        if doubtful:
+            await self._take(self._marks(doubtful))
         stages = (self._marks, self._replies, self._leaves)
         if self._databases.one_server:
-            # Gathered coroutines start in their order, so their writes leave in it.
-            await asyncio.gather(*(stage(batch) for stage in stages))
+            await self._take(*(stage(batch) for stage in stages))
         else:
             for stage in stages:
-                await stage(batch)
+                await self._take(stage(batch))
+        finished: Finished = []
         left, now = [], asyncio.get_running_loop().time()
         for item in batch:
-            if item.marked and item.reply is None and not item.leave and not item.ack:
+            if item.finished:
                 if item.error is not None:
                     self._tally.replied(item.error, item.job.enqueued_at)
-                self._on_done(item.job, item.error)
+                finished.append((item.job, item.error))
             else:
-                if item.until < now and item.reply is not None:
+                if item.until < now and item.reply:
                     self._put_off(item)
                 left.append(item)
+        if finished:
+            self._on_done(finished)
         return left
 
     def _put_off(self, item: _Item) -> None:
         """The reply cannot be stored now. The answer is remembered: whoever has the request next only replies."""
         logger.warning("a reply cannot be stored, it will be tried again")
-        item.reply, item.error, item.ack = None, None, False
-        item.leave = [self._parked(item.job, _PUT_OFF)]
+        item.reply, item.error, item.ack = False, None, False
+        item.leave = self._parked(item.job, _PUT_OFF)
 
-    async def _confirm(self, batch: list[_Item]) -> None:
-        """Where the lease has lapsed, another may have taken over: what it finds stands, not what we found."""
-        doubtful = [item for item in batch if item.doubtful()]
-        if doubtful:
-            await self._marks(doubtful)
-
-    async def _marks(self, batch: list[_Item]) -> None:
-        items = [item for item in batch if item.mark is not None]
-        answers = await _run(self._databases.codes, [item.mark for item in items if item.mark is not None])
-        woken: list[str] = []
-        for item, answer in zip(items, answers, strict=False):
-            if isinstance(answer, ServerError):
-                # Tried again with whatever else is tried again; alone it is not worth the caller's waiting.
-                item.unmarkable = True
-                continue
-            if item.asks:
-                match self._store.read_issue(answer):
-                    case Answered(error) if error is not item.error:
-                        item.error, item.reply = error, _reply(item.job, error)
-            else:
-                ours, wake = self._store.read_settle(answer)
-                woken += wake
-                if not ours and item.doubtful():
-                    item.reply, item.error, item.ack = None, None, False
-            item.mark = None
-        if woken:
-            await _run(self._databases.broker, [self._queue.wake(woken)])
-
-    async def _replies(self, batch: list[_Item]) -> None:
-        one_server = self._databases.one_server
-        items = [
-            item for item in batch if item.reply is not None and (item.marked or (one_server and not item.doubtful()))
-        ]
-        answers = await _run(self._databases.results, [item.reply for item in items if item.reply is not None])
-        for item, answer in zip(items, answers, strict=False):
-            if not isinstance(answer, ServerError):
-                item.reply = None
-
-    async def _leaves(self, batch: list[_Item]) -> None:
-        one_server = self._databases.one_server
-        items = [item for item in batch if (item.marked and item.reply is None) or (one_server and not item.doubtful())]
-        acked = [item for item in items if item.ack]
-        leaving = [item for item in items if item.leave]
-        commands = [self._ack(acked)] if acked else []
-        commands += [command for item in leaving for command in item.leave]
-        answers = await _run(self._databases.broker, commands)
-        if not answers:
+    async def _take(self, *steps: _Step) -> None:
+        """Take steps, in one write; several only on one server. Without Redis their items stay as they are."""
+        asked = [step for step in steps if step.commands]
+        try:
+            if asked:
+                found = await self._databases.run_all([(step.database, step.commands) for step in asked])
+                for step, answers in zip(asked, found, strict=True):
+                    step.read(answers)
+            if self._woken:
+                woken, self._woken = self._woken, []
+                _warn_of(await self._databases.broker.run([self._queue.wake(woken)]))
+        except RedisUnavailable:
             return
-        if acked and answers.pop(0) == 0:
-            for item in acked:
-                item.ack = False
-        rest = iter(answers)
-        for item in leaving:
-            refused = [command for command, answer in zip(item.leave, rest, strict=False) if _is_error(answer)]
-            item.leave = refused
+
+    def _marks(self, batch: list[_Item]) -> _Step:
+        items = [item for item in batch if item.mark is not None]
+        telling = [item for item in items if not item.asks]
+        asking = [item for item in items if item.asks]
+        commands = []
+        if telling:
+            commands.append(
+                self._store.settle([Outcome(item.job.claim, item.mark) for item in telling if item.mark is not None])
+            )
+        if asking:
+            commands.append(self._store.issue([Asked(item.job.claim, "", item.error) for item in asking]))
+
+        def read(answers: list[Any]) -> None:
+            for items, answer in zip([each for each in (telling, asking) if each], answers, strict=True):
+                for item, entry in _each(items, answer):
+                    self._read_mark(item, entry)
+
+        return _Step(self._databases.codes, commands, read)
+
+    def _read_mark(self, item: _Item, entry: Any) -> None:
+        if isinstance(entry, ServerError):
+            # Tried again with whatever else is tried again; alone it is not worth the caller's waiting.
+            item.unmarkable = True
+            return
+        if item.asks:
+            match self._store.read_issue(entry):
+                case Answered(error):
+                    item.error = error
+        else:
+            ours, wake = self._store.read_settle(entry)
+            self._woken += wake
+            if not ours and item.doubtful():
+                item.reply, item.error, item.ack = False, None, False
+        item.mark = None
+
+    def _replies(self, batch: list[_Item]) -> _Step:
+        one_server = self._databases.one_server
+        items = [item for item in batch if item.reply and (item.marked or (one_server and not item.doubtful()))]
+
+        def read(answers: list[Any]) -> None:
+            for item, entry in _each(items, answers[0]):
+                item.reply = isinstance(entry, ServerError)
+
+        return _Step(self._databases.results, [_replies(items)] if items else [], read)
+
+    def _leaves(self, batch: list[_Item]) -> _Step:
+        one_server = self._databases.one_server
+        items = [item for item in batch if (item.marked and not item.reply) or (one_server and not item.doubtful())]
+        acked = [item for item in items if item.ack]
+        leaving = [item for item in items if item.leave is not None]
+        commands = [self._ack(acked)] if acked else []
+        commands += [item.leave for item in leaving if item.leave is not None]
+
+        def read(answers: list[Any]) -> None:
+            _warn_of(answers)
+            if acked and answers.pop(0) == 0:
+                for item in acked:
+                    item.ack = False
+            for item, answer in zip(leaving, answers, strict=True):
+                if not isinstance(answer, ServerError):
+                    item.leave = None
+
+        return _Step(self._databases.broker, commands, read)
 
     def _ack(self, items: list[_Item]) -> Command:
+        tags = [item.job.tag for item in items]
         if not self._databases.one_server:
-            return self._queue.ack([item.job.tag for item in items])
-        replies = [(item.job.tag, "" if item.error is None else reply_key(item.job.request_id)) for item in items]
+            return self._queue.ack(tags)
+        replies = [reply_key(item.job.request_id) for item in items]
         broker, results = self._databases.broker.number, self._databases.results.number
-        return self._queue.ack_if_stored(replies, broker=broker, results=results)
+        return self._queue.ack_if_stored(tags, replies, broker=broker, results=results)
 
 
-def _is_error(answer: object) -> bool:
-    return isinstance(answer, ServerError)
+def _each(items: list[_Item], answer: Any) -> Iterator[tuple[_Item, Any]]:
+    """Each item with what a script answered to it."""
+    answers = entries(answer, len(items))
+    _warn_of(answers)
+    return zip(items, answers, strict=True)
 
 
-async def _run(database: Database, commands: list[Command]) -> list[Any]:
-    """The answers, or none if Redis is away."""
-    if not commands:
-        return []
-    try:
-        answers = await database.run(commands)
-    except RedisUnavailable:
-        return []
+def _warn_of(answers: Iterable[Any]) -> None:
     for answer in answers:
         if isinstance(answer, ServerError):
             logger.warning("Redis refused a step", extra={"kind": str(answer).partition(" ")[0]})
             break
-    return answers
 
 
-def _reply(job: Job, error: ErrorCode) -> Command:
-    payload = reply_payload(job.request_id, job.request.email, error)
-    return _REPLY([reply_key(job.request_id)], [payload, REPLY_TTL])
+def _replies(items: list[_Item]) -> Command:
+    now = datetime.now(UTC).isoformat()
+    answered = [(item.job, item.error) for item in items if item.error is not None]
+    payloads = [reply_payload(job.request_id, job.request.email, error, now) for job, error in answered]
+    return _REPLY([reply_key(job.request_id) for job, _ in answered], [REPLY_TTL, *payloads])
 
 
-def reply_payload(request_id: str, email: Any, error: ErrorCode) -> bytes:
+def reply_payload(request_id: str, email: Any, error: ErrorCode, date_done: str) -> bytes:
     """A reply as Celery's Redis backend stores it, so that any Celery client reads it as its task's result."""
     meta: dict[str, Any] = {
         "status": "SUCCESS",
         "result": {"email": email, "error": int(error)},
         "traceback": None,
         "children": [],
-        "date_done": datetime.now(UTC).isoformat(),
+        "date_done": date_done,
         "task_id": request_id,
     }
     try:

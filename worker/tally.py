@@ -11,6 +11,7 @@ from producer.contract import ErrorCode
 
 # Seconds: from a relay that answers at once to a request that was given up after the longest VERIFY_GIVE_UP_AFTER.
 BOUNDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
+_LONGEST: Final = BOUNDS[-1]
 # Why a message was buried, in a word; by how the reason in the dead letter begins.
 _REASONS: Final = {
     "unknown task": "unknown_task",
@@ -48,7 +49,9 @@ class Durations:
         """Count the time since `moment` (Unix seconds by whoever wrote it down; None: nobody did)."""
         if moment is not None:
             # Another host's clock may be ahead, and a message may say anything.
-            seconds = min(max(time.time() - moment, 0.0), BOUNDS[-1])
+            seconds = time.time() - moment
+            if not 0.0 <= seconds <= _LONGEST:
+                seconds = 0.0 if seconds < 0.0 else _LONGEST
             self.counts[bisect_left(BOUNDS, seconds)] += 1
             self.total += seconds
 

@@ -10,6 +10,7 @@ from celery.worker.request import Request
 
 from producer.contract import DEFAULT_PURPOSE, TASK, Reply
 from worker import bridge
+from worker.events import shown
 
 
 class StoredReply:
@@ -22,7 +23,7 @@ class StoredReply:
         return {"email": self._reply.email, "error": int(self._reply.error)}
 
     def __repr__(self) -> str:
-        return bridge.shown(self._reply.email, self._reply.error)
+        return shown(self._reply.email, self._reply.error)
 
 
 class QuietRequest(Request):  # type: ignore[misc]  # Celery ships no types

@@ -1,14 +1,16 @@
 --[[
-dot: the final dot of a mail is about to be written; until its outcome is settled, acceptance is not known.
-Once more for the next relay, after one that refused: still one send.
+dot: the final dots of mails are about to be written; until the outcome of each is settled, acceptance is not known. Once
+more for the next relay, after one that refused: still one send. Begins with each.lua.
 
-KEYS 1 request record   hash
-ARGV 1 token
+KEYS i request record   hash
+ARGV i token
 
-Returns 1 if this holder has the lease, else 0.
+Returns a list with an entry for each: 1 if this holder has the lease, else 0, or an error of this one alone.
 ]]
-if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then
-    return 0
-end
-redis.call('HSET', KEYS[1], 'dot', 1)
-return 1
+return each(#KEYS, function(i)
+    if redis.call('HGET', KEYS[i], 'token') ~= ARGV[i] then
+        return 0
+    end
+    redis.call('HSET', KEYS[i], 'dot', '1')
+    return 1
+end)

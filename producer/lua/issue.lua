@@ -1,130 +1,155 @@
 --[[
-issue: may this request send now, and which code? One atomic step.
+issue: may these requests send now, and which code? One atomic step for each, in their order; begins with each.lua.
 
-KEYS 1 request record   hash    what is remembered of the request id
-     2 code             string  the code itself; GateServer reads it
-     3 attempts         hash    wrong checks of the code
-     4 cooldown         string  fingerprint of the code in the last accepted mail
-     5 sending          string  id of the request whose mail is on the wire
-     6 joined           set     ids of the requests that wait for that mail's outcome
-     7 bucket           string  when the address' bucket is full again (ms)
-ARGV 1 request id
-     2 who              string  hash of address and purpose: the same id must come with the same
-     3 token            string  names this holder of the lease
-     4 verdict          int     an error that is certain already, or ''
-     5 enqueued at      ms      or '': then the age counts from the first time the request was seen
-     6 expires at       ms      or ''
-     7 candidate        string  the code to set if there is none
-     8 lease            ms
-     9 give up after    ms
-    10 ttl              ms
-    11 minimum life     ms
-    12 cooldown         ms      0: off, and no joins
-    13 interval         ms      one send comes back to the bucket; 0: off
-    14 burst            int     the bucket's size
-    15 remember         ms      life of the record
+KEYS 3i-2 request record  hash    what is remembered of the request id
+     3i-1 code            string  the code itself; GateServer reads it
+     3i   bucket          string  when the address' bucket is full again (ms)
+ARGV 1  lease             ms
+     2  give up after     ms
+     3  ttl               ms
+     4  minimum life      ms
+     5  cooldown          ms      0: off, and no joins
+     6  interval          ms      one send comes back to the bucket; 0: off
+     7  burst             int     the bucket's size
+     8  remember          ms      life of the record
+     9  record prefix     string  the request id is what follows it in the record's key
+     10 attempts prefix   string  + code key: hash    wrong checks of the code
+     11 cooldown prefix   string  + code key: string  fingerprint of the code in the last accepted mail
+     12 sending prefix    string  + code key: string  id of the request whose mail is on the wire
+     13 joined prefix     string  + code key: set     ids of the requests that wait for that mail's outcome
+     then six for each request:
+     who                  string  hash of address and purpose: the same id must come with the same
+     token                string  names this holder of the lease
+     verdict              int     an error that is certain already, or ''
+     enqueued at          ms      or '': then the age counts from the first time the request was seen
+     expires at           ms      or ''
+     candidate            string  the code to set if there is none
 
-Returns {'send', code, life ms, ms until the deadline, tries so far}
+Returns a list with an entry for each request:
+        {'send', code, life ms, ms until the deadline, tries so far}
       | {'answered', error, why}   final; also stored in the record; why: 'cooldown', 'bucket' (it is empty) or nothing
       | {'wait', ms}          the same id is being sent by another holder
       | {'join', ms}          another request's mail to the same code key is on the wire
       | {'conflict'}          the id belongs to another address or purpose; nothing was changed
+      | an error              of this request alone; what it had written before stays
 
-The record: who, first (ms), token, until (lease, ms), charged (1: the bucket was), doubts (sends that may have been
-accepted), dot (1: the present send wrote its final dot), mark (fingerprint of the code issued), tries, error (present =
-answered). Times are this server's.
+The record: who, first (ms), token ('': nobody has the lease), until (lease, ms), charged (1: the bucket was), doubts (sends
+that may have been accepted), dot (1: the present send wrote its final dot), mark (fingerprint of the code issued), tries,
+error (present = answered). Times are this server's. A code, cooldown, sending or bucket that is no string is none, and is
+overwritten in its turn.
 ]]
-local time = redis.call('TIME')
+local call, sha1hex = redis.call, redis.sha1hex
+local time = call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local id, who, token = ARGV[1], ARGV[2], ARGV[3]
-local remember = ARGV[15]
+local lease, remember = ARGV[1], ARGV[8]
+local give_up_after, min_life = tonumber(ARGV[2]), tonumber(ARGV[4])
+local cooldown, interval, burst = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local id_at = #ARGV[9] + 1
 
-local record = redis.call('HMGET', KEYS[1], 'who', 'first', 'token', 'until', 'charged', 'doubts', 'dot', 'mark', 'tries',
-    'error')
-if record[1] and record[1] ~= who then
-    return { 'conflict' }
-end
-if record[10] then
-    return { 'answered', tonumber(record[10]) }
-end
+return each(#KEYS / 3, function(i)
+    local record_key, code_key, bucket_key = KEYS[3 * i - 2], KEYS[3 * i - 1], KEYS[3 * i]
+    local at = 6 * i + 8
+    local who, token, verdict = ARGV[at], ARGV[at + 1], ARGV[at + 2]
 
-local first = tonumber(record[2]) or now
-local doubts = (tonumber(record[6]) or 0) + (tonumber(record[7]) or 0)
-local interval = tonumber(ARGV[13])
-local function answer(error, why)
-    if record[5] == '1' and doubts == 0 then
-        -- Charged for a send that no relay accepted; the worker that would have said so is gone.
-        local full = tonumber(redis.call('GET', KEYS[7])) or 0
-        if full - interval > now then
-            redis.call('SET', KEYS[7], string.format('%.0f', full - interval), 'PX', string.format('%.0f', full - interval - now))
-        else
-            redis.call('DEL', KEYS[7])
+    local record, flat = {}, call('HGETALL', record_key)
+    for n = 1, #flat, 2 do
+        record[flat[n]] = flat[n + 1]
+    end
+    if record.who and record.who ~= who then
+        return { 'conflict' }
+    end
+    if record.error then
+        return { 'answered', tonumber(record.error) }
+    end
+
+    local first = record.first or now
+    local doubts = (tonumber(record.doubts) or 0) + (tonumber(record.dot) or 0)
+    local function answer(error, why)
+        if record.charged == '1' and doubts == 0 then
+            -- Charged for a send that no relay accepted; the worker that would have said so is gone.
+            local full = (tonumber(call('MGET', bucket_key)[1]) or 0) - interval
+            if full > now then
+                call('SET', bucket_key, full, 'PX', full - now)
+            else
+                call('DEL', bucket_key)
+            end
+            call('HSET', record_key, 'charged', '0')
         end
-        redis.call('HSET', KEYS[1], 'charged', 0)
+        call('HSET', record_key, 'who', who, 'first', first, 'token', '', 'error', error)
+        call('PEXPIRE', record_key, remember)
+        return { 'answered', error, why }
     end
-    redis.call('HSET', KEYS[1], 'who', who, 'first', first, 'error', error)
-    redis.call('HDEL', KEYS[1], 'token', 'until')
-    redis.call('PEXPIRE', KEYS[1], remember)
-    return { 'answered', error, why }
-end
 
-if ARGV[4] ~= '' then
-    return answer(tonumber(ARGV[4]))
-end
-if record[3] and record[3] ~= token and tonumber(record[4]) > now then
-    return { 'wait', tonumber(record[4]) - now }
-end
-
-local born = math.min(tonumber(ARGV[5]) or first, now)
-local deadline = math.min(born + ARGV[9], tonumber(ARGV[6]) or math.huge)
-if now >= deadline then
-    return answer(6)
-end
-
-local code = redis.call('GET', KEYS[2])
-local life = redis.call('PTTL', KEYS[2])
-local live = code and code ~= '' and life > 0
-local cooldown = tonumber(ARGV[12])
-if cooldown > 0 then
-    if live and redis.call('GET', KEYS[4]) == redis.sha1hex(code) then
-        return answer(0, 'cooldown')
+    if verdict ~= '' then
+        return answer(tonumber(verdict))
     end
-    local holder = redis.call('GET', KEYS[5])
-    if holder and holder ~= id then
-        -- A holder of this request that stood still, if there was one, may not send any more.
-        redis.call('HDEL', KEYS[1], 'token', 'until')
-        redis.call('HSET', KEYS[1], 'who', who, 'first', first)
-        redis.call('PEXPIRE', KEYS[1], remember)
-        redis.call('SADD', KEYS[6], id)
-        redis.call('PEXPIRE', KEYS[6], remember)
-        return { 'join', math.min(redis.call('PTTL', KEYS[5]), deadline - now) }
+    local holder = record.token or ''
+    if holder ~= '' and holder ~= token and tonumber(record['until']) > now then
+        return { 'wait', record['until'] - now }
     end
-end
 
--- A mail of this request may have been accepted: once more with the very same code, or not at all.
-if doubts > 0 and (doubts > 1 or not live or redis.sha1hex(code) ~= record[8]) then
-    return answer(6)
-end
-
-if interval > 0 and record[5] ~= '1' then
-    local full = math.max(tonumber(redis.call('GET', KEYS[7])) or 0, now)
-    if full - now > (ARGV[14] - 1) * interval then
-        return answer(4, 'bucket')
+    local born = math.min(tonumber(ARGV[at + 3]) or first, now)
+    local deadline = math.min(born + give_up_after, tonumber(ARGV[at + 4]) or math.huge)
+    if now >= deadline then
+        return answer(6)
     end
-    redis.call('SET', KEYS[7], string.format('%.0f', full + interval), 'PX', string.format('%.0f', full + interval - now))
-end
 
-if doubts == 0 and (not live or life < tonumber(ARGV[11])) then
-    code = ARGV[7]
-    life = tonumber(ARGV[10])
-    redis.call('SET', KEYS[2], code, 'PX', life)
-    redis.call('DEL', KEYS[3])
-end
+    local sending_key = ARGV[12] .. code_key
+    local found = call('MGET', code_key, ARGV[11] .. code_key, sending_key, bucket_key)
+    local code, life, mark = found[1], 0, nil
+    if code and code ~= '' then
+        life = call('PTTL', code_key)
+        mark = life > 0 and sha1hex(code)
+    end
+    if cooldown > 0 then
+        if mark and found[2] == mark then
+            return answer(0, 'cooldown')
+        end
+        local id = string.sub(record_key, id_at)
+        if found[3] and found[3] ~= id then
+            -- A holder of this request that stood still, if there was one, may not send any more.
+            call('HDEL', record_key, 'token', 'until')
+            call('HSET', record_key, 'who', who, 'first', first)
+            call('PEXPIRE', record_key, remember)
+            call('SADD', ARGV[13] .. code_key, id)
+            call('PEXPIRE', ARGV[13] .. code_key, remember)
+            return { 'join', math.min(call('PTTL', sending_key), deadline - now) }
+        end
+    end
 
-redis.call('HSET', KEYS[1], 'who', who, 'first', first, 'token', token, 'until', string.format('%.0f', now + ARGV[8]),
-    'charged', interval > 0 and 1 or 0, 'doubts', doubts, 'dot', 0, 'mark', redis.sha1hex(code))
-redis.call('PEXPIRE', KEYS[1], remember)
-if cooldown > 0 then
-    redis.call('SET', KEYS[5], id, 'PX', ARGV[8])
-end
-return { 'send', code, life, deadline - now, tonumber(record[9]) or 0 }
+    -- A mail of this request may have been accepted: once more with the very same code, or not at all.
+    if doubts > 0 and (doubts > 1 or not mark or mark ~= record.mark) then
+        return answer(6)
+    end
+
+    if interval > 0 and record.charged ~= '1' then
+        local full = math.max(tonumber(found[4]) or 0, now)
+        if full - now > (burst - 1) * interval then
+            return answer(4, 'bucket')
+        end
+        full = full + interval
+        call('SET', bucket_key, full, 'PX', full - now)
+    end
+
+    if doubts == 0 and (not mark or life < min_life) then
+        local replaced = code
+        code = ARGV[at + 5]
+        life = tonumber(ARGV[3])
+        mark = sha1hex(code)
+        call('SET', code_key, code, 'PX', life)
+        if replaced then
+            call('DEL', ARGV[10] .. code_key)
+        end
+    end
+
+    if record.dot == '1' then
+        call('HSET', record_key, 'doubts', doubts, 'dot', '0')
+    end
+    call('HSET', record_key, 'who', who, 'first', first, 'token', token, 'until', now + lease, 'charged',
+        interval > 0 and '1' or '0', 'mark', mark)
+    call('PEXPIRE', record_key, remember)
+    if cooldown > 0 then
+        call('SET', sending_key, string.sub(record_key, id_at), 'PX', lease)
+    end
+    return { 'send', code, life, deadline - now, tonumber(record.tries) or 0 }
+end)

@@ -1,86 +1,99 @@
 --[[
-settle: what became of a send. Compare-and-set by the lease's token: a holder that lost its lease changes nothing.
+settle: what became of sends; one atomic step for each, in their order; begins with each.lua. Compare-and-set by the lease's
+token: a holder that lost its lease changes nothing.
 
-KEYS 1 request record   hash
-     2 code             string
-     3 cooldown         string
-     4 sending          string
-     5 joined           set
-     6 bucket           string
-ARGV 1 request id
-     2 token
-     3 outcome          'answered' | 'failed' (no relay accepted it, try again) | 'unknown' (a relay may have; try again)
-     4 error            int     of an 'answered'
-     5 cooldown         ms      0: off
-     6 interval         ms      of the bucket; 0: off
-     7 remember         ms
-     8 record prefix    string  to reach the records of joined requests
+KEYS 3i-2 request record  hash
+     3i-1 code            string
+     3i   bucket          string
+ARGV 1  cooldown          ms      0: off
+     2  interval          ms      of the bucket; 0: off
+     3  remember          ms
+     4  record prefix     string  + request id: reaches the records of joined requests
+     5  cooldown prefix   string  + code key: string
+     6  sending prefix    string  + code key: string
+     7  joined prefix     string  + code key: set
+     then two for each:
+     token
+     outcome              'failed' (no relay accepted it, try again) | 'unknown' (a relay may have; try again)
+                          | the number of the error that answers the request
 
-Returns {1 if this holder had the lease, id to wake ...}. With error 0 and the code in the mail still live, and with an
-error that is final for the mailbox, every joined request has the same answer in its record; else one of them may send.
+Returns a list with an entry for each: {1 if this holder had the lease, id to wake ...}, or an error of this one alone. With
+error 0 and the code in the mail still live, and with an error that is final for the mailbox, every joined request has the
+same answer in its record; else one of them may send.
 ]]
-local record = redis.call('HMGET', KEYS[1], 'token', 'error', 'who', 'charged', 'mark', 'doubts', 'dot')
-if record[1] ~= ARGV[2] or record[2] then
-    return { 0 }
-end
-local outcome, error = ARGV[3], ARGV[4]
-local accepted = outcome == 'answered' and error == '0'
-local cooldown, interval = tonumber(ARGV[5]), tonumber(ARGV[6])
+local call = redis.call
+local cooldown, interval, remember = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
+local id_at = #ARGV[4] + 1
 
--- Only what certainly no relay accepted is refunded: not this send, nor an earlier one of the same request.
-local doubts = tonumber(record[6]) or 0
-local doubtful = outcome == 'unknown' or (error == '6' and record[7] == '1')
-if record[4] == '1' and not accepted and not doubtful and doubts == 0 then
-    local life = redis.call('PTTL', KEYS[6]) - interval
-    if life > 0 then
-        redis.call('SET', KEYS[6], string.format('%.0f', redis.call('GET', KEYS[6]) - interval), 'PX', life)
+return each(#KEYS / 3, function(i)
+    local record_key, code_key, bucket_key = KEYS[3 * i - 2], KEYS[3 * i - 1], KEYS[3 * i]
+    local outcome = ARGV[7 + 2 * i]
+
+    local record = call('HMGET', record_key, 'token', 'error', 'who', 'charged', 'mark', 'doubts', 'dot', 'tries')
+    if record[1] ~= ARGV[6 + 2 * i] or record[2] then
+        return { 0 }
+    end
+    -- First, as it needs no memory: a full server refuses a script's first write, not what follows, and an outcome must be
+    -- known even there.
+    call('PEXPIRE', record_key, remember)
+    local sending_key = ARGV[6] .. code_key
+    local found = call('MGET', sending_key, code_key, bucket_key)
+
+    -- Only what certainly no relay accepted is refunded: not this send, nor an earlier one of the same request.
+    local doubts = tonumber(record[6]) or 0
+    local accepted = outcome == '0'
+    local perhaps = outcome == 'unknown' or (outcome == '6' and record[7] == '1') or doubts > 0
+    if record[4] == '1' and not accepted and not perhaps then
+        local life = call('PTTL', bucket_key) - interval
+        if life > 0 and found[3] then
+            call('SET', bucket_key, found[3] - interval, 'PX', life)
+        else
+            call('DEL', bucket_key)
+        end
+        call('HSET', record_key, 'charged', '0')
+    end
+
+    if outcome == 'failed' or outcome == 'unknown' then
+        local more = outcome == 'unknown' and 1 or 0
+        call('HSET', record_key, 'token', '', 'dot', '0', 'tries', (record[8] or 0) + 1, 'doubts', doubts + more)
     else
-        redis.call('DEL', KEYS[6])
+        call('HSET', record_key, 'token', '', 'error', outcome)
     end
-    redis.call('HSET', KEYS[1], 'charged', 0)
-end
 
-redis.call('HDEL', KEYS[1], 'token', 'until', 'dot')
-if outcome == 'answered' then
-    redis.call('HSET', KEYS[1], 'error', error)
-else
-    redis.call('HINCRBY', KEYS[1], 'tries', 1)
-    if outcome == 'unknown' then
-        redis.call('HSET', KEYS[1], 'doubts', doubts + 1)
+    local live = false
+    if accepted and cooldown > 0 and found[2] then
+        local life = call('PTTL', code_key)
+        live = life > 0 and redis.sha1hex(found[2]) == record[5]
+        if live then
+            call('SET', ARGV[5] .. code_key, record[5], 'PX', math.min(cooldown, life))
+        end
     end
-end
-redis.call('PEXPIRE', KEYS[1], ARGV[7])
 
-local live = false
-if accepted and cooldown > 0 then
-    local code = redis.call('GET', KEYS[2])
-    local life = redis.call('PTTL', KEYS[2])
-    live = code and life > 0 and redis.sha1hex(code) == record[5]
-    if live then
-        redis.call('SET', KEYS[3], record[5], 'PX', math.min(cooldown, life))
+    local wake = { 1 }
+    if found[1] ~= string.sub(record_key, id_at) then
+        return wake
     end
-end
-
-if redis.call('GET', KEYS[4]) ~= ARGV[1] then
-    return { 1 }
-end
-redis.call('DEL', KEYS[4])
-local wake = { 1 }
-if live or (outcome == 'answered' and (error == '3' or error == '5')) then
-    for _, id in ipairs(redis.call('SMEMBERS', KEYS[5])) do
-        redis.call('HSET', ARGV[8] .. id, 'who', record[3])
-        redis.call('HSETNX', ARGV[8] .. id, 'error', error)
-        redis.call('HDEL', ARGV[8] .. id, 'token', 'until')
-        redis.call('PEXPIRE', ARGV[8] .. id, ARGV[7])
-        wake[#wake + 1] = id
+    call('DEL', sending_key)
+    local joined_key = ARGV[7] .. code_key
+    if live or outcome == '3' or outcome == '5' then
+        local joined = call('SMEMBERS', joined_key)
+        for _, id in ipairs(joined) do
+            local key = ARGV[4] .. id
+            call('HSET', key, 'who', record[3], 'token', '')
+            call('HSETNX', key, 'error', outcome)
+            call('PEXPIRE', key, remember)
+            wake[#wake + 1] = id
+        end
+        if #joined > 0 then
+            call('DEL', joined_key)
+        end
+    else
+        -- One that was answered meanwhile, at its deadline, has nothing left to send.
+        local id = call('SPOP', joined_key)
+        while id and call('HEXISTS', ARGV[4] .. id, 'error') == 1 do
+            id = call('SPOP', joined_key)
+        end
+        wake[2] = id or nil
     end
-    redis.call('DEL', KEYS[5])
-else
-    -- One that was answered meanwhile, at its deadline, has nothing left to send.
-    local id = redis.call('SPOP', KEYS[5])
-    while id and redis.call('HEXISTS', ARGV[8] .. id, 'error') == 1 do
-        id = redis.call('SPOP', KEYS[5])
-    end
-    wake[2] = id or nil
-end
-return wake
+    return wake
+end)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 import redis as redis_py
@@ -18,10 +17,24 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from store_driver import claim_of
 
-from producer import codes
-from producer.codes import BUCKET_HIT, COOLDOWN_HIT, Answered, Claim, CodePolicy, CodeStore, Conflict, Issue, Send, Wait
+from producer.codes import (
+    BUCKET_HIT,
+    COOLDOWN_HIT,
+    FAILED,
+    UNKNOWN,
+    Answered,
+    Asked,
+    Claim,
+    CodePolicy,
+    CodeStore,
+    Conflict,
+    Issue,
+    Outcome,
+    Send,
+    Wait,
+)
 from producer.contract import ErrorCode, code_key
-from producer.script import Command
+from producer.script import Command, load_all
 
 SLACK = 100  # ms
 # Odd on purpose: with steps of whole 10 s, no two times that are compared come near each other.
@@ -62,6 +75,9 @@ EMAILS = st.sampled_from(["anna@example.com", "Anna@example.com"])  # one bucket
 PURPOSES = st.sampled_from(["default", "default", "reset"])
 IDS = st.sampled_from(["id-1", "id-2", "id-3", "id-4", "id-5", "id-6"])
 TOKENS = st.sampled_from(["a", "b"])
+OUTCOMES: st.SearchStrategy[ErrorCode | Literal["failed", "unknown"]] = st.sampled_from(
+    [ErrorCode.SUCCESS, ErrorCode.SUCCESS, ErrorCode.MAIL_REJECTED, ErrorCode.TIMEOUT, FAILED, UNKNOWN]
+)
 
 
 @dataclass
@@ -175,20 +191,21 @@ class Model:
                 self.sending[claim.code_key] = (claim.request_id, record.until)
         return record is not None
 
-    def settle(self, claim: Claim, outcome: str, error: ErrorCode | None) -> tuple[bool, set[str], int]:
+    def settle(self, claim: Claim, became: ErrorCode | str) -> tuple[bool, set[str], int]:
         """Whether the lease was ours; the requests of which so many are woken; how many."""
         record = self._held(claim)
         if record is None:
             return False, set(), 0
+        error = became if isinstance(became, ErrorCode) else None
         key, accepted = claim.code_key, error is ErrorCode.SUCCESS
-        perhaps = outcome == "unknown" or record.doubts > 0 or (error is ErrorCode.TIMEOUT and record.dot)
+        perhaps = became == UNKNOWN or record.doubts > 0 or (error is ErrorCode.TIMEOUT and record.dot)
         if record.charged and not accepted and not perhaps:
             self.full[claim.canonical] = self.full.get(claim.canonical, 0) - POLICY.interval
             record.charged = False
         record.token, record.dot, record.error = "", False, error
-        if outcome != "answered":
+        if error is None:
             record.tries += 1
-            record.doubts += outcome == "unknown"
+            record.doubts += became == UNKNOWN
         self._remember(claim, record)
         code = self.codes.get(key)
         live = accepted and code is not None and code.value == record.sent
@@ -275,19 +292,33 @@ class CodeStoreMachine(RuleBasedStateMachine):
         self.requests = requests
 
     @rule(
-        request_id=IDS,
-        token=TOKENS,
-        age=st.none() | st.sampled_from([-50_000, 0, 61_000, 135_000, 150_000]),
-        verdict=st.sampled_from([None] * 9 + [ErrorCode.EXCEPTION]),
+        batch=st.lists(
+            st.tuples(
+                IDS,
+                TOKENS,
+                st.none() | st.sampled_from([-50_000, 0, 61_000, 135_000, 150_000]),
+                st.sampled_from([None] * 9 + [ErrorCode.EXCEPTION]),
+            ),
+            min_size=1,
+            max_size=3,
+        )
     )
-    def issue(self, request_id: str, token: str, age: int | None, verdict: ErrorCode | None) -> None:
-        claim, candidate = self.claim(request_id, token), f"{next(self.candidates):06}"
+    def issue(self, batch: list[tuple[str, str, int | None, ErrorCode | None]]) -> None:
+        """Some requests at once; each as if it came alone, after those before it."""
         now = self.model.now or self._server_now()
-        enqueued_at = None if age is None else now - age
-        server_time = None if enqueued_at is None else (enqueued_at - self.passed) / 1000
-        command = self.store.issue(claim, candidate, verdict=verdict, enqueued_at=server_time)
-        found = self.store.read_issue(self.run(command))
-        expected = self.model.issue(claim, candidate, enqueued_at, verdict)
+        asked, times = [], []
+        for request_id, token, age, verdict in batch:
+            enqueued_at = None if age is None else now - age
+            server_time = None if enqueued_at is None else (enqueued_at - self.passed) / 1000
+            candidate = f"{next(self.candidates):06}"
+            asked.append(Asked(self.claim(request_id, token), candidate, verdict, server_time))
+            times.append(enqueued_at)
+        for entry, each, enqueued_at in zip(self.run(self.store.issue(asked)), asked, times, strict=True):
+            found = self.store.read_issue(entry)
+            self._compare(found, self.model.issue(each.claim, each.candidate, enqueued_at, each.verdict))
+
+    @staticmethod
+    def _compare(found: Issue, expected: Issue) -> None:
         assert type(found) is type(expected), (found, expected)
         if isinstance(found, Send) and isinstance(expected, Send):
             assert (found.code, found.tries) == (expected.code, expected.tries)
@@ -303,47 +334,27 @@ class CodeStoreMachine(RuleBasedStateMachine):
     def issue_with_another_address_or_purpose(self, request_id: str, email: str, purpose: str) -> None:
         if request_id in self.model.records and (email, purpose) != self.requests[request_id]:
             claim = claim_of(request_id, email, purpose=purpose)
-            found = self.store.read_issue(self.run(self.store.issue(claim, "none")))
+            found = self.store.read_issue(self.run(self.store.issue([Asked(claim, "none")]))[0])
             if request_id in self.model.records:
                 assert found == Conflict()
 
-    @rule(
-        request_id=IDS,
-        token=TOKENS,
-        outcome=st.sampled_from(
-            [
-                ("answered", ErrorCode.SUCCESS),
-                ("answered", ErrorCode.SUCCESS),
-                ("answered", ErrorCode.MAIL_REJECTED),
-                ("answered", ErrorCode.TIMEOUT),
-                ("failed", None),
-                ("unknown", None),
-            ]
-        ),
-    )
-    def settle(self, request_id: str, token: str, outcome: tuple[str, ErrorCode | None]) -> None:
-        claim, (name, error) = self.claim(request_id, token), outcome
-        match name:
-            case "answered":
-                assert error is not None
-                command = self.store.answered(claim, error)
-            case "failed":
-                command = self.store.failed(claim)
-            case _:
-                command = self.store.unknown(claim)
-        ours, woken = self.store.read_settle(self.run(command))
-        expected_ours, candidates, count = self.model.settle(claim, name, error)
-        assert ours == expected_ours
-        assert set(woken) <= candidates
-        assert len(woken) == count
-        if error not in {ErrorCode.SUCCESS, ErrorCode.MAIL_REJECTED} or claim.code_key in self.model.joined:
-            self.model.woken(claim.code_key, woken[0] if woken else None)
+    @rule(batch=st.lists(st.tuples(IDS, TOKENS, OUTCOMES), min_size=1, max_size=3))
+    def settle(self, batch: list[tuple[str, str, ErrorCode | Literal["failed", "unknown"]]]) -> None:
+        outcomes = [Outcome(self.claim(request_id, token), became) for request_id, token, became in batch]
+        for entry, (claim, became) in zip(self.run(self.store.settle(outcomes)), outcomes, strict=True):
+            ours, woken = self.store.read_settle(entry)
+            expected_ours, candidates, count = self.model.settle(claim, became)
+            assert ours == expected_ours
+            assert set(woken) <= candidates
+            assert len(woken) == count
+            if became not in {ErrorCode.SUCCESS, ErrorCode.MAIL_REJECTED} or claim.code_key in self.model.joined:
+                self.model.woken(claim.code_key, woken[0] if woken else None)
 
     @rule(request_id=IDS, token=TOKENS)
     def dot(self, request_id: str, token: str) -> None:
         claim = self.claim(request_id, token)
-        answer = self.run(self.store.dot(claim))
-        assert (answer == 1) == self.model.dot(claim)
+        answer = self.run(self.store.dot([claim]))
+        assert answer == [int(self.model.dot(claim))]
 
     @rule(request_id=IDS, token=TOKENS)
     def renew(self, request_id: str, token: str) -> None:
@@ -398,8 +409,8 @@ class CodeStoreMachine(RuleBasedStateMachine):
 
 def test_the_store_does_what_the_model_does(redis: redis_py.Redis) -> None:
     CodeStoreMachine.client = redis
-    for path in (Path(codes.__file__).parent / "lua").glob("*.lua"):
-        redis.script_load(path.read_text())
+    for command in load_all():
+        redis.execute_command(*command)  # type: ignore[no-untyped-call]
     run_state_machine_as_test(
         CodeStoreMachine,
         settings=settings(

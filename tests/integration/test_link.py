@@ -15,7 +15,7 @@ import redis as redis_py
 import trustme
 from redis_server import RedisServer
 
-from producer import link as link_module
+from producer import wire
 from producer.errors import RedisUnavailable, ServerTooOld
 from producer.link import Link, ServerError, raise_errors, require_version
 from producer.script import Script
@@ -223,7 +223,7 @@ def test_a_server_that_hangs_is_told_in_time_to_all_that_wait_and_is_used_again_
 def test_a_late_reply_is_never_taken_for_anothers(
     new_redis_server: Callable[..., RedisServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link_module, "ANSWER_TIMEOUT", 0.1)
+    monkeypatch.setattr(wire, "ANSWER_TIMEOUT", 0.1)
     server = new_redis_server()
 
     async def use(link: Link) -> None:
@@ -274,16 +274,91 @@ def test_closing_fails_what_is_under_way_and_a_later_batch_opens_anew(
     using(server.url(), use)
 
 
-def test_start_writes_at_once_and_in_order(redis_server: RedisServer) -> None:
+def test_batches_for_several_databases_leave_in_one_write_and_run_in_their_order(
+    redis_server: RedisServer, incr: Script
+) -> None:
     async def use(link: Link) -> None:
-        with pytest.raises(RedisUnavailable):
-            link.start([("PING",)])
-        await link.run([("PING",)])
-        first, second = link.start([("RPUSH", "list", 1)]), link.start([("RPUSH", "list", 2)])
-        assert await second == [2]
-        assert await first == [1]
+        one, two, none, three = await link.run_all(
+            [
+                (1, [incr(["n"], [1]), ("GET", "n")]),
+                (2, [("INCR", "n"), ("NO-SUCH-COMMAND",)]),
+                (2, []),
+                (0, [("INCR", "n")]),
+            ]
+        )
+        assert one == [1, b"1"]
+        assert two[0] == 1
+        assert isinstance(two[1], ServerError)
+        assert none == []
+        assert three == [1]
+        assert await link.run([("INCR", "n")], database=2) == [2]
+        assert "SELECT" in (await fails(link.run_all([(0, [("PING",)]), (9999, [("PING",)])])))[1]
 
     using(redis_server.url(), use)
+
+
+def test_what_is_posted_is_written_at_once_and_in_order(redis_server: RedisServer) -> None:
+    async def use(link: Link) -> None:
+        with pytest.raises(RedisUnavailable):
+            link.post([("PING",)])
+        await link.run([("PING",)])
+        link.post([("RPUSH", "list", 1)])
+        link.post([("RPUSH", "list", 2), ("NO-SUCH-COMMAND",)])
+        link.post([("RPUSH", "list", 3)], database=1)
+        assert await link.run([("LRANGE", "list", 0, -1)]) == [[b"1", b"2"]]
+        assert await link.run([("LRANGE", "list", 0, -1)], database=1) == [[b"3"]]
+
+    using(redis_server.url(), use)
+
+
+def test_a_script_that_is_posted_is_loaded_when_the_server_does_not_know_it(
+    redis_server: RedisServer, incr: Script
+) -> None:
+    async def use(link: Link) -> None:
+        await link.run([("SCRIPT", "FLUSH")])
+        link.post([incr(["n"], [1])], database=1)
+        await link.run([("PING",)])  # the post's answer came before this one's
+        await asyncio.sleep(0)
+        assert await link.run([("GET", "n")], database=1) == [b"1"]
+
+    using(redis_server.url(), use)
+
+
+def test_a_post_that_is_not_answered_ends_the_connection(
+    new_redis_server: Callable[..., RedisServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "ANSWER_TIMEOUT", 0.1)
+    server = new_redis_server()
+
+    async def use(link: Link) -> None:
+        await link.run([("PING",)])
+        server.pause()
+        link.post([("PING",)])
+        await asyncio.sleep(0.3)
+        assert not link.connected
+        server.resume()
+        assert await link.run([("PING",)]) == [b"PONG"]
+
+    using(server.url(), use)
+
+
+def test_an_answer_counts_from_its_own_write(
+    new_redis_server: Callable[..., RedisServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "ANSWER_TIMEOUT", 0.4)
+    server = new_redis_server()
+
+    async def use(link: Link) -> None:
+        await link.run([("PING",)])  # sets the timer that all share
+        await asyncio.sleep(0.3)
+        server.pause()
+        running = asyncio.create_task(link.run([("PING",)]))
+        await asyncio.sleep(0.2)
+        assert link.connected
+        server.resume()
+        assert await running == [b"PONG"]
+
+    using(server.url(), use)
 
 
 @pytest.mark.parametrize("password", ["secret", "p:a/s@s w%rd#?"])
@@ -359,6 +434,20 @@ def test_a_connection_whose_opening_failed_is_not_used(redis_server: RedisServer
         assert greetings == 2
 
     using(redis_server.url(), use, on_open=greet)
+
+
+def test_a_connection_lost_right_after_its_opening_fails_what_waited_for_it(redis_server: RedisServer) -> None:
+    async def lose(link: Link) -> None:
+        assert link._protocol is not None
+        link._protocol.transport.abort()
+        await link._protocol.closed
+
+    async def main() -> None:
+        async with opened(redis_server.url(), on_open=lose) as link:
+            taken, _ = await fails(asyncio.wait_for(link.run([("PING",)]), 1))
+            assert taken < 0.5
+
+    asyncio.run(main())
 
 
 def test_garbage_from_the_server_ends_the_connection() -> None:

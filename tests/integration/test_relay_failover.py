@@ -7,11 +7,14 @@ import logging
 from contextlib import AsyncExitStack
 
 import pytest
+from relays import outcome
 from smtp_server import Act, Drop, Last, ScriptedServer, Silence
 
 from producer.values import RelayURL
+from worker.mail.envelope import Envelope
 from worker.mail.errors import (
     AcceptanceUnknown,
+    CalledOff,
     MailError,
     MessageDeferred,
     MessageRejected,
@@ -20,7 +23,7 @@ from worker.mail.errors import (
     Smtputf8Unsupported,
 )
 from worker.mail.failover import Failover
-from worker.mail.relay import Envelope, Relay
+from worker.mail.relay import Relay
 
 ENVELOPE = Envelope("no-reply@example.com", "alice@example.com", False, b"Subject: code\r\n\r\nhello\r\n")
 WANTS_UTF8 = ENVELOPE._replace(recipient="用户@example.com", needs_smtputf8=True)
@@ -54,11 +57,7 @@ async def attempt(
             calls.append(1)
         return wanted
 
-    try:
-        await failover.send(envelope, before_dot)
-    except MailError as exc:
-        return exc
-    return None
+    return await outcome(failover, envelope, wanted=before_dot)
 
 
 REJECTED, DEFERRED, BUSY, DEAD = "554 5.7.1 no", "451 4.3.0 later", "421 4.7.0 too many", Drop()
@@ -254,19 +253,19 @@ def test_a_relay_that_answers_is_not_sick(act: str) -> None:
     asyncio.run(main())
 
 
-def test_a_cancelled_probe_lets_the_next_one_try() -> None:
+def test_a_probe_whose_own_deadline_comes_lets_the_next_one_try() -> None:
     async def main() -> None:
         clock = Clock()
         async with ScriptedServer({"banner": [Drop(), Silence()]}) as server:
             failover = make(server, clock=clock)
             await attempt(failover)
             clock.now += 1
-            probe = asyncio.create_task(attempt(failover))
+            soon = asyncio.get_running_loop().time() + 0.2
+            probe = asyncio.create_task(outcome(failover, ENVELOPE, deadline=soon))
             while server.script["banner"]:  # noqa: ASYNC110 what is waited for is the server's
                 await asyncio.sleep(0.01)
             assert type(await attempt(failover)) is MessageDeferred
-            probe.cancel()
-            await asyncio.gather(probe, return_exceptions=True)
+            assert type(await probe) is CalledOff
             clock.now += 1
             assert await attempt(failover) is None
             await failover.close()

@@ -1,27 +1,34 @@
-"""The pool under pressure: cancelled sends, dead relays, too many connections, the end. Nothing is ever leaked."""
+"""The pool under pressure: sends called off, dead relays, too many connections, the end. Nothing is ever leaked."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 
 import pytest
-from relays import assert_nothing_left, make, send, until
+from relays import ENVELOPE, assert_nothing_left, make, outcome, send, until
 from smtp_server import Later, ScriptedServer, Silence
 
-from worker.mail.errors import AcceptanceUnknown, MessageDeferred, MessageRejected, RelayBusy, RelayUnavailable
+from worker.mail.errors import (
+    AcceptanceUnknown,
+    CalledOff,
+    MessageDeferred,
+    MessageRejected,
+    RelayBusy,
+    RelayUnavailable,
+)
 
 
 @pytest.mark.parametrize("step", ["banner", "ehlo", "mail", "rcpt", "data", "dot"])
-def test_a_cancelled_send_leaves_nothing_behind(step: str) -> None:
+def test_a_send_whose_own_deadline_comes_leaves_nothing_behind(step: str) -> None:
     async def main() -> None:
         async with ScriptedServer({step: [Silence()]}) as server:
             relay = make(server, 1)
-            task = asyncio.create_task(send(relay))
+            soon = asyncio.get_running_loop().time() + 0.2
+            late = asyncio.create_task(outcome(relay, ENVELOPE, deadline=soon))
             waiting = asyncio.create_task(send(relay, "bob"))
-            await until(lambda: not server.script[step])
-            task.cancel()
+            assert type(await late) is (AcceptanceUnknown if step == "dot" else CalledOff)
             assert await waiting is None
-            assert task.cancelled()
             assert [mail.recipient for mail in server.mails] == ["bob@example.com"]
             assert relay.free == 1
             await assert_nothing_left(relay, server)
@@ -29,17 +36,16 @@ def test_a_cancelled_send_leaves_nothing_behind(step: str) -> None:
     asyncio.run(main())
 
 
-def test_cancelling_at_any_moment_keeps_the_count() -> None:
+def test_a_deadline_at_any_moment_keeps_the_count() -> None:
     async def main() -> None:
+        loop = asyncio.get_running_loop()
         async with ScriptedServer() as server:
             relay = make(server, 3)
             for turn in range(60):
-                tasks = [asyncio.create_task(send(relay)) for _ in range(8)]
-                for _ in range(turn % 20):
-                    await asyncio.sleep(0)
-                for task in tasks[turn % 3 :: 2]:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                deadlines = [loop.time() + turn / 5000 if number % 2 else math.inf for number in range(8)]
+                outcomes = await asyncio.gather(*(outcome(relay, ENVELOPE, deadline=each) for each in deadlines))
+                assert outcomes[::2] == [None] * 4
+                assert {type(error) for error in outcomes[1::2]} <= {type(None), CalledOff, AcceptanceUnknown}
                 assert relay.free == 3
             assert await send(relay) is None
             assert server.peak <= 3 + 3  # the server sees the end of a dropped connection a moment later
@@ -138,15 +144,14 @@ def test_told_to_go_twice_a_send_leaves_the_relay() -> None:
     async def main() -> None:
         async with ScriptedServer({"dot": Silence()}) as server:
             relay = make(server, 4)
-            holders = [asyncio.create_task(send(relay)) for _ in range(2)]
+            now = asyncio.get_running_loop().time()
+            holders = [asyncio.create_task(outcome(relay, ENVELOPE, deadline=now + each)) for each in (0.3, 1.0)]
             await until(lambda: server.commands.count("DATA") == 2)
             server.script["mail"] = "421 4.7.0 too many"
             third = asyncio.create_task(send(relay))
-            await until(lambda: relay.free == 0 and len(relay._waiters) == 1)
-            holders[0].cancel()
+            await until(lambda: relay.free == 0 and len(relay._waiting) == 1)
             assert type(await third) is RelayBusy
-            holders[1].cancel()
-            await asyncio.gather(*holders, return_exceptions=True)
+            assert {type(error) for error in await asyncio.gather(*holders)} == {AcceptanceUnknown}
             await assert_nothing_left(relay, server)
 
     asyncio.run(main())
@@ -189,8 +194,8 @@ def test_close_ends_what_is_under_way() -> None:
                 await relay.close()
             assert type(await sending) is AcceptanceUnknown
             outcomes = await asyncio.gather(*tasks)
-            assert {type(outcome) for outcome in outcomes if outcome} <= {RelayUnavailable, MessageDeferred}
-            assert type(await send(relay)) is MessageDeferred
+            assert {type(outcome) for outcome in outcomes if outcome} <= {CalledOff}
+            assert type(await send(relay)) is CalledOff
             await assert_nothing_left(relay, server)
 
     asyncio.run(main())

@@ -7,11 +7,11 @@ import socket
 from collections import Counter
 
 import pytest
-from relays import CONTENT, assert_nothing_left, make, send, until
+from relays import CONTENT, assert_nothing_left, make, outcome, send, until
 from smtp_server import Drop, Last, Later, ScriptedServer
 
+from worker.mail.envelope import Envelope
 from worker.mail.errors import AcceptanceUnknown, RelayUnavailable
-from worker.mail.relay import Envelope
 
 
 def test_one_connection_serves_one_mail_after_the_other() -> None:
@@ -199,7 +199,7 @@ def test_an_envelope_that_would_break_the_dialogue_costs_no_connection() -> None
             relay = make(server)
             evil = Envelope("no-reply@example.com", "a@b.cc>\r\nRCPT TO:<v@b.cc", False, CONTENT)
             with pytest.raises(ValueError, match="an address"):
-                await relay.send(evil, lambda: True)
+                await outcome(relay, evil)
             assert server.connections == 0
             await relay.close()
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from relays import outcome
 from smtp_server import Act, Drop, Last, ScriptedServer, Silence, Slowly
 
+from worker.mail.envelope import Envelope
 from worker.mail.errors import (
     AcceptanceUnknown,
     MailError,
@@ -16,7 +18,7 @@ from worker.mail.errors import (
     RelayUnavailable,
     SendWithheld,
 )
-from worker.mail.relay import Envelope, Relay
+from worker.mail.relay import Relay
 
 ENVELOPE = Envelope("no-reply@example.com", "alice@example.com", False, b"Subject: code\r\n\r\n..stuffed\r\n")
 CONTENT_SEEN = ("content", "dot")  # steps that come when the content is on its way
@@ -36,11 +38,7 @@ async def attempt(relay: Relay, calls: list[str] | None = None, *, wanted: bool 
             calls.append("before_dot")
         return wanted
 
-    try:
-        await relay.send(ENVELOPE, before_dot)
-    except MailError as exc:
-        return exc
-    return None
+    return await outcome(relay, ENVELOPE, wanted=before_dot)
 
 
 OUTCOMES: list[tuple[str, Act, type[MailError]]] = [
@@ -211,7 +209,7 @@ def test_the_callers_own_error_comes_back_and_nothing_is_sent() -> None:
         async with ScriptedServer() as server:
             relay = make(server)
             with pytest.raises(LookupError, match="lease"):
-                await relay.send(ENVELOPE, before_dot)
+                await outcome(relay, ENVELOPE, wanted=before_dot)
             assert await attempt(relay) is None
             assert len(server.mails) == 1
             await relay.close()

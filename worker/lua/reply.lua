@@ -1,21 +1,26 @@
 --[[
-reply: store and publish one reply. The first one stands: a request has exactly one.
+reply: store and publish replies, one after the other; begins with each.lua. The first one stands: a request has exactly one.
 
-KEYS 1 reply       string  celery-task-meta-<id>, also the channel
-ARGV 1 payload     string
-     2 life        s
+KEYS i reply       string  celery-task-meta-<id>, also the channel
+ARGV 1 life        s
+     i+1 payload   string
 
-Returns 1 if it is the first.
+Returns a list with an entry for each: 1 if it is the first, else 0, or an error of this one alone.
 ]]
-if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[2]) then
-    redis.call('PUBLISH', KEYS[1], ARGV[1])
-    return 1
-end
-local first = redis.pcall('GET', KEYS[1])
-if type(first) ~= 'string' then
-    -- Something else has our key, which no reply ever had.
-    redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
-    first = ARGV[1]
-end
-redis.call('PUBLISH', KEYS[1], first)
-return 0
+local life = ARGV[1]
+
+return each(#KEYS, function(i)
+    local key, payload = KEYS[i], ARGV[i + 1]
+    if redis.call('SET', key, payload, 'NX', 'EX', life) then
+        redis.call('PUBLISH', key, payload)
+        return 1
+    end
+    local first = redis.call('MGET', key)[1]
+    if not first then
+        -- Something else has our key, which no reply ever had.
+        redis.call('SET', key, payload, 'EX', life)
+        first = payload
+    end
+    redis.call('PUBLISH', key, first)
+    return 0
+end)

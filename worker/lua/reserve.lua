@@ -1,6 +1,8 @@
 --[[
 reserve: take up to so many messages, in one atomic step: each leaves its place and stands in `unacked` with its index, or,
 if it is unfit, in the dead letters. Parked requests that are due come first, oldest first; then the lists' ends.
+With more on the queue than is taken, every fourth is its newest instead: that one's caller still waits for the reply, while
+a caller who waits behind a whole backlog is told 6 however soon the worker comes to him.
 
 KEYS 1 queue       list   what producers LPUSH
      2 ready       zset   parked requests that are due: id by birth (ms)
@@ -23,6 +25,7 @@ at first, written to where they go next, and only then removed; what was written
 ]]
 local time = redis.call('TIME')
 local seconds = time[1] + time[2] / 1000000
+local score = string.format('%.6f', seconds) -- once: a number that is handed on is written out each time
 local count, prefix, held = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[5])
 local suspects = redis.call('LLEN', KEYS[4])
 
@@ -71,7 +74,7 @@ local function move(messages, removals)
         else
             payloads[#payloads + 1] = tag
             payloads[#payloads + 1] = '[' .. message .. ',"","' .. ARGV[4] .. '"]'
-            index[#index + 1] = seconds
+            index[#index + 1] = score
             index[#index + 1] = tag
         end
         taken[#taken + 1] = tag
@@ -120,8 +123,27 @@ if suspects > 0 then
     return answer(move({ redis.call('LINDEX', KEYS[4], -1) }, { { 'RPOP', KEYS[4] } }))
 end
 
+-- Moves one end of a list, the oldest (its last) first; the rest stays. Returns what was refused, if anything.
+local function take(key, from, to, rest_from, rest_to)
+    local found, messages = redis.call('LRANGE', key, from, to), {}
+    for j = #found, 1, -1 do
+        messages[#messages + 1] = found[j]
+    end
+    return move(messages, { { 'LTRIM', key, rest_from, rest_to } })
+end
+
 local room = count
-local due = redis.call('ZRANGE', KEYS[2], 0, count - 1)
+if redis.call('LLEN', KEYS[1]) > count then
+    local newest = math.floor((count + time[2] % 4) / 4)
+    if newest > 0 then
+        local error = take(KEYS[1], 0, newest - 1, newest, -1)
+        if error then
+            return answer(error)
+        end
+        room = room - newest
+    end
+end
+local due = room > 0 and redis.call('ZRANGE', KEYS[2], 0, room - 1) or {}
 if #due > 0 then
     local messages = {}
     for _, entry in ipairs(redis.call('HMGET', KEYS[3], unpack(due))) do
@@ -137,17 +159,14 @@ if #due > 0 then
 end
 for i = 1, #KEYS do
     if (i == 1 or i > 7) and room > 0 then
-        local messages = {}
-        local tail = redis.call('LRANGE', KEYS[i], -room, -1)
-        for j = #tail, 1, -1 do
-            messages[#messages + 1] = tail[j]
-        end
-        if #messages > 0 then
-            local error = move(messages, { { 'LTRIM', KEYS[i], 0, -#messages - 1 } })
+        local found = redis.call('LLEN', KEYS[i])
+        if found > 0 then
+            found = math.min(found, room)
+            local error = take(KEYS[i], -found, -1, 0, -found - 1)
             if error then
                 return answer(error)
             end
-            room = room - #messages
+            room = room - found
         end
     end
 end

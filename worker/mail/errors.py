@@ -65,6 +65,10 @@ class Smtputf8Unsupported(MailError):
     """The address needs SMTPUTF8, which the relay lacks."""
 
 
+class CalledOff(MailError):
+    """The request's deadline came, or the worker stops."""
+
+
 class SendWithheld(MailError):
     """The send was called off before the mail's content left."""
 

@@ -8,8 +8,10 @@ import random
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from worker.mail.envelope import Mail
 from worker.mail.errors import (
     AcceptanceUnknown,
+    CalledOff,
     MailError,
     MessageDeferred,
     MessageRejected,
@@ -21,17 +23,16 @@ from worker.mail.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from worker.mail.relay import Envelope, Relay
+    from worker.mail.relay import Relay
 
 _FIRST_PAUSE: Final = 1.0  # seconds until a sick relay is probed; doubled with every failed probe
 _LONGEST_PAUSE: Final = 60.0
 
 _ACCEPTED: Final = "accepted"
 _DEFERRED: Final = "deferred"
-_CALLED_OFF: Final = "called_off"  # the request's deadline came, or the worker stops
-_OUTCOMES: Final[dict[type[MailError], str]] = {
+_OUTCOMES: Final[dict[type[Exception], str]] = {
     RecipientRejected: "recipient_rejected",
     MessageRejected: "message_rejected",
     MessageDeferred: _DEFERRED,
@@ -40,7 +41,10 @@ _OUTCOMES: Final[dict[type[MailError], str]] = {
     AcceptanceUnknown: "unknown",
     Smtputf8Unsupported: "no_smtputf8",
     SendWithheld: "withheld",
+    CalledOff: "called_off",
 }
+# What no other relay is asked about.
+_FINAL: Final = (RecipientRejected, AcceptanceUnknown, SendWithheld, CalledOff)
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +64,7 @@ class _Health:
     def __init__(self, relay: Relay, clock: Callable[[], float]) -> None:
         self.relay: Final = relay
         self.sick = False
-        self.sends = dict.fromkeys((_ACCEPTED, *_OUTCOMES.values(), _CALLED_OFF), 0)
+        self.sends = dict.fromkeys((_ACCEPTED, *_OUTCOMES.values()), 0)
         self._clock = clock
         self._pause = _FIRST_PAUSE
         self._probe_at = 0.0
@@ -75,31 +79,25 @@ class _Health:
         self._probing = True
         return True
 
-    async def send(self, envelope: Envelope, before_dot: Callable[[], bool]) -> None:
-        """`Relay.send`, with a look at what its outcome says of the relay."""
-        probe, outcome = self.sick, _CALLED_OFF
-        try:
-            await self.relay.send(envelope, before_dot)
-        except MailError as exc:
-            outcome = _OUTCOMES.get(type(exc), _DEFERRED)
-            if isinstance(exc, RelayUnavailable):
+    def note(self, error: Exception | None, *, probe: bool) -> None:
+        """A send has ended: what its outcome says of the relay."""
+        if error is None:
+            self.sends[_ACCEPTED] += 1
+            self._well()
+        else:
+            self.sends[_OUTCOMES.get(type(error), _DEFERRED)] += 1
+            if isinstance(error, RelayUnavailable):
                 # Sends that were under way when it fell sick say nothing new.
                 if probe or not self.sick:
-                    self._worse(exc)
+                    self._worse(error)
             # A relay that refuses is at work; one that was not asked (no code) may not be.
-            elif not isinstance(exc, RelayBusy | AcceptanceUnknown) and (
-                exc.code or not isinstance(exc, MessageDeferred)
+            elif isinstance(error, RecipientRejected | MessageRejected | Smtputf8Unsupported | SendWithheld) or (
+                isinstance(error, MessageDeferred) and error.code
             ):
                 self._well()
-            raise
-        else:
-            outcome = _ACCEPTED
-            self._well()
-        finally:
-            self.sends[outcome] += 1
-            if probe:
-                self._probing = False
-                self._rest()
+        if probe:
+            self._probing = False
+            self._rest()
 
     def _worse(self, exc: RelayUnavailable) -> None:
         if self.sick:
@@ -119,6 +117,40 @@ class _Health:
             logger.info("relay %s is well again", self.relay.url.masked())
         self.sick = False
         self._pause = _FIRST_PAUSE
+
+
+class _Send:
+    """One mail on its way through the relays."""
+
+    __slots__ = ("_mail", "_outcomes", "_probe", "_relay", "_relays")
+
+    def __init__(self, mail: Mail, relays: Iterable[_Health]) -> None:
+        self._mail = mail
+        self._relays = iter(relays)
+        self._outcomes: list[MailError] = []
+        self._probe = False
+
+    def go_on(self) -> None:
+        """Ask the next relay."""
+        for health in self._relays:
+            if health.admits():
+                self._relay, self._probe = health, health.sick
+                mail = self._mail
+                try:
+                    health.relay.send(Mail(mail.envelope, mail.deadline, mail.before_dot, self._ended))
+                except ValueError as exc:
+                    self._ended(exc)
+                return
+            self._outcomes.append(MessageDeferred())
+        self._mail.done(_verdict(self._outcomes))
+
+    def _ended(self, error: Exception | None) -> None:
+        self._relay.note(error, probe=self._probe)
+        if isinstance(error, MailError) and not isinstance(error, _FINAL):
+            self._outcomes.append(error)
+            self.go_on()
+        else:
+            self._mail.done(error)
 
 
 class Failover:
@@ -143,23 +175,14 @@ class Failover:
             for health in self._relays
         ]
 
-    async def send(self, envelope: Envelope, before_dot: Callable[[], bool]) -> None:
-        """Return when a relay has accepted the mail; `before_dot` as in `Relay.send`.
+    def send(self, mail: Mail) -> None:
+        """Send a mail; `mail.done` is called when a relay has accepted it, or none will.
 
-        Raises `RecipientRejected`, `AcceptanceUnknown` and `SendWithheld` as soon as one relay says so;
-        `MessageDeferred` if any relay could not be asked or said 4yz; `MessageRejected` if all refused, some of them
-        with 5yz; `Smtputf8Unsupported` if all lack it.
+        Its error is `RecipientRejected`, `AcceptanceUnknown`, `SendWithheld` or `CalledOff` as soon as one relay says
+        so; `MessageDeferred` if any relay could not be asked or said 4yz; `MessageRejected` if all refused, some of
+        them with 5yz; `Smtputf8Unsupported` if all lack it; `ValueError` for an envelope that would break the dialogue.
         """
-        outcomes: list[MailError] = []
-        for health in self._relays:
-            if not health.admits():
-                outcomes.append(MessageDeferred())
-                continue
-            try:
-                return await health.send(envelope, before_dot)
-            except (MessageRejected, MessageDeferred, RelayBusy, RelayUnavailable, Smtputf8Unsupported) as exc:
-                outcomes.append(exc)
-        raise _verdict(outcomes)
+        _Send(mail, self._relays).go_on()
 
     async def close(self) -> None:
         """Close all relays."""

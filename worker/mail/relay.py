@@ -7,19 +7,38 @@ import ssl
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from worker.mail.errors import MailError, MessageDeferred, RelayBusy
+from worker.mail.envelope import Mail
+from worker.mail.errors import CalledOff, MailError, MessageDeferred, RelayBusy, RelayUnavailable
 from worker.mail.opening import establish
-from worker.mail.smtp import Connection, Envelope, Stale
+from worker.mail.smtp import Connection, Stale
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from producer.values import RelayURL
-
-__all__ = ["Envelope", "Relay"]
 
 _RAISE_SECONDS: Final = 10.0  # after a 421, the limit rises by one connection this often
 _CLOSE_SECONDS: Final = 1.0
+
+
+class _Send:
+    """One mail on its way through a relay."""
+
+    __slots__ = ("_connection", "_relay", "deadline", "mail", "patience", "was_busy")
+
+    def __init__(self, relay: Relay, mail: Mail, deadline: float, patience: float) -> None:
+        """`deadline`, `patience`: loop times by which it is done, and until which it waits for a connection."""
+        self._relay = relay
+        self.mail = mail
+        self.deadline = deadline
+        self.patience = patience
+        self.was_busy = False
+
+    def begin(self, connection: Connection) -> None:
+        """Have `connection` send it."""
+        self._connection = connection
+        connection.send(Mail(self.mail.envelope, self.deadline, self.mail.before_dot, self._ended))
+
+    def _ended(self, error: Exception | None) -> None:
+        self._relay._ended(self, self._connection, error)  # noqa: SLF001 - which nobody else may call
 
 
 class Relay:
@@ -55,8 +74,9 @@ class Relay:
         self._size = 0  # places taken: idle, sending, being opened
         self._idle: list[Connection] = []
         self._live: set[Connection] = set()
-        # One that waits is handed a connection, or None: a place to open one in.
-        self._waiters: deque[asyncio.Future[Connection | None]] = deque()
+        self._openings: set[asyncio.Task[None]] = set()
+        self._waiting: deque[_Send] = deque()
+        self._patience: asyncio.TimerHandle | None = None  # one for all that wait
         self._closing = False
         self._gone: asyncio.Future[None] | None = None
 
@@ -68,168 +88,189 @@ class Relay:
     @property
     def free(self) -> int:
         """How many sends could start now without waiting for a connection."""
-        return max(0, len(self._idle) + self._limit - self._size - len(self._waiters))
+        return max(0, len(self._idle) + self._limit - self._size - len(self._waiting))
 
     @property
     def open_connections(self) -> int:
         """Connections open or being opened."""
         return len(self._live)
 
-    async def send(self, envelope: Envelope, before_dot: Callable[[], bool]) -> None:
-        """Return when the relay has accepted the mail; else raise `MailError`.
+    def send(self, mail: Mail) -> None:
+        """Send a mail. `mail.done` is called by its deadline, or when this relay had time enough.
 
-        `before_dot` is called at most once, right before the content is written; False raises `SendWithheld`.
-        Raises `ValueError` for an envelope that would break the SMTP dialogue.
+        Its error is `CalledOff` if the mail's own deadline came or the relay was closed. Raises `ValueError` for an
+        envelope that would break the SMTP dialogue.
         """
-        envelope.check()
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._send_timeout
-        was_busy = False
-        while True:
-            connection: Connection | None = None
-            try:
-                connection = self._idle.pop() if self._idle else await self._obtain(deadline)
-                await connection.send(envelope, before_dot, deadline)
-            except Stale:
-                # Each round takes one such connection out of the pool, until a new one is opened.
-                self._drop(connection)
-            except RelayBusy as exc:
-                if connection:
-                    self._leave(connection)
-                self._lower_limit(exc, loop.time())
-                if was_busy:
-                    raise
-                was_busy = True
-            except MailError:
-                if connection:
-                    self._release(connection)
-                raise
-            except BaseException:
-                self._drop(connection)
-                raise
-            else:
-                self._release(connection)
-                return
+        mail.envelope.check()
+        now = asyncio.get_running_loop().time()
+        deadline = min(mail.deadline, now + self._send_timeout)
+        # Half the time is kept for the send itself, or a crowd would make a slow relay look like a dead one.
+        patience = min(mail.deadline, now + self._send_timeout / 2)
+        self._start(_Send(self, mail, deadline, patience), now)
 
     async def close(self) -> None:
         """End all connections: the idle ones politely, the others, and the sends on them, at once; within a second."""
         self._closing = True
-        self._fail_waiters(MessageDeferred())
+        if self._patience:
+            self._patience.cancel()
+        self._fail_waiting(CalledOff())
         idle, self._idle = self._idle, []
         for connection in idle:
             connection.quit()
+        openings = list(self._openings)
+        for task in openings:
+            task.cancel()
         for connection in self._live.difference(idle):
-            if connection.opening and not connection.opening.expired():
-                connection.opening.reschedule(connection.loop.time())
             connection.abort()
+        if openings:
+            await asyncio.wait(openings)
         if self._live:
             self._gone = asyncio.get_running_loop().create_future()
             await asyncio.wait([self._gone], timeout=_CLOSE_SECONDS)
 
-    async def _obtain(self, deadline: float) -> Connection:
-        """An idle connection, a new one, or the next that becomes free."""
+    def _start(self, send: _Send, now: float) -> None:
+        """Use an idle connection, a new one, or wait for the next that becomes free."""
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.closed:
+                send.begin(connection)
+                return
+            self._size -= 1
         if self._closing:
-            raise MessageDeferred
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+            send.mail.done(CalledOff())
+            return
         if self._limit < self._connections and now >= self._raise_at:
             self._limit += 1
             self._raise_at = now + _RAISE_SECONDS
-        if self._size >= self._limit:
-            # Half the time is kept for the send itself, or a crowd would make a slow relay look like a dead one.
-            connection = await self._wait(deadline - self._send_timeout / 2)
-            if connection:
-                return connection
-        else:
+        if self._size < self._limit:
             self._size += 1
-        return await self._open(min(deadline, loop.time() + self._connect_timeout))
+            self._open(send)
+        else:
+            self._waiting.append(send)
+            self._be_patient(send.patience)
 
-    async def _open(self, deadline: float) -> Connection:
+    def _open(self, send: _Send) -> None:
         """Open a connection in a place already taken, which is given back on failure."""
+        task = asyncio.create_task(self._establish(send))
+        self._openings.add(task)
+        task.add_done_callback(self._openings.discard)
+
+    async def _establish(self, send: _Send) -> None:
         connection = Connection(self._on_lost)
         self._live.add(connection)
         try:
-            await establish(connection, self.url, self._tls, deadline)
-        except BaseException as exc:
+            await establish(
+                connection, self.url, self._tls, min(send.deadline, connection.loop.time() + self._connect_timeout)
+            )
+        except BaseException as exc:  # noqa: BLE001 - whatever it is, the mail is told, and its place given back
             self._leave(connection)
             # asyncio tells no one of a connection that ends in its TLS handshake.
             self._on_lost(connection)
-            if not isinstance(exc, MailError):
-                self._offer_place()
-            elif not self._size and not isinstance(exc, RelayBusy):
-                # With connections left, those that wait go on waiting; without, a dead relay is not tried by each.
-                self._fail_waiters(exc)
-            raise
-        return connection
-
-    async def _wait(self, deadline: float) -> Connection | None:
-        waiter: asyncio.Future[Connection | None] = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        try:
-            async with asyncio.timeout_at(deadline):
-                return await waiter
-        except BaseException as exc:
-            if not waiter.done() or waiter.cancelled():
-                if waiter in self._waiters:
-                    self._waiters.remove(waiter)
-            elif waiter.exception() is None:
-                # It was served in the moment it gave up: the next one may have it.
-                connection = waiter.result()
-                if connection:
-                    self._release(connection)
-                else:
-                    self._size -= 1
+            if isinstance(exc, RelayBusy):
+                self._lower_limit(send, exc)
+            elif isinstance(exc, MailError):
+                if exc.code is None and connection.loop.time() >= send.mail.deadline:
                     self._offer_place()
-            if isinstance(exc, TimeoutError):
-                raise MessageDeferred from None
-            raise
+                elif not self._size:
+                    # With connections left, those that wait go on waiting; without, a dead relay is not tried by each.
+                    self._fail_waiting(exc)
+                self._fail(send, exc)
+            else:
+                self._offer_place()
+                send.mail.done(exc if isinstance(exc, Exception) else CalledOff())
+        else:
+            send.begin(connection)
+
+    def _ended(self, send: _Send, connection: Connection, error: Exception | None) -> None:
+        """The transaction of `send` has ended."""
+        if error is None:
+            self._release(connection)
+            send.mail.done(None)
+        elif isinstance(error, Stale):
+            # Each round takes one such connection out of the pool, until a new one is opened.
+            self._drop(connection)
+            self._start(send, connection.loop.time())
+        elif isinstance(error, RelayBusy):
+            self._leave(connection)
+            self._lower_limit(send, error)
+        elif isinstance(error, MailError):
+            self._release(connection)
+            self._fail(send, error)
+        else:
+            self._drop(connection)
+            send.mail.done(error)
+
+    def _fail(self, send: _Send, error: MailError) -> None:
+        """Tell of a failure; one for which the relay cannot be blamed is `CalledOff`."""
+        if isinstance(error, RelayUnavailable | MessageDeferred) and error.code is None:
+            now = asyncio.get_running_loop().time()
+            if self._closing or now >= send.mail.deadline:
+                error = CalledOff()
+        send.mail.done(error)
+
+    def _be_patient(self, until: float) -> None:
+        timer = self._patience
+        if timer is None or timer.when() > until:
+            if timer:
+                timer.cancel()
+            self._patience = asyncio.get_running_loop().call_at(until, self._lose_patience)
+
+    def _lose_patience(self) -> None:
+        """Those that have waited too long for a connection are deferred."""
+        self._patience = None
+        now = asyncio.get_running_loop().time()
+        waiting, self._waiting = self._waiting, deque()
+        for send in waiting:
+            if send.patience <= now:
+                self._fail(send, MessageDeferred())
+            else:
+                self._waiting.append(send)
+        if self._waiting:
+            self._be_patient(min(send.patience for send in self._waiting))
 
     def _release(self, connection: Connection) -> None:
         """A transaction has ended: the connection goes to the next that waits, or idles."""
         if connection.closed or self._closing:
             self._drop(connection)
-            return
-        waiter = self._next_waiter()
-        if waiter:
-            waiter.set_result(connection)
+        elif self._waiting:
+            self._waiting.popleft().begin(connection)
         else:
             connection.arm(connection.loop.time() + self._idle_timeout)
             self._idle.append(connection)
 
-    def _drop(self, connection: Connection | None) -> None:
+    def _drop(self, connection: Connection) -> None:
         """End a connection that was taken; its place goes to the next that waits."""
-        if connection:
-            self._leave(connection)
-            self._offer_place()
+        self._leave(connection)
+        self._offer_place()
 
     def _leave(self, connection: Connection) -> None:
         connection.abort()
         self._size -= 1
 
     def _offer_place(self) -> None:
-        if self._size < self._limit and (waiter := self._next_waiter()):
+        if self._size < self._limit and self._waiting:
             self._size += 1
-            waiter.set_result(None)
+            self._open(self._waiting.popleft())
 
-    def _next_waiter(self) -> asyncio.Future[Connection | None] | None:
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                return waiter
-        return None
+    def _fail_waiting(self, error: MailError) -> None:
+        waiting, self._waiting = self._waiting, deque()
+        for send in waiting:
+            self._fail(send, type(error)(error.code, error.enhanced))
 
-    def _fail_waiters(self, error: MailError) -> None:
-        while waiter := self._next_waiter():
-            waiter.set_exception(type(error)(error.code, error.enhanced))
-
-    def _lower_limit(self, busy: RelayBusy, now: float) -> None:
+    def _lower_limit(self, send: _Send, busy: RelayBusy) -> None:
         """The relay takes no more connections than the others there are; if there is none, it takes no mail now."""
         if not self._size:
-            deferred = MessageDeferred(busy.code, busy.enhanced)
-            self._fail_waiters(deferred)
-            raise deferred
+            self._fail_waiting(MessageDeferred(busy.code, busy.enhanced))
+            self._fail(send, MessageDeferred(busy.code, busy.enhanced))
+            return
+        now = asyncio.get_running_loop().time()
         self._limit = self._size
         self._raise_at = now + _RAISE_SECONDS
+        if send.was_busy:
+            self._fail(send, busy)
+        else:
+            send.was_busy = True
+            self._start(send, now)
 
     def _on_lost(self, connection: Connection) -> None:
         self._live.discard(connection)

@@ -9,7 +9,8 @@ from typing import Final, NamedTuple
 MAX_LINE: Final = 2048
 MAX_REPLY: Final = 65536  # octets, all lines of one reply
 
-_LINE: Final = re.compile(rb"([2-5][0-9][0-9])(?:([ -])(.*))?", re.DOTALL)
+_SEPARATORS: Final = (b" ", b"-", b"")
+_CODES: Final = {b"%d" % code: code for code in range(200, 600)}
 _ENHANCED: Final = re.compile(rb"([245]\.[0-9]{1,3}\.[0-9]{1,3})(?![0-9.])")
 
 
@@ -42,7 +43,7 @@ class ReplyReader:
         """Forget what has arrived and is not yet a whole reply."""
         self.broken = False
         self._rest = b""
-        self._code = b""
+        self._code = 0
         self._lines: list[bytes] = []
         self._size = 0
 
@@ -57,20 +58,23 @@ class ReplyReader:
         lines = (self._rest + data).split(b"\n")
         self._rest = lines.pop()
         for line in lines:
-            found = _LINE.fullmatch(line.removesuffix(b"\r"))
             self._size += len(line)
+            if line.endswith(b"\r"):
+                line = line[:-1]  # noqa: PLW2901 - its end is no part of it
+            code, separator = _CODES.get(line[:3]), line[3:4]
             if (
-                found is None
+                code is None
+                or separator not in _SEPARATORS
                 or len(line) > MAX_LINE
                 or self._size > MAX_REPLY
-                or (self._lines and self._code != found[1])
+                or (self._lines and self._code != code)
             ):
                 self.broken = True
                 return replies
-            self._code = found[1]
-            self._lines.append(found[3] or b"")
-            if found[2] != b"-":
-                replies.append(Reply(int(found[1]), self._lines))
+            self._code = code
+            self._lines.append(line[4:])
+            if separator != b"-":
+                replies.append(Reply(code, self._lines))
                 self._lines, self._size = [], 0
         if len(self._rest) > MAX_LINE:
             self.broken = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import TYPE_CHECKING, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from worker.mail.errors import RelayUnavailable, SendWithheld, Smtputf8Unsupported, Step, classify
 from worker.mail.replies import Reply, ReplyReader
@@ -12,38 +12,25 @@ from worker.mail.replies import Reply, ReplyReader
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from worker.mail.envelope import Mail
+
 _QUIT_SECONDS: Final = 0.5
 _CLOSING: Final = 421
-_NO_PATH: Final = re.compile(r"[\x00-\x20<>\x7f\ud800-\udfff]")
 _NO_COMMAND: Final = re.compile(rb"[\r\n\0]")
 
 
-class Envelope(NamedTuple):
-    """One mail, ready to go."""
-
-    sender: str
-    recipient: str
-    needs_smtputf8: bool
-    content: bytes  # CRLF lines, dot-stuffed, the last one ended, without the final dot
-
-    def check(self) -> None:
-        """Raise `ValueError` if an address could say more than an address, or the final dot would not stand alone."""
-        if _NO_PATH.search(self.sender) or _NO_PATH.search(self.recipient):
-            raise ValueError("an address with a control character, a space, an angle bracket or half a character")
-        if not self.needs_smtputf8 and not (self.sender.isascii() and self.recipient.isascii()):
-            raise ValueError("an address that is not ASCII and claims to need no SMTPUTF8")
-        if not self.content.endswith(b"\r\n"):
-            raise ValueError("content whose last line is not ended")
+_BUFFER: Final = memoryview(bytearray(65536))
 
 
 class Stale(RelayUnavailable):
     """The relay closed a kept connection before the transaction began."""
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """A connection, from its opening (`worker.mail.opening`) to its end.
 
-    The transaction is a state machine driven by arriving data and ends in one future, as no coroutine is as quick.
+    The transaction is a state machine driven by arriving data and ends in a call: no coroutine, nor a future that wakes
+    one, is as quick.
     """
 
     def __init__(self, on_lost: Callable[[Connection], None]) -> None:
@@ -57,15 +44,15 @@ class Connection(asyncio.Protocol):
         self._deaf = False
         self._used = False
         self._answer: asyncio.Future[Reply | None] = self.loop.create_future()  # the banner; None: there is none
-        self._done: asyncio.Future[None] | None = None
         # The transaction
+        self._mail: Mail | None = None
+        self._ended: tuple[Mail, Exception | None] | None = None  # to be told once what has arrived is read
         self._step: Step | None = None  # whose reply is awaited; None: 354 has come, the content is to go
         self._commands: list[bytes] = []  # those not yet written
         self._verdict: Exception | None = None  # of the first refused command
         self._emptying = False  # DATA went ahead of a refusal; only its dot is to be answered
         self._needs_reset = False
-        self._content = b""
-        self._before_dot: Callable[[], bool] = bool
+        self._asked = False  # whether the content may go
         # One timer for all: it looks at the deadline when it fires, so that a send need not set and cancel one.
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -102,31 +89,29 @@ class Connection(asyncio.Protocol):
 
     # Transactions
 
-    def send(self, envelope: Envelope, before_dot: Callable[[], bool], deadline: float) -> asyncio.Future[None]:
-        """Begin a transaction, to end by `deadline` (loop time). The future ends with its outcome, a `MailError`."""
-        done: asyncio.Future[None] = self.loop.create_future()
+    def send(self, mail: Mail) -> None:
+        """Begin a transaction. `mail.done` is called when it has ended, never before this returns."""
+        envelope = mail.envelope
         if self.closed or (envelope.needs_smtputf8 and b"SMTPUTF8" not in self.offers):
-            done.set_exception(Stale() if self.closed else Smtputf8Unsupported())
-            return done
-        self._done, self._verdict, self._emptying = done, None, False
+            self.loop.call_soon(mail.done, Stale() if self.closed else Smtputf8Unsupported())
+            return
+        self._mail, self._verdict, self._emptying, self._asked = mail, None, False, False
         parameters = b" SMTPUTF8" if envelope.needs_smtputf8 else b""
         if b"8BITMIME" in self.offers and not envelope.content.isascii():
             parameters += b" BODY=8BITMIME"
-        mail = b"MAIL FROM:<%b>%b\r\n" % (envelope.sender.encode(), parameters)
-        commands = [mail, b"RCPT TO:<%b>\r\n" % envelope.recipient.encode(), b"DATA\r\n"]
+        begin = b"MAIL FROM:<%b>%b\r\n" % (envelope.sender.encode(), parameters)
+        commands = [begin, b"RCPT TO:<%b>\r\n" % envelope.recipient.encode(), b"DATA\r\n"]
         self._step = Step.MAIL
         if self._needs_reset:
             self._step = Step.RSET
             commands.insert(0, b"RSET\r\n")
-        self._content, self._before_dot = envelope.content, before_dot
-        self.arm(deadline)
+        self.arm(mail.deadline)
         if b"PIPELINING" in self.offers:
             self._commands = []
             self._write(b"".join(commands))
         else:
             self._commands = commands
             self._write(commands.pop(0))
-        return done
 
     def _on_reply(self, reply: Reply) -> None:
         step, positive = self._step, reply.code // 100
@@ -146,7 +131,7 @@ class Connection(asyncio.Protocol):
             if positive != 2 and self._verdict is None:
                 self._refuse(step, reply)
             self._step = _NEXT[step]
-            if self._done and self._commands:
+            if self._mail is not None and self._commands:
                 if self._verdict:
                     self._finish(self._verdict)
                 else:
@@ -157,7 +142,7 @@ class Connection(asyncio.Protocol):
         if positive != 3:
             if self._verdict is None:
                 self._refuse(Step.DATA, reply)
-            if self._done:
+            if self._mail is not None:
                 self._finish(self._verdict, drop=positive == 2 or reply.code == _CLOSING)
         elif self._verdict is None:
             self._step = None
@@ -180,40 +165,52 @@ class Connection(asyncio.Protocol):
             self._emptying = step is Step.RCPT
 
     def _hand_over(self) -> None:
-        """Write content and final dot, unless that has become pointless or is not wanted."""
-        if self._reader.pending or not self._done or self._done.done():
+        """Ask whether content and final dot may be written, unless that has become pointless."""
+        mail = self._mail
+        if self._reader.pending or mail is None or self._asked:
             self._break()
             return
+        self._asked = True
         try:
-            wanted = self._before_dot()
+            mail.before_dot(self._write_content)
         except Exception as exc:  # noqa: BLE001 the caller's own error goes back to the caller
             self._finish(exc, drop=True)
+
+    def _write_content(self, wanted: bool) -> None:
+        """Write content and final dot, if they are wanted and the transaction has not ended meanwhile."""
+        mail = self._mail
+        if mail is None or self._step is not None or not self._asked:
             return
+        self._asked = False
         if wanted:
             self._step = Step.DOT
-            self._write(self._content + b".\r\n")
+            self._write(mail.envelope.content + b".\r\n")
         else:
             self._finish(SendWithheld(), drop=True)
+            self._tell()
 
     def _finish(self, error: Exception | None, *, drop: bool = False) -> None:
         """End the transaction, and with `drop` the connection."""
-        done, self._done = self._done, None
+        mail, self._mail = self._mail, None
         self._used, self._needs_reset = True, error is not None
-        self._content = b""
+        if mail is not None:
+            self._ended = mail, error
         if drop:
             self.abort()
-        if done and not done.done():
-            if error is None:
-                done.set_result(None)
-            else:
-                done.set_exception(error)
+
+    def _tell(self) -> None:
+        """Say how the transaction ended; another one may begin in that call."""
+        ended, self._ended = self._ended, None
+        if ended is not None:
+            mail, error = ended
+            mail.done(error)
 
     def _break(self) -> None:
         """The connection is lost, out of time or talks nonsense."""
         if not self._answer.done():
             self._answer.set_result(None)
-        if self._done:
-            self._finish(self._verdict or classify(self._step or Step.DATA, None, None), drop=True)
+        if self._mail is not None:
+            self._finish(self._verdict or classify(self._step or Step.DATA, None, None))
         self.abort()
 
     # Time
@@ -230,8 +227,9 @@ class Connection(asyncio.Protocol):
         self._timer = None
         if self.loop.time() < self._deadline:
             self.arm(self._deadline)
-        elif self._done or self.closed:
+        elif self._mail is not None or self.closed:
             self._break()
+            self._tell()
         else:
             self.quit()
 
@@ -247,7 +245,7 @@ class Connection(asyncio.Protocol):
     def abort(self) -> None:
         """Drop the connection at once; what still waits for it ends with an error."""
         self.closed = True
-        if self._done and not self._done.done():
+        if self._mail is not None:
             self._break()
         if self.transport:
             self.transport.abort()
@@ -262,10 +260,14 @@ class Connection(asyncio.Protocol):
         """See `asyncio.Protocol`."""
         self.transport = cast("asyncio.Transport", transport)
 
-    def data_received(self, data: bytes) -> None:
-        """See `asyncio.Protocol`."""
-        for reply in self._reader.feed(data):
-            if self._done:
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 asyncio's signature
+        """See `asyncio.BufferedProtocol`: what arrives is read at once, so one buffer serves all connections."""
+        return _BUFFER
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """See `asyncio.BufferedProtocol`."""
+        for reply in self._reader.feed(bytes(_BUFFER[:nbytes])):
+            if self._mail is not None:
                 self._on_reply(reply)
             elif not self._answer.done():
                 self._answer.set_result(reply)
@@ -276,17 +278,19 @@ class Connection(asyncio.Protocol):
             self._reader.reset()
         if self._reader.broken:
             self._break()
-        elif self._done and self._step is None:
+        elif self._mail is not None and self._step is None:
             self._hand_over()
+        self._tell()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 asyncio's signature
         """See `asyncio.Protocol`."""
         self.closed = True
         if self._timer:
             self._timer.cancel()
-        if self._done and self._used and self._step in {Step.RSET, Step.MAIL}:
+        if self._mail is not None and self._used and self._step in {Step.RSET, Step.MAIL}:
             self._finish(Stale())
         self._break()
+        self._tell()
         self._on_lost(self)
 
 

@@ -1,0 +1,173 @@
+"""A message is read or refused, and the reason for a refusal is one that an operator understands."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import pytest
+from caller import message
+
+from producer.contract import TASK, VerifyRequest
+from worker.message import DEEPEST, Parsed, Unfit, for_celery, parse
+from worker.queue import Reserved
+
+ADDRESS = "anna@example.com"
+NOTHING = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+
+
+def read(*arguments: Any, **options: Any) -> Parsed:
+    return parse(Reserved("tag", json.dumps(message(*arguments, **options)).encode()))
+
+
+def nested(levels: int) -> Any:
+    value: Any = "x"
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "asked"),
+    [
+        ((), {"email": ADDRESS}, VerifyRequest(ADDRESS)),
+        ((), {"email": ADDRESS, "purpose": "login", "locale": "en"}, VerifyRequest(ADDRESS, "login", "en")),
+        ((ADDRESS,), {}, VerifyRequest(ADDRESS)),
+        ((ADDRESS, "login"), {"locale": "en"}, VerifyRequest(ADDRESS, "login", "en")),
+        ((ADDRESS, "login", "en", "more"), {"more": 1}, VerifyRequest(ADDRESS, "login", "en")),
+        (("b@example.com",), {"email": ADDRESS}, VerifyRequest(ADDRESS)),
+        ((), {}, VerifyRequest(None)),
+        ((), {"purpose": None}, VerifyRequest(None, None)),
+        ((), {"email": nested(DEEPEST), "locale": nested(500)}, VerifyRequest(nested(DEEPEST), locale=nested(500))),
+        ((), {"email": "\ud800", "purpose": 2**70}, VerifyRequest("\ud800", 2**70)),
+    ],
+)
+def test_arguments_by_place_and_by_name(args: tuple[Any, ...], kwargs: dict[str, Any], asked: VerifyRequest) -> None:
+    parsed = read(kwargs, args=args)
+    assert parsed.job.request == asked
+    assert parsed.job.tag == "tag"
+    assert not parsed.needs_celery
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [
+        (1700000000.25, 1700000000.25),
+        (1700000000, 1700000000.0),
+        (-1, 0.0),
+        (10**30, 1e11),
+        (1e308, 1e11),
+        (True, None),
+        ("1700000000", None),
+        (None, None),
+    ],
+)
+def test_when_it_was_enqueued(given: Any, seconds: float | None) -> None:
+    found = read({"email": ADDRESS}, headers={"enqueued_at": given}).job.enqueued_at
+    assert found == seconds
+    assert found is None or isinstance(found, float)
+
+
+@pytest.mark.parametrize(
+    ("headers", "embed", "needs"),
+    [
+        ({}, {}, False),
+        ({}, NOTHING, False),
+        ({}, None, False),
+        ({}, {"unknown": 1, "chain": []}, False),
+        ({"eta": None, "expires": None, "group": None, "retries": 0, "timelimit": [None, None]}, NOTHING, False),
+        ({"expires": "2030-01-01T00:00:00"}, NOTHING, False),
+        ({"eta": "2030-01-01T00:00:00+00:00"}, NOTHING, True),
+        ({"group": "g"}, NOTHING, True),
+        ({}, NOTHING | {"callbacks": [{"task": "next"}]}, True),
+        ({}, NOTHING | {"chord": {"task": "next"}}, True),
+    ],
+)
+def test_what_needs_celerys_own_machinery(headers: dict[str, Any], embed: Any, needs: bool) -> None:
+    parsed = read({"email": ADDRESS}, headers=headers, embed=embed)
+    assert parsed.needs_celery is needs
+    assert parsed.job.scheduled is ("eta" in headers and headers["eta"] is not None)
+
+
+@pytest.mark.parametrize("zone", ["", "Z", "+00:00"])
+def test_times_are_utc_unless_they_say_otherwise(zone: str) -> None:
+    headers = {"expires": f"2030-01-01T00:00:00{zone}", "eta": "2030-01-01T01:00:00+01:00"}
+    parsed = read({"email": ADDRESS}, headers=headers)
+    assert parsed.job.expires_at == parsed.eta == 1893456000.0
+
+
+ENVELOPE = "the envelope is not that of a task message"
+BODY = "the body is not JSON in base64"
+PARTS = "the body is not [args, kwargs, embed]"
+DEEP = "an argument is nested too deeply"
+
+
+def body(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"headers": {"id": 5}}, ENVELOPE),
+    ({"headers": {"id": None}}, ENVELOPE),
+    ({"request_id": "\ud800"}, ENVELOPE),
+    ({"body": 5}, BODY),
+    ({"body": None}, BODY),
+    ({"body": ""}, BODY),
+    ({"body": "***"}, BODY),
+    ({"body": "é"}, BODY),
+    ({"body": body("[[], {}, {}]") + "\n"}, BODY),
+    ({"body": "=" + body("[[], {}, {}]")}, BODY),
+    ({"body": body("[[], {}, {}]")[:-1]}, BODY),
+    ({"body": body("hello")}, BODY),
+    ({"body": body('[[], {"email": NaN}, {}]')}, BODY),
+    ({"body": body("[" * 100_000 + "]" * 100_000)}, BODY),
+    ({"body": body("{}")}, PARTS),
+    ({"body": body("[[], {}]")}, PARTS),
+    ({"body": body("[[], {}, {}, {}]")}, PARTS),
+    ({"body": body("[{}, {}, {}]")}, PARTS),
+    ({"body": body("[[], [], {}]")}, PARTS),
+    ({"kwargs": {"email": nested(DEEPEST + 1)}}, DEEP),
+    ({"kwargs": {"email": ADDRESS, "purpose": {"x": nested(DEEPEST)}}}, DEEP),
+    ({"args": [ADDRESS, nested(DEEPEST + 1)]}, DEEP),
+    ({"headers": {"expires": "tomorrow"}}, "expires is not a time in ISO 8601"),
+    ({"headers": {"expires": False}}, "expires is not a time in ISO 8601"),
+    ({"headers": {"expires": "9999-12-31T23:59:59-23:00"}}, "expires is not a time in ISO 8601"),
+    ({"headers": {"eta": 5}}, "eta is not a time in ISO 8601"),
+    ({"headers": {"eta": ""}}, "eta is not a time in ISO 8601"),
+    ({"embed": {"callbacks": [5]}}, "callbacks in the body is no task signature"),
+    ({"embed": {"errbacks": [{"task": 5}]}}, "errbacks in the body is no task signature"),
+    ({"embed": {"chain": "x"}}, "chain in the body is no task signature"),
+    ({"embed": {"chord": [{"task": "x"}]}}, "chord in the body is no task signature"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), REFUSED, ids=lambda each: str(each)[:60])
+def test_what_is_refused_and_why(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Unfit) as refused:
+        read(**{"kwargs": {"email": ADDRESS}, **changes})
+    assert str(refused.value) == reason
+
+
+@pytest.mark.parametrize("raw", [b"", b"hello", b"null", b"[]", b'{"headers": NaN}', b"\xff", b"[" * 100_000], ids=repr)
+def test_what_is_no_envelope(raw: bytes) -> None:
+    with pytest.raises(Unfit, match=ENVELOPE):
+        parse(Reserved("tag", raw))
+
+
+def test_celery_gets_neither_the_address_nor_a_header_that_could_make_it_drop_the_message() -> None:
+    headers = {"eta": "2030-01-01T00:00:00", "expires": "2020-01-01T00:00:00", "compression": "zlib", "retries": "x"}
+    embed = {"chain": [{"task": "next"}]}
+    parsed = read({"email": ADDRESS}, request_id="an-id", headers=headers, embed=embed)
+    given = for_celery(parsed)
+    assert ADDRESS not in json.dumps(given)
+    assert json.loads(base64.b64decode(given["body"])) == [[], {}, embed]
+    assert given["headers"] == {
+        "lang": "py",
+        "task": TASK,
+        "id": "an-id",
+        "eta": "2030-01-01T00:00:00+00:00",
+        "argsrepr": "()",
+        "kwargsrepr": "{'email': 'a***@example.com'}",
+    }
+    assert given["properties"]["delivery_tag"] == "tag"
