@@ -37,7 +37,7 @@ return each(#KEYS / 3, function(i)
     -- known even there.
     call('PEXPIRE', record_key, remember)
     local sending_key = ARGV[6] .. code_key
-    local found = call('MGET', sending_key, code_key, bucket_key)
+    local found = call('MGET', sending_key, code_key)
 
     -- Only what certainly no relay accepted is refunded: not this send, nor an earlier one of the same request.
     local doubts = tonumber(record[6]) or 0
@@ -45,8 +45,9 @@ return each(#KEYS / 3, function(i)
     local perhaps = outcome == 'unknown' or (outcome == '6' and record[7] == '1') or doubts > 0
     if record[4] == '1' and not accepted and not perhaps then
         local life = call('PTTL', bucket_key) - interval
-        if life > 0 and found[3] then
-            call('SET', bucket_key, found[3] - interval, 'PX', life)
+        local full = life > 0 and call('MGET', bucket_key)[1]
+        if full then
+            call('SET', bucket_key, full - interval, 'PX', life)
         else
             call('DEL', bucket_key)
         end
