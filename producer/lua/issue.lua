@@ -42,6 +42,8 @@ local call, sha1hex = redis.call, redis.sha1hex
 local time = call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local lease, remember = ARGV[1], ARGV[8]
+-- Once: a number that is handed on is written out each time.
+local seen, lease_end = string.format('%.0f', now), string.format('%.0f', now + lease)
 local give_up_after, min_life = tonumber(ARGV[2]), tonumber(ARGV[4])
 local cooldown, interval, burst = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local id_at = #ARGV[9] + 1
@@ -62,7 +64,7 @@ return each(#KEYS / 3, function(i)
         return { 'answered', tonumber(record.error) }
     end
 
-    local first = record.first or now
+    local first = record.first or seen
     local doubts = (tonumber(record.doubts) or 0) + (tonumber(record.dot) or 0)
     local function answer(error, why)
         if record.charged == '1' and doubts == 0 then
@@ -145,7 +147,7 @@ return each(#KEYS / 3, function(i)
     if record.dot == '1' then
         call('HSET', record_key, 'doubts', doubts, 'dot', '0')
     end
-    call('HSET', record_key, 'who', who, 'first', first, 'token', token, 'until', now + lease, 'charged',
+    call('HSET', record_key, 'who', who, 'first', first, 'token', token, 'until', lease_end, 'charged',
         interval > 0 and '1' or '0', 'mark', mark)
     call('PEXPIRE', record_key, remember)
     if cooldown > 0 then
