@@ -6,9 +6,6 @@ import re
 import unicodedata
 from typing import NamedTuple
 
-from email_validator import SPECIAL_USE_DOMAIN_NAMES as SPECIAL_USE
-from email_validator import EmailNotValidError, validate_email
-
 from producer.errors import InvalidAddress
 
 MAX_LENGTH = 254  # RFC 5321, 4.5.3.1.3: a path of 256 octets, less its angle brackets
@@ -32,6 +29,17 @@ class Address(NamedTuple):
         return not self.mailbox.isascii()
 
 
+def is_address(raw: object) -> bool:
+    """Whether `parse` would take it; for the everyday address in half the time."""
+    if isinstance(raw, str) and len(raw) <= MAX_LENGTH and _PLAIN.fullmatch(raw):
+        return True
+    try:
+        parse(raw)
+    except InvalidAddress:
+        return False
+    return True
+
+
 def parse(raw: object) -> Address:
     """The address in `raw`, surrounding ASCII spaces trimmed.
 
@@ -53,10 +61,13 @@ def parse(raw: object) -> Address:
 
 
 def _by_library(text: str) -> tuple[str, str]:
+    # Few addresses need it, and to load it takes a tenth as long as a client's start.
+    from email_validator import SPECIAL_USE_DOMAIN_NAMES, EmailNotValidError, validate_email  # noqa: PLC0415
+
     # The library refuses special-use domains (RFC 6761) and has one global list of them, which is the caller's to
     # change, not ours. Under a stand-in suffix the same name is judged by its syntax alone.
     domain = text.rpartition("@")[2].lower()
-    special = any(domain == name or domain.endswith("." + name) for name in SPECIAL_USE)
+    special = any(domain == name or domain.endswith("." + name) for name in SPECIAL_USE_DOMAIN_NAMES)
     suffix = ".com" if special else ""
     try:
         found = validate_email(text + suffix, check_deliverability=False, strict=True)

@@ -10,10 +10,11 @@ import time
 from producer import address
 from producer.codes import CodePolicy, CodeStore
 from producer.contract import CheckResult, ErrorCode, Reply, VerifyRequest, is_purpose
-from producer.errors import InvalidAddress, QueueFull, RedisUnavailable
+from producer.errors import QueueFull, RedisUnavailable
 from producer.inbox import Inbox
 from producer.link import Link, raise_errors
 from producer.outbox import Outbox
+from producer.patience import Patience
 from producer.server import REDIS_PATIENCE, TOO_LATE, check_version
 from producer.settings import Settings
 
@@ -29,11 +30,7 @@ def refusal(request: VerifyRequest) -> ErrorCode | None:
     """The error that a worker would certainly answer, so that nobody need ask one."""
     if not is_purpose(request.purpose):
         return ErrorCode.EXCEPTION
-    try:
-        address.parse(request.email)
-    except InvalidAddress:
-        return ErrorCode.INVALID_ADDRESS
-    return None
+    return None if address.is_address(request.email) else ErrorCode.INVALID_ADDRESS
 
 
 class Asker:
@@ -49,6 +46,7 @@ class Asker:
         self._outbox = Outbox(settings.broker_url, settings.queue, limit=max_queue)
         self._inbox = Inbox(settings.results_url)
         self._codes = Link(settings.codes_url, on_open=check_version)
+        self._patience = Patience(settings.reply_timeout, self._give_up)
 
     @property
     def waiting(self) -> int:
@@ -57,29 +55,28 @@ class Asker:
 
     async def request(self, request: VerifyRequest) -> Reply:
         """Ask for a code and wait for the reply, at most the reply timeout. Redis' troubles are a reply too."""
-        start = asyncio.get_running_loop().time()
         if (refused := refusal(request)) is not None:
             return Reply(request.email, refused)
         request_id = self._inbox.ids.new()
         message = self._message(request, request_id)
-        patience = self._settings.reply_timeout
-        with self._inbox.expect(request_id) as reply:
-            try:
-                async with asyncio.timeout_at(start + min(REDIS_PATIENCE, patience)):
-                    await self._inbox.listen()
-                    await self._outbox.push(message)
-            except QueueFull:
-                return Reply(request.email, ErrorCode.TOO_MANY_REQUESTS)
-            except OSError as exc:  # RedisUnavailable and TimeoutError are its kinds
-                # A push that was cut may have arrived all the same.
-                if not reply.done():
-                    logger.warning("request %s was not put on the queue: %s", request_id, str(exc) or TOO_LATE)
-                    return Reply(request.email, ErrorCode.REDIS_ERR)
-            try:
-                async with asyncio.timeout_at(start + patience):
-                    return Reply(request.email, await reply)
-            except TimeoutError:
-                return Reply(request.email, ErrorCode.TIMEOUT)
+        reply = self._inbox.expect(request_id)
+        self._patience.watch(reply)
+        self._outbox.expect(reply)
+        try:
+            # One future for the whole way: what goes wrong before the reply comes is its failure.
+            if not self._inbox.listening:
+                await self._inbox.listen(reply)
+            self._outbox.post(message, reply)
+            return Reply(request.email, await reply)
+        except QueueFull:
+            return Reply(request.email, ErrorCode.TOO_MANY_REQUESTS)
+        except OSError as exc:  # RedisUnavailable is of its kind
+            logger.warning("request %s was not put on the queue: %s", request_id, exc)
+            return Reply(request.email, ErrorCode.REDIS_ERR)
+        finally:
+            self._inbox.forget(request_id)
+            self._outbox.forget(reply)
+            self._patience.forget(reply)
 
     async def enqueue(self, request: VerifyRequest, request_id: str | None) -> str:
         """Put a request on the queue. Returns its id as soon as Redis has it.
@@ -93,11 +90,7 @@ class Asker:
         elif not _is_text(request_id) or not request_id or not request_id.isprintable():
             raise ValueError("request_id is a string of one or more printable characters, or None")
         message = self._message(request, request_id)
-        try:
-            async with asyncio.timeout(REDIS_PATIENCE):
-                await self._outbox.push(message)
-        except TimeoutError:
-            raise RedisUnavailable(TOO_LATE) from None
+        await self._outbox.push(message)
         return request_id
 
     async def check(self, email: str, code: str, purpose: str) -> CheckResult:
@@ -120,6 +113,13 @@ class Asker:
         await self._outbox.close()
         await self._inbox.close()
         await self._codes.close()
+        self._patience.close()
+
+    def _give_up(self, reply: asyncio.Future[ErrorCode]) -> None:
+        if self._outbox.owes(reply):
+            reply.set_exception(RedisUnavailable(TOO_LATE))
+        else:
+            reply.set_result(ErrorCode.TIMEOUT)
 
     def _message(self, request: VerifyRequest, request_id: str) -> bytes:
         if not _is_text(request.email) or not _is_text(request.purpose):

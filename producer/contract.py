@@ -7,13 +7,14 @@ accepts, so that a plain Redis client can do the same by hand.
 
 from __future__ import annotations
 
-import base64
 import json
+import os
 import re
-import uuid
+from binascii import b2a_base64
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from json.encoder import encode_basestring_ascii
+from typing import Any, Final
 
 TASK = "verification.send_code"
 DEFAULT_QUEUE = "verification"
@@ -48,7 +49,42 @@ class ErrorCode(IntEnum):
         return "".join(word.capitalize() for word in self.name.split("_"))
 
 
-_KNOWN = frozenset(ErrorCode)
+_KNOWN: Final = {int(error): error for error in ErrorCode}
+_parse: Final = json.JSONDecoder().decode  # json.loads also guesses an encoding, which costs half as much again
+
+
+def _template(**headers: str) -> str:
+    """An envelope as JSON, with %(name)s for each value that differs from message to message."""
+    envelope = {
+        "body": "%(body)s",
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": {
+            "lang": "py",
+            "task": TASK,
+            "id": "%(id)s",
+            "root_id": "%(id)s",
+            # Celery shows these instead of the arguments, in Flower, events and logs.
+            "argsrepr": "()",
+            "kwargsrepr": "{}",
+            **headers,
+        },
+        "properties": {
+            "correlation_id": "%(id)s",
+            "delivery_mode": 2,
+            "delivery_info": {"exchange": "", "routing_key": "%(queue)s"},
+            "priority": 0,
+            "body_encoding": "base64",
+            "delivery_tag": "%(tag)s",
+        },
+    }
+    return re.sub(r'"(%\(\w+\)s)"', r"\1", json.dumps(envelope))
+
+
+# Filled in, an envelope is what json.dumps would make of the whole, for a third of the time.
+_ENVELOPE: Final = _template()
+_TIMED_ENVELOPE: Final = _template(enqueued_at="%(time)s")
+_BODY: Final = '[[], {%s}, {"callbacks": null, "errbacks": null, "chain": null, "chord": null}]'
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,35 +113,21 @@ class VerifyRequest:
 
     def message(self, request_id: str, *, queue: str = DEFAULT_QUEUE, enqueued_at: float | None = None) -> bytes:
         """The envelope to LPUSH onto `queue`. `enqueued_at`: Unix seconds, from which the request's age counts."""
-        kwargs: dict[str, Any] = {"email": self.email}
+        kwargs = f'"email": {_as_json(self.email)}'
         if self.purpose != DEFAULT_PURPOSE:
-            kwargs["purpose"] = self.purpose
+            kwargs += f', "purpose": {_as_json(self.purpose)}'
         if self.locale is not None:
-            kwargs["locale"] = self.locale
-        headers: dict[str, Any] = {"lang": "py", "task": TASK, "id": request_id, "root_id": request_id}
-        # Celery shows these instead of the arguments, in Flower, events and logs.
-        headers.update(argsrepr="()", kwargsrepr="{}")
-        if enqueued_at is not None:
-            headers["enqueued_at"] = enqueued_at
-        embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
-        body = base64.b64encode(json.dumps([[], kwargs, embed]).encode()).decode()
-        properties = {
-            "correlation_id": request_id,
-            "delivery_mode": 2,
-            "delivery_info": {"exchange": "", "routing_key": queue},
-            "priority": 0,
-            "body_encoding": "base64",
-            "delivery_tag": str(uuid.uuid4()),
+            kwargs += f', "locale": {_as_json(self.locale)}'
+        body = b2a_base64((_BODY % kwargs).encode(), newline=False).decode()
+        envelope = _ENVELOPE if enqueued_at is None else _TIMED_ENVELOPE
+        words = {
+            "body": f'"{body}"',
+            "id": _as_json(request_id),
+            "queue": _as_json(queue),
+            "tag": f'"{new_uuid()}"',
+            "time": enqueued_at,
         }
-        return json.dumps(
-            {
-                "body": body,
-                "content-encoding": "utf-8",
-                "content-type": "application/json",
-                "headers": headers,
-                "properties": properties,
-            }
-        ).encode()
+        return (envelope % words).encode()
 
 
 def code_key(email: str, purpose: str = DEFAULT_PURPOSE) -> str:
@@ -118,6 +140,13 @@ def is_purpose(value: object) -> bool:
     return isinstance(value, str) and PURPOSE_PATTERN.fullmatch(value) is not None
 
 
+def new_uuid() -> str:
+    """A random UUID, version 4; `str(uuid.uuid4())` takes more than twice as long."""
+    digits = os.urandom(16).hex()
+    variant = "89ab"[int(digits[16], 16) & 3]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
+
+
 def reply_key(request_id: str) -> str:
     """Where the reply to a request is stored, and the channel on which it is published."""
     return REPLY_KEY_PREFIX + request_id
@@ -128,7 +157,7 @@ def read_reply(payload: str | bytes) -> Reply:
 
     Raises `ValueError` for what is no reply to `verification.send_code`.
     """
-    meta = json.loads(payload)
+    meta = _parse(payload if isinstance(payload, str) else payload.decode())
     try:
         result = meta["result"]
         email, error = result["email"], result["error"]
@@ -137,4 +166,8 @@ def read_reply(payload: str | bytes) -> Reply:
     if type(error) is not int:
         raise ValueError("the stored result's error is no number")
     # A newer worker may know errors that we do not.
-    return Reply(email, ErrorCode(error) if error in _KNOWN else ErrorCode.EXCEPTION)
+    return Reply(email, _KNOWN.get(error, ErrorCode.EXCEPTION))
+
+
+def _as_json(value: Any) -> str:
+    return encode_basestring_ascii(value) if isinstance(value, str) else json.dumps(value)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
-from producer.contract import REPLY_KEY_PREFIX, ErrorCode, read_reply, reply_key
+from producer.contract import REPLY_KEY_PREFIX, ErrorCode, new_uuid, read_reply, reply_key
 from producer.errors import RedisUnavailable, VerifyError
 from producer.link import Link, raise_errors
 from producer.server import judge_version
@@ -17,6 +15,7 @@ from producer.server import judge_version
 logger = logging.getLogger(__name__)
 
 PING_EVERY = 0.5  # seconds; how old the connection's last sign of life may be while someone waits
+_PREFIX = len(REPLY_KEY_PREFIX)
 _SHARED = len("xxxxxxxx-xxxx-4xxx-")  # 60 random bits of a UUID that all ids of one inbox share; 62 are the request's
 
 
@@ -24,12 +23,12 @@ class RequestIds:
     """Request ids: UUIDs (version 4) with one random beginning, so that one pattern hears the replies to them all."""
 
     def __init__(self) -> None:
-        self._shared = str(uuid.uuid4())[:_SHARED]
+        self._shared = new_uuid()[:_SHARED]
         self.pattern = reply_key(self._shared) + "*"
 
     def new(self) -> str:
         """An id that was never used."""
-        return self._shared + str(uuid.uuid4())[_SHARED:]
+        return self._shared + new_uuid()[_SHARED:]
 
 
 class Inbox:
@@ -50,27 +49,30 @@ class Inbox:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    async def listen(self) -> None:
-        """Be subscribed, on a connection that gave a sign of life just now. Raises `RedisUnavailable`."""
-        if self._closed:
-            raise RedisUnavailable("the client was closed")
-        if self._link.connected and self._loop.time() - self._heard < PING_EVERY:
-            return
-        if self._ping is None:
-            self._ping = asyncio.create_task(self._ping_once())
-            self._ping.add_done_callback(_seen)
-        await asyncio.shield(self._ping)  # one for all; a caller that is cancelled takes it from nobody
+    @property
+    def listening(self) -> bool:
+        """Whether it is subscribed, on a connection that gave a sign of life just now."""
+        return self._link.connected and self._loop.time() - self._heard < PING_EVERY
 
-    @contextmanager
-    def expect(self, request_id: str) -> Iterator[asyncio.Future[ErrorCode]]:
-        """The future reply to a request that is pushed after this; forgotten at the end, whatever happens."""
+    async def listen(self, reply: asyncio.Future[ErrorCode]) -> None:
+        """Be listening, unless `reply` is known before. If that is not possible, `reply` fails."""
+        ping = self._be_sure()
+        either: list[asyncio.Future[Any]] = [ping, reply]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not reply.done() and (failure := ping.exception()) is not None:
+            # An exception object collects the traceback of each that raises it: one for each.
+            reply.set_exception(type(failure)(*failure.args))
+
+    def expect(self, request_id: str) -> asyncio.Future[ErrorCode]:
+        """The future reply to a request that is pushed after this."""
         reply = self._waiting[request_id] = self._loop.create_future()
         if self._keeper is None:
             self._keeper = asyncio.create_task(self._keep_listening())
-        try:
-            yield reply
-        finally:
-            self._waiting.pop(request_id, None)
+        return reply
+
+    def forget(self, request_id: str) -> None:
+        """Nobody waits for its reply any more."""
+        self._waiting.pop(request_id, None)
 
     async def close(self) -> None:
         """Drop the connections; the outcome of what is waited for is unknown."""
@@ -83,8 +85,17 @@ class Inbox:
         await self._link.close()
         await self._missed.close()
 
+    def _be_sure(self) -> asyncio.Task[None]:
+        """Ends when it is listening, or fails. One for all: who waits for it does not cancel it."""
+        if self._ping is None:
+            self._ping = asyncio.create_task(self._ping_once())
+            self._ping.add_done_callback(_seen)
+        return self._ping
+
     async def _ping_once(self) -> None:
         try:
+            if self._closed:
+                raise RedisUnavailable("the client was closed")
             # Commands are answered in order, and a new connection's first one subscribes: the answer means both.
             try:
                 await self._link.run([("PING",)])
@@ -99,10 +110,11 @@ class Inbox:
         try:
             while self._waiting:
                 await asyncio.sleep(PING_EVERY)
-                try:
-                    await self.listen()
-                except VerifyError as exc:
-                    logger.warning("replies cannot be heard: %s", exc)
+                if not self.listening:
+                    try:
+                        await asyncio.shield(self._be_sure())
+                    except VerifyError as exc:
+                        logger.warning("replies cannot be heard: %s", exc)
         finally:
             self._keeper = None
 
@@ -125,7 +137,7 @@ class Inbox:
     def _hear(self, push: list[bytes]) -> None:
         self._heard = self._loop.time()
         channel, payload = push[-2:]
-        self._resolve(channel.decode(errors="replace").removeprefix(REPLY_KEY_PREFIX), payload)
+        self._resolve(channel[_PREFIX:].decode(errors="replace"), payload)
 
     def _resolve(self, request_id: str, payload: bytes) -> None:
         reply = self._waiting.get(request_id)

@@ -12,9 +12,12 @@ from typing import Any
 from producer import depth
 from producer.errors import QueueFull, RedisUnavailable, VerifyError
 from producer.link import Link, raise_errors
+from producer.patience import Patience
 from producer.server import REDIS_PATIENCE, TOO_LATE, check_version
 
 MOST_IN_A_PUSH = 500  # messages of some 800 bytes: a crowd's first reply need not wait for its last push
+
+Outcome = asyncio.Future[Any]  # what becomes of a message, for whoever sends it
 
 
 class Outbox:
@@ -25,77 +28,105 @@ class Outbox:
         self._queue = queue
         self._limit = limit
         self._link = Link(url, on_open=check_version)
-        self._waiting: dict[asyncio.Future[None], bytes] = {}
+        self._waiting: dict[Outcome, bytes] = {}
+        self._receipts: set[Outcome] = set()  # of those who are told that Redis has their message
+        self._patience = Patience(REDIS_PATIENCE, lambda outcome: outcome.set_exception(RedisUnavailable(TOO_LATE)))
         self._pusher: asyncio.Task[None] | None = None
         self._closed = False
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    async def push(self, message: bytes) -> None:
-        """Wait until Redis has the message. Once the caller is gone, it leaves with no later push.
+    def expect(self, outcome: Outcome) -> None:
+        """A message will be posted: from now on it has `REDIS_PATIENCE` seconds to arrive."""
+        self._patience.watch(outcome)
 
-        Raises `RedisUnavailable`; Redis may have the message even so. It may also have it twice. Raises `QueueFull`.
+    def post(self, message: bytes, outcome: Outcome) -> None:
+        """Send it with the next push, unless `outcome` is known by then.
+
+        If Redis does not confirm it, `outcome` fails: with `RedisUnavailable`, and Redis may have the message even so;
+        with `QueueFull`; or with `ServerTooOld`. Redis may also have it twice.
         """
+        if outcome.done():
+            return
         if self._closed:
-            raise RedisUnavailable("the client was closed")
-        sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting[sent] = message
+            outcome.set_exception(RedisUnavailable("the client was closed"))
+            return
+        self._waiting[outcome] = message
         if self._pusher is None:
             self._pusher = asyncio.create_task(self._push_all())
+
+    def forget(self, outcome: Outcome) -> None:
+        """Nobody waits for it any more; a message that did not leave yet never will."""
+        self._waiting.pop(outcome, None)
+        self._patience.forget(outcome)
+
+    def owes(self, outcome: Outcome) -> bool:
+        """Whether Redis has not confirmed the message."""
+        return outcome in self._patience
+
+    async def push(self, message: bytes) -> None:
+        """Wait until Redis has the message; fails as `post` does."""
+        sent = asyncio.get_running_loop().create_future()
+        self._receipts.add(sent)
+        self.expect(sent)
+        self.post(message, sent)
         try:
             await sent
         finally:
-            self._waiting.pop(sent, None)
+            self._receipts.discard(sent)
+            self.forget(sent)
 
     async def close(self) -> None:
         """Drop the connection; what is on its way fails."""
         self._closed = True
         if self._pusher is not None:
             self._pusher.cancel()
-        for sent in self._waiting:
-            if not sent.done():
-                sent.set_exception(RedisUnavailable("the client was closed"))
+        for outcome in self._waiting:
+            if not outcome.done():
+                outcome.set_exception(RedisUnavailable("the client was closed"))
+        self._patience.close()
         await self._link.close()
 
     async def _push_all(self) -> None:
         try:
             while batch := dict(islice(self._waiting.items(), MOST_IN_A_PUSH)):
                 failure: VerifyError | None = None
-                refused: list[asyncio.Future[None]] = []
+                refused: list[Outcome] = []
                 try:
                     refused = await self._push_batch(batch)
                 except VerifyError as exc:
                     failure = exc
-                for sent in refused:
-                    if not sent.done():
-                        sent.set_exception(QueueFull())
-                for sent in batch:
-                    self._waiting.pop(sent, None)
-                    if not sent.done():
+                for outcome in refused:
+                    if not outcome.done():
+                        outcome.set_exception(QueueFull())
+                for outcome in batch:
+                    self.forget(outcome)
+                    if outcome.done():
+                        continue
+                    if failure is not None:
                         # An exception object collects the traceback of each that raises it: one for each.
-                        sent.set_exception(type(failure)(str(failure))) if failure else sent.set_result(None)
+                        outcome.set_exception(type(failure)(str(failure)))
+                    elif outcome in self._receipts:
+                        outcome.set_result(None)
         finally:
             self._pusher = None
 
-    async def _push_batch(self, batch: dict[asyncio.Future[None], bytes]) -> list[asyncio.Future[None]]:
+    async def _push_batch(self, batch: dict[Outcome, bytes]) -> list[Outcome]:
         """Push what is still wanted. Returns those for which the queue has no room."""
-        wanted = [sent for sent in batch if not sent.done()]
+        wanted = [outcome for outcome in batch if not outcome.done()]
         try:
-            async with asyncio.timeout(REDIS_PATIENCE):
-                try:
-                    replies = await self._push(wanted, batch)
-                except RedisUnavailable:
-                    # Perhaps only this connection was lost. A message that arrived twice has the same id twice, so it
-                    # is still one request.
-                    wanted = [sent for sent in wanted if not sent.done()]
-                    if not wanted:
-                        return []
-                    replies = await self._push(wanted, batch)
-        except TimeoutError:
-            raise RedisUnavailable(TOO_LATE) from None
+            replies = await self._push(wanted, batch)
+        except RedisUnavailable:
+            # Perhaps only this connection was lost. A message that arrived twice has the same id twice, so it is still
+            # one request.
+            wanted = [outcome for outcome in wanted if not outcome.done()]
+            if not wanted:
+                return []
+            replies = await self._push(wanted, batch)
         [pushed] = raise_errors(replies)
         return [] if self._limit is None else wanted[pushed:]
 
-    async def _push(self, wanted: list[asyncio.Future[None]], batch: dict[asyncio.Future[None], bytes]) -> list[Any]:
-        return await self._link.run([depth.push(self._queue, [batch[sent] for sent in wanted], limit=self._limit)])
+    async def _push(self, wanted: list[Outcome], batch: dict[Outcome, bytes]) -> list[Any]:
+        messages = [batch[outcome] for outcome in wanted]
+        return await self._link.run([depth.push(self._queue, messages, limit=self._limit)])

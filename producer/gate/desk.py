@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Awaitable
-from typing import Final, Literal
+from time import perf_counter
+from typing import Final
 
 from producer.aio import AsyncVerificationClient
 from producer.contract import DEFAULT_PURPOSE, CheckResult, ErrorCode, Reply
 from producer.errors import VerifyError
-from producer.gate.metrics import DoorMetrics
+from producer.gate.metrics import Door, DoorMetrics, Verb
 from producer.gate.probe import Probe
 from producer.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-Door = Literal["http", "grpc"]
 BODY_LIMIT: Final = 16 * 1024  # bytes of one request; the longest address has 254
 
 
@@ -29,7 +28,6 @@ class Desk:
         self.probe = Probe(settings)
         self.metrics = DoorMetrics()
         self.leaving = False  # set once the process drains: it serves, and is not ready
-        self.in_flight: Counter[Door] = Counter()
 
     async def request(
         self, door: Door, email: str, *, purpose: str = DEFAULT_PURPOSE, locale: str | None = None
@@ -46,19 +44,20 @@ class Desk:
         await self.client.close()
         await self.probe.close()
 
-    async def _answer(self, door: Door, verb: str, work: Awaitable[Reply | CheckResult]) -> ErrorCode:
-        with self.metrics.under_way(door, verb) as answer:
-            self.in_flight[door] += 1
-            try:
-                error = (await work).error
-            except VerifyError as exc:  # such as a Redis server that is too old
-                logger.error("%s", exc)
-                error = ErrorCode.REDIS_ERR
-            except Exception as exc:  # noqa: BLE001 - whatever it is, the caller gets an answer
-                # Without its text, which may quote what the caller sent.
-                logger.error("unforeseen error at the %s door", door, extra={"kind": type(exc).__name__})
-                error = ErrorCode.EXCEPTION
-            finally:
-                self.in_flight[door] -= 1
-            answer.append(error)
+    async def _answer(self, door: Door, verb: Verb, work: Awaitable[Reply | CheckResult]) -> ErrorCode:
+        counts = self.metrics.counts[door, verb]
+        counts.in_flight += 1
+        began = perf_counter()
+        try:
+            error = (await work).error
+        except VerifyError as exc:  # such as a Redis server that is too old
+            logger.error("%s", exc)
+            error = ErrorCode.REDIS_ERR
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the caller gets an answer
+            # Without its text, which may quote what the caller sent.
+            logger.error("unforeseen error at the %s door", door, extra={"kind": type(exc).__name__})
+            error = ErrorCode.EXCEPTION
+        finally:
+            counts.in_flight -= 1
+        counts.answered(error, perf_counter() - began)  # who was cancelled got no answer
         return error

@@ -137,7 +137,7 @@ class _Counted:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] != 200:
-                self._desk.metrics.refused(message["status"])
+                self._desk.metrics.refusals[message["status"]] += 1
             await send(message)
 
         await self._app(scope, receive, counting)

@@ -15,7 +15,6 @@ from typing import Final
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import uvicorn
-from prometheus_client import disable_created_metrics
 
 from producer.gate.binding import BACKLOG, CannotListen, listen, probe, require_permission
 from producer.gate.connection import Connection
@@ -49,7 +48,6 @@ def serve(settings: Settings) -> None:
     """
     require_permission(settings)
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))  # it tells of each step
-    disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody reads
     _allow_connections()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(settings))
@@ -121,7 +119,7 @@ async def _drain(desk: Desk, http: _Server, http_task: asyncio.Task[None], rpc: 
 
 async def _drain_rpc(desk: Desk, rpc: RpcDoor) -> None:
     stopping = asyncio.create_task(rpc.stop(LEAVING))
-    while desk.in_flight["grpc"]:  # noqa: ASYNC110 - an event would cost every request, for the sake of one end
+    while desk.metrics.in_flight("grpc"):  # noqa: ASYNC110 - an event would cost every request, for the sake of one end
         await asyncio.sleep(_TICK)
     # Only streams are left, such as those that watch our health, which never end by themselves.
     await asyncio.sleep(5 * _TICK)

@@ -227,17 +227,29 @@ class TestRedisAway:
         assert 0.4 <= seconds < 1.4
 
     def test_a_half_open_push_is_tried_again_on_a_new_connection(self, redis_server: RedisServer) -> None:
-        async def work(proxy: TcpProxy, worker: FakeWorker) -> Reply:
+        async def work(proxy: TcpProxy, worker: FakeWorker) -> None:
             async with opened(redis_server, broker_url=proxy.url(1)) as client:
                 await client.enqueue(A)
                 proxy.stall()
-                reply = await client.request(A)
+                await client.enqueue(A)
                 assert await eventually(lambda: len(worker.taken) == 3)
-                return reply
 
         with TcpProxy(redis_server.port) as proxy, FakeWorker(redis_server) as worker:
-            assert asyncio.run(work(proxy, worker)).error is ErrorCode.SUCCESS
+            asyncio.run(work(proxy, worker))
         assert len({each.request_id for each in worker.taken}) == 2
+
+    def test_a_reply_is_as_good_as_a_confirmed_push(self, redis_server: RedisServer) -> None:
+        async def work(proxy: TcpProxy) -> tuple[Reply, float]:
+            async with opened(redis_server, broker_url=proxy.url(1)) as client:
+                await client.enqueue(A)
+                proxy.stall()
+                return await timed(client.request(A))
+
+        with TcpProxy(redis_server.port) as proxy, FakeWorker(redis_server) as worker:
+            reply, seconds = asyncio.run(work(proxy))
+        assert reply.error is ErrorCode.SUCCESS
+        assert seconds < 1.0
+        assert len(worker.taken) == 2
 
     def test_too_old_is_said_loudly(self, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
         async def work() -> None:

@@ -209,3 +209,30 @@ def test_the_canonical_form_of_a_canonical_form_is_itself(text: str) -> None:
     except InvalidAddress:
         return
     assert address.parse(found.canonical).canonical == found.canonical
+
+
+@given(
+    st.text(max_size=20)
+    | st.from_regex(r"[ -~]{1,70}@[a-z0-9.-]{1,60}\.?[a-z]{0,5}", fullmatch=True)
+    | st.emails()
+    | st.none()
+    | st.binary()
+)
+def test_what_is_an_address_is_what_can_be_parsed(raw: object) -> None:
+    try:
+        address.parse(raw)
+    except InvalidAddress:
+        assert not address.is_address(raw)
+    else:
+        assert address.is_address(raw)
+
+
+@pytest.mark.parametrize(
+    "raw", [" a@example.com ", "a@example.com\n", "a" * 250 + "@b.example", "用户@例子.中国", "", 7]
+)
+def test_it_is_judged_whole(raw: object) -> None:
+    try:
+        expected = bool(address.parse(raw))
+    except InvalidAddress:
+        expected = False
+    assert address.is_address(raw) is expected

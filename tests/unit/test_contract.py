@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+import uuid
 from typing import Any
 
 import celery
 import pytest
 from celery.worker.request import Request
+from hypothesis import given
+from hypothesis import strategies as st
 from kombu.connection import Connection
 from kombu.transport.virtual import Message
 
@@ -104,6 +107,60 @@ def test_the_message_names_its_queue_and_the_time_it_was_sent() -> None:
     envelope = json.loads(VerifyRequest("a@example.com").message("an-id", queue="other", enqueued_at=1700000000.5))
     assert envelope["properties"]["delivery_info"]["routing_key"] == "other"
     assert envelope["headers"]["enqueued_at"] == 1700000000.5
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(
+    email=st.text() | JSON,
+    purpose=st.sampled_from(["default", "login"]) | JSON,
+    locale=st.none() | st.text(),
+    request_id=st.text(),
+    queue=st.text(),
+    enqueued_at=st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(0, 2**40),
+)
+def test_the_message_is_what_json_makes_of_the_envelope(
+    email: Any, purpose: Any, locale: str | None, request_id: str, queue: str, enqueued_at: float | None
+) -> None:
+    raw = VerifyRequest(email, purpose, locale).message(request_id, queue=queue, enqueued_at=enqueued_at)
+    kwargs = {"email": email}
+    if purpose != "default":
+        kwargs["purpose"] = purpose
+    if locale is not None:
+        kwargs["locale"] = locale
+    embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+    headers = {"lang": "py", "task": contract.TASK, "id": request_id, "root_id": request_id}
+    headers |= {"argsrepr": "()", "kwargsrepr": "{}"}
+    tag = json.loads(raw)["properties"]["delivery_tag"]
+    envelope = {
+        "body": base64.b64encode(json.dumps([[], kwargs, embed]).encode()).decode(),
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": headers if enqueued_at is None else {**headers, "enqueued_at": enqueued_at},
+        "properties": {
+            "correlation_id": request_id,
+            "delivery_mode": 2,
+            "delivery_info": {"exchange": "", "routing_key": queue},
+            "priority": 0,
+            "body_encoding": "base64",
+            "delivery_tag": tag,
+        },
+    }
+    assert raw == json.dumps(envelope).encode()
+
+
+def test_a_new_uuid_is_one_of_version_4_in_all_its_variants() -> None:
+    made = [contract.new_uuid() for _ in range(1000)]
+    assert len(set(made)) == 1000
+    for each in made:
+        assert str(uuid.UUID(each)) == each
+        assert (uuid.UUID(each).version, uuid.UUID(each).variant) == (4, uuid.RFC_4122)
+    assert {each[19] for each in made} == set("89ab")
 
 
 def test_each_message_has_a_delivery_tag_of_its_own() -> None:
