@@ -3,12 +3,12 @@
 BIN := .venv/bin
 STAMP := .venv/requirements.lock
 # Left out by `make test`: they need programs that pip does not install, or much time.
-QUICK := not tools and not slow
+PLAIN := not tools and not slow
 # Three processes, most of whose time is waiting; each has its own Redis and SMTP servers. `make test PYTEST_ARGS="-n 0 -x tests/unit"` narrows it.
 PYTEST_ARGS ?= -n 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all faults soak lint lock
+.PHONY: help setup demo test test-all faults soak bench lint lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -38,7 +38,7 @@ demo: setup ## one code from request to mailbox, on real parts; stays up, or wit
 test: lint ## ruff, mypy, and every test that needs only Python and what pip installs
 	@echo "Left out (make test-all; those marked slow: $(BIN)/python -m pytest -m slow):"
 	@$(BIN)/python -m pytest --collect-only -qq -m 'tools or slow' 2>/dev/null | sed -n 's/^tests/  &/p'
-	$(BIN)/python -m pytest -m '$(QUICK)' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m '$(PLAIN)' $(PYTEST_ARGS)
 
 test-all: lint ## the same, with the tests that use other tools; installs these with apt-get if it can
 	@sh tests/tools.sh
@@ -51,6 +51,9 @@ faults: setup ## the whole fault suite: real processes, killed, frozen, cut off 
 MINUTES ?= 10
 soak: setup ## random faults under steady load, and a report: make soak MINUTES=10 SEED=1
 	PYTHONPATH=tests $(BIN)/python -m faults.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+bench: setup ## hold it against its peers; half an hour, or under 4 minutes with QUICK=1; BARS="a c" measures only these
+	@$(BIN)/python -m bench $(if $(filter-out 0,$(QUICK)),--quick) $(if $(BARS),--bars $(BARS))
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

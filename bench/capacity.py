@@ -29,19 +29,19 @@ async def drain(rig: Rig, *, latency: float, connections: int, workers: int, cou
         queue = rig.settings(**given).queue
         await rig.fill(queue, count)
         with ExitStack() as stack:
-            # The first tenth is for connecting and warming up, the last for the workers to run dry.
-            begin, end, last = sink.taken(count // 10), sink.taken(count - count // 10), sink.taken(count)
             children = [stack.enter_context(rig.worker(**given)) for _ in range(workers)]
             async with asyncio.timeout(PATIENCE):
-                began = await begin
+                # The first tenth is for connecting and warming up, the last for the workers to run dry.
+                began = await sink.until(count // 10)
                 used = -sum(cpu_seconds(child.pid) for child in children)
-                ended = await end
+                ended = await sink.until(count - count // 10)
                 used += sum(cpu_seconds(child.pid) for child in children)
-                await last
+                await sink.until(count)
                 await asyncio.sleep(0.5)  # the last replies are on their way
             [codes] = await rig.ask(("KEYS", "code_*"), database=0)
             [replies] = await rig.ask(("DBSIZE",), database=2)
-        assert sink.mails == len(codes) == replies == count, (sink.mails, len(codes), replies)  # noqa: S101 - the point
+        mails = (await sink.count()).mails
+        assert mails == len(codes) == replies == count, (mails, len(codes), replies)  # noqa: S101 - the point
     measured = count - 2 * (count // 10)
     rate = measured / (ended - began)
     limit = workers * connections / latency if latency else 0

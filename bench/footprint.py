@@ -31,19 +31,12 @@ SAMPLES: Final = (  # database, pattern: one key of each kind is looked at
 )
 
 
-async def memory(rig: Rig) -> int:
-    """What Redis uses for data now."""
-    [info] = await rig.ask(("INFO", "memory"))
-    fields = dict(line.split(":", 1) for line in info.decode().splitlines() if ":" in line)
-    return int(fields["used_memory"])
-
-
 async def queued_and_parked(rig: Rig, count: int) -> None:
     """Requests that wait for a worker, and requests that wait for their next try."""
     queue = rig.settings().queue
-    before = await memory(rig)
+    before = await rig.memory()
     await rig.fill(queue, count)
-    say(("queued", f"{(await memory(rig) - before) / count:.0f}"), (30, 8))
+    say(("queued", f"{(await rig.memory() - before) / count:.0f}"), (30, 8))
     commands = RequestQueue(queue, visibility_timeout=15)
     for start in range(0, count, BATCH):
         [answer] = await rig.ask(commands.reserve(min(BATCH, count - start), held=0), database=1)
@@ -52,7 +45,7 @@ async def queued_and_parked(rig: Rig, count: int) -> None:
         await rig.ask(*parked, database=1)
     [held] = await rig.ask(("HLEN", queue + PARKED), database=1)
     assert held == count, held  # noqa: S101 - else the figure means nothing
-    say(("parked, its queue part", f"{(await memory(rig) - before) / count:.0f}"), (30, 8))
+    say(("parked, its queue part", f"{(await rig.memory() - before) / count:.0f}"), (30, 8))
     await rig.ask(("FLUSHALL",))
 
 
@@ -62,13 +55,12 @@ async def answered(rig: Rig, count: int) -> None:
         given = {"RELAYS": sink.url, "GIVE_UP_AFTER": "3600", "RESEND_COOLDOWN": "60"}
         with rig.worker(**given):
             await rig.until_workers(rig.settings().queue, 1)
-            before = await memory(rig)
-            last = sink.taken(count)
+            before = await rig.memory()
             await rig.fill(rig.settings().queue, count)
             async with asyncio.timeout(PATIENCE):
-                await last
+                await sink.until(count)
             await asyncio.sleep(1)
-            say(("answered, all its keys", f"{(await memory(rig) - before) / count:.0f}"), (30, 8))
+            say(("answered, all its keys", f"{(await rig.memory() - before) / count:.0f}"), (30, 8))
         sizes = await rig.ask(("DBSIZE",), database=0) + await rig.ask(("DBSIZE",), database=2)
         say(("keys in codes, results", f"{sizes[0]}, {sizes[1]}"), (30, 18))
         for database, pattern in SAMPLES:
@@ -95,10 +87,10 @@ async def connections(rig: Rig) -> None:
             await asyncio.sleep(2)
             say(("a worker, idle", await count() - nobody), (30, 8))
             await rig.fill(settings.queue, 2000)
-            await sink.taken(1900)
+            await sink.until(1900)
             busy = await count() - nobody
             say(("a worker, busy", busy), (30, 8))
-            say(("its connections to the relay", sink.most_connections), (30, 8))
+            say(("its connections to the relay", (await sink.count()).most), (30, 8))
             await asyncio.sleep(2)
             before = await count()
             binds = {"HTTP_BIND": "127.0.0.1:0", "GRPC_BIND": "127.0.0.1:0"}

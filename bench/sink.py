@@ -1,92 +1,99 @@
-"""A relay that takes every mail, as late as it is told to, and counts."""
+"""The counting relay of `sink.c`: compiled when it is first needed, one process for each `Sink`."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from typing import Final, Self, cast
+from pathlib import Path
+from typing import Final, NamedTuple, Self
+
+from bench.compiling import compiled
+from producer.errors import VerifyError
 
 HOST: Final = "127.0.0.1"
-_LINES: Final = (  # what a line begins with, and the answer; all others are 250
-    (b"EHLO", b"250-sink\r\n250-PIPELINING\r\n250 8BITMIME\r\n"),
-    (b"DATA", b"354 go on\r\n"),
-    (b"QUIT", b"221 bye\r\n"),
-)
-_END: Final = b"\r\n.\r\n"
+SOURCE: Final = Path(__file__).parent / "sink.c"
+
+_SHORTEST, _LONGEST = 0.002, 0.1  # seconds from one look at the count to the next
+_COUNT: Final = re.compile(rb"250 mails=(\d+) connections=(\d+) most=(\d+)\r\n")
+
+
+class NoSink(VerifyError):
+    """The sink did not start, or is gone."""
+
+
+class Count(NamedTuple):
+    """What the sink has seen. Whoever never said EHLO or HELO is no connection."""
+
+    mails: int
+    connections: int  # open now
+    most: int  # open at one time
 
 
 class Sink:
-    """`async with Sink(latency) as sink:`; latency is the seconds from a mail's end to its 250."""
+    """`async with Sink(latency) as sink:`; latency is the seconds from a mail's final dot to its 250.
+
+    Takes every mail that arrives at `url`. Ends with the block, or with this process.
+    """
 
     def __init__(self, latency: float) -> None:
         self.latency = latency
-        self.mails = 0
-        self.connections = 0
-        self.most_connections = 0
-        self.url = ""
-        self._wanted: list[tuple[int, asyncio.Future[float]]] = []
-        self._server: asyncio.Server
+        self.port = 0
+        self._asking = asyncio.Lock()
+        self._process: asyncio.subprocess.Process
+        self._reader: asyncio.StreamReader
+        self._writer: asyncio.StreamWriter
 
-    def taken(self, mails: int) -> asyncio.Future[float]:
-        """Resolves to the time at which the sink has taken so many mails."""
-        future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        self._wanted = sorted([*self._wanted, (mails, future)], key=lambda pair: pair[0])
-        return future
+    @property
+    def url(self) -> str:
+        """For `VERIFY_RELAYS`."""
+        return f"smtp://{HOST}:{self.port}"
 
-    def count(self) -> None:
-        """One mail more."""
-        self.mails += 1
-        while self._wanted and self.mails >= self._wanted[0][0]:
-            self._wanted.pop(0)[1].set_result(time.perf_counter())
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._process.pid
+
+    async def count(self) -> Count:
+        """What it has seen so far."""
+        async with self._asking:
+            self._writer.write(b"XCOUNT\r\n")
+            line = await self._reader.readline()
+        found = _COUNT.fullmatch(line)
+        if found is None:
+            raise NoSink(f"the sink is gone, or answers {line!r}")
+        return Count(*map(int, found.groups()))
+
+    async def until(self, mails: int) -> float:
+        """Wait until it has taken so many mails; `time.monotonic()` then, at most a few ms late.
+
+        It is asked more often the closer the count is, by the rate so far: asking takes CPU from what is measured.
+        """
+        began, first = time.monotonic(), (await self.count()).mails
+        taken = first
+        while taken < mails:
+            rate = (taken - first) / (time.monotonic() - began)
+            left = (mails - taken) / rate if rate else _LONGEST
+            await asyncio.sleep(min(max(left / 2, _SHORTEST), _LONGEST))
+            taken = (await self.count()).mails
+        return time.monotonic()
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.get_running_loop().create_server(lambda: _Session(self), HOST, 0)
-        self.url = f"smtp://{HOST}:{self._server.sockets[0].getsockname()[1]}"
+        program = await asyncio.to_thread(compiled, SOURCE)
+        self._process = await asyncio.create_subprocess_exec(
+            program, "0", f"{self.latency * 1000:g}", stdout=asyncio.subprocess.PIPE, start_new_session=True
+        )
+        assert self._process.stdout is not None  # noqa: S101 - it was asked for
+        said = await self._process.stdout.readline()
+        if not said.startswith(b"port "):
+            raise NoSink(f"the sink ended with status {await self._process.wait()} before it listened")
+        self.port = int(said.split()[1])
+        self._reader, self._writer = await asyncio.open_connection(HOST, self.port)
+        await self._reader.readline()  # the banner
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-
-
-class _Session(asyncio.Protocol):
-    """One connection."""
-
-    def __init__(self, sink: Sink) -> None:
-        self._sink = sink
-        self._unread = b""
-        self._in_mail = False
-        self._transport: asyncio.Transport
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is like it, and none
-        self._sink.connections += 1
-        self._sink.most_connections = max(self._sink.most_connections, self._sink.connections)
-        self._transport.write(b"220 sink\r\n")
-
-    def connection_lost(self, _exc: Exception | None) -> None:
-        self._sink.connections -= 1
-
-    def data_received(self, data: bytes) -> None:
-        self._unread += data
-        answers = []
-        while True:
-            part, found, rest = self._unread.partition(_END if self._in_mail else b"\r\n")
-            if not found:
-                break
-            self._unread = rest
-            if self._in_mail:
-                self._in_mail = False
-                if self._sink.latency:
-                    asyncio.get_running_loop().call_later(self._sink.latency, self._accept)
-                else:
-                    self._accept()
-                continue
-            verb = part[:4].upper()
-            self._in_mail = verb == b"DATA"
-            answers.append(next((answer for start, answer in _LINES if verb == start), b"250 ok\r\n"))
-        if answers:
-            self._transport.write(b"".join(answers))
-
-    def _accept(self) -> None:
-        self._sink.count()
-        self._transport.write(b"250 taken\r\n")
+        self._writer.close()
+        if self._process.returncode is None:
+            self._process.terminate()
+        await self._process.wait()

@@ -1,0 +1,145 @@
+"""Asking: callers wait for replies, through our asyncio client, through our gRPC door, or at a peer's."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from bench import peers
+from bench.drain import Parts, usage, used
+from bench.peers import Peer
+from bench.record import Run, why_void
+from bench.rig import Rig
+from bench.sink import Sink
+from demo import processes
+
+_WARM_CALLERS: Final = 64
+_WARM_CALLS: Final = 3000  # through our door; a peer says how many it needs
+_WARM_SECONDS: Final = 2.0  # of asking with our client
+Load = Callable[[int, float, str], Awaitable[dict[str, Any]]]  # callers, seconds, prefix of the addresses
+
+
+@dataclass
+class Asked:
+    """A system that answers requests."""
+
+    system: str
+    rig: Rig  # its Redis
+    parts: Parts
+    warm_up: Callable[[], Awaitable[object]]
+    load: Load
+    stored: Callable[[], Awaitable[Mapping[str, int]]]
+    workers: int
+    connections: int
+
+
+async def measure(sink: Sink, asked: Asked, callers: int, seconds: float, *, number: int) -> Run:
+    """One run: so many callers, for so long."""
+    await asked.rig.clear()
+    base, load = (await sink.count()).mails, os.getloadavg()[0]
+    parts = {**asked.parts, "redis": [asked.rig.redis.pid], "sink": [sink.pid]}
+    before = usage(parts)
+    found = await asked.load(callers, seconds, f"r{number}c{callers}n")
+    cpu = used(before, usage(parts))
+    successes = found["answers"].get("0", 0)
+    mails = (await sink.count()).mails - base
+    others = {f"answers {code}": times for code, times in found["answers"].items() if code != "0"}
+    return Run(
+        "ask",
+        asked.system,
+        number,
+        sink.latency * 1000,
+        callers=callers,
+        workers=asked.workers,
+        connections=asked.connections,
+        count=found["count"],
+        seconds=found["seconds"],
+        latencies={name: round(found[name], 3) for name in ("p50", "p90", "p99")},
+        cpu=cpu | {"client": found["cpu"]},
+        cpu_count=successes,
+        figures=others,
+        load=load,
+        void=why_void(mails, successes=successes, **await asked.stored()),
+    )
+
+
+@asynccontextmanager
+async def ours(rig: Rig, sink: Sink, connections: int) -> AsyncIterator[tuple[Asked, Asked]]:
+    """One worker and the doors: by the asyncio client, and through the gRPC door."""
+    environment = rig.environment(RELAYS=sink.url, RELAY_CONNECTIONS=str(connections))
+
+    async def stored() -> Mapping[str, int]:
+        return (await rig.counts())._asdict()
+
+    with rig.workers(1, RELAYS=sink.url, RELAY_CONNECTIONS=str(connections)) as [worker]:
+        doors = processes.doors(rig.directory, environment, usual=False)
+        try:
+            [place] = await asyncio.to_thread(doors.says, r"gRPC door is open on [\d.]+:(\d+)")
+            await rig.until_workers(rig.settings().queue, 1)
+            client, door, port = {"worker": [worker.pid]}, {"worker": [worker.pid], "doors": [doors.pid]}, int(place)
+            load = partial(asyncio_load, rig)
+            warm_up = partial(load, _WARM_CALLERS, _WARM_SECONDS, "warm")
+            yield (
+                Asked("asyncio", rig, client, warm_up, load, stored, 1, connections),
+                Asked("door", rig, door, _calls(port, _WARM_CALLS), _grpc(port), stored, 1, connections),
+            )
+        finally:
+            await asyncio.to_thread(doors.stop)
+
+
+@asynccontextmanager
+async def theirs(rig: Rig, sink: Sink, peer: Peer, connections: int, workers: int) -> AsyncIterator[Asked]:
+    """A peer that answers gRPC."""
+
+    async def stored() -> Mapping[str, int]:
+        found = await asyncio.to_thread(peers.counts, rig.url)
+        return {"codes": found.codes} | ({} if peer.name == "old" else {"marks": found.marks})  # that one makes none
+
+    with peers.running(
+        peer, redis_url=rig.url, relay_port=sink.port, connections=connections, processes=workers
+    ) as running:
+        parts = {"server": running.pids}
+        warm_up = _calls(running.port, peer.warm_after * workers)  # each process has to become so
+        yield Asked(peer.name, rig, parts, warm_up, _grpc(running.port), stored, workers, connections)
+
+
+async def asyncio_load(
+    rig: Rig, callers: int, seconds: float, prefix: str, *, least: int = 0, **given: str
+) -> dict[str, Any]:
+    """What `bench.load` finds, in a process of its own."""
+    words = [str(callers), str(seconds), prefix, str(least)]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "bench.load", *words),
+        env=rig.environment(**given),
+        cwd=processes.CHECKOUT,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        printed, _ = await process.communicate()
+    except BaseException:
+        process.kill()
+        await process.wait()
+        raise
+    if process.returncode:
+        raise processes.PartMissing(f"bench.load ended with status {process.returncode}")
+    found: dict[str, Any] = json.loads(printed)
+    return found
+
+
+def _calls(port: int, count: int) -> Callable[[], Awaitable[object]]:
+    return partial(asyncio.to_thread, peers.load, port, callers=_WARM_CALLERS, count=count, prefix="warm")
+
+
+def _grpc(port: int) -> Load:
+    async def load(callers: int, seconds: float, prefix: str) -> dict[str, Any]:
+        return await asyncio.to_thread(peers.load, port, callers=callers, seconds=seconds, prefix=prefix)
+
+    return load

@@ -1,0 +1,56 @@
+"""Where and with what a run was made: machine, versions, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from bench import server
+from demo.processes import CHECKOUT
+
+_OURS: Final = ("celery", "kombu", "redis", "hiredis", "orjson", "uvloop", "grpcio", "protobuf", "uvicorn", "fastapi")
+
+
+def machine() -> dict[str, Any]:
+    """Cores that this process may use, CPU, memory, kernel, where Redis keeps its file, and the load now."""
+    cpu = re.search(r"^model name\s*: (.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    memory = re.search(r"^MemTotal:\s*(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "cpu": cpu[1] if cpu else platform.processor(),
+        "memory_gb": round(int(memory[1]) / 2**20, 1) if memory else None,
+        "system": f"{platform.system()} {platform.release()}",
+        "load_at_start": [round(load, 2) for load in os.getloadavg()],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what ours runs on; the peers know their own."""
+    found = {"python": platform.python_version(), **{name: version(name) for name in _OURS}}
+    # "Redis server v=7.0.15 sha=...": the words that tell.
+    store = re.search(r"^(\w+) server v=(\S+)", _said(server.program(), "--version"))
+    return found | {"store": f"{store[1]} {store[2]}" if store else "unknown", "cc": _said("cc", "--version")}
+
+
+def commit() -> tuple[str, bool]:
+    """The short name of what is checked out, and whether files that git knows differ from it."""
+    name = _said("git", "rev-parse", "--short", "HEAD")
+    return name or "unknown", bool(_said("git", "status", "--porcelain", "--untracked-files=no"))
+
+
+def _said(*words: str) -> str:
+    """The first line that a program prints; empty if it is not there or fails."""
+    if shutil.which(words[0]) is None:
+        return ""
+    done = subprocess.run(words, cwd=CHECKOUT, capture_output=True, text=True, check=False)  # noqa: S603 - named here
+    return "" if done.returncode else next(iter(done.stdout.splitlines()), "")
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text() if Path(path).exists() else ""
