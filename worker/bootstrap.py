@@ -8,9 +8,10 @@ from producer.codes import CodePolicy, CodeStore
 from producer.errors import RedisUnavailable, ServerTooOld
 from producer.link import Link, require_version
 from producer.settings import Settings
+from worker.appetite import Appetite
 from worker.databases import Databases
 from worker.events import Events
-from worker.intake import Intake, Watcher
+from worker.intake import Intake
 from worker.job import Finished
 from worker.mail.failover import Failover
 from worker.mail.relay import Relay
@@ -20,6 +21,7 @@ from worker.queue import RequestQueue
 from worker.service import Service
 from worker.settle import Settler
 from worker.tally import Tally
+from worker.watcher import Watcher
 
 
 class Worker:
@@ -42,6 +44,7 @@ class Worker:
         store = CodeStore(CodePolicy.of(settings))
         queue = RequestQueue(settings.queue, visibility_timeout=settings.visibility_timeout)
         tally = Tally()
+        appetite = Appetite(lambda: self._mailer.capacity)
         settler = Settler(self._databases, store, queue, self._done, tally)
         service = Service(
             store,
@@ -50,6 +53,7 @@ class Worker:
             Renderer(settings.mail_from, default_locale=settings.locale),
             settler,
             tally,
+            appetite,
             sender=settings.mail_from.mailbox,
             code_length=settings.code_length,
         )
@@ -61,7 +65,7 @@ class Worker:
             settler,
             watcher,
             tally,
-            lambda: self._mailer.capacity,
+            appetite,
         )
         self.events = Events(self._databases.broker)
         self._metrics = MetricsServer(

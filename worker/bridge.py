@@ -29,9 +29,10 @@ from producer.errors import VerifyError
 from producer.logs import mask_email
 from producer.settings import Settings
 from worker.bootstrap import Worker, wire
-from worker.intake import Intake, Watcher
+from worker.intake import Intake
 from worker.job import Finished, Job
 from worker.queue import RequestQueue
+from worker.watcher import Watcher
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from producer.contract import ErrorCode, Reply, VerifyRequest
 from producer.errors import RedisUnavailable
 from producer.link import Link, raise_errors
 from producer.script import Command
+from worker.appetite import Appetite
 from worker.databases import Database
 from worker.job import Finished, Job
 from worker.message import Unfit, for_celery, parse
@@ -24,36 +25,15 @@ from worker.service import Service
 from worker.settle import Settler
 from worker.tally import Tally
 from worker.tending import Tender
+from worker.watcher import Watcher
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 1.0  # seconds of one wait for a message; below the link's time for an answer
-SHARE = 4  # what is held beyond what can be sent at once is filled up when one part in so many of it is free
 LOOK = 0.02  # seconds until an empty queue is looked at again, for what requests that were done may have woken
 SETTLING = 1.0  # seconds that a stopping worker keeps for settling what it has sent
 UNHEARD_MOST = 10_000  # tags; those of a few answers, the first of which count, as then there still was a connection
 _PAUSE = 0.25  # seconds between tries while Redis is away
-
-
-class Watcher:
-    """What the intake tells Celery's side, in batches. Called on the intake's loop."""
-
-    def received(self, jobs: list[Job]) -> None:
-        """These requests are about to be served."""
-
-    def done(self, finished: Finished) -> None:
-        """These requests are off this worker's hands."""
-
-    def to_celery(self, message: dict[str, Any]) -> None:
-        """This message needs Celery's own machinery; its delivery tag is the reservation's."""
-
-    def is_revoked(self, request_id: str) -> bool:
-        """Whether an operator revoked the request."""
-        del request_id
-        return False
-
-    def give_up(self, reason: str) -> None:
-        """The service cannot work at all."""
 
 
 class Intake:
@@ -68,9 +48,9 @@ class Intake:
         settler: Settler,
         watcher: Watcher,
         tally: Tally,
-        at_once: Callable[[], int],
+        appetite: Appetite,
     ) -> None:
-        """`waiter`: a connection that may block. `at_once` tells how many mails can be on the wire at the moment."""
+        """`waiter`: a connection that may block."""
         self._broker = broker
         self._waiter = waiter
         self.queue = queue
@@ -78,7 +58,7 @@ class Intake:
         self._settler = settler
         self._watcher = watcher
         self._tally = tally
-        self._at_once = at_once
+        self._appetite = appetite
         self.held: dict[str, Job] = {}  # by tag: everything in this worker's hands on the fast way
         self._at_celery: dict[str, Job] = {}  # by tag: what went to Celery and is not done
         self._hurried: set[str] = set()  # of these, what Celery runs as soon as it can
@@ -142,7 +122,7 @@ class Intake:
         job.through_celery = True
         self.held[tag] = job
         future = self._for_celery[tag] = asyncio.get_running_loop().create_future()
-        await self._serve([job])
+        await self._serve([job], asyncio.get_running_loop().time())
         error = await future
         return None if error is None else Reply(job.request.email, error)
 
@@ -214,10 +194,7 @@ class Intake:
         held = len(self.held.keys() | self._hurried) if self._hurried else len(self.held)
         if not self._consuming or self._alone or (self._suspects and held):
             return 0
-        appetite, at_once = self._service.appetite, self._at_once()
-        free = appetite - held
-        # No connection waits for what is held ahead: of that, many places are filled at once, not each as it is free.
-        return 0 if held >= at_once and free * SHARE < appetite - at_once else free
+        return self._appetite.wanted(held, settling=self._settler.under_way)
 
     async def _take(self) -> None:
         while not self._stopping:
@@ -241,6 +218,7 @@ class Intake:
 
     async def _reserve(self, wanted: int) -> bool:
         """Take up to so many messages. Whether there may be more; if not, one is worth waiting for."""
+        asked = asyncio.get_running_loop().time()
         command = self.queue.reserve(wanted, held=len(self.held))
         try:
             [answer] = await self._broker.run([command])
@@ -259,7 +237,7 @@ class Intake:
         self._alone = alone and bool(jobs)
         if jobs:
             self._watcher.received(jobs)
-            task = asyncio.create_task(self._serve(jobs))
+            task = asyncio.create_task(self._serve(jobs, asked))
             self._serving.add(task)
             task.add_done_callback(self._serving.discard)
         # Suspects wait for empty hands, not for a message.
@@ -293,9 +271,10 @@ class Intake:
                 jobs.append(job)
         return jobs
 
-    async def _serve(self, jobs: list[Job]) -> None:
+    async def _serve(self, jobs: list[Job], asked: float) -> None:
         try:
             await self._service.serve(jobs)
+            self._appetite.fetched(asyncio.get_running_loop().time() - asked)
         except Exception as exc:  # noqa: BLE001 - whatever it is, the requests get an answer
             logger.error("unforeseen error in the service", extra={"kind": type(exc).__name__})
             for job in jobs:

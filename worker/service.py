@@ -14,6 +14,7 @@ from producer.codes import Answered, Asked, Claim, CodeStore, Conflict, Send, Wa
 from producer.contract import ErrorCode, is_purpose
 from producer.errors import InvalidAddress, RedisUnavailable
 from producer.link import ServerError, entries
+from worker.appetite import Appetite
 from worker.databases import Database
 from worker.generator import new_code
 from worker.job import Job
@@ -34,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 RETRY_BASE = 1.0  # seconds; doubles with each try
 RETRY_CAP = 60.0  # seconds
-AHEAD = 0.03  # seconds of work that a worker reserves beyond what its connections can send at once
 LEASE_MARGIN = 0.2  # seconds by which a lease counts as lapsed early: the way of a command to Redis
 
 
@@ -46,10 +46,6 @@ class Mailer(Protocol):
 
     async def close(self) -> None:
         """Call off what is under way."""
-
-    @property
-    def capacity(self) -> int:
-        """How many sends can be under way at once."""
 
 
 class Service:
@@ -63,6 +59,7 @@ class Service:
         renderer: Renderer,
         settler: Settler,
         tally: Tally,
+        appetite: Appetite,
         *,
         sender: str,
         code_length: int,
@@ -73,19 +70,13 @@ class Service:
         self._renderer = renderer
         self._settler = settler
         self._tally = tally
+        self._appetite = appetite
         self._sender = sender
         self._code_length = code_length
         self._leased: dict[str, Job] = {}  # by tag
         self._dots: list[tuple[Job, Callable[[bool], None]]] = []  # final dots that may be written in a moment
         self._stopping = False
         self._drained: asyncio.Future[None] | None = None
-        self._accepted = 0  # mails since the last tick
-        self._rate = 0.0  # mails a second, smoothed
-
-    @property
-    def appetite(self) -> int:
-        """How many jobs are worth holding: what the connections can send at once, and a little ahead."""
-        return self._mailer.capacity + round(self._rate * AHEAD)
 
     async def serve(self, jobs: list[Job]) -> None:
         """Issue for all of them in one round trip, and start their sends. Returns before these end."""
@@ -173,7 +164,7 @@ class Service:
         """A send has ended."""
         self._leased.pop(job.tag, None)
         if error is None:
-            self._accepted += 1
+            self._appetite.sent()
             self._tally.until_accepted.since(job.enqueued_at)
             self._settler.answer(job, ErrorCode.SUCCESS, mark=True)
         elif isinstance(error, RecipientRejected | MessageRejected):
@@ -220,8 +211,7 @@ class Service:
 
     async def tick(self) -> None:
         """Once a second: all leases anew. Those that Redis does not confirm lapse by themselves."""
-        self._rate += (self._accepted - self._rate) / 2
-        self._accepted = 0
+        self._appetite.tick()
         jobs = list(self._leased.values())
         if not jobs:
             return

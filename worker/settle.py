@@ -99,8 +99,14 @@ class Settler:
         self._on_done = on_done
         self._tally = tally
         self._pending: list[_Item] = []
+        self._leaving = 0  # how many the present trip settles
         self._woken: list[str] = []
         self._flushing: asyncio.Task[None] | None = None
+
+    @property
+    def under_way(self) -> int:
+        """How many outcomes are not settled yet."""
+        return len(self._pending) + self._leaving
 
     @property
     def one_trip(self) -> bool:
@@ -155,7 +161,9 @@ class Settler:
         try:
             while self._pending:
                 batch, self._pending = self._pending, []
+                self._leaving = len(batch)
                 left = await self._trip(batch)
+                self._leaving = 0
                 if left:
                     await asyncio.sleep(_PAUSE)
                     self._pending[:0] = left

@@ -11,10 +11,12 @@ from typing import Any, cast
 from caller import message
 
 from producer.contract import ErrorCode
-from worker.intake import LOOK, Intake, Watcher
+from worker.appetite import Appetite
+from worker.intake import LOOK, Intake
 from worker.job import Finished, Job
 from worker.queue import RequestQueue
 from worker.tally import Tally
+from worker.watcher import Watcher
 
 AT_ONCE, AHEAD = 4, 8
 ETA = {"eta": "2100-01-01T00:00:00"}
@@ -30,12 +32,14 @@ class Play:
         self.served: list[list[Job]] = []
         self.told: list[Finished] = []
         self.to_celery: list[dict[str, Any]] = []
-        self.appetite = AT_ONCE + AHEAD
+        self.under_way = 0  # outcomes that are not settled yet
+        self.appetite = Appetite(lambda: AT_ONCE)
+        self.appetite._rate, self.appetite._fetch = AHEAD / 0.03, 1.0
         self.came = asyncio.Event()
         self._tags = itertools.count()
         queue = RequestQueue("verification", visibility_timeout=30)
         us, waiter = cast(Any, self), cast(Any, _Waiter(self))  # of each part, the intake uses what is here
-        self.intake = Intake(us, waiter, queue, us, us, _World(self), Tally(), lambda: AT_ONCE)
+        self.intake = Intake(us, waiter, queue, us, us, _World(self), Tally(), self.appetite)
 
     def push(self, count: int, **options: Any) -> None:
         """So many messages more."""
@@ -150,7 +154,7 @@ def test_what_is_held_ahead_is_filled_up_a_share_at_a_time() -> None:
 
 def test_a_connection_that_has_nothing_to_send_gets_work_at_once() -> None:
     async def scene(play: Play) -> None:
-        play.appetite = AT_ONCE  # nothing ahead
+        play.appetite._rate = 0.0  # nothing ahead
         play.push(100)
         await turns()
         play.finish(len(play.intake.held) - AT_ONCE)
@@ -163,6 +167,34 @@ def test_a_connection_that_has_nothing_to_send_gets_work_at_once() -> None:
             assert len(play.intake.held) == AT_ONCE
 
     play(scene)
+
+
+def test_a_mail_that_has_left_its_connection_makes_room_for_the_next_before_it_is_settled() -> None:
+    async def scene(play: Play) -> None:
+        play.appetite._rate = 0.0
+        play.push(100)
+        await turns()
+        play.finish(len(play.intake.held) - AT_ONCE)
+        await turns()
+        assert len(play.intake.held) == AT_ONCE
+        play.under_way = 2
+        assert play.intake._wanted() == 2
+        play.under_way = 100  # outcomes that cannot be settled do not pile up
+        assert play.intake._wanted() == AT_ONCE
+
+    play(scene)
+
+
+def test_how_much_is_held_ahead_goes_by_how_long_a_fetch_takes() -> None:
+    appetite = Appetite(lambda: AT_ONCE)
+    for _ in range(20):
+        for _ in range(1000):
+            appetite.sent()
+        appetite.tick()
+    for seconds, ahead in ((0.001, 2), (0.004, 8), (10.0, 30)):
+        for _ in range(100):
+            appetite.fetched(seconds)
+        assert appetite.wanted(0, settling=0) == AT_ONCE + ahead
 
 
 def test_an_empty_queue_is_not_asked_again_for_each_request_that_is_done() -> None:
