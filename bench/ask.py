@@ -71,24 +71,25 @@ async def measure(sink: Sink, asked: Asked, callers: int, seconds: float, *, num
 
 
 @asynccontextmanager
-async def ours(rig: Rig, sink: Sink, connections: int) -> AsyncIterator[tuple[Asked, Asked]]:
-    """One worker and the doors: by the asyncio client, and through the gRPC door."""
+async def ours(rig: Rig, sink: Sink, connections: int, workers: int) -> AsyncIterator[tuple[Asked, Asked]]:
+    """Workers and the doors: by the asyncio client, and through the gRPC door. `connections`: of one worker."""
     environment = rig.environment(RELAYS=sink.url, RELAY_CONNECTIONS=str(connections))
 
     async def stored() -> Mapping[str, int]:
         return (await rig.counts())._asdict()
 
-    with rig.workers(1, RELAYS=sink.url, RELAY_CONNECTIONS=str(connections)) as [worker]:
+    with rig.workers(workers, RELAYS=sink.url, RELAY_CONNECTIONS=str(connections)) as children:
         doors = processes.doors(rig.directory, environment, usual=False)
         try:
             [place] = await asyncio.to_thread(doors.says, r"gRPC door is open on [\d.]+:(\d+)")
-            await rig.until_workers(rig.settings().queue, 1)
-            client, door, port = {"worker": [worker.pid]}, {"worker": [worker.pid], "doors": [doors.pid]}, int(place)
+            await rig.until_workers(rig.settings().queue, workers)
+            client, port = {"worker": [child.pid for child in children]}, int(place)
+            door = client | {"doors": [doors.pid]}
             load = partial(asyncio_load, rig)
             warm_up = partial(load, _WARM_CALLERS, _WARM_SECONDS, "warm")
             yield (
-                Asked("asyncio", rig, client, warm_up, load, stored, 1, connections),
-                Asked("door", rig, door, _calls(port, _WARM_CALLS), _grpc(port), stored, 1, connections),
+                Asked("asyncio", rig, client, warm_up, load, stored, workers, connections),
+                Asked("door", rig, door, _calls(port, _WARM_CALLS), _grpc(port), stored, workers, connections),
             )
         finally:
             await asyncio.to_thread(doors.stop)

@@ -29,11 +29,11 @@ _SHIPPED: Final = "All settings at their defaults (events, leases, marks, cooldo
 OURS: Final = {  # title and setting of what is ours
     "asyncio": (
         "VerifyServer, asyncio client",
-        f"`AsyncVerificationClient` on uvloop in one process, one worker. {_SHIPPED}; 256 relay connections at 50 ms.",
+        f"`AsyncVerificationClient` on uvloop in one process, two workers. {_SHIPPED}; 128 relay connections each at 50 ms.",
     ),
     "door": (
         "VerifyServer, gRPC door",
-        "`python -m producer serve`, one worker; set as above. The load client is the one that the Node servers get.",
+        "`python -m producer serve`, two workers; set as above. The load client is the one that the Node servers get.",
     ),
     "worker": (
         "VerifyServer",

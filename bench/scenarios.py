@@ -70,7 +70,9 @@ class Asking:
             asked: dict[str, Asked] = {}
             if {"asyncio", "door"} & set(self._systems):
                 own = stack.enter_context(rig.opened())
-                for each in await stack.enter_async_context(ask.ours(own, sink, self._connections)):
+                for each in await stack.enter_async_context(
+                    ask.ours(own, sink, self._connections // PROCESSES, PROCESSES)
+                ):
                     asked[each.system] = each
             for name in self._systems:
                 if name in peers_by_name():
