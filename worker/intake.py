@@ -141,6 +141,7 @@ class Intake:
         """Celery is done with a message: settle its reservation."""
         self._at_celery.pop(tag, None)
         self._hurried.discard(tag)
+        self._room.set()
         try:
             await self._broker.run(command(tag))
         except RedisUnavailable:
@@ -153,6 +154,7 @@ class Intake:
             del self._at_celery[tag]
             self._hurried.discard(tag)
         if tags:
+            self._room.set()
             with contextlib.suppress(RedisUnavailable):  # it is redelivered, then
                 await self._broker.run([self.queue.release(tags)])
 
@@ -217,7 +219,7 @@ class Intake:
                 await asyncio.sleep(_PAUSE)
 
     async def _reserve(self, wanted: int) -> bool:
-        """Take up to so many messages. Whether there may be more; if not, one is worth waiting for."""
+        """Take up to so many messages. Whether to ask again at once; if not, a message is worth waiting for."""
         asked = asyncio.get_running_loop().time()
         command = self.queue.reserve(wanted, held=len(self.held))
         try:
@@ -236,11 +238,10 @@ class Intake:
         jobs = self._read(taken)
         self._alone = alone and bool(jobs)
         if jobs:
-            self._watcher.received(jobs)
             task = asyncio.create_task(self._serve(jobs, asked))
             self._serving.add(task)
             task.add_done_callback(self._serving.discard)
-        # Suspects wait for empty hands, not for a message.
+            self._watcher.received(jobs)
         return len(taken) + len(buried) >= wanted or self._suspects > 0
 
     def _read(self, taken: Iterable[Reserved]) -> list[Job]:
