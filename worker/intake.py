@@ -77,13 +77,9 @@ class Intake:
     def start(self) -> None:
         """Begin to tend; messages are taken once `consume` was called."""
         self._taking = asyncio.create_task(self._take())
-        tender = Tender(
-            self._broker, self.queue, self._service, self._settler, self._tally, self._mine, self._on_tended
-        )
+        parts = (self._broker, self.queue, self._service, self._settler, self._tally)
+        tender = Tender(*parts, lambda: [*self.held, *self._at_celery], self._on_tended)
         self._tending = asyncio.create_task(tender.run())
-
-    def _mine(self) -> list[str]:
-        return [*self.held, *self._at_celery]
 
     def _on_tended(self, tended: Tended) -> None:
         self._suspects = tended.suspects
@@ -94,6 +90,11 @@ class Intake:
         """Take messages, or stop taking."""
         self._consuming = on
         self._room.set()
+
+    def outcome(self) -> None:
+        """The settler's word that a request has its outcome: there may be room for the next, before that is settled."""
+        if self._wanted() > 0:
+            self._room.set()
 
     def done(self, finished: Finished) -> None:
         """The settler's word that requests are off our hands."""

@@ -43,7 +43,8 @@ class _Step(NamedTuple):
 class Settler:
     """Takes each request's outcome and makes it known, in the order mark, reply, ack.
 
-    `on_done` is called once a trip, with the requests that are off this worker's hands by it. A step that Redis does
+    `on_outcome` is called when a request has one, and needs no connection to a relay any more; `on_done` once a trip,
+    with the requests that are off this worker's hands by it. A step that Redis does
     not take is repeated. A reply that cannot be stored does not hold up other requests: its own is parked for a second,
     and whoever gets it then finds what was done.
     """
@@ -54,12 +55,14 @@ class Settler:
         store: CodeStore,
         queue: RequestQueue,
         on_done: Callable[[Finished], None],
+        on_outcome: Callable[[], None],
         tally: Tally,
     ) -> None:
         self._databases = databases
         self._store = store
         self._queue = queue
         self._on_done = on_done
+        self._on_outcome = on_outcome
         self._tally = tally
         self._pending: list[Leaving] = []
         self._leaving = 0  # how many the present trip settles
@@ -117,6 +120,7 @@ class Settler:
     def _add(self, item: Leaving) -> None:
         item.until = asyncio.get_running_loop().time() + _PATIENCE
         self._pending.append(item)
+        self._on_outcome()
         if self._flushing is None:
             self._flushing = asyncio.create_task(self._flush())
 

@@ -29,7 +29,7 @@ class Scene:
         self.done: Finished = []
         self.wrong = False  # whether who is told of what is done raises
         queue = RequestQueue("verification", visibility_timeout=15)
-        self.settler = Settler(self.databases, self.store, queue, self._on_done, Tally())
+        self.settler = Settler(self.databases, self.store, queue, self._on_done, lambda: None, Tally())
 
     def _on_done(self, finished: Finished) -> None:
         self.done += finished
