@@ -166,10 +166,7 @@ class Intake:
             self._settler.answer(job, ErrorCode.TIMEOUT, mark=False)
 
     async def stop(self, seconds: float) -> None:
-        """Take nothing more, finish what is in hand within `seconds`, put back the rest.
-
-        Without Redis nothing can be put back: it is redelivered once its visibility has lapsed.
-        """
+        """Take nothing more, finish what is in hand within `seconds`, put back the rest (without Redis: redelivered)."""
         self._stopping = True
         self.consume(on=False)
         with contextlib.suppress(TimeoutError, RedisUnavailable):
