@@ -166,7 +166,7 @@ class Intake:
             self._settler.answer(job, ErrorCode.TIMEOUT, mark=False)
 
     async def stop(self, seconds: float) -> None:
-        """Take nothing more, finish what is in hand within `seconds`, put back the rest (without Redis: redelivered)."""
+        """Take nothing more, finish what is in hand within `seconds`, put back the rest if Redis is there."""
         self._stopping = True
         self.consume(on=False)
         with contextlib.suppress(TimeoutError, RedisUnavailable):
