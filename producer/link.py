@@ -102,12 +102,13 @@ class Link:
 
     def _pack_all(self, parts: Sequence[Part]) -> tuple[bytes, int]:
         """The bytes to write, and how many replies they will get."""
-        packed = []
+        packed, selected = [], self._selected
         for database, batch in parts:
-            if database != self._selected:
+            if database != selected:
                 packed.append(_pack(("SELECT", database)))
-                self._selected = database
+                selected = database
             packed += map(_pack, batch)
+        self._selected = selected  # only now: what cannot be packed is not written
         return b"".join(packed), len(packed)
 
     async def _read(

@@ -45,7 +45,7 @@ class Worker:
         queue = RequestQueue(settings.queue, visibility_timeout=settings.visibility_timeout)
         tally = Tally()
         appetite = Appetite(lambda: self._mailer.capacity)
-        settler = Settler(self._databases, store, queue, self._done, tally)
+        settler = Settler(self._databases, store, queue, self._done, self._outcome, tally)
         service = Service(
             store,
             self._databases.codes,
@@ -82,6 +82,9 @@ class Worker:
         await self._metrics.open(self._metrics_bind)
         self.intake.start()
         self._background = asyncio.create_task(self._require_versions())
+
+    def _outcome(self) -> None:
+        self.intake.outcome()
 
     def _done(self, finished: Finished) -> None:
         self.intake.done(finished)

@@ -127,7 +127,10 @@ class Bridge(Watcher):
         with contextlib.suppress(BlockingIOError):
             os.read(self._reader, 65536)
         while self._inbox:
-            self._inbox.popleft()()
+            try:
+                self._inbox.popleft()()
+            except Exception as exc:  # noqa: BLE001 - the next one is not this one's
+                logger.error("unforeseen error in the inbox", extra={"kind": type(exc).__name__})
 
     # Called by Celery, on any thread.
 
@@ -190,6 +193,8 @@ class Bridge(Watcher):
         """Deliver to Celery's consumer, through its transport."""
 
         def deliver() -> None:
+            if self._consumer.connection is None:
+                return  # Celery waits for Redis: what it had not begun goes back to the queue then
             self._consumer.connection.transport._deliver(message, self.queue)  # noqa: SLF001 - a transport's own way
 
         self._post(deliver)

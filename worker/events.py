@@ -125,16 +125,17 @@ class Events:
 
     def flush(self) -> None:
         """Publish what is collected, now."""
-        command = self._publication()
-        if command is not None:
-            with contextlib.suppress(RedisUnavailable):
+        # What cannot be written is dropped: no event is worth a request.
+        with contextlib.suppress(RedisUnavailable, orjson.JSONEncodeError):
+            command = self._publication()
+            if command is not None:
                 self._broker.link.post([command], database=self._broker.number)
 
     async def close(self) -> None:
         """Publish what is left, and see it through."""
-        command = self._publication()
-        if command is not None:
-            with contextlib.suppress(RedisUnavailable, TimeoutError):
+        with contextlib.suppress(RedisUnavailable, orjson.JSONEncodeError, TimeoutError):
+            command = self._publication()
+            if command is not None:
                 async with asyncio.timeout(FAREWELL):
                     await self._broker.run([command])
 

@@ -77,13 +77,9 @@ class Intake:
     def start(self) -> None:
         """Begin to tend; messages are taken once `consume` was called."""
         self._taking = asyncio.create_task(self._take())
-        tender = Tender(
-            self._broker, self.queue, self._service, self._settler, self._tally, self._mine, self._on_tended
-        )
+        parts = (self._broker, self.queue, self._service, self._settler, self._tally)
+        tender = Tender(*parts, lambda: [*self.held, *self._at_celery], self._on_tended)
         self._tending = asyncio.create_task(tender.run())
-
-    def _mine(self) -> list[str]:
-        return [*self.held, *self._at_celery]
 
     def _on_tended(self, tended: Tended) -> None:
         self._suspects = tended.suspects
@@ -94,6 +90,11 @@ class Intake:
         """Take messages, or stop taking."""
         self._consuming = on
         self._room.set()
+
+    def outcome(self) -> None:
+        """The settler's word that a request has its outcome: there may be room for the next, before that is settled."""
+        if self._wanted() > 0:
+            self._room.set()
 
     def done(self, finished: Finished) -> None:
         """The settler's word that requests are off our hands."""
@@ -141,6 +142,7 @@ class Intake:
         """Celery is done with a message: settle its reservation."""
         self._at_celery.pop(tag, None)
         self._hurried.discard(tag)
+        self._room.set()
         try:
             await self._broker.run(command(tag))
         except RedisUnavailable:
@@ -153,6 +155,7 @@ class Intake:
             del self._at_celery[tag]
             self._hurried.discard(tag)
         if tags:
+            self._room.set()
             with contextlib.suppress(RedisUnavailable):  # it is redelivered, then
                 await self._broker.run([self.queue.release(tags)])
 
@@ -163,10 +166,7 @@ class Intake:
             self._settler.answer(job, ErrorCode.TIMEOUT, mark=False)
 
     async def stop(self, seconds: float) -> None:
-        """Take nothing more, finish what is in hand within `seconds`, put back the rest.
-
-        Without Redis nothing can be put back: it is redelivered once its visibility has lapsed.
-        """
+        """Take nothing more, finish what is in hand within `seconds`, put back the rest if Redis is there."""
         self._stopping = True
         self.consume(on=False)
         with contextlib.suppress(TimeoutError, RedisUnavailable):
@@ -217,7 +217,7 @@ class Intake:
                 await asyncio.sleep(_PAUSE)
 
     async def _reserve(self, wanted: int) -> bool:
-        """Take up to so many messages. Whether there may be more; if not, one is worth waiting for."""
+        """Take up to so many messages. Whether to ask again at once; if not, a message is worth waiting for."""
         asked = asyncio.get_running_loop().time()
         command = self.queue.reserve(wanted, held=len(self.held))
         try:
@@ -236,11 +236,10 @@ class Intake:
         jobs = self._read(taken)
         self._alone = alone and bool(jobs)
         if jobs:
-            self._watcher.received(jobs)
             task = asyncio.create_task(self._serve(jobs, asked))
             self._serving.add(task)
             task.add_done_callback(self._serving.discard)
-        # Suspects wait for empty hands, not for a message.
+            self._watcher.received(jobs)
         return len(taken) + len(buried) >= wanted or self._suspects > 0
 
     def _read(self, taken: Iterable[Reserved]) -> list[Job]:

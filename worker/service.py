@@ -98,7 +98,11 @@ class Service:
                     self._settler.answer(job, ErrorCode.REDIS_ERR, mark=False)
             return
         for job, entry in zip(jobs, entries(answer, len(jobs)), strict=True):
-            self._proceed(job, entry, began)
+            try:
+                self._proceed(job, entry, began)
+            except Exception as exc:  # noqa: BLE001 - whatever it is, it is this request's alone
+                logger.error("unforeseen error in the service", extra={"kind": type(exc).__name__})
+                self._settler.answer(job, ErrorCode.EXCEPTION, mark=True)
 
     @staticmethod
     def judge(job: Job) -> ErrorCode | None:
@@ -211,11 +215,11 @@ class Service:
 
     async def tick(self) -> None:
         """Once a second: all leases anew. Those that Redis does not confirm lapse by themselves."""
-        self._appetite.tick()
+        began = asyncio.get_running_loop().time()
+        self._appetite.tick(began)
         jobs = list(self._leased.values())
         if not jobs:
             return
-        began = asyncio.get_running_loop().time()
         try:
             [kept] = await self._codes.run([self._store.renew([job.claim for job in jobs])])
         except RedisUnavailable:

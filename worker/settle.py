@@ -8,65 +8,28 @@ finds what was done.
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import orjson
+from typing import Any, NamedTuple
 
 from producer.codes import FAILED, UNKNOWN, Answered, Asked, CodeStore, Outcome
-from producer.contract import REPLY_TTL, ErrorCode, reply_key
+from producer.contract import ErrorCode, reply_key
 from producer.errors import RedisUnavailable
 from producer.link import ServerError, entries
-from producer.script import EACH, Command, Script
+from producer.script import Command
 from worker.databases import Database, Databases
 from worker.job import Finished, Job
-from worker.queue import RequestQueue
+from worker.leaving import Leaving
+from worker.queue import MOVES, RequestQueue
+from worker.reply import store_replies
 from worker.tally import Tally
 
 logger = logging.getLogger(__name__)
 
-_REPLY = Script(EACH, Path(__file__).parent / "lua" / "reply.lua")
 _PAUSE = 0.25  # seconds between tries while Redis is away
 _PATIENCE = 2.0  # seconds for a reply to be stored, before its request makes room for others
 _PUT_OFF = 1.0  # seconds until a reply that could not be stored is tried again
-
-
-@dataclass(slots=True)
-class _Item:
-    """One request on its way out: the steps that are left."""
-
-    job: Job
-    error: ErrorCode | None = None  # what it is answered
-    mark: ErrorCode | Literal["failed", "unknown"] | None = None
-    asks: bool = False  # the mark is a question too: the request may have its answer already
-    unmarkable: bool = False  # the mark was refused; the rest need not wait for it
-    reply: bool = False
-    leave: Command | None = None
-    ack: bool = False
-    until: float = 0.0
-
-    def doubtful(self) -> bool:
-        """Whether the mark's answer decides about the reply: the lease has lapsed, so another may have taken over."""
-        if self.mark is None or self.unmarkable:
-            return False
-        lease = self.job.lease_until
-        lapsed = 0 < lease <= asyncio.get_running_loop().time()
-        return self.asks or (lapsed and self.error not in {None, ErrorCode.SUCCESS})
-
-    @property
-    def marked(self) -> bool:
-        """Whether reply and leave may follow."""
-        return self.mark is None or self.unmarkable
-
-    @property
-    def finished(self) -> bool:
-        """Whether no step is left."""
-        return not self.reply and self.leave is None and not self.ack and self.marked
 
 
 class _Step(NamedTuple):
@@ -80,7 +43,8 @@ class _Step(NamedTuple):
 class Settler:
     """Takes each request's outcome and makes it known, in the order mark, reply, ack.
 
-    `on_done` is called once a trip, with the requests that are off this worker's hands by it. A step that Redis does
+    `on_outcome` is called when a request has one, and needs no connection to a relay any more; `on_done` once a trip,
+    with the requests that are off this worker's hands by it. A step that Redis does
     not take is repeated. A reply that cannot be stored does not hold up other requests: its own is parked for a second,
     and whoever gets it then finds what was done.
     """
@@ -91,14 +55,16 @@ class Settler:
         store: CodeStore,
         queue: RequestQueue,
         on_done: Callable[[Finished], None],
+        on_outcome: Callable[[], None],
         tally: Tally,
     ) -> None:
         self._databases = databases
         self._store = store
         self._queue = queue
         self._on_done = on_done
+        self._on_outcome = on_outcome
         self._tally = tally
-        self._pending: list[_Item] = []
+        self._pending: list[Leaving] = []
         self._leaving = 0  # how many the present trip settles
         self._woken: list[str] = []
         self._flushing: asyncio.Task[None] | None = None
@@ -115,27 +81,27 @@ class Settler:
 
     def answer(self, job: Job, error: ErrorCode, *, mark: bool) -> None:
         """The request's final answer. `mark`: it is news to the store."""
-        self._add(_Item(job, error, error if mark else None, reply=True, ack=not job.through_celery))
+        self._add(Leaving(job, error, error if mark else None, reply=True, ack=not job.through_celery))
 
     def retry(self, job: Job, delay: float, *, unknown: bool) -> None:
         """The mail was not sent (`unknown`: may have been): park the request for its next try, in `delay` seconds."""
         self._tally.retries += 1
-        self._add(_Item(job, mark=UNKNOWN if unknown else FAILED, leave=self._parked(job, delay)))
+        self._add(Leaving(job, mark=UNKNOWN if unknown else FAILED, leave=self._parked(job, delay)))
 
     def wait(self, job: Job, delay: float) -> None:
         """Another send decides about this request: park it until that is known, at most `delay` seconds."""
-        self._add(_Item(job, leave=self._parked(job, delay)))
+        self._add(Leaving(job, leave=self._parked(job, delay)))
 
     def bury(self, job: Job, reason: str, *, answer: ErrorCode | None = None) -> None:
         """The message becomes a dead letter; with `answer`, its request is answered so first."""
         job.buried = True
         self._tally.buried(reason)
         asks = answer is not None
-        self._add(_Item(job, answer, answer, asks=asks, reply=asks, leave=self._queue.bury(job.tag, reason)))
+        self._add(Leaving(job, answer, answer, asks=asks, reply=asks, leave=self._queue.bury(job.tag, reason)))
 
     def release(self, job: Job) -> None:
         """Put the message back on the queue."""
-        self._add(_Item(job, leave=self._queue.release([job.tag])))
+        self._add(Leaving(job, leave=self._queue.release([job.tag])))
 
     async def drain(self) -> None:
         """Wait until nothing is on its way."""
@@ -151,18 +117,25 @@ class Settler:
     def _parked(self, job: Job, delay: float) -> Command:
         return self._queue.park(job.tag, job.request_id, delay, job.enqueued_at)
 
-    def _add(self, item: _Item) -> None:
+    def _add(self, item: Leaving) -> None:
         item.until = asyncio.get_running_loop().time() + _PATIENCE
         self._pending.append(item)
+        self._on_outcome()
         if self._flushing is None:
             self._flushing = asyncio.create_task(self._flush())
 
     async def _flush(self) -> None:
         try:
             while self._pending:
-                batch, self._pending = self._pending, []
+                batch, self._pending = self._pending[:MOVES], self._pending[MOVES:]
                 self._leaving = len(batch)
-                left = await self._trip(batch)
+                try:
+                    left = await self._trip(batch)
+                except Exception as exc:  # noqa: BLE001 - whatever it is, the requests do not stay in our hands
+                    logger.error("unforeseen error in settling", extra={"kind": type(exc).__name__})
+                    left = [item for item in batch if not item.finished]
+                    with contextlib.suppress(Exception):
+                        self._on_done([(item.job, item.error) for item in batch if item.finished])
                 self._leaving = 0
                 if left:
                     await asyncio.sleep(_PAUSE)
@@ -170,7 +143,7 @@ class Settler:
         finally:
             self._flushing = None
 
-    async def _trip(self, batch: list[_Item]) -> list[_Item]:
+    async def _trip(self, batch: list[Leaving]) -> list[Leaving]:
         """One round trip for all of `batch`; what is not finished."""
         # Where the lease has lapsed, another may have taken over: what it finds stands, not what we found.
         doubtful = [item for item in batch if item.doubtful()]
@@ -197,7 +170,7 @@ class Settler:
             self._on_done(finished)
         return left
 
-    def _put_off(self, item: _Item) -> None:
+    def _put_off(self, item: Leaving) -> None:
         """The reply cannot be stored now. The answer is remembered: whoever has the request next only replies."""
         logger.warning("a reply cannot be stored, it will be tried again")
         item.reply, item.error, item.ack = False, None, False
@@ -217,7 +190,7 @@ class Settler:
         except RedisUnavailable:
             return
 
-    def _marks(self, batch: list[_Item]) -> _Step:
+    def _marks(self, batch: list[Leaving]) -> _Step:
         items = [item for item in batch if item.mark is not None]
         telling = [item for item in items if not item.asks]
         asking = [item for item in items if item.asks]
@@ -236,7 +209,7 @@ class Settler:
 
         return _Step(self._databases.codes, commands, read)
 
-    def _read_mark(self, item: _Item, entry: Any) -> None:
+    def _read_mark(self, item: Leaving, entry: Any) -> None:
         if isinstance(entry, ServerError):
             # Tried again with whatever else is tried again; alone it is not worth the caller's waiting.
             item.unmarkable = True
@@ -252,17 +225,19 @@ class Settler:
                 item.reply, item.error, item.ack = False, None, False
         item.mark = None
 
-    def _replies(self, batch: list[_Item]) -> _Step:
+    def _replies(self, batch: list[Leaving]) -> _Step:
         one_server = self._databases.one_server
         items = [item for item in batch if item.reply and (item.marked or (one_server and not item.doubtful()))]
+
+        answered = [(item.job, item.error) for item in items if item.error is not None]
 
         def read(answers: list[Any]) -> None:
             for item, entry in _each(items, answers[0]):
                 item.reply = isinstance(entry, ServerError)
 
-        return _Step(self._databases.results, [_replies(items)] if items else [], read)
+        return _Step(self._databases.results, [store_replies(answered)] if answered else [], read)
 
-    def _leaves(self, batch: list[_Item]) -> _Step:
+    def _leaves(self, batch: list[Leaving]) -> _Step:
         one_server = self._databases.one_server
         items = [item for item in batch if (item.marked and not item.reply) or (one_server and not item.doubtful())]
         acked = [item for item in items if item.ack]
@@ -272,16 +247,20 @@ class Settler:
 
         def read(answers: list[Any]) -> None:
             _warn_of(answers)
-            if acked and answers.pop(0) == 0:
-                for item in acked:
+            all_done = answers.pop(0) == 0 if acked else False
+            for item in acked:
+                if all_done:
                     item.ack = False
+                elif not item.reply:
+                    # Stored, whatever became of it since: whoever has read a reply may delete it at once.
+                    item.ack, item.leave = False, self._queue.ack([item.job.tag])
             for item, answer in zip(leaving, answers, strict=True):
                 if not isinstance(answer, ServerError):
                     item.leave = None
 
         return _Step(self._databases.broker, commands, read)
 
-    def _ack(self, items: list[_Item]) -> Command:
+    def _ack(self, items: list[Leaving]) -> Command:
         tags = [item.job.tag for item in items]
         if not self._databases.one_server:
             return self._queue.ack(tags)
@@ -290,7 +269,7 @@ class Settler:
         return self._queue.ack_if_stored(tags, replies, broker=broker, results=results)
 
 
-def _each(items: list[_Item], answer: Any) -> Iterator[tuple[_Item, Any]]:
+def _each(items: list[Leaving], answer: Any) -> Iterator[tuple[Leaving, Any]]:
     """Each item with what a script answered to it."""
     answers = entries(answer, len(items))
     _warn_of(answers)
@@ -302,27 +281,3 @@ def _warn_of(answers: Iterable[Any]) -> None:
         if isinstance(answer, ServerError):
             logger.warning("Redis refused a step", extra={"kind": str(answer).partition(" ")[0]})
             break
-
-
-def _replies(items: list[_Item]) -> Command:
-    now = datetime.now(UTC).isoformat()
-    answered = [(item.job, item.error) for item in items if item.error is not None]
-    payloads = [reply_payload(job.request_id, job.request.email, error, now) for job, error in answered]
-    return _REPLY([reply_key(job.request_id) for job, _ in answered], [REPLY_TTL, *payloads])
-
-
-def reply_payload(request_id: str, email: Any, error: ErrorCode, date_done: str) -> bytes:
-    """A reply as Celery's Redis backend stores it, so that any Celery client reads it as its task's result."""
-    meta: dict[str, Any] = {
-        "status": "SUCCESS",
-        "result": {"email": email, "error": int(error)},
-        "traceback": None,
-        "children": [],
-        "date_done": date_done,
-        "task_id": request_id,
-    }
-    try:
-        return orjson.dumps(meta)
-    except TypeError:
-        # An "address" that only the standard library can write: a lone surrogate, an integer beyond 64 bits.
-        return json.dumps(meta).encode()

@@ -450,6 +450,18 @@ def test_a_connection_lost_right_after_its_opening_fails_what_waited_for_it(redi
     asyncio.run(main())
 
 
+def test_what_cannot_be_packed_changes_no_database(redis_server: RedisServer) -> None:
+    async def main() -> None:
+        async with opened(redis_server.url()) as link:
+            with pytest.raises(UnicodeEncodeError):
+                await link.run([("SET", "a", "\ud800")], database=1)
+            await link.run([("SET", "a", "one")], database=1)
+            assert await link.run([("GET", "a")], database=1) == [b"one"]
+            assert await link.run([("GET", "a")], database=0) == [None]
+
+    asyncio.run(main())
+
+
 def test_garbage_from_the_server_ends_the_connection() -> None:
     async def main() -> None:
         async def garbage(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

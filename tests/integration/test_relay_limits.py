@@ -9,6 +9,7 @@ import pytest
 from relays import ENVELOPE, assert_nothing_left, make, outcome, send, until
 from smtp_server import Later, ScriptedServer, Silence
 
+from worker.mail.envelope import Mail
 from worker.mail.errors import (
     AcceptanceUnknown,
     CalledOff,
@@ -196,6 +197,31 @@ def test_close_ends_what_is_under_way() -> None:
             outcomes = await asyncio.gather(*tasks)
             assert {type(outcome) for outcome in outcomes if outcome} <= {CalledOff}
             assert type(await send(relay)) is CalledOff
+            await assert_nothing_left(relay, server)
+
+    asyncio.run(main())
+
+
+def test_close_tells_a_send_whose_connection_has_not_begun_to_open() -> None:
+    async def main() -> None:
+        async with ScriptedServer() as server:
+            relay = make(server)
+            outcomes: list[Exception | None] = []
+            relay.send(Mail(ENVELOPE, math.inf, lambda go: go(True), outcomes.append))
+            await relay.close()
+            await asyncio.sleep(0)
+            assert [type(error) for error in outcomes] == [CalledOff]
+            assert relay.free == 4
+
+    asyncio.run(main())
+
+
+def test_a_relay_that_takes_its_leave_with_its_last_opening_reply_is_not_asked_again_and_again() -> None:
+    async def main() -> None:
+        async with ScriptedServer({"ehlo": "250 hi\r\n421 4.3.2 bye"}) as server:
+            relay = make(server)
+            assert type(await send(relay)) is RelayUnavailable
+            assert server.connections == 1
             await assert_nothing_left(relay, server)
 
     asyncio.run(main())

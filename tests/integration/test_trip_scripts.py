@@ -12,22 +12,24 @@ from store_driver import is_error, run
 from producer.contract import ErrorCode, VerifyRequest, read_reply, reply_key
 from worker.job import Job
 from worker.queue import INDEX, UNACKED, RequestQueue
-from worker.settle import _Item, _replies
+from worker.reply import store_replies
 
 
-def item(request_id: str, email: object = "anna@example.com", error: ErrorCode = ErrorCode.SUCCESS) -> _Item:
-    """A request that is answered."""
-    return _Item(Job(request_id, f"tag-{request_id}", VerifyRequest(email), None, None), error)
+def item(
+    request_id: str, email: object = "anna@example.com", error: ErrorCode = ErrorCode.SUCCESS
+) -> tuple[Job, ErrorCode]:
+    """A request and its answer."""
+    return Job(request_id, f"tag-{request_id}", VerifyRequest(email), None, None), error
 
 
 def test_each_reply_of_a_batch_is_stored_and_published_and_the_first_one_stands(redis: redis_py.Redis) -> None:
-    run(redis, _replies([item("two", error=ErrorCode.TIMEOUT)]))
+    run(redis, store_replies([item("two", error=ErrorCode.TIMEOUT)]))
     redis.lpush(reply_key("three"), "no reply")
     with redis.pubsub() as heard:  # type: ignore[no-untyped-call]
         heard.psubscribe(reply_key("*"))
         assert heard.get_message(timeout=5)
         batch = [item("one"), item("two"), item("three", "\ud800"), item("one", error=ErrorCode.EXCEPTION)]
-        assert run(redis, _replies(batch)) == [1, 0, 0, 0]
+        assert run(redis, store_replies(batch)) == [1, 0, 0, 0]
         published = [heard.get_message(timeout=5) for _ in batch]
     stored = {request_id: redis.get(reply_key(request_id)) for request_id in ("one", "two", "three")}
     assert [read_reply(stored[each]).error for each in stored] == [0, ErrorCode.TIMEOUT, 0]  # type: ignore[arg-type]
@@ -39,9 +41,9 @@ def test_each_reply_of_a_batch_is_stored_and_published_and_the_first_one_stands(
 
 def test_a_full_server_stores_no_reply_and_says_so_of_each(new_redis_server: Callable[..., RedisServer]) -> None:
     with new_redis_server().client() as client:
-        run(client, _replies([item("known")]))
+        run(client, store_replies([item("known")]))
         client.config_set("maxmemory", 1)
-        one, known, two = run(client, _replies([item("one"), item("known"), item("two")]))
+        one, known, two = run(client, store_replies([item("one"), item("known"), item("two")]))
         assert [is_error(entry) for entry in (one, known, two)] == [True, True, True]
         assert client.dbsize() == 1
 

@@ -14,7 +14,7 @@ from producer.contract import ErrorCode
 from worker.appetite import Appetite
 from worker.intake import LOOK, Intake
 from worker.job import Finished, Job
-from worker.queue import RequestQueue
+from worker.queue import MOVES, RequestQueue
 from worker.tally import Tally
 from worker.watcher import Watcher
 
@@ -178,19 +178,21 @@ def test_a_mail_that_has_left_its_connection_makes_room_for_the_next_before_it_i
         await turns()
         assert len(play.intake.held) == AT_ONCE
         play.under_way = 2
-        assert play.intake._wanted() == 2
+        play.intake.outcome()
+        await turns()
+        assert len(play.intake.held) == AT_ONCE + 2
         play.under_way = 100  # outcomes that cannot be settled do not pile up
-        assert play.intake._wanted() == AT_ONCE
+        assert play.intake._wanted() == 2 * AT_ONCE - len(play.intake.held)
 
     play(scene)
 
 
 def test_how_much_is_held_ahead_goes_by_how_long_a_fetch_takes() -> None:
     appetite = Appetite(lambda: AT_ONCE)
-    for _ in range(20):
+    for tick in range(20):
         for _ in range(1000):
             appetite.sent()
-        appetite.tick()
+        appetite.tick(float(tick))
     for seconds, ahead in ((0.001, 2), (0.004, 8), (10.0, 30)):
         for _ in range(100):
             appetite.fetched(seconds)
@@ -238,6 +240,26 @@ def test_what_celery_has_still_to_run_counts_and_what_waits_there_for_its_eta_do
     played = play(scene)
     # Celery tells the world of its tasks itself.
     assert [finished for finished in played.told if finished] == []
+
+
+def test_messages_are_taken_on_when_celery_is_done_with_what_filled_the_hands() -> None:
+    async def scene(play: Play) -> None:
+        play.appetite._rate = 0.0
+        play.push(AT_ONCE, headers={"group": "g"})
+        await turns()
+        play.push(3)
+        await turns()
+        assert play.intake.held == {}
+        for each in play.to_celery:
+            await play.intake.leave_celery(each["properties"]["delivery_tag"], lambda _: [ACK])
+        await turns()
+        assert len(play.intake.held) == 3
+
+    play(scene)
+
+
+def test_one_call_never_asks_for_more_than_a_script_can_carry() -> None:
+    assert Appetite(lambda: 10_000).wanted(0, settling=0) == MOVES
 
 
 def test_the_world_is_told_of_a_whole_trip_at_once() -> None:

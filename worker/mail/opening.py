@@ -27,6 +27,8 @@ async def establish(connection: Connection, url: RelayURL, tls: ssl.SSLContext |
     try:
         async with asyncio.timeout_at(deadline) as connection.opening:
             await _establish(connection, url, tls)
+            if connection.closed:  # it took its leave together with its last reply
+                raise RelayUnavailable  # noqa: TRY301 - as what `_establish` raises
     except BaseException as exc:
         connection.abort()
         # A MailError may be an OSError, too.

@@ -153,7 +153,13 @@ class Relay:
         """Open a connection in a place already taken, which is given back on failure."""
         task = asyncio.create_task(self._establish(send))
         self._openings.add(task)
-        task.add_done_callback(self._openings.discard)
+        task.add_done_callback(lambda task: self._opened(task, send))
+
+    def _opened(self, task: asyncio.Task[None], send: _Send) -> None:
+        self._openings.discard(task)
+        if task.cancelled():  # before it began; later on it tells by itself
+            self._size -= 1
+            send.mail.done(CalledOff())
 
     async def _establish(self, send: _Send) -> None:
         connection = Connection(self._on_lost)
