@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from producer.script import Command
 from producer.settings import Settings
 
 START_PATIENCE = 30.0  # seconds
+KEEPS_NOTHING = ("--save", "", "--appendonly", "no")  # flags: nothing on disk
 _TRIES = 3  # another program may take the port between our look and the server's
 
 
 class CannotStart(VerifyError):
-    """The embedded Redis did not start."""
+    """The Redis server did not start."""
 
 
 class Occupied(VerifyError):
@@ -42,20 +44,26 @@ def ask(url: str, *commands: Command) -> list[Any]:
     return asyncio.run(run())
 
 
-def start(directory: Path) -> tuple[Child, str]:
-    """Start an embedded server that keeps nothing on disk; its URL."""
+def embedded() -> str:
+    """The program of the embedded server."""
+    return str(get_binary_path())
+
+
+def start(directory: Path, program: str | None = None, flags: Sequence[str] = KEEPS_NOTHING) -> tuple[Child, str]:
+    """Start a server that works in `directory`, the embedded one unless a `program` is named; its URL."""
+    program = program or embedded()
     child: Child | None = None
     for _ in range(_TRIES):
         with socket.socket() as probe:
             probe.bind((HOST, 0))
             port = probe.getsockname()[1]
-        words = ["--bind", HOST, "--port", str(port), "--dir", str(directory), "--save", "", "--appendonly", "no"]
-        child = Child("redis", [str(get_binary_path()), *words], directory)
+        words = ["--bind", HOST, "--port", str(port), "--dir", str(directory), *flags]
+        child = Child("redis", [program, *words], directory)
         url = f"redis://{HOST}:{port}"
         if _answers(child, url):
             return child, url
         child.stop()
-    raise CannotStart(f"the embedded Redis did not start:\n{child.tail() if child else ''}")
+    raise CannotStart(f"{program} did not start:\n{child.tail() if child else ''}")
 
 
 def _answers(child: Child, url: str) -> bool:
