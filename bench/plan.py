@@ -29,8 +29,7 @@ _SHIPPED: Final = "All settings at their defaults (events, leases, marks, cooldo
 OURS: Final = {  # title and setting of what is ours
     "asyncio": (
         "VerifyServer, asyncio client",
-        f"`AsyncVerificationClient` on uvloop in one process, two workers. {_SHIPPED}; 128 relay connections each at 50"
-        " ms.",
+        f"`AsyncVerificationClient` on uvloop in one process, two workers. {_SHIPPED}; 128 connections each at 50 ms.",
     ),
     "door": (
         "VerifyServer, gRPC door",
