@@ -156,6 +156,11 @@ def test_probes_need_no_key_and_ask_a_port_that_is_there(overlay: str) -> None:
     assert "/healthz" in OPEN
 
 
+def test_a_worker_that_waits_for_redis_is_left_in_peace() -> None:
+    startup = dict(workloads("production")["workers"].probes())["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] == 1800
+
+
 @every_overlay
 def test_pods_meet_the_restricted_standard(overlay: str) -> None:
     for workload in workloads(overlay).values():
