@@ -52,7 +52,7 @@ def set_up(service: str, dotenv: Path = Path(".env")) -> Traces | None:
     except ModuleNotFoundError as exc:
         raise BadSetting(f"{EXPORTER}: traces need {exc.name}: pip install 'verifyserver[traces]'") from None
     except (ValueError, TypeError) as exc:
-        raise BadSetting(f"{_PREFIX}…: OpenTelemetry cannot be set up with them: {exc}") from None
+        raise BadSetting(f"{_PREFIX}*: OpenTelemetry cannot be set up with them: {exc}") from None
 
 
 def set_up_or_exit(service: str) -> None:

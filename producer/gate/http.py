@@ -27,6 +27,8 @@ JSON: Final = "application/json"
 OPEN: Final = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})  # no key: probes have none; nothing secret
 
 
+# FastAPI's own spans and logs would go wherever the process exports to, with paths and errors as callers made them.
+_NO_TELEMETRY: Final[Any] = dict.fromkeys(("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False)
 TRACED: Final = frozenset({"/get_varifycode", "/check_varifycode"})
 
 
@@ -44,6 +46,7 @@ def make_app(desk: Desk) -> ASGIApp:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        telemetry=_NO_TELEMETRY,
         exception_handlers={HTTPException: _refuse, Exception: _unforeseen},
     )
 

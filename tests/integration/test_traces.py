@@ -301,6 +301,23 @@ def test_checks_and_nothing_else_at_the_door_have_spans(redis_server: RedisServe
     play(redis_server, scene)
 
 
+def test_the_web_framework_makes_no_spans_of_its_own(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER", provider)
+
+    async def scene(stage: Stage) -> None:
+        await stage.post("/get_varifycode", email=address())
+        await stage.http.get("/somebody@example.com")
+        await stage.spans(1)
+
+    play(redis_server, scene)
+    assert kept.get_finished_spans() == ()
+
+
 def test_a_retry_is_part_of_the_same_trace_in_whichever_worker(redis_server: RedisServer) -> None:
     async def scene(stage: Stage) -> None:
         first = stage.workers[0]
