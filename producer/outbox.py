@@ -6,6 +6,7 @@ There is no timer, so a lone request never waits, and a crowd shares the cost.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
@@ -33,6 +34,7 @@ class Outbox:
         self._patience = Patience(REDIS_PATIENCE, lambda outcome: outcome.set_exception(RedisUnavailable(TOO_LATE)))
         self._pusher: asyncio.Task[None] | None = None
         self._closed = False
+        self.on_pushed: Callable[[Iterable[Outcome]], None] | None = None  # Redis has these messages
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -97,6 +99,8 @@ class Outbox:
                     refused = await self._push_batch(batch)
                 except VerifyError as exc:
                     failure = exc
+                if failure is None and self.on_pushed is not None:
+                    self.on_pushed([outcome for outcome in batch if outcome not in refused])
                 for outcome in refused:
                     if not outcome.done():
                         outcome.set_exception(QueueFull())
