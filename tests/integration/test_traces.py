@@ -399,7 +399,7 @@ def test_a_trace_state_that_is_none_or_may_hold_an_address_is_dropped(redis_serv
     play(redis_server, scene)
 
 
-@pytest.mark.parametrize("text", ["\ud800", "k=\ud800", "\0", "é" * 40])
+@pytest.mark.parametrize("text", ["\ud800", "k=\ud800", "\0", "é" * 40], ids=["half", "its half", "NUL", "no ASCII"])
 def test_half_a_character_is_no_trace_context(text: str) -> None:
     assert not caller_of({"traceparent": text})
     [span] = caller_of({"traceparent": PARENT, "tracestate": text}).values()
