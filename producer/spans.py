@@ -6,6 +6,7 @@ text of a mail, a relay or an exception is ever in a span: whatever gets in here
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,11 @@ TRACE_HEADERS: Final = ("traceparent", "tracestate")  # https://www.w3.org/TR/tr
 # Answers that are a fault of ours. Of the others somebody is told no, as it should be.
 FAULTS: Final = frozenset({ErrorCode.REDIS_ERR, ErrorCode.EXCEPTION, ErrorCode.TIMEOUT})
 _LONGEST: Final = 512  # characters of one of the two headers; a trace context has 55 of them, and no need to grow
+# A member of the second, without surrounding spaces (W3C Trace Context, 3.3.1.3); a key with an @ may be an address.
+_MEMBER: Final = re.compile(
+    r"[a-z][a-z0-9_*/-]{0,255}=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]"
+)
+_MEMBERS: Final = 32  # at most
 _W3C: Final = TraceContextTextMapPropagator()
 
 
@@ -97,7 +103,7 @@ def caller_of(headers: Mapping[str, object]) -> Context:
     if not isinstance(parent, str) or not _is_fit(parent):
         return Context()
     carrier = {"traceparent": parent}
-    if isinstance(state, str) and _is_fit(state):
+    if isinstance(state, str) and _is_state(state):
         carrier["tracestate"] = state
     return _W3C.extract(carrier, Context())
 
@@ -130,6 +136,12 @@ def fail(span: Span, kind: str) -> None:
 def _is_fit(header: str) -> bool:
     # A vendor's state is exported with each span, and who calls a door may write into it what he likes.
     return len(header) <= _LONGEST and mask_text(header) == header
+
+
+def _is_state(header: str) -> bool:
+    # The library would quote in the log what is none.
+    members = [member.strip(" \t") for member in header.split(",")]
+    return _is_fit(header) and len(members) <= _MEMBERS and all(not each or _MEMBER.fullmatch(each) for each in members)
 
 
 def _only(headers: Headers, name: str) -> str | None:

@@ -399,11 +399,16 @@ def test_a_trace_state_that_is_none_or_may_hold_an_address_is_dropped(redis_serv
     play(redis_server, scene)
 
 
-@pytest.mark.parametrize("text", ["\ud800", "k=\ud800", "\0", "é" * 40], ids=["half", "its half", "NUL", "no ASCII"])
-def test_half_a_character_is_no_trace_context(text: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    ["\ud800", "k=\ud800", "\0", "é" * 40, "nonsense", "a=1,b", "Upper=1", ",".join(f"k{i}=1" for i in range(33))],
+    ids=["half", "its half", "NUL", "no ASCII", "no pair", "half a pair", "upper case", "too many"],
+)
+def test_what_is_no_trace_context_is_ignored_without_a_word(text: str, caplog: pytest.LogCaptureFixture) -> None:
     assert not caller_of({"traceparent": text})
     [span] = caller_of({"traceparent": PARENT, "tracestate": text}).values()
     assert not cast(Span, span).get_span_context().trace_state
+    assert not caplog.records
 
 
 def test_hostile_headers_at_the_doors_are_ignored_and_a_vendors_state_travels(redis_server: RedisServer) -> None:
