@@ -114,6 +114,9 @@ BAD: list[tuple[str, str]] = [
     ("REDIS_URL", "redis://[::1"),
     ("REDIS_URL", "redis://host:port"),
     ("REDIS_URL", "redis://host:0"),
+    ("REDIS_URL", "REDIS://host"),
+    ("REDIS_URL", "rediss://host?ssl_cert_reqs=perhaps"),
+    ("REDIS_URL", "rediss://host?ssl_cert_reqs="),
     ("REDIS_URL", "redis://host/1"),
     ("REDIS_URL", "redis://host?db=1"),
     ("CODES_URL", "redis://host/first"),
@@ -234,6 +237,12 @@ def test_the_three_databases_follow_the_base_url_with_its_user_and_password() ->
     assert found.codes_url == f"{base}/0?ssl_cert_reqs=none"
     assert found.broker_url == f"{base}/1?ssl_cert_reqs=none"
     assert found.results_url == f"{base}/2?ssl_cert_reqs=none"
+
+
+@pytest.mark.parametrize("word", ["none", "optional", "required"])
+def test_what_tls_checks_may_have_celerys_name(word: str) -> None:
+    given = f"rediss://:CERT_NONE@host?ssl_cert_reqs=CERT_{word.upper()}&ssl_ca_certs=/CERT_NONE"
+    assert load(REDIS_URL=given).codes_url == f"rediss://:CERT_NONE@host/0?ssl_cert_reqs={word}&ssl_ca_certs=/CERT_NONE"
 
 
 def test_one_of_the_three_can_be_elsewhere() -> None:

@@ -1,0 +1,54 @@
+"""TLS in front of a server that speaks none."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+
+import trustme
+from redis_server import RedisServer
+
+
+def context_for(host: str, authority_file: Path) -> ssl.SSLContext:
+    """A server's context for `host`; the authority that vouches for it is written to `authority_file`."""
+    authority = trustme.CA()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert(host).configure_cert(context)
+    authority.cert_pem.write_to_path(authority_file)
+    return context
+
+
+@asynccontextmanager
+async def tls_in_front_of(server: RedisServer, context: ssl.SSLContext) -> AsyncIterator[int]:
+    """The port where `server` is reached over TLS."""
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        from_redis, to_redis = await asyncio.open_connection("127.0.0.1", server.port)
+        await asyncio.gather(copy(reader, to_redis), copy(from_redis, writer))
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as front:
+        yield front.sockets[0].getsockname()[1]
+
+
+@contextmanager
+def tls_front(server: RedisServer, context: ssl.SSLContext) -> Iterator[int]:
+    """The same on a thread of its own, for tests that run no loop."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    front = tls_in_front_of(server, context)
+    try:
+        yield asyncio.run_coroutine_threadsafe(front.__aenter__(), loop).result(5)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(5)
