@@ -6,6 +6,7 @@ import asyncio
 import ssl
 import threading
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
@@ -43,12 +44,24 @@ async def tls_in_front_of(server: RedisServer, context: ssl.SSLContext) -> Async
 @contextmanager
 def tls_front(server: RedisServer, context: ssl.SSLContext) -> Iterator[int]:
     """The same on a thread of its own, for tests that run no loop."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    opened: Future[tuple[int, asyncio.Task[None]]] = Future()
+
+    async def run() -> None:
+        async with tls_in_front_of(server, context) as port:
+            task = asyncio.current_task()
+            assert task is not None
+            opened.set_result((port, task))
+            await asyncio.sleep(3600)
+
+    def work() -> None:
+        with suppress(asyncio.CancelledError):
+            asyncio.run(run())  # which cancels what still serves a connection
+
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    front = tls_in_front_of(server, context)
+    port, task = opened.result(5)
     try:
-        yield asyncio.run_coroutine_threadsafe(front.__aenter__(), loop).result(5)
+        yield port
     finally:
-        loop.call_soon_threadsafe(loop.stop)
+        task.get_loop().call_soon_threadsafe(task.cancel)
         thread.join(5)
