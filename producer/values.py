@@ -67,21 +67,27 @@ def mask_url(url: str) -> str:
 def _redis_url(value: str) -> str:
     value = _CELERYS.sub(lambda found: found[0].removeprefix("CERT_").lower(), value)
     parts = urlsplit(value)
+    query = parse_qs(parts.query, keep_blank_values=True)
     path = parts.path.removeprefix("/")
     database = not path or (path.isascii() and path.isdecimal())
     known = value.startswith(("redis://", "rediss://"))  # in small letters, as redis-py wants it
-    if not known or not parts.hostname or parts.port == 0 or not database:
+    if not known or not parts.hostname or parts.port == 0 or not database or not _is_plain(value):
         raise ValueError
-    if not _CERTIFICATES.issuperset(parse_qs(parts.query, keep_blank_values=True).get("ssl_cert_reqs", ())):
+    # redis-py and kombu do not agree on where to look for the database, if both places have one.
+    if "db" in query or not _CERTIFICATES.issuperset(query.get("ssl_cert_reqs", ())):
         raise ValueError
     return value
 
 
 def _split(url: str) -> SplitResult:
     parts = urlsplit(url)
-    if parts.query or parts.fragment or any(c.isspace() or not c.isprintable() for c in url):
+    if parts.query or parts.fragment or not _is_plain(url):
         raise ValueError
     return parts
+
+
+def _is_plain(url: str) -> bool:
+    return url.isprintable() and not any(c.isspace() for c in url)
 
 
 def _relays(value: object) -> object:
@@ -132,6 +138,8 @@ def _keys(value: object) -> object:
     keys = tuple(key.strip() for key in value.split(",") if key.strip())
     if not keys:
         raise ValueError  # set, but to nothing: that must not open the door
+    if not all(key.isprintable() for key in keys):
+        raise ValueError  # several lines: no header can say that
     return keys
 
 
