@@ -1038,6 +1038,17 @@ def test_a_code_without_a_ttl_is_not_live(driver: Driver) -> None:
     assert list(driver.everything()) == [KEY.encode()]
 
 
+@pytest.mark.parametrize("write", [("SET", ""), ("RPUSH", "123456"), ("SADD", "123456"), ("HSET", "123456", "1")])
+def test_what_is_no_code_is_not_live_whatever_is_given(write: tuple[str, ...], redis: redis_py.Redis) -> None:
+    name, *values = write
+    redis.execute_command(name, KEY, *values)
+    redis.pexpire(KEY, 600_000)
+    store = CodeStore(POLICY)
+    for given in ("", "123456"):
+        assert run(redis, store.check(EMAIL, given, "default")) == 1003
+    assert redis.keys() == [KEY.encode()]
+
+
 def test_each_wrong_check_says_so_and_the_last_one_drops_the_code(driver: Driver) -> None:
     code = driver.deliver(claim_of("one"))
     for _ in range(5):
