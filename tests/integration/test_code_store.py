@@ -1041,7 +1041,7 @@ def test_a_code_without_a_ttl_is_not_live(driver: Driver) -> None:
 @pytest.mark.parametrize("write", [("SET", ""), ("RPUSH", "123456"), ("SADD", "123456"), ("HSET", "123456", "1")])
 def test_what_is_no_code_is_not_live_whatever_is_given(write: tuple[str, ...], redis: redis_py.Redis) -> None:
     name, *values = write
-    redis.execute_command(name, KEY, *values)
+    run(redis, (name, KEY, *values))
     redis.pexpire(KEY, 600_000)
     store = CodeStore(POLICY)
     for given in ("", "123456"):
