@@ -168,6 +168,16 @@ def test_a_password_opens_redis_and_stands_in_no_log(new_redis_server: NewServer
     assert "hush" not in rig.worker.log
 
 
+@pytest.mark.parametrize("which", ["CODES", "RESULTS"])
+def test_a_redis_that_is_too_old_ends_the_worker_with_one_line(new_rig: NewRig, old_redis: str, which: str) -> None:
+    rig = new_rig()
+    rig.settings[f"VERIFY_{which}_URL"] = old_redis
+    worker = rig.add_worker(wait=False)
+    assert worker.wait(START_TIMEOUT) != 0
+    [line] = [line for line in worker.log.splitlines() if '"critical"' in line]
+    assert "the Redis server is version 6.0.16; 6.2 or newer is needed" in line
+
+
 @pytest.mark.parametrize(
     ("query", "known"),
     [
