@@ -14,13 +14,21 @@ _sockets = {
     "retry_on_timeout": False,
 }
 
-broker_url = _settings.broker_url
+
+def _checked(url: str) -> str:
+    """`url`, with TLS checked as on our own connections: kombu would check nothing, and Celery wants to be told."""
+    if not url.startswith("rediss:") or "ssl_cert_reqs=" in url:
+        return url
+    return f"{url}{'&' if '?' in url else '?'}ssl_cert_reqs=required"
+
+
+broker_url = _checked(_settings.broker_url)
 broker_transport_options = {"visibility_timeout": _settings.visibility_timeout, **_sockets}
 broker_connection_retry_on_startup = True  # worker and Redis start in any order
 broker_connection_max_retries = None  # Redis may stay away for long
 broker_pool_limit = 100  # at most, opened when needed: each of Flower's threads (up to 32) holds two while it inspects
 
-result_backend = f"worker.backend:ReplyBackend+{_settings.results_url}"  # stores success, nothing else
+result_backend = f"worker.backend:ReplyBackend+{_checked(_settings.results_url)}"  # stores success, nothing else
 result_expires = REPLY_TTL  # as long as a request id is remembered
 redis_socket_timeout = _sockets["socket_timeout"]  # the backend has its own names for these
 redis_socket_connect_timeout = _sockets["socket_connect_timeout"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from producer import address
 from producer.codes import CodePolicy, CodeStore
-from producer.contract import CheckResult, ErrorCode, Reply, VerifyRequest, is_purpose
+from producer.contract import LONGEST_ID, CheckResult, ErrorCode, Reply, VerifyRequest, is_purpose
 from producer.errors import QueueFull, RedisUnavailable
 from producer.inbox import Inbox
 from producer.link import Link, raise_errors
@@ -107,8 +107,8 @@ class Asker:
         """
         if request_id is None:
             request_id = self._inbox.ids.new()
-        elif not _is_text(request_id) or not request_id or not request_id.isprintable():
-            raise ValueError("request_id is a string of one or more printable characters, or None")
+        elif not _is_id(request_id):
+            raise ValueError(f"request_id is a string of printable characters, 1 to {LONGEST_ID} bytes, or None")
         if self._traces is None:
             await self._outbox.push(self._message(request, request_id))
             return request_id
@@ -165,6 +165,10 @@ class Asker:
 def _is_text(value: object) -> bool:
     # Callers without a type checker pass what they have.
     return isinstance(value, str)
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable() and 0 < len(value.encode()) <= LONGEST_ID
 
 
 def _require_json(value: object) -> None:

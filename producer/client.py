@@ -60,7 +60,8 @@ class VerificationClient:
 
         The same `request_id` sent again is the same request: it brings no second mail. Raises `RedisUnavailable`
         within 3 s; the request may then be on the queue or not, and can be sent again with the same id. Raises
-        `ValueError` for a `request_id` that is empty or no string, `TypeError` for an email that JSON cannot say.
+        `ValueError` for a `request_id` that is no printable string of 1 to 255 bytes, `TypeError` for an email that
+        JSON cannot say.
         """
         return self._run(lambda asker: asker.enqueue(build_request(email, purpose, locale), request_id))
 

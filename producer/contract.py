@@ -26,6 +26,7 @@ PURPOSE_PATTERN = re.compile(r"[a-z0-9_-]{1,32}")
 REPLY_KEY_PREFIX = (
     "celery-task-meta-"  # Celery's own; both the key of a stored reply and the channel it is published on
 )
+LONGEST_ID = 255  # bytes of a request id in UTF-8; a message with a longer one becomes a dead letter
 REPLY_TTL = 3600  # seconds a reply is kept, and a request id remembered
 
 

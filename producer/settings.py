@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any, Final, NoReturn
-from urllib.parse import parse_qs, quote, urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from dotenv import dotenv_values
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -35,6 +35,7 @@ _NO_QUEUES: Final = frozenset({DEAD_LETTERS, "unacked", "unacked_index", "unacke
 _DATABASES: Final = {"codes_url": 0, "broker_url": 1, "results_url": 2}
 
 
+_TEXT: Final = "utf-8-sig"  # some editors begin a file with a mark that says UTF-8
 _REDIS = "redis://host:port or rediss://host:port, with user:password@ before the host if needed"
 _FLAG = "0 or 1"
 
@@ -92,7 +93,7 @@ class Settings(BaseModel):
     @classmethod
     def _no_database(cls, value: str) -> str:
         parts = urlsplit(value)
-        if parts.path not in {"", "/", "/0"} or "db" in parse_qs(parts.query):
+        if parts.path not in {"", "/", "/0"}:
             raise ValueError
         return value
 
@@ -136,18 +137,18 @@ def load(environ: dict[str, str] | None = None, *, dotenv: Path | None = Path(".
 
     Raises `BadSetting` with one line that names the setting, its value unless that is a secret, and what is allowed.
     """
-    given = {k: v for k, v in (dotenv_values(dotenv) if dotenv and dotenv.is_file() else {}).items() if v is not None}
-    given |= dict(os.environ) if environ is None else environ
-    values = _from_config(_value_of(f"{PREFIX}CONFIG", given))
+    given = dict(os.environ) if environ is None else environ
+    below = {k: v for k, v in (dotenv_values(dotenv) if dotenv and dotenv.is_file() else {}).items() if v is not None}
+    config = _value_of(f"{PREFIX}CONFIG", given, below)
+    values = from_config = _from_config(config) if config else {}
     for name in Settings.model_fields:
-        value = _value_of(f"{PREFIX}{name.upper()}", given)
-        # An empty value is what compose and shells make of an unset one.
-        if value:
-            values[name] = value
+        value = _value_of(f"{PREFIX}{name.upper()}", given, below)
+        if value is not None:
+            values = {**values, name: value}
     try:
         return Settings.model_validate(values)
     except ValidationError as exc:
-        raise _explain(exc, values) from None
+        raise _explain(exc, values, from_config) from None
 
 
 def load_or_exit() -> Settings:
@@ -163,38 +164,44 @@ def _stop(line: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def _value_of(name: str, given: dict[str, str]) -> str | None:
-    path = given.get(f"{name}_FILE")
-    if not path:
-        return given.get(name)
-    if given.get(name):
-        raise BadSetting(f"{name} and {name}_FILE are both set; set one of them")
+def _value_of(name: str, *sources: dict[str, str]) -> str | None:
+    """What the first source that names the setting says; a source may name a file instead."""
+    for given in sources:
+        if name not in given and f"{name}_FILE" not in given:
+            continue
+        # An empty value is what compose and shells make of an unset one; an empty file is a mistake.
+        value, path = given.get(name), given.get(f"{name}_FILE")
+        if value and path:
+            raise BadSetting(f"{name} and {name}_FILE are both set; set one of them")
+        return _read(path, name) if path else value or None
+    return None
+
+
+def _read(path: str, name: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8").strip()
+        return Path(path).read_text(encoding=_TEXT).strip()
     except (OSError, UnicodeDecodeError) as exc:
         raise BadSetting(
             f"{name}_FILE: {path!r} cannot be read ({_reason(exc)}); allowed: a readable text file"
         ) from exc
 
 
-def _from_config(path: str | None) -> dict[str, Any]:
+def _from_config(path: str) -> dict[str, Any]:
     """Settings from the original server's config.json: `email` and `redis`; its `mysql` is not needed."""
-    if not path:
-        return {}
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = json.loads(Path(path).read_text(encoding=_TEXT))
         email, redis = config.get("email", {}), config.get("redis", {})
         values: dict[str, Any] = {}
         if redis:
             secret = redis.get("passwd")
             who = f":{quote(str(secret), safe='')}@" if secret else ""
-            values["redis_url"] = f"redis://{who}{_text(redis.get('host', '127.0.0.1'))}:{int(redis.get('port', 6379))}"
+            values["redis_url"] = f"redis://{who}{_host(redis.get('host', '127.0.0.1'))}:{int(redis.get('port', 6379))}"
         if email:
             host, port = email.get("host", "smtp.163.com"), int(email.get("port", 465))
             # The original always speaks TLS from the first byte; port 587 is STARTTLS by RFC 8314, 3.3.
             scheme = "smtp+starttls" if port == RELAY_PORTS["smtp+starttls"] else "smtps"
             user, password = _text(email["user"]), _text(email["pass"])
-            values["relays"] = (RelayURL(scheme, _text(host), port, user, password),)
+            values["relays"] = f"{scheme}://{quote(user, safe='')}:{quote(password, safe='')}@{_host(host)}:{port}"
             values["mail_from"] = user
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as exc:
         raise BadSetting(
@@ -211,6 +218,14 @@ def _text(value: object) -> str:
     return str(value)
 
 
+def _host(value: object) -> str:
+    """A host as it stands in a URL."""
+    host = _text(value)
+    if any(c in host for c in "@/?#[]"):
+        raise ValueError
+    return f"[{host}]" if ":" in host else host
+
+
 def _reason(exc: Exception) -> str:
     """Why, without what was in the file."""
     if isinstance(exc, OSError):
@@ -218,10 +233,11 @@ def _reason(exc: Exception) -> str:
     return f"{exc.args[0]} is missing" if isinstance(exc, KeyError) else "not in that shape"
 
 
-def _explain(exc: ValidationError, values: dict[str, Any]) -> BadSetting:
+def _explain(exc: ValidationError, values: dict[str, Any], from_config: dict[str, Any]) -> BadSetting:
     name = str(exc.errors(include_input=False)[0]["loc"][0])
     field = Settings.model_fields[name]
     extra = field.json_schema_extra
     secret = isinstance(extra, dict) and extra["secret"]
     value = "the value" if secret else repr(values[name])
-    return BadSetting(f"{PREFIX}{name.upper()}: {value} is not allowed; allowed: {field.description}")
+    origin = f" (from {PREFIX}CONFIG)" if values[name] is from_config.get(name) else ""
+    return BadSetting(f"{PREFIX}{name.upper()}{origin}: {value} is not allowed; allowed: {field.description}")

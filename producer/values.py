@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from email.utils import getaddresses
 from typing import Annotated, Final, NamedTuple
-from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit, urlunsplit
 
 from pydantic import AfterValidator, BeforeValidator
 
@@ -13,6 +14,9 @@ from producer.errors import InvalidAddress
 
 MASK: Final = "***"
 RELAY_PORTS: Final = {"smtp": 25, "smtp+starttls": 587, "smtps": 465}
+# What TLS checks of a Redis server: redis-py's words, and Celery's names for the same.
+_CERTIFICATES: Final = frozenset({"none", "optional", "required"})
+_CELERYS: Final = re.compile(r"(?<=[?&]ssl_cert_reqs=)CERT_(?:NONE|OPTIONAL|REQUIRED)\b")
 
 
 class RelayURL(NamedTuple):
@@ -61,19 +65,29 @@ def mask_url(url: str) -> str:
 
 
 def _redis_url(value: str) -> str:
+    value = _CELERYS.sub(lambda found: found[0].removeprefix("CERT_").lower(), value)
     parts = urlsplit(value)
+    query = parse_qs(parts.query, keep_blank_values=True)
     path = parts.path.removeprefix("/")
     database = not path or (path.isascii() and path.isdecimal())
-    if parts.scheme not in {"redis", "rediss"} or not parts.hostname or parts.port == 0 or not database:
+    known = value.startswith(("redis://", "rediss://"))  # in small letters, as redis-py wants it
+    if not known or not parts.hostname or parts.port == 0 or not database or not _is_plain(value):
+        raise ValueError
+    # redis-py and kombu do not agree on where to look for the database, if both places have one.
+    if "db" in query or not _CERTIFICATES.issuperset(query.get("ssl_cert_reqs", ())):
         raise ValueError
     return value
 
 
 def _split(url: str) -> SplitResult:
     parts = urlsplit(url)
-    if parts.query or parts.fragment or any(c.isspace() or not c.isprintable() for c in url):
+    if parts.query or parts.fragment or not _is_plain(url):
         raise ValueError
     return parts
+
+
+def _is_plain(url: str) -> bool:
+    return url.isprintable() and not any(c.isspace() for c in url)
 
 
 def _relays(value: object) -> object:
@@ -124,6 +138,8 @@ def _keys(value: object) -> object:
     keys = tuple(key.strip() for key in value.split(",") if key.strip())
     if not keys:
         raise ValueError  # set, but to nothing: that must not open the door
+    if not all(key.isprintable() for key in keys):
+        raise ValueError  # several lines: no header can say that
     return keys
 
 

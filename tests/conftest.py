@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socketserver
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -61,3 +63,26 @@ def new_rig() -> Iterator[Callable[..., Rig]]:
             return stack.enter_context(Rig(**options))  # type: ignore[arg-type]  # passed on as given
 
         yield make
+
+
+@pytest.fixture
+def old_redis() -> Iterator[str]:
+    """Something that says it is Redis 6.0."""
+
+    info = b"# Server\r\nredis_version:6.0.16\r\n"
+
+    class Old(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            # A command is `*<words>`, then `$<length>` and so many bytes for each word.
+            while head := self.rfile.readline():
+                words = [self._word() for _ in range(int(head[1:]))]
+                self.wfile.write(b"$%d\r\n%s\r\n" % (len(info), info) if words[0] == b"INFO" else b"+OK\r\n")
+
+        def _word(self) -> bytes:
+            return self.rfile.read(int(self.rfile.readline()[1:]) + 2)[:-2]
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Old) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"redis://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()

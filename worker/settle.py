@@ -128,7 +128,7 @@ class Settler:
 
     async def _flush(self) -> None:
         try:
-            while self._pending:
+            while self._pending or self._woken:
                 batch, self._pending = self._pending[:MOVES], self._pending[MOVES:]
                 self._leaving = len(batch)
                 try:
@@ -139,7 +139,7 @@ class Settler:
                     with contextlib.suppress(Exception):
                         self._on_done([(item.job, item.error) for item in batch if item.finished])
                 self._leaving = 0
-                if left:
+                if left or self._woken:
                     await asyncio.sleep(_PAUSE)
                     self._pending[:0] = left
         finally:
@@ -181,6 +181,7 @@ class Settler:
     async def _take(self, *steps: _Step) -> None:
         """Take steps, in one write; several only on one server. Without Redis their items stay as they are."""
         asked = [step for step in steps if step.commands]
+        woken: list[str] = []
         try:
             if asked:
                 found = await self._databases.run_all([(step.database, step.commands) for step in asked])
@@ -190,7 +191,9 @@ class Settler:
                 woken, self._woken = self._woken, []
                 _warn_of(await self._databases.broker.run([self._queue.wake(woken)]))
         except RedisUnavailable:
-            return
+            # Not heard: once more, or those who wait for this send wait out its lease. Heard after all, a second time
+            # only leaves a note.
+            self._woken = woken + self._woken
 
     def _marks(self, batch: list[Leaving]) -> _Step:
         items = [item for item in batch if item.mark is not None]

@@ -99,9 +99,9 @@ def _add_looks(app: FastAPI, desk: Desk) -> None:
         """Prometheus metrics."""
         return Response(desk.metrics.show((await desk.probe.find()).depth), media_type=CONTENT_TYPE)
 
-    async def docs() -> Response:
+    async def docs(request: Request) -> Response:
         """This description, for people; it needs nothing from elsewhere."""
-        return HTMLResponse(pages.page(app.openapi()))
+        return HTMLResponse(pages.page(app.openapi(), request.headers.get("host", "")))
 
     for path, shown, endpoint in (
         ("/healthz", pages.HEALTH, healthz),

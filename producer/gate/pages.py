@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from typing import Any, Final
 
 from fastapi.responses import PlainTextResponse
@@ -25,6 +26,9 @@ _LOCALE: Final = {
     "type": ["string", "null"],
     "description": "Language of the mail: zh-CN or en; anything else means the worker's own.",
 }
+
+
+_HOST: Final = re.compile(r"[A-Za-z0-9.-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?", re.ASCII)
 
 
 def _body(required: tuple[str, ...], example: dict[str, str], **properties: Any) -> dict[str, Any]:
@@ -125,8 +129,12 @@ def with_keys(openapi: dict[str, Any], free: frozenset[str]) -> dict[str, Any]:
     return openapi
 
 
-def page(openapi: dict[str, Any]) -> str:
-    """The description as one HTML page without scripts, styles or images from elsewhere."""
+def page(openapi: dict[str, Any], asked: str) -> str:
+    """The description as one HTML page without scripts, styles or images from elsewhere.
+
+    `asked`: the host and port under which it was asked for; its examples ask there too.
+    """
+    door = asked if _HOST.fullmatch(asked) else "127.0.0.1:8081"
     parts = [f"<p>{html.escape(openapi['info']['description'])}</p>"]
     for path, operations in openapi["paths"].items():
         for method, operation in operations.items():
@@ -136,7 +144,7 @@ def page(openapi: dict[str, Any]) -> str:
                 schema = body["content"]["application/json"]["schema"]
                 example = json.dumps(schema["example"])
                 parts.append(_schema("Body", schema))
-                parts.append(f"<pre>curl -d '{html.escape(example)}' http://127.0.0.1:8081{html.escape(path)}</pre>")
+                parts.append(f"<pre>curl -d '{html.escape(example)}' http://{door}{html.escape(path)}</pre>")
             for status, response in operation["responses"].items():
                 what = f"{status}: {response['description']}"
                 parts += [_schema(what, content["schema"]) for content in response["content"].values()]

@@ -9,9 +9,10 @@ ARGV 1 given      string
 Returns 0 (right, consumed) | 1003 (no live code) | 1004 (wrong; the last that is allowed drops the code).
 Attempts belong to one code value: they are gone when it is replaced, and live no longer than it.
 ]]
-local code = redis.call('GET', KEYS[1])
+-- What is no string, or an empty one, is no code, as for issue.
+local code = redis.call('MGET', KEYS[1])[1]
 local life = redis.call('PTTL', KEYS[1])
-if not code or life <= 0 then
+if not code or code == '' or life <= 0 then
     return 1003
 end
 local real, given = redis.sha1hex(code), redis.sha1hex(ARGV[1])

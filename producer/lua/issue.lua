@@ -21,7 +21,7 @@ ARGV 1  lease             ms
      who                  string  hash of address and purpose: the same id must come with the same
      token                string  names this holder of the lease
      verdict              int     an error that is certain already, or ''
-     enqueued at          ms      or '': then the age counts from the first time the request was seen
+     enqueued at          ms      or '' or in the future: then the age counts from the first time the request was seen
      expires at           ms      or ''
      candidate            string  the code to set if there is none
 
@@ -90,7 +90,8 @@ return each(#KEYS / 3, function(i)
         return { 'wait', record['until'] - now }
     end
 
-    local born = math.min(tonumber(ARGV[at + 3]) or first, now)
+    -- A time in the future counts as now, once: as the first time the request was seen, or it would never grow old.
+    local born = math.min(tonumber(ARGV[at + 3]) or now, tonumber(first))
     local deadline = math.min(born + give_up_after, tonumber(ARGV[at + 4]) or math.huge)
     if now >= deadline then
         return answer(6)

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import socketserver
 import subprocess
 import sys
 import threading
@@ -241,26 +240,3 @@ def test_a_redis_that_is_too_old_is_a_clear_error(start: Callable[..., Demo], ol
     demo = start("--once", VERIFY_REDIS_URL=old_redis)
     assert demo.ends() == 1
     assert "6.2 or newer is needed" in demo.output()
-
-
-@pytest.fixture
-def old_redis() -> Iterator[str]:
-    """Something that says it is Redis 6.0."""
-
-    info = b"# Server\r\nredis_version:6.0.16\r\n"
-
-    class Old(socketserver.StreamRequestHandler):
-        def handle(self) -> None:
-            # A command is `*<words>`, then `$<length>` and so many bytes for each word.
-            while head := self.rfile.readline():
-                words = [self._word() for _ in range(int(head[1:]))]
-                self.wfile.write(b"$%d\r\n%s\r\n" % (len(info), info) if words[0] == b"INFO" else b"+OK\r\n")
-
-        def _word(self) -> bytes:
-            return self.rfile.read(int(self.rfile.readline()[1:]) + 2)[:-2]
-
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Old) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"redis://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()

@@ -168,7 +168,7 @@ class TestEnqueue:
         assert given == "mine"
         assert ids == ["mine", "mine"]
 
-    @pytest.mark.parametrize("request_id", ["", 7, b"x", "a\nb", "\ud800"])
+    @pytest.mark.parametrize("request_id", ["", 7, b"x", "a\nb", "\ud800", "x" * 256, "é" * 128])
     def test_refuses_what_is_no_id(self, client: VerificationClient, request_id: Any) -> None:
         with pytest.raises(ValueError, match="request_id"):
             client.enqueue(A, request_id=request_id)

@@ -965,12 +965,16 @@ def test_a_request_from_the_future_counts_as_now(ahead: float, driver: Driver) -
     assert 299 < driver.send(claim_of("one"), enqueued_at=now(driver.client) + ahead).remaining <= 300
 
 
-def test_without_a_time_the_age_counts_from_the_first_reserve(redis: redis_py.Redis) -> None:
+@pytest.mark.parametrize("ahead", [None, 1000.0])
+def test_without_a_time_or_with_one_in_the_future_the_age_counts_from_the_first_reserve(
+    ahead: float | None, redis: redis_py.Redis
+) -> None:
     driver = with_policy(redis, give_up_after=80)
-    assert driver.send(claim_of("one")).remaining > 0.07
+    enqueued_at = None if ahead is None else now(redis) + ahead
+    assert driver.send(claim_of("one"), enqueued_at=enqueued_at).remaining > 0.07
     driver.failed(claim_of("one"))
     time.sleep(0.09)
-    assert driver.issue(claim_of("one")) == Answered(ErrorCode.TIMEOUT)
+    assert driver.issue(claim_of("one"), enqueued_at=enqueued_at) == Answered(ErrorCode.TIMEOUT)
 
 
 def test_the_time_of_a_joined_request_counts_from_when_it_joined(redis: redis_py.Redis) -> None:
@@ -1032,6 +1036,17 @@ def test_a_code_without_a_ttl_is_not_live(driver: Driver) -> None:
     driver.outside.add(KEY.encode())
     assert driver.check("123456") is ErrorCode.VARIFY_EXPIRED
     assert list(driver.everything()) == [KEY.encode()]
+
+
+@pytest.mark.parametrize("write", [("SET", ""), ("RPUSH", "123456"), ("SADD", "123456"), ("HSET", "123456", "1")])
+def test_what_is_no_code_is_not_live_whatever_is_given(write: tuple[str, ...], redis: redis_py.Redis) -> None:
+    name, *values = write
+    run(redis, (name, KEY, *values))
+    redis.pexpire(KEY, 600_000)
+    store = CodeStore(POLICY)
+    for given in ("", "123456"):
+        assert run(redis, store.check(EMAIL, given, "default")) == 1003
+    assert redis.keys() == [KEY.encode()]
 
 
 def test_each_wrong_check_says_so_and_the_last_one_drops_the_code(driver: Driver) -> None:

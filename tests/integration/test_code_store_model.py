@@ -125,7 +125,7 @@ class Model:
 
     def issue(self, claim: Claim, candidate: str, enqueued_at: float | None, verdict: ErrorCode | None) -> Issue:
         record = self.records.get(claim.request_id) or Record(claim.who, self.now, 0)
-        born = min(record.first if enqueued_at is None else enqueued_at, self.now)
+        born = min(self.now if enqueued_at is None else enqueued_at, record.first)
         deadline = born + POLICY.give_up_after
         return (
             self._known(claim, record, verdict)

@@ -278,6 +278,16 @@ class TestLooking:
         assert "http://" not in page.text.replace("http://127.0.0.1", "")
         assert "https://" not in page.text
 
+    @pytest.mark.parametrize("host", ["door.example:8088", "door.example", "[::1]:80"])
+    def test_the_examples_name_the_door_where_it_was_asked(self, doors: Doors, host: str) -> None:
+        page = doors.http.get("/docs", headers={"Host": host}).text
+        assert f"http://{host}{ASK}</pre>" in page
+
+    @pytest.mark.parametrize("host", ["$(reboot)", "a b", "a;b", "<b>", ""])
+    def test_a_host_that_is_none_is_not_repeated(self, doors: Doors, host: str) -> None:
+        page = doors.http.get("/docs", headers={"Host": host}).text
+        assert f"http://127.0.0.1:8081{ASK}</pre>" in page
+
 
 class TestOverload:
     def test_a_full_queue_is_said_at_once_and_nothing_is_added(self, doors: Doors, redis_server: RedisServer) -> None:

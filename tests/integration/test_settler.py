@@ -7,10 +7,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+import redis as redis_py
 from redis_server import RedisServer
 
-from producer.codes import Asked, Claim, CodePolicy, CodeStore
+from producer.codes import Asked, Claim, CodePolicy, CodeStore, Wait
 from producer.contract import ErrorCode, VerifyRequest, code_key, reply_key
+from producer.errors import RedisUnavailable
 from producer.settings import load
 from worker.databases import Databases
 from worker.job import Finished, Job
@@ -87,6 +89,38 @@ def test_a_reply_that_its_reader_deletes_at_once_holds_up_nothing(
         assert sorted(job.request_id for job, _ in stage.done) == ["user0", "user1", "user2"]
         assert await stage.in_hand() == 0
 
+    play(redis_server, scene)
+
+
+def test_those_who_wait_for_a_send_are_woken_even_if_the_connection_is_lost_on_the_way(
+    redis_server: RedisServer, redis: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene(stage: Scene) -> None:
+        job = await stage.sent("one")
+        joined = Claim.of("two", "tag-two", "one@example.com", "default", "one@example.com")
+        [[entry]] = await stage.databases.codes.run([stage.store.issue([Asked(joined, "654321", None, None, None)])])
+        found = stage.store.read_issue(entry)
+        assert isinstance(found, Wait)
+        assert found.joined
+        parked = ("HSET", "verification.parked", "two", "1 message")
+        await stage.databases.broker.run([parked, ("ZADD", "verification.parked.due", 1e13, "two")])
+        run = stage.databases.broker.run
+        lost: list[Any] = []
+
+        async def losing(batch: Any) -> Any:
+            if not lost:
+                lost.append(batch)
+                raise RedisUnavailable
+            return await run(batch)
+
+        monkeypatch.setattr(stage.databases.broker, "run", losing)
+        stage.settler.answer(job, ErrorCode.SUCCESS, mark=True)
+        async with asyncio.timeout(5):
+            await stage.settler.drain()
+        assert len(lost) == 1
+        assert await run([("LRANGE", "verification", 0, -1), ("HLEN", "verification.parked")]) == [[b"message"], 0]
+
+    assert redis.dbsize() == 0
     play(redis_server, scene)
 
 

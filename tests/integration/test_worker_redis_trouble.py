@@ -6,13 +6,15 @@ import json
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from caller import address, message
 from redis_server import RedisServer
 from rig import Rig
 from smtp_server import Held
-from worker_process import eventually
+from tls_front import context_for, tls_front
+from worker_process import START_TIMEOUT, eventually
 
 NewServer = Callable[..., RedisServer]
 NewRig = Callable[..., Rig]
@@ -164,6 +166,49 @@ def test_a_password_opens_redis_and_stands_in_no_log(new_redis_server: NewServer
     server.start()
     eventually(lambda: rig.caller.ask(address())["error"] == 0, within=10)
     assert "hush" not in rig.worker.log
+
+
+@pytest.mark.parametrize("which", ["CODES", "RESULTS"])
+def test_a_redis_that_is_too_old_ends_the_worker_with_one_line(new_rig: NewRig, old_redis: str, which: str) -> None:
+    rig = new_rig()
+    rig.settings[f"VERIFY_{which}_URL"] = old_redis
+    worker = rig.add_worker(wait=False)
+    assert worker.wait(START_TIMEOUT) != 0
+    [line] = [line for line in worker.log.splitlines() if '"critical"' in line]
+    assert "the Redis server is version 6.0.16; 6.2 or newer is needed" in line
+
+
+@pytest.mark.parametrize(
+    ("query", "known"),
+    [
+        ("", True),
+        ("", False),
+        ("?ssl_cert_reqs=none", False),
+        ("?ssl_cert_reqs=CERT_NONE", False),  # Celery's own name for it
+    ],
+)
+def test_over_tls_a_worker_checks_the_certificate_unless_told_not_to(
+    new_redis_server: NewServer,
+    new_rig: NewRig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    query: str,
+    known: bool,
+) -> None:
+    server = new_redis_server(password="hush-hush:/@")
+    context = context_for("localhost", tmp_path / "ca.pem")
+    if known:
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    with tls_front(server, context) as port:
+        url = server.url().replace("redis://", "rediss://").replace(f"127.0.0.1:{server.port}", f"localhost:{port}")
+        rig = new_rig(server=server, redis_url=url + query)
+        worker = rig.add_worker(wait=False)
+        if known or query:
+            assert rig.caller.ask(address(), within=START_TIMEOUT)["error"] == 0
+        else:
+            worker.wait_for_log("waiting for Redis", START_TIMEOUT)
+            assert server.client(1).exists("_kombu.binding.verification") == 0  # nothing was said to it
+        assert "hush" not in worker.log
 
 
 def test_flushed_scripts_are_loaded_again(rig: Rig) -> None:

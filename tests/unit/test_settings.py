@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from pydantic import ValidationError
@@ -114,9 +115,15 @@ BAD: list[tuple[str, str]] = [
     ("REDIS_URL", "redis://[::1"),
     ("REDIS_URL", "redis://host:port"),
     ("REDIS_URL", "redis://host:0"),
+    ("REDIS_URL", "REDIS://host"),
+    ("REDIS_URL", "rediss://host?ssl_cert_reqs=perhaps"),
+    ("REDIS_URL", "rediss://host?ssl_cert_reqs="),
     ("REDIS_URL", "redis://host/1"),
     ("REDIS_URL", "redis://host?db=1"),
+    ("REDIS_URL", "redis://host\n"),
+    ("REDIS_URL", "redis://ho st"),
     ("CODES_URL", "redis://host/first"),
+    ("CODES_URL", "redis://host/1?db=3"),
     ("BROKER_URL", "amqp://host"),
     ("RESULTS_URL", "host"),
     ("QUEUE", "two words"),
@@ -173,6 +180,7 @@ BAD: list[tuple[str, str]] = [
     ("METRICS_BIND", "port"),
     ("MAX_QUEUE", "0"),
     ("API_KEYS", " , "),
+    ("API_KEYS", "one\ntwo"),
     ("ALLOW_PLAINTEXT", "yes"),
     ("DEMO", "2"),
 ]
@@ -211,6 +219,18 @@ def test_each_setting_can_come_from_a_file(name: str, tmp_path: Path) -> None:
     assert found.shown()[name] == OTHERS[name]
 
 
+def test_the_path_of_the_old_config_can_come_from_a_file_too(tmp_path: Path) -> None:
+    (tmp_path / "path").write_text(write_config(tmp_path, **ORIGINAL) + "\n")
+    assert load(CONFIG_FILE=str(tmp_path / "path")) == load(CONFIG=str(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize("name", sorted(DEFAULTS))
+def test_an_empty_file_is_a_mistake_and_opens_no_door(name: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("\n")
+    with pytest.raises(BadSetting, match=f"^{name}: .+ is not allowed; allowed: "):
+        settings.load({f"{name}_FILE": str(tmp_path / "secret")}, dotenv=None)
+
+
 def test_a_setting_and_its_file_are_not_both_set(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("one")
     line = problem_of(API_KEYS="two", API_KEYS_FILE=str(tmp_path / "secret"))
@@ -234,6 +254,12 @@ def test_the_three_databases_follow_the_base_url_with_its_user_and_password() ->
     assert found.codes_url == f"{base}/0?ssl_cert_reqs=none"
     assert found.broker_url == f"{base}/1?ssl_cert_reqs=none"
     assert found.results_url == f"{base}/2?ssl_cert_reqs=none"
+
+
+@pytest.mark.parametrize("word", ["none", "optional", "required"])
+def test_what_tls_checks_may_have_celerys_name(word: str) -> None:
+    given = f"rediss://:CERT_NONE@host?ssl_cert_reqs=CERT_{word.upper()}&ssl_ca_certs=/CERT_NONE"
+    assert load(REDIS_URL=given).codes_url == f"rediss://:CERT_NONE@host/0?ssl_cert_reqs={word}&ssl_ca_certs=/CERT_NONE"
 
 
 def test_one_of_the_three_can_be_elsewhere() -> None:
@@ -314,6 +340,39 @@ def test_the_environment_wins_over_the_config(tmp_path: Path) -> None:
     assert found.relays[0].host == "smtp.163.com"
 
 
+@pytest.mark.parametrize("host", ["::1", "redis.internal"])
+def test_the_config_may_name_hosts_by_their_addresses(host: str, tmp_path: Path) -> None:
+    email, redis = ORIGINAL["email"] | {"host": host}, ORIGINAL["redis"] | {"host": host}
+    found = load(CONFIG=write_config(tmp_path, email=email, redis=redis))
+    assert urlsplit(found.codes_url).hostname == found.relays[0].host == host
+
+
+def test_a_config_may_begin_with_the_mark_of_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(ORIGINAL), encoding="utf-8-sig")
+    assert load(CONFIG=str(path)).mail_from.mailbox == "chat@163.com"
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "setting"),
+    [
+        ("email", "user", "chat", "VERIFY_MAIL_FROM"),
+        ("email", "port", 99999, "VERIFY_RELAYS"),
+        ("email", "host", "mail host", "VERIFY_RELAYS"),
+        ("email", "pass", "pa55\r\nQUIT", "VERIFY_RELAYS"),
+        ("redis", "port", 0, "VERIFY_REDIS_URL"),
+        ("redis", "host", "", "VERIFY_REDIS_URL"),
+    ],
+)
+def test_a_bad_value_in_the_config_is_told_as_one_of_the_config(
+    part: str, name: str, value: object, setting: str, tmp_path: Path
+) -> None:
+    content = ORIGINAL | {part: ORIGINAL[part] | {name: value}}
+    line = problem_of(CONFIG=write_config(tmp_path, **content))
+    assert re.fullmatch(rf"{setting} \(from VERIFY_CONFIG\): .+ is not allowed; allowed: .+", line)
+    assert "pa55" not in line
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -323,6 +382,7 @@ def test_the_environment_wins_over_the_config(tmp_path: Path) -> None:
         "null",
         '{"email": {"user": "pa55"}}',
         '{"email": [1]}',
+        '{"redis": {"host": "pa55@host"}}',
         '{"redis": {"port": "pa55"}}',
         "\xff",
     ],
@@ -345,6 +405,16 @@ def test_the_environment_wins_over_the_dotenv_file(tmp_path: Path) -> None:
     dotenv.write_text("VERIFY_QUEUE=from-file\nVERIFY_CODE_TTL=120 # seconds\n")
     found = settings.load({"VERIFY_QUEUE": "from-environment"}, dotenv=dotenv)
     assert (found.queue, found.code_ttl) == ("from-environment", 120)
+
+
+def test_the_environment_wins_over_the_dotenv_file_whether_by_value_or_by_file(tmp_path: Path) -> None:
+    dotenv, file = tmp_path / ".env", tmp_path / "queue"
+    file.write_text("from-file")
+    dotenv.write_text(f"VERIFY_QUEUE_FILE={file}\n")
+    assert settings.load({"VERIFY_QUEUE": "from-environment"}, dotenv=dotenv).queue == "from-environment"
+    dotenv.write_text("VERIFY_QUEUE=from-dotenv\n")
+    assert settings.load({"VERIFY_QUEUE_FILE": str(file)}, dotenv=dotenv).queue == "from-file"
+    assert settings.load({"VERIFY_QUEUE": ""}, dotenv=dotenv).queue == "verification"
 
 
 def test_a_missing_dotenv_file_is_no_error(tmp_path: Path) -> None:
