@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import time
+from typing import Protocol
 
 from producer import address
 from producer.codes import CodePolicy, CodeStore
@@ -33,6 +34,16 @@ def refusal(request: VerifyRequest) -> ErrorCode | None:
     return None if address.is_address(request.email) else ErrorCode.INVALID_ADDRESS
 
 
+class Follower(Protocol):
+    """Goes along with one request on its way out. Called on the event loop; raises nothing."""
+
+    def asked(self, request_id: str) -> None:
+        """It is about to be pushed, under this id."""
+
+    def queued(self) -> None:
+        """Redis has it. Not called if the reply is known before."""
+
+
 class Asker:
     """The three verbs on the event loop that runs when it is made. Not safe for threads, nor for a second loop.
 
@@ -53,12 +64,14 @@ class Asker:
         """How much is on its way now: messages out, replies back."""
         return len(self._outbox) + len(self._inbox)
 
-    async def request(self, request: VerifyRequest) -> Reply:
+    async def request(self, request: VerifyRequest, follower: Follower | None = None) -> Reply:
         """Ask for a code and wait for the reply, at most the reply timeout. Redis' troubles are a reply too."""
         if (refused := refusal(request)) is not None:
             return Reply(request.email, refused)
         request_id = self._inbox.ids.new()
         message = self._message(request, request_id)
+        if follower is not None:
+            follower.asked(request_id)
         reply = self._inbox.expect(request_id)
         self._patience.watch(reply)
         self._outbox.expect(reply)
@@ -66,7 +79,7 @@ class Asker:
             # One future for the whole way: what goes wrong before the reply comes is its failure.
             if not self._inbox.listening:
                 await self._inbox.listen(reply)
-            self._outbox.post(message, reply)
+            self._outbox.post(message, reply, None if follower is None else follower.queued)
             return Reply(request.email, await reply)
         except QueueFull:
             return Reply(request.email, ErrorCode.TOO_MANY_REQUESTS)
