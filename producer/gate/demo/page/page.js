@@ -112,6 +112,13 @@ class Page {
     }
   }
 
+  // The phone has the mail.
+  arrived(email) {
+    if (this.answers.ask?.tone !== "late") return;
+    this.email = email;
+    this.answer("ask", "good", (say) => say.late_mail);
+  }
+
   async check(event) {
     event.preventDefault();
     const email = this.email || byId("email").value;
@@ -191,6 +198,7 @@ class Page {
   show(where) {
     const place = byId(`${where}-says`);
     const answer = this.answers[where];
+    if (where === "ask") byId("ask-hint").hidden = answer !== null || !this.facts?.inbox;
     if (!answer) {
       place.replaceChildren();
       return;

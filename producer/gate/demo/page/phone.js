@@ -12,6 +12,8 @@ export class Phone {
     this.opened = null; // the mail that is shown
     this.expected = null; // { email, known }: the next mail to this address is opened by itself
     this.trouble = "";
+    byId("banner").addEventListener("click", () => this.reveal());
+    new IntersectionObserver(([entry]) => this.see(entry.isIntersecting), { threshold: 0.3 }).observe(byId("phone"));
     byId("back").addEventListener("click", () => this.close());
     document.addEventListener("visibilitychange", () => this.look());
     this.render();
@@ -27,6 +29,7 @@ export class Phone {
   // A code was asked for: its mail is opened once it is here.
   expect(email) {
     const address = email.trim();
+    byId("banner").hidden = true;
     this.expected = { email: address, known: new Set(this.mails.map((each) => each.id)) };
     if (this.opened && !this.opened.to.includes(address)) this.close(false);
     this.render();
@@ -48,7 +51,9 @@ export class Phone {
       if (fresh) {
         await this.open(fresh.id, false);
         this.expected = null;
-        byId("arrived").textContent = this.page.say.arrived(fresh.subject);
+        byId("arrived").textContent = byId("banner-says").textContent = this.page.say.arrived(fresh.subject);
+        byId("banner").hidden = this.seen;
+        this.page.arrived(email);
       }
     } catch (error) {
       if (!(error instanceof talk.Refused)) throw error;
@@ -75,6 +80,16 @@ export class Phone {
     if (byHand) byId("mail-subject").focus();
   }
 
+  see(seen) {
+    this.seen = seen;
+    if (seen) byId("banner").hidden = true;
+  }
+
+  reveal() {
+    byId("phone").scrollIntoView({ block: "center" });
+    byId("mail-subject").focus({ preventScroll: true });
+  }
+
   close(byHand = true) {
     const id = this.opened?.id;
     this.opened = null;
@@ -87,6 +102,7 @@ export class Phone {
     byId("list").hidden = this.opened !== null;
     byId("mail").hidden = this.opened === null;
     byId("empty").hidden = this.mails.length > 0;
+    byId("empty").toggleAttribute("data-coming", this.expected !== null);
     const why = !facts ? "" : !facts.inbox ? "no_inbox" : this.trouble || (this.expected ? "coming" : "empty");
     byId("empty-says").textContent = this.trouble === "locked" ? say.locked : why ? say[why] : "";
     this.rows(say);
@@ -98,7 +114,7 @@ export class Phone {
       byId("mail-to").textContent = say.to(to.join(", "));
       byId("mail-at").textContent = this.time(at);
       byId("mail-html").title = say.mail;
-      document.querySelector(".face").textContent = name.slice(0, 1);
+      document.querySelector(".from .face").textContent = name.slice(0, 1);
     }
   }
 
@@ -115,7 +131,10 @@ export class Phone {
     const button = part("button", "", "");
     button.type = "button";
     button.dataset.id = id;
+    const face = part("span", "face", (from.name || from.address).slice(0, 1));
+    face.setAttribute("aria-hidden", "true");
     button.append(
+      face,
       part("b", "", from.name || from.address),
       part("span", "when", this.time(at)),
       part("span", "subject", subject),

@@ -3,6 +3,7 @@
 import { span } from "./words.js";
 
 const NAMES = ["door", "queue", "worker", "relay", "reply"];
+const OUTCOMES = { good: "i-check", bad: "i-cross", stuck: "i-dots" };
 const HOP = 260; // ms that the marker stays at a station at least, so that an eye can follow
 const PATIENCE = 700; // ms at one station before the clock that runs there shows
 const STILL = matchMedia("(prefers-reduced-motion: reduce)");
@@ -15,7 +16,8 @@ export class Strip {
     this.list = document.querySelector("#stations");
     this.stops = NAMES.map((name) => this.list.querySelector(`[data-station=${name}]`));
     this.says = document.querySelector("#way-says");
-    this.total = document.querySelector("#total");
+    this.live = document.querySelector("#way-live");
+    this.since = document.querySelector("#since");
     this.run = 0;
     this.clear();
     setInterval(() => this.tick(), 100);
@@ -73,7 +75,7 @@ export class Strip {
       this.at = NAMES.indexOf(line.station);
       this.times[this.at] = line.at;
       this.note = "";
-      this.since = performance.now();
+      this.here = performance.now();
     }
     this.render();
   }
@@ -108,13 +110,16 @@ export class Strip {
       const time = this.times[index];
       const shown = time === undefined ? "" : span(say, time);
       stop.querySelector(".time").textContent = shown;
-      stop.title = "";
+      if (index === NAMES.length - 1) stop.querySelector("use").setAttribute("href", `#${OUTCOMES[state] ?? "i-reply"}`);
+      stop.querySelector(".state").textContent = say.state[state];
     });
-    const end = this.times[NAMES.length - 1];
-    this.total.textContent = "";
-    if (this.error !== null && end !== undefined && this.error === 0) this.total.textContent = span(say, end);
+    this.since.hidden = this.at < 0;
     const sentence = this.sentence(say);
-    if (this.says.textContent !== sentence) this.says.textContent = sentence;
+    if (this.says.textContent === sentence) return;
+    this.says.textContent = sentence;
+    // Who listens is told where it stays, not each station that it flies past.
+    clearTimeout(this.telling);
+    if (this.began !== null) this.telling = setTimeout(() => (this.live.textContent = sentence), PATIENCE);
   }
 
   sentence(say) {
@@ -133,13 +138,13 @@ export class Strip {
     if (this.error === "away") return say.lost;
     if (this.error === 1) return say.broken;
     if (this.error === 5) return say.rejected;
-    if (this.error === 6) return (this.stuck >= 2 ? say.too_late.relay : say.too_late.queue)(span(say, Math.round(end)), giveUp);
+    if (this.error === 6) return (this.stuck >= 2 ? say.too_late.relay : say.too_late.queue)(end, giveUp);
     return this.stuck >= 2 ? say.worker_said : say.refused;
   }
 
   // The time at the station where it waits, for eyes only.
   tick() {
-    if (this.error !== null || this.at < 0 || performance.now() - this.since < PATIENCE) return;
+    if (this.error !== null || this.at < 0 || performance.now() - this.here < PATIENCE) return;
     const elapsed = (performance.now() - this.began) / 1000;
     this.stops[this.at].querySelector(".time").textContent = this.page.say.s(elapsed.toFixed(1));
   }
