@@ -21,6 +21,7 @@ class Inbox:
     """Listens on a free port. `with Inbox(catcher) as inbox:`, then `inbox.url`."""
 
     def __init__(self, catcher: Catcher) -> None:
+        self.catcher = catcher
         self._server = ThreadingHTTPServer((HOST, 0), partial(_Handler, catcher))
         self._thread = threading.Thread(target=self._server.serve_forever, name="inbox", daemon=True)
         self.url = f"http://{HOST}:{self._server.server_port}"

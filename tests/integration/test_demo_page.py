@@ -80,13 +80,14 @@ class TestTheWay:
         rig.script("gone@example.com", dot=held)
         with doors.http.stream("POST", "/demo/request", content=b'{"email": "gone@example.com"}'):
             assert held.reached.wait(10)
-        eventually(lambda: doors.metric("verify_door_in_flight", door="http", verb="request") == 0)
+        eventually(lambda: doors.metric("verify_door_requests_in_flight", door="http") == 0)
         held.release.set()
         assert ask(doors, "next@example.com")[-1]["error"] == 0
 
     def test_a_resend_tells_the_life_that_its_code_has_left(self, new_rig: Callable[..., Rig]) -> None:
-        with new_rig(resend_cooldown=0) as rig, Doors({**rig.settings, **DEMO}) as doors:
-            rig.add_worker()
+        rig = new_rig(resend_cooldown=0)
+        rig.add_worker()
+        with Doors({**rig.settings, **DEMO}) as doors:
             first = ask(doors, "life@example.com")[-1]["life"]
             time.sleep(1.1)
             assert ask(doors, "life@example.com")[-1]["life"] <= first - 1
@@ -116,10 +117,10 @@ class TestTheWay:
         assert lines[-1]["error"] == 0
 
     def test_a_relay_that_is_away_is_a_timeout(self, new_rig: Callable[..., Rig]) -> None:
-        with new_rig(reply_timeout=2, relays="smtp://127.0.0.1:9", give_up_after=3) as rig:
-            rig.add_worker()
-            with Doors({**rig.settings, **DEMO}) as doors:
-                lines = ask(doors, "away@example.com")
+        rig = new_rig(reply_timeout=2, give_up_after=3, relays="smtp://127.0.0.1:9")
+        rig.add_worker()
+        with Doors({**rig.settings, **DEMO}) as doors:
+            lines = ask(doors, "away@example.com")
         assert stations(lines) == STATIONS
         assert {line["station"] for line in lines if line.get("note") == "again"} == {"relay"}
         assert lines[-1]["error"] == 6
@@ -156,7 +157,8 @@ class TestThePage:
         page = doors.http.get("/")
         assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
         assert "://" not in page.text
-        wanted, seen = set(re.findall(r'(?:src|href)="(/page/[^"]+)"', page.text)), set()
+        wanted = set(re.findall(r'(?:src|href)="(/page/[^"]+)"', page.text))
+        seen: set[str] = set()
         while wanted - seen:
             name = (wanted - seen).pop()
             part = doors.http.get(name)
@@ -200,7 +202,8 @@ class TestThePage:
 
 class TestTheInbox:
     def test_it_shows_the_mails_of_the_catcher(self, new_rig: Callable[..., Rig]) -> None:
-        with Catcher() as catcher, Inbox(catcher) as inbox, new_rig(relays=catcher.url) as rig:
+        with Catcher() as catcher, Inbox(catcher) as inbox:
+            rig = new_rig(relays=catcher.url)
             rig.add_worker()
             with Doors({**rig.settings, **DEMO, "VERIFY_DEMO_INBOX": inbox.url, "VERIFY_API_KEYS": "k3y"}) as doors:
                 doors.http.headers["Authorization"] = "Bearer k3y"
@@ -222,6 +225,7 @@ class TestTheInbox:
                 assert policy.endswith("; sandbox")
                 assert "script-src" not in policy
                 assert doors.http.get("/page/mail/other").status_code == 404
+            rig.worker.stop()
 
     def test_without_one_it_is_said(self, doors: Doors) -> None:
         answer = doors.http.get("/demo/inbox")

@@ -39,7 +39,7 @@ async def fetch_json(url: str) -> Any:
     try:
         async with asyncio.timeout(PATIENCE):
             status, body = await _get(url)
-        if status != 200:
+        if status not in {0, 200}:  # 0: it ended before it said any
             raise CannotFetch(f"it answered {status}")
         return json.loads(body)
     except TimeoutError:
