@@ -141,8 +141,8 @@ const scenarios = {
     await page.locator("#key-form").waitFor();
     await page.locator("#key").fill(other(key));
     await page.locator("#key").press("Enter");
-    await says("ask", "bad");
-    const wrong = await seen("key");
+    await says("key", "bad");
+    const wrong = { ...(await seen("key")), key: await text("#key-says"), inbox: await text("#empty-says") };
     await page.locator("#key").fill(key);
     await page.locator("#key").press("Enter");
     await page.locator("#key-form").waitFor({ state: "hidden" });

@@ -163,6 +163,8 @@ def test_no_worker(driver: Path, settings: dict[str, str], new_redis_server: Cal
 def test_with_keys_it_asks_for_one(driver: Path, doors: Doors) -> None:
     with Doors({**doors.environment, "VERIFY_API_KEYS": "k3y"}) as guarded:
         found = drive(driver, guarded, "key", email="key@example.com", key="k3y")
-    assert "missing or wrong" in found["wrong"]["ask"]
+    assert "missing or wrong" in found["wrong"]["key"]
+    assert found["wrong"]["focus"] == "key"
+    assert "opens with a key" in found["wrong"]["inbox"]
     assert found["code"].isdecimal()
     assert found["metrics"] is False

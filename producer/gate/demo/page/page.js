@@ -6,6 +6,7 @@ import * as talk from "./talk.js";
 import { preferred, words } from "./words.js";
 
 const byId = (id) => document.getElementById(id);
+const FIELDS = { ask: "email", check: "code", key: "key" }; // where each answer stands
 const ICONS = { good: "i-good", bad: "i-bad", wait: "i-wait", late: "i-wait" };
 
 class Page {
@@ -16,7 +17,7 @@ class Page {
     this.email = ""; // the address of the last mail
     this.cooled = 0; // when it may be asked again, and when its code ends; ms of performance.now()
     this.expiry = null;
-    this.answers = { ask: null, check: null }; // functions of the words, so that a change of language changes them
+    this.answers = { ask: null, check: null, key: null }; // functions of the words, so that a change of language changes them
     this.strip = new Strip(this);
     this.phone = new Phone(this);
     this.listen();
@@ -51,7 +52,7 @@ class Page {
       await this.phone.start();
       return true;
     } catch (error) {
-      if (error.why === 401) byId("key-form").hidden = false;
+      if (error.why === 401) this.lock();
       else this.answer("ask", "bad", (say) => say.errors[error.why] ?? say.errors.away);
       return false;
     } finally {
@@ -59,14 +60,19 @@ class Page {
     }
   }
 
+  lock() {
+    byId("key-form").hidden = false;
+    byId("metrics").hidden = true;
+    this.phone.trouble = "locked";
+  }
+
   async unlock(event) {
     event.preventDefault();
     talk.useKey(byId("key").value.trim());
     const opened = await this.learn();
     byId("key-form").hidden = opened;
-    byId("key").setAttribute("aria-invalid", String(!opened));
     if (opened) byId("email").focus();
-    this.answer("ask", opened ? null : "bad", (say) => say.errors[401]);
+    else this.refuse("key", (say) => say.errors[401]);
   }
 
   async ask(event) {
@@ -74,7 +80,7 @@ class Page {
     const email = byId("email").value;
     if (this.asking || this.cooling(email)) return;
     if (!email.trim()) {
-      this.refuse("ask", "email", (say) => say.errors.no_email);
+      this.refuse("ask", (say) => say.errors.no_email);
       return;
     }
     this.asking = true;
@@ -108,7 +114,7 @@ class Page {
       this.answer("ask", "late", (say) => say.errors[6]); // and the phone still waits
     } else {
       this.phone.relax();
-      this.refuse("ask", "email", (say) => say.errors[error] ?? say.errors[2]);
+      this.refuse("ask", (say) => say.errors[error] ?? say.errors[2]);
     }
   }
 
@@ -125,11 +131,11 @@ class Page {
     const code = byId("code").value.replace(/\s/g, "");
     if (this.checking) return;
     if (!email.trim()) {
-      this.refuse("ask", "email", (say) => say.errors.no_email);
+      this.refuse("ask", (say) => say.errors.no_email);
       return;
     }
     if (!code) {
-      this.refuse("check", "code", (say) => say.errors.no_code);
+      this.refuse("check", (say) => say.errors.no_code);
       return;
     }
     this.checking = true;
@@ -137,7 +143,7 @@ class Page {
     try {
       const { error } = await talk.check(email, code);
       if (error === 0) this.succeed(email);
-      else this.refuse("check", "code", (say) => say.errors[error] ?? say.errors[2]);
+      else this.refuse("check", (say) => say.errors[error] ?? say.errors[2]);
     } catch (refused) {
       this.failed("check", refused);
     } finally {
@@ -178,11 +184,12 @@ class Page {
 
   failed(where, refused) {
     if (!(refused instanceof talk.Refused)) throw refused;
-    if (refused.why === 401) byId("key-form").hidden = false;
+    if (refused.why === 401) this.lock();
     this.answer(where, "bad", (say) => say.errors[refused.why] ?? say.errors.away);
   }
 
-  refuse(where, field, words) {
+  refuse(where, words) {
+    const field = FIELDS[where];
     this.answer(where, "bad", words);
     byId(field).setAttribute("aria-invalid", "true");
     byId(field).focus();
@@ -191,7 +198,7 @@ class Page {
 
   answer(where, tone, words = null) {
     this.answers[where] = tone && { tone, words };
-    byId(where === "ask" ? "email" : "code").removeAttribute("aria-invalid");
+    byId(FIELDS[where]).removeAttribute("aria-invalid");
     this.show(where);
   }
 
@@ -229,8 +236,7 @@ class Page {
     byId("asking").hidden = Boolean(this.confirmed);
     byId("confirmed").hidden = !this.confirmed;
     byId("confirmed-says").textContent = this.confirmed ? say.confirmed_says(this.confirmed) : "";
-    this.show("ask");
-    this.show("check");
+    for (const where of Object.keys(FIELDS)) this.show(where);
     this.strip.render();
     this.phone.render();
     this.tick();

@@ -103,8 +103,8 @@ export class Phone {
     byId("mail").hidden = this.opened === null;
     byId("empty").hidden = this.mails.length > 0;
     byId("empty").toggleAttribute("data-coming", this.expected !== null);
-    const why = !facts ? "" : !facts.inbox ? "no_inbox" : this.trouble || (this.expected ? "coming" : "empty");
-    byId("empty-says").textContent = this.trouble === "locked" ? say.locked : why ? say[why] : "";
+    const usual = !facts ? "" : !facts.inbox ? "no_inbox" : this.expected ? "coming" : "empty";
+    byId("empty-says").textContent = say[this.trouble || usual] ?? "";
     this.rows(say);
     if (this.opened) {
       const { from, to, subject, at } = this.opened;
