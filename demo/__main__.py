@@ -16,6 +16,7 @@ from pathlib import Path
 from demo import processes, redis
 from demo.catcher import Catcher
 from demo.doors import Doors
+from demo.inbox import LIST, Inbox
 from demo.processes import Child, PartMissing
 from demo.screen import Screen
 from demo.tour import StepFailed, Tour
@@ -90,21 +91,31 @@ class Stage:
             self._children.append(server)
         self.catcher = stack.enter_context(Catcher())
         env[f"{PREFIX}RELAYS"] = self.catcher.url
+        env[f"{PREFIX}DEMO"] = "1"
+        env[f"{PREFIX}DEMO_INBOX"] = stack.enter_context(Inbox(self.catcher)).url
         self.settings = load(env, dotenv=None)
-        self._show_redis(given=given)
-        screen.fact("mail catcher", self.catcher.url)
+        server_used = self._redis(given=given)
         self._open(env, once=once)
+        screen.fact("Redis", server_used)
+        screen.fact("mail catcher", f"{self.catcher.url}   inbox: {env[f'{PREFIX}DEMO_INBOX']}{LIST}")
         screen.note(f"The cooldown between two mails is {COOLDOWN} s here instead of 10, so that nobody waits.")
 
     def _open(self, env: dict[str, str], *, once: bool) -> None:
-        """Worker, doors, Flower: all at once, as what each needs of the others it waits for by itself."""
+        """Worker, Flower, doors. What each needs of the others it waits for by itself, but the page links to Flower."""
         directory, screen = self._directory, self._screen
         self._worker = self._started(processes.worker(directory, env))
+        flower = ""
+        if not once:
+            starting = self._started(processes.flower(directory, env))
+            with screen.waiting("starting Flower"):
+                [where] = self._places(
+                    starting, lambda: processes.flower(directory, env, usual=False), r"Visit me at http://([\d.:]+)"
+                )
+            flower = f"http://{where}"
+        env = {**env, f"{PREFIX}DEMO_FLOWER": flower}
         doors = self._started(processes.doors(directory, env))
-        flower = None if once else self._started(processes.flower(directory, env))
         with screen.waiting("starting a worker"):
             self._worker.until(lambda: redis.look(self.settings).workers)
-        screen.fact("worker", f"celery -A worker.app worker   (pid {self._worker.pid})")
         with screen.waiting("opening the doors"):
             http, rpc = self._places(
                 doors,
@@ -113,15 +124,17 @@ class Stage:
                 r"gRPC door is open on ([\d.:]+)",
             )
         self.doors = Doors(f"http://{http}", rpc, reply_timeout=self.settings.reply_timeout)
-        screen.fact("HTTP door", f"{self.doors.http}/docs{_instead_of(processes.HTTP_PORT, http)}")
+        page = f"{self.doors.http}/", _instead_of(processes.HTTP_PORT, http)
+        if once:
+            screen.fact("demo page", "".join(page))
+        else:
+            screen.highlight("open this", *page)
+        screen.fact("worker", f"celery -A worker.app worker   (pid {self._worker.pid})")
+        screen.fact("HTTP door", f"{self.doors.http}/docs")
         screen.fact("its metrics", f"{self.doors.http}/metrics")
         screen.fact("gRPC door", f"{rpc}   {SERVICE}{_instead_of(processes.GRPC_PORT, rpc)}")
-        if flower is not None:
-            with screen.waiting("starting Flower"):
-                [where] = self._places(
-                    flower, lambda: processes.flower(directory, env, usual=False), r"Visit me at http://([\d.:]+)"
-                )
-            screen.fact("Flower", f"http://{where}{_instead_of(processes.FLOWER_PORT, where)}")
+        if flower:
+            screen.fact("Flower", f"{flower}{_instead_of(processes.FLOWER_PORT, flower)}")
 
     def _places(self, child: Child, again: Callable[[], Child], *patterns: str) -> list[str]:
         """Where it listens, as its log says; started once more if it ended, as a usual port was taken meanwhile."""
@@ -138,7 +151,8 @@ class Stage:
         self._children.append(child)
         return child
 
-    def _show_redis(self, *, given: bool) -> None:
+    def _redis(self, *, given: bool) -> str:
+        """Which server it is. Raises `PartMissing` if it cannot be used."""
         url = self.settings.redis_url
         try:
             version = redis.version(url)
@@ -150,7 +164,7 @@ class Stage:
                 f"Name another server, or unset {PREFIX}REDIS_URL: then the demo starts its own."
             ) from exc
         whose = f"yours, from {PREFIX}REDIS_URL" if given else "embedded, nothing on disk"
-        self._screen.fact("Redis", f"{mask_url(url)}   {version}, {whose}")
+        return f"{mask_url(url)}   {version}, {whose}"
 
     def show(self) -> bool:
         """Go through the steps; whether each was true."""

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import queue
 import re
+import secrets
 import threading
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from email import message_from_bytes
 from email.message import EmailMessage
 from email.policy import default
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from aiosmtpd.smtp import SMTP
 
 HOST = "127.0.0.1"
+KEPT = 200  # mails to look at again; older ones are gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +27,21 @@ class Mail:
 
     recipient: str
     message: EmailMessage
+    arrived: datetime = field(default_factory=lambda: datetime.now(UTC))
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
 
     @property
     def text(self) -> str:
         """The text part."""
-        part = self.message.get_body(("plain",))
+        return self._part("plain")
+
+    @property
+    def html(self) -> str:
+        """The HTML part."""
+        return self._part("html")
+
+    def _part(self, kind: Literal["plain", "html"]) -> str:
+        part = self.message.get_body((kind,))
         return part.get_content() if part is not None else ""
 
     def codes(self, length: int) -> list[str]:
@@ -40,6 +54,7 @@ class Catcher:
 
     def __init__(self) -> None:
         self._arrived: queue.SimpleQueue[Mail] = queue.SimpleQueue()
+        self.kept: deque[Mail] = deque(maxlen=KEPT)  # the newest first
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="catcher", daemon=True)
         self.url = ""
@@ -48,7 +63,9 @@ class Catcher:
         """Called by aiosmtpd for each mail."""
         message = message_from_bytes(envelope.original_content, policy=default)
         for recipient in envelope.rcpt_tos:
-            self._arrived.put(Mail(recipient, message))
+            mail = Mail(recipient, message)
+            self.kept.appendleft(mail)
+            self._arrived.put(mail)
         return "250 OK"
 
     def wait(self, seconds: float) -> Mail | None:

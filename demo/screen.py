@@ -33,6 +33,10 @@ class Screen:
         """A named value."""
         self._console.print(Text.assemble("  ", (f"{name:<15}", "dim"), value))
 
+    def highlight(self, name: str, value: str, aside: str = "") -> None:
+        """A named value that comes before all others."""
+        self._console.print(Text.assemble("  ", (f"{name:<15}", "bold green"), (value, "bold"), (aside, "dim")))
+
     def done(self, text: str) -> None:
         """A step that was true."""
         self._console.print(Text.assemble("  ", ("✓", "green"), " ", text))

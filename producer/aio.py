@@ -6,7 +6,7 @@ import asyncio
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from producer.asking import Asker, build_request
+from producer.asking import Asker, Follower, build_request
 from producer.contract import DEFAULT_PURPOSE, CheckResult, Reply
 from producer.settings import Settings, load
 
@@ -38,14 +38,22 @@ class AsyncVerificationClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
-    async def request(self, email: Any, *, purpose: str = DEFAULT_PURPOSE, locale: str | None = None) -> Reply:
+    async def request(
+        self,
+        email: Any,
+        *,
+        purpose: str = DEFAULT_PURPOSE,
+        locale: str | None = None,
+        follower: Follower | None = None,
+    ) -> Reply:
         """Ask for a code and wait until a relay accepted the mail or it is certain that none will.
 
         Answers within `VERIFY_REPLY_TIMEOUT` seconds (`TIMEOUT`: unknown, ask again), and within 3 s with `REDIS_ERR`
         if Redis cannot be reached; for neither does it raise. What is no address or no purpose is answered at once.
         A locale that is unknown, or not a string, means the worker's own. `email` comes back as it was given.
+        A `follower` is told of the request on its way out.
         """
-        return await self._here().request(build_request(email, purpose, locale))
+        return await self._here().request(build_request(email, purpose, locale), follower)
 
     async def enqueue(
         self, email: Any, *, purpose: str = DEFAULT_PURPOSE, locale: str | None = None, request_id: str | None = None

@@ -6,8 +6,8 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
 from producer import address
 from producer.codes import CodePolicy, CodeStore
@@ -15,7 +15,7 @@ from producer.contract import LONGEST_ID, CheckResult, ErrorCode, Reply, VerifyR
 from producer.errors import QueueFull, RedisUnavailable
 from producer.inbox import Inbox
 from producer.link import Link, raise_errors
-from producer.outbox import Outbox, Outcome
+from producer.outbox import Outbox
 from producer.patience import Patience
 from producer.server import REDIS_PATIENCE, TOO_LATE, check_version
 from producer.settings import Settings
@@ -39,6 +39,16 @@ def refusal(request: VerifyRequest) -> ErrorCode | None:
     return None if address.is_address(request.email) else ErrorCode.INVALID_ADDRESS
 
 
+class Follower(Protocol):
+    """Goes along with one request on its way out. Called on the event loop; raises nothing."""
+
+    def asked(self, request_id: str) -> None:
+        """It is about to be pushed, under this id."""
+
+    def queued(self) -> None:
+        """Redis has it. Not called if the reply is known before."""
+
+
 class Asker:
     """The three verbs on the event loop that runs when it is made. Not safe for threads, nor for a second loop.
 
@@ -54,32 +64,29 @@ class Asker:
         self._codes = Link(settings.codes_url, on_open=check_version)
         self._patience = Patience(settings.reply_timeout, self._give_up)
         self._traces = traces or of_application()
-        self._sendings: dict[Outcome, Sending] = {}
-        if self._traces is not None:
-            self._outbox.on_pushed = self._pushed
 
     @property
     def waiting(self) -> int:
         """How much is on its way now: messages out, replies back."""
         return len(self._outbox) + len(self._inbox)
 
-    async def request(self, request: VerifyRequest) -> Reply:
+    async def request(self, request: VerifyRequest, follower: Follower | None = None) -> Reply:
         """Ask for a code and wait for the reply, at most the reply timeout. Redis' troubles are a reply too."""
         if (refused := refusal(request)) is not None:
             return Reply(request.email, refused)
         request_id = self._inbox.ids.new()
         sending = None if self._traces is None else self._traces.sending(self._settings.queue, request_id)
         message = self._message(request, request_id, sending)
+        if follower is not None:
+            follower.asked(request_id)
         reply = self._inbox.expect(request_id)
-        if sending is not None:
-            self._sendings[reply] = sending
         self._patience.watch(reply)
         self._outbox.expect(reply)
         try:
             # One future for the whole way: what goes wrong before the reply comes is its failure.
             if not self._inbox.listening:
                 await self._inbox.listen(reply)
-            self._outbox.post(message, reply)
+            self._outbox.post(message, reply, _herald(sending, follower))
             return Reply(request.email, await reply)
         except QueueFull as exc:
             if sending is not None:
@@ -95,7 +102,6 @@ class Asker:
             self._outbox.forget(reply)
             self._patience.forget(reply)
             if sending is not None:
-                self._sendings.pop(reply, None)
                 sending.end()
 
     async def enqueue(self, request: VerifyRequest, request_id: str | None) -> str:
@@ -150,16 +156,25 @@ class Asker:
         else:
             reply.set_result(ErrorCode.TIMEOUT)
 
-    def _pushed(self, outcomes: Iterable[Outcome]) -> None:
-        for outcome in outcomes:
-            if (sending := self._sendings.get(outcome)) is not None:
-                sending.end()
-
     def _message(self, request: VerifyRequest, request_id: str, sending: Sending | None = None) -> bytes:
         if not _is_text(request.email) or not _is_text(request.purpose):
             _require_json([request.email, request.purpose])
         headers = None if sending is None else sending.headers
         return request.message(request_id, queue=self._settings.queue, enqueued_at=time.time(), trace=headers)
+
+
+def _herald(sending: Sending | None, follower: Follower | None) -> Callable[[], None] | None:
+    """What is to be called once Redis has the message."""
+    if sending is None:
+        return None if follower is None else follower.queued
+    if follower is None:
+        return sending.end
+
+    def both() -> None:
+        sending.end()
+        follower.queued()
+
+    return both
 
 
 def _is_text(value: object) -> bool:

@@ -26,6 +26,7 @@ from producer.values import (
     RelayURL,
     RelayURLs,
     Sender,
+    WebURL,
     mask_url,
 )
 
@@ -38,6 +39,7 @@ _DATABASES: Final = {"codes_url": 0, "broker_url": 1, "results_url": 2}
 _TEXT: Final = "utf-8-sig"  # some editors begin a file with a mark that says UTF-8
 _REDIS = "redis://host:port or rediss://host:port, with user:password@ before the host if needed"
 _FLAG = "0 or 1"
+_WEB = "http://host:port or https://host:port, with a path if needed, without user or password"
 
 
 def _setting(default: Any, allowed: str, *, secret: bool = False, **limits: Any) -> Any:
@@ -88,6 +90,8 @@ class Settings(BaseModel):
     allow_plaintext: Flag = _setting(False, _FLAG)
     metrics_bind: BindTo = _setting(Bind("127.0.0.1", 9464), "host:port; port 0 picks a free one")
     demo: Flag = _setting(False, _FLAG)
+    demo_inbox: WebURL = _setting("", _WEB)
+    demo_flower: WebURL = _setting("", _WEB)
 
     @field_validator("redis_url")
     @classmethod

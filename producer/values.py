@@ -143,6 +143,13 @@ def _keys(value: object) -> object:
     return keys
 
 
+def _web_url(value: str) -> str:
+    parts = _split(value)
+    if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc or parts.port == 0:
+        raise ValueError
+    return value.rstrip("/")
+
+
 def _flag(value: object) -> object:
     if value in {"0", "1"}:
         return value == "1"
@@ -157,4 +164,5 @@ RelayURLs = Annotated[tuple[RelayURL, ...], BeforeValidator(_relays)]
 BindTo = Annotated[Bind, BeforeValidator(_bind)]
 From = Annotated[Sender, BeforeValidator(_sender)]
 Keys = Annotated[tuple[str, ...], BeforeValidator(_keys)]
+WebURL = Annotated[str, AfterValidator(_web_url)]
 Flag = Annotated[bool, BeforeValidator(_flag)]

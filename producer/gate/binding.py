@@ -23,12 +23,12 @@ def require_permission(settings: Settings) -> None:
     """Raises `CannotListen` if a door would speak in clear, or to anyone, beyond this host, and nothing allows it."""
     if settings.allow_plaintext:
         return
-    if not settings.api_keys and not _is_loopback(settings.http_bind, "VERIFY_HTTP_BIND"):
+    if not settings.api_keys and not is_loopback(settings.http_bind, "VERIFY_HTTP_BIND"):
         raise CannotListen(
             f"VERIFY_HTTP_BIND: {settings.http_bind} is beyond loopback; set VERIFY_API_KEYS,"
             " or VERIFY_ALLOW_PLAINTEXT=1 to let anyone in"
         )
-    if not _is_loopback(settings.grpc_bind, "VERIFY_GRPC_BIND"):
+    if not is_loopback(settings.grpc_bind, "VERIFY_GRPC_BIND"):
         raise CannotListen(
             f"VERIFY_GRPC_BIND: {settings.grpc_bind} is beyond loopback, and this door has neither TLS nor keys;"
             " set VERIFY_ALLOW_PLAINTEXT=1 to open it all the same"
@@ -62,7 +62,8 @@ def probe(bind: Bind, name: str) -> None:
         each.close()
 
 
-def _is_loopback(bind: Bind, name: str) -> bool:
+def is_loopback(bind: Bind, name: str) -> bool:
+    """Whether nobody beyond this host can knock there. Raises `CannotListen`; `name` is the setting's."""
     return all(ipaddress.ip_address(address[0].partition("%")[0]).is_loopback for _, address in _addresses(bind, name))
 
 

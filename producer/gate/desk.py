@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
 from producer.aio import AsyncVerificationClient
+from producer.asking import Follower
 from producer.contract import DEFAULT_PURPOSE, CheckResult, ErrorCode, Reply
 from producer.errors import VerifyError
 from producer.gate.metrics import Door, DoorMetrics, Verb
@@ -32,12 +33,20 @@ class Desk:
         self.probe = Probe(settings)
         self.metrics = DoorMetrics()
         self.leaving = False  # set once the process drains: it serves, and is not ready
+        self.closing: list[Callable[[], Awaitable[None]]] = []  # what else ends with it
 
     async def request(
-        self, door: Door, email: str, *, purpose: str = DEFAULT_PURPOSE, locale: str | None = None
+        self,
+        door: Door,
+        email: str,
+        *,
+        purpose: str = DEFAULT_PURPOSE,
+        locale: str | None = None,
+        follower: Follower | None = None,
     ) -> ErrorCode:
         """Ask for a code, within the reply timeout; whatever happens is an error code."""
-        return await self._answer(door, "request", self.client.request(email, purpose=purpose, locale=locale))
+        asking = self.client.request(email, purpose=purpose, locale=locale, follower=follower)
+        return await self._answer(door, "request", asking)
 
     async def check(self, door: Door, email: str, code: str, *, purpose: str = DEFAULT_PURPOSE) -> ErrorCode:
         """Check a code, within 3 s; whatever happens is an error code."""
@@ -47,6 +56,8 @@ class Desk:
         """Who still waits is answered `TIMEOUT`."""
         await self.client.close()
         await self.probe.close()
+        for close in self.closing:
+            await close()
 
     async def _answer(self, door: Door, verb: Verb, work: Awaitable[Reply | CheckResult]) -> ErrorCode:
         counts = self.metrics.counts[door, verb]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import json
@@ -11,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Final
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from producer.contract import DEFAULT_PURPOSE, ErrorCode, is_purpose
-from producer.gate import pages
-from producer.gate.connection import BODY_PATIENCE, refusal
-from producer.gate.desk import BODY_LIMIT, Desk
+from producer.contract import ErrorCode
+from producer.gate import demo, pages
+from producer.gate.body import NotOurs, purpose_in, read, text_in
+from producer.gate.connection import refusal
+from producer.gate.desk import Desk
 from producer.gate.metrics import CONTENT_TYPE
 
 if TYPE_CHECKING:
@@ -30,10 +29,6 @@ OPEN: Final = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})  # no
 # FastAPI's own spans and logs would go wherever the process exports to, with paths and errors as callers made them.
 _NO_TELEMETRY: Final[Any] = dict.fromkeys(("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False)
 TRACED: Final = frozenset({"/get_varifycode", "/check_varifycode"})
-
-
-class NotOurs(Exception):
-    """The body is no JSON object, or lacks what must be in it."""
 
 
 def make_app(desk: Desk) -> ASGIApp:
@@ -54,8 +49,8 @@ def make_app(desk: Desk) -> ASGIApp:
     async def get_varifycode(request: Request) -> Response:
         """Send a code to `email`, and wait for the outcome."""
         try:
-            given = await _read(request)
-            email, purpose = _text(given, "email"), _purpose(given)
+            given = await read(request)
+            email, purpose = text_in(given, "email"), purpose_in(given)
         except NotOurs:
             return _not_ours(desk)
         error = await desk.request("http", email, purpose=purpose, locale=given.get("locale"))
@@ -65,8 +60,8 @@ def make_app(desk: Desk) -> ASGIApp:
     async def check_varifycode(request: Request) -> Response:
         """Check a code; the right one is consumed. Each check is an attempt."""
         try:
-            given = await _read(request)
-            email, code, purpose = _text(given, "email"), _text(given, "varifycode"), _purpose(given)
+            given = await read(request)
+            email, code, purpose = text_in(given, "email"), text_in(given, "varifycode"), purpose_in(given)
         except NotOurs:
             return _not_ours(desk)
         error = await desk.check("http", email, code, purpose=purpose)
@@ -75,9 +70,12 @@ def make_app(desk: Desk) -> ASGIApp:
     _add_looks(app, desk)
     # Within the guard: who has no key leaves no trace.
     guarded: ASGIApp = app if desk.traces is None else _Traced(app, desk.traces)
+    free = OPEN
+    if desk.settings.demo:
+        free |= demo.add(app, desk)
     if desk.settings.api_keys:
         app.openapi_schema = pages.with_keys(app.openapi(), OPEN)
-        guarded = _Guard(guarded, desk.settings.api_keys)
+        guarded = _Guard(guarded, desk.settings.api_keys, free)
     return _Counted(guarded, desk)
 
 
@@ -116,17 +114,23 @@ def _add_looks(app: FastAPI, desk: Desk) -> None:
 class _Guard:
     """Asks for a key before anything else is looked at."""
 
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...], free: frozenset[str]) -> None:
+        """`free`: paths that need none; one that ends in `/`, but for the first, stands for all below it."""
         self._app = app
+        self._free = free
+        self._free_below = tuple(path for path in free if path.endswith("/") and path != "/")
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN and not self._may(scope):
+        if scope["type"] == "http" and not self._is_free(scope["path"]) and not self._may(scope):
             answer = Response(refusal("a key is needed: Authorization: Bearer KEY"), 401, media_type=JSON)
             answer.headers["WWW-Authenticate"] = "Bearer"
             await answer(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+    def _is_free(self, path: str) -> bool:
+        return path in self._free or path.startswith(self._free_below)
 
     def _may(self, scope: Scope) -> bool:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
@@ -179,51 +183,6 @@ class _Traced:
                 await send(message)
 
             await self._app(scope, receive, noting)
-
-
-async def _read(request: Request) -> dict[str, Any]:
-    """The JSON object in the body, whatever the content type says."""
-    body = await _body(request)
-    try:
-        given = json.loads(body)
-    except (ValueError, RecursionError):
-        raise NotOurs from None
-    if not isinstance(given, dict):
-        raise NotOurs
-    return given
-
-
-async def _body(request: Request) -> bytes:
-    """The whole body. Raises `HTTPException`, without reading on, if it is too large or too slow."""
-    said = request.headers.get("content-length", "0")
-    if not said.isascii() or not said.isdecimal() or int(said[:20]) > BODY_LIMIT:
-        raise HTTPException(413, f"a body has at most {BODY_LIMIT} bytes")
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_PATIENCE):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > BODY_LIMIT:
-                    raise HTTPException(413, f"a body has at most {BODY_LIMIT} bytes")
-    except TimeoutError:
-        raise HTTPException(408, f"the body did not arrive within {BODY_PATIENCE:g} s") from None
-    except ClientDisconnect:
-        raise HTTPException(400, "the body ended early") from None
-    return bytes(body)
-
-
-def _text(given: dict[str, Any], name: str) -> str:
-    value = given.get(name)
-    if not isinstance(value, str):
-        raise NotOurs
-    return value
-
-
-def _purpose(given: dict[str, Any]) -> str:
-    purpose = given.get("purpose", DEFAULT_PURPOSE)
-    if not is_purpose(purpose):
-        raise NotOurs
-    return str(purpose)
 
 
 def _not_ours(desk: Desk) -> Response:

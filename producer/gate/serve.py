@@ -16,7 +16,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import uvicorn
 
-from producer.gate.binding import BACKLOG, CannotListen, listen, probe, require_permission
+from producer.gate.binding import BACKLOG, CannotListen, is_loopback, listen, probe, require_permission
 from producer.gate.connection import Connection
 from producer.gate.desk import Desk
 from producer.gate.http import make_app
@@ -89,6 +89,8 @@ async def _serve(settings: Settings, traces: Traces | None) -> None:
         http_task = asyncio.create_task(http.serve(sockets=sockets))
         http_bind = Bind(settings.http_bind.host, sockets[0].getsockname()[1])
         logger.info("the HTTP door is open on %s", http_bind)
+        if settings.demo and not is_loopback(settings.http_bind, "VERIFY_HTTP_BIND"):
+            logger.warning("VERIFY_DEMO: whoever opens the page at / can read its inbox, with the codes in it")
         logger.info("the gRPC door is open on %s", Bind(settings.grpc_bind.host, grpc_port))
         looking, stopping = asyncio.create_task(_say_readiness(desk)), asyncio.create_task(stop.wait())
         await asyncio.wait([stopping, http_task], return_when=asyncio.FIRST_COMPLETED)

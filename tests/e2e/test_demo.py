@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -179,11 +180,17 @@ def test_it_stays_up_until_told_to_end(start: Callable[..., Demo], number: signa
     found = re.search(r"VERIFY_REDIS_URL=(\S+)", demo.output())
     assert found
     # What it says is open is open.
-    pages = re.findall(r"^  (HTTP door|its metrics|Flower) +(http://\S+)", demo.output(), re.MULTILINE)
-    assert [name for name, _ in pages] == ["HTTP door", "its metrics", "Flower"]
+    pages = re.findall(r"^  (open this|HTTP door|its metrics|Flower) +(http://\S+)", demo.output(), re.MULTILINE)
+    assert [name for name, _ in pages] == ["open this", "HTTP door", "its metrics", "Flower"]
     for _, url in pages:
         with OPENER.open(url, timeout=PATIENCE) as page:
             assert page.status == 200
+    # The page is the first that it says, knows where Flower is, and shows the mails that were sent.
+    assert demo.output().split("http://")[1].startswith(pages[0][1].removeprefix("http://"))
+    with OPENER.open(f"{pages[0][1]}demo/facts", timeout=PATIENCE) as facts:
+        assert json.load(facts)["flower"] == pages[-1][1]
+    with OPENER.open(f"{pages[0][1]}demo/inbox", timeout=PATIENCE) as inbox:
+        assert len(json.load(inbox)["mails"]) == 3
     # What it says to try next works, and the mail shows.
     sent = subprocess.run(
         [sys.executable, "-m", "producer", "send", "you@example.com"],

@@ -37,7 +37,8 @@ def test_it_holds_the_defaults(tmp_path: Path) -> None:
 
 
 def test_each_value_is_said_and_not_left_to_the_default() -> None:
-    derived = {f"{PREFIX}{name}" for name in ("CODES_URL", "BROKER_URL", "RESULTS_URL", "API_KEYS", "CONFIG")}
+    names = ("CODES_URL", "BROKER_URL", "RESULTS_URL", "API_KEYS", "DEMO_INBOX", "DEMO_FLOWER", "CONFIG")
+    derived = {f"{PREFIX}{name}" for name in names}
     assert {name for name, value in VALUES.items() if not value} == derived | {"REDIS_PASSWORD", "FLOWER_PASSWORD"}
 
 

@@ -49,6 +49,8 @@ DEFAULTS = {
     "VERIFY_ALLOW_PLAINTEXT": "0",
     "VERIFY_METRICS_BIND": "127.0.0.1:9464",
     "VERIFY_DEMO": "0",
+    "VERIFY_DEMO_INBOX": "",
+    "VERIFY_DEMO_FLOWER": "",
 }
 
 OTHERS = {
@@ -79,6 +81,8 @@ OTHERS = {
     "VERIFY_ALLOW_PLAINTEXT": "1",
     "VERIFY_METRICS_BIND": "127.0.0.1:0",
     "VERIFY_DEMO": "1",
+    "VERIFY_DEMO_INBOX": "http://mailpit:8025",
+    "VERIFY_DEMO_FLOWER": "https://flower.internal/watch",
 }
 
 
@@ -183,6 +187,11 @@ BAD: list[tuple[str, str]] = [
     ("API_KEYS", "one\ntwo"),
     ("ALLOW_PLAINTEXT", "yes"),
     ("DEMO", "2"),
+    ("DEMO_INBOX", "mailpit:8025"),
+    ("DEMO_INBOX", "http://user:pass@mailpit:8025"),
+    ("DEMO_INBOX", "http://mailpit:8025/?q"),
+    ("DEMO_FLOWER", "javascript:alert(1)"),
+    ("DEMO_FLOWER", "http://"),
 ]
 SECRET_SETTINGS = {"REDIS_URL", "CODES_URL", "BROKER_URL", "RESULTS_URL", "RELAYS", "API_KEYS"}
 

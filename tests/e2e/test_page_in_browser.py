@@ -1,0 +1,170 @@
+"""The demo page in a real browser. Needs Chromium, Node and npm.
+
+`VERIFY_SHOTS=folder` keeps a screenshot of each state; look at them after a change.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from doors_process import Doors
+from redis_server import RedisServer
+from rig import Rig
+
+from demo.catcher import Catcher
+from demo.inbox import Inbox
+
+pytestmark = [pytest.mark.tools, pytest.mark.timeout(180)]
+
+BROWSER = Path(__file__).parents[1] / "browser"
+BUILD = BROWSER / ".build"
+STATIONS = ["door", "queue", "worker", "relay", "reply"]
+LIGHT, DARK = "rgb(244, 245, 249)", "rgb(12, 14, 20)"  # the page's ground
+
+
+@pytest.fixture(scope="session")
+def driver() -> Path:
+    """The script, beside the packages that it needs; one installation for all processes of the tests."""
+    BUILD.mkdir(exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        wanted = (BROWSER / "package.json").read_bytes()
+        made = BUILD / "made"  # written last
+        if not made.exists() or made.read_bytes() != wanted:
+            shutil.copy(BROWSER / "package.json", BUILD)
+            command = ["npm", "install", "--no-package-lock", "--no-audit", "--no-fund", "--ignore-scripts"]
+            done = subprocess.run(command, cwd=BUILD, capture_output=True, text=True, timeout=120, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+            made.write_bytes(wanted)
+        shutil.copy(BROWSER / "drive.mjs", BUILD)
+    return BUILD / "drive.mjs"
+
+
+@pytest.fixture(scope="module")
+def inbox() -> Iterator[Inbox]:
+    """The inbox of the catcher that is the relay."""
+    with Catcher() as catcher, Inbox(catcher) as inbox:
+        yield inbox
+
+
+@pytest.fixture(scope="module")
+def settings(inbox: Inbox) -> dict[str, str]:
+    """What makes a door the demo's."""
+    return {"VERIFY_DEMO": "1", "VERIFY_DEMO_INBOX": inbox.url}
+
+
+@pytest.fixture(scope="module")
+def doors(inbox: Inbox, settings: dict[str, str]) -> Iterator[Doors]:
+    """With a worker behind them."""
+    with Rig(relays=inbox.catcher.url, code_length=6) as rig:
+        rig.add_worker()
+        with Doors({**rig.settings, **settings}) as doors:
+            yield doors
+        rig.worker.stop()
+
+
+def drive(driver: Path, doors: Doors, scenario: str, **options: object) -> dict[str, Any]:
+    """What the scenario found; nothing may trouble the page meanwhile."""
+    given = json.dumps({"chromium": shutil.which("chromium"), "shots": os.environ.get("VERIFY_SHOTS", ""), **options})
+    done = subprocess.run(
+        ["node", driver, f"http://127.0.0.1:{doors.http_port}/", scenario, given],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert found.pop("troubles") == []
+    return found
+
+
+def states(seen: dict[str, Any]) -> list[str]:
+    assert [each["name"] for each in seen["stations"]] == STATIONS
+    return [each["state"] for each in seen["stations"]]
+
+
+@pytest.mark.parametrize(("width", "scheme", "lang"), [
+    (1280, "light", "en-US"),
+    (768, "dark", "zh-CN"),
+    (360, "light", "zh-CN"),
+    (360, "dark", "en-US"),
+])  # fmt: skip
+def test_ask_read_the_mail_type_the_code(driver: Path, doors: Doors, width: int, scheme: str, lang: str) -> None:
+    email = f"a{width}{scheme}{lang[:2]}@example.com"
+    found = drive(driver, doors, "signup", email=email, width=width, scheme=scheme, lang=lang)
+    english = lang == "en-US"
+    for state in ("start", "sent", "wrong", "end"):
+        assert found[state]["wide"] <= width
+        assert found[state]["lang"] == ("en" if english else "zh-CN")
+        assert found[state]["ground"] == (LIGHT if scheme == "light" else DARK)
+    assert states(found["start"]) == ["ahead"] * 5
+    assert states(found["sent"]) == [*["done"] * 4, "good"]
+    assert all(each["time"].endswith(" ms" if english else " 毫秒") for each in found["sent"]["stations"])
+    assert email in found["sent"]["ask"]
+    assert ("Again in" if english else "秒后重发") in found["cooling"]
+    assert ("valid for 9:5" if english else "还剩 9:5") in found["life"] or "10:00" in found["life"]
+    assert ("not the code" if english else "不正确") in found["wrong"]["check"]
+    assert found["wrong"]["focus"] == "code"
+    assert email in found["confirmed"]
+    assert found["end"]["focus"] == "confirmed-title"
+
+
+def test_a_keyboard_is_enough_and_the_focus_is_always_seen(driver: Path, doors: Doors) -> None:
+    found = drive(driver, doors, "keyboard", email="keys@example.com")
+    assert (found["waiting"], found["confirmed"], found["again"]) == ("code", "confirmed-title", "email")
+    assert found["row"]
+    assert [each for each in found["path"] if not each["outline"]] == []
+
+
+def test_what_is_no_address_is_said_in_words(driver: Path, doors: Doors) -> None:
+    found = drive(driver, doors, "refused", email="not an address")["refused"]
+    assert states(found) == ["done", *["skipped"] * 3, "bad"]
+    assert "not an email address" in found["ask"]
+    assert found["focus"] == "email"
+
+
+def test_both_languages_say_everything(driver: Path, doors: Doors) -> None:
+    found = drive(driver, doors, "words")
+    assert found["en"] == found["zh"]
+    assert {f"{name}:string" for name in found["wanted"]} <= set(found["en"])
+    assert found["chinese"] != found["english"]
+
+
+def test_a_relay_that_is_down(driver: Path, settings: dict[str, str], new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(reply_timeout=3, give_up_after=4, relays="smtp://127.0.0.1:9")
+    rig.add_worker()
+    with Doors({**rig.settings, **settings}) as doors:
+        found = drive(driver, doors, "stuck", email="down@example.com")
+    assert states(found["stuck"]) == [*["done"] * 3, "stuck", "ahead"]
+    assert "The relay has not taken the mail yet" in found["stuck"]["way"]
+    assert states(found["late"]) == [*["done"] * 3, "stuck", "stuck"]
+    assert "may still arrive" in found["late"]["ask"]
+
+
+def test_no_worker(driver: Path, settings: dict[str, str], new_redis_server: Callable[..., RedisServer]) -> None:
+    own = {"VERIFY_REDIS_URL": new_redis_server().url(), "VERIFY_REPLY_TIMEOUT": "3"}
+    with Doors({**settings, **own}) as doors:
+        found = drive(driver, doors, "stuck", email="alone@example.com")
+    assert states(found["stuck"]) == ["done", "stuck", *["ahead"] * 3]
+    assert "No worker is running" in found["stuck"]["way"]
+    assert states(found["late"]) == ["done", "stuck", "ahead", "ahead", "stuck"]
+    assert "may still arrive" in found["late"]["ask"]
+
+
+def test_with_keys_it_asks_for_one(driver: Path, doors: Doors) -> None:
+    with Doors({**doors.environment, "VERIFY_API_KEYS": "k3y"}) as guarded:
+        found = drive(driver, guarded, "key", email="key@example.com", key="k3y")
+    assert "missing or wrong" in found["wrong"]["key"]
+    assert found["wrong"]["focus"] == "key"
+    assert "opens with a key" in found["wrong"]["inbox"]
+    assert found["code"].isdecimal()
+    assert found["metrics"] is False

@@ -1,0 +1,65 @@
+"""The demo page's colours, light and dark: what is to be read or seen stands out (WCAG 2.2, 1.4.3 and 1.4.11)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+STYLE = Path(__file__).parents[2] / "producer" / "gate" / "demo" / "page" / "style.css"
+# What is written in which colour on which ground.
+TEXT = [
+    *[(ink, ground) for ink in ("ink", "soft") for ground in ("ground", "card", "field")],
+    ("soft", "line"),  # the language that is not chosen
+    ("accent", "card"),
+    ("on-accent", "accent"),
+    ("on-accent", "accent-deep"),
+    ("accent-deep", "accent-wash"),
+    ("good", "good-wash"),
+    ("bad", "bad-wash"),
+    ("wait", "wait-wash"),
+    ("wait", "card"),
+]
+# Borders of fields, the ring of the focus, and the stations' marks.
+SHAPES = [
+    ("edge", "card"),
+    ("edge", "field"),
+    ("accent", "ground"),
+    ("bad", "card"),
+    ("accent", "accent-wash"),
+    ("good", "card"),
+]
+
+
+def colours() -> dict[str, dict[str, str]]:
+    text = STYLE.read_text(encoding="utf-8")
+    blocks = re.findall(r":root \{(.*?)\}", text, re.DOTALL)
+    light, dark = (dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block)) for block in blocks)
+    assert light.keys() == dark.keys()
+    return {"light": light, "dark": dark}
+
+
+def luminance(colour: str) -> float:
+    """Relative, as WCAG defines it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("pairs", "least"), [(TEXT, 4.5), (SHAPES, 3.0)])
+def test_it_stands_out(scheme: str, pairs: list[tuple[str, str]], least: float) -> None:
+    named = colours()[scheme]
+    found = {(front, back): round(contrast(named[front], named[back]), 2) for front, back in pairs}
+    assert {pair: value for pair, value in found.items() if value < least} == {}
+
+
+def test_the_measure_is_right() -> None:
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
