@@ -21,7 +21,7 @@ from prometheus_process import Prometheus
 from redis_server import _free_port
 from rig import Rig
 from smtp_server import ScriptedServer, running
-from watching import PROMETHEUS, RULES, names_in, panels, queries, rules
+from watching import PROMETHEUS, RULES, names_in, queries, rules
 from worker_process import eventually
 
 pytestmark = pytest.mark.tools
@@ -138,8 +138,8 @@ def test_alerts_fire_when_a_relay_is_gone_and_when_the_worker_is(new_rig: Callab
             assert doors.get_code(address())["error"] == 0
             eventually(lambda: len(prometheus.instant("verify_broker_up")) == 2, 20)
             eventually(scraped_again(prometheus))
-                # While the first scrapes come in one by one, the rules may see half of what there is.
-                eventually(lambda: prometheus.firing() == set(), 20)
+            # While the first scrapes come in one by one, the rules may see half of what there is.
+            eventually(lambda: prometheus.firing() == set(), 20)
         rig.caller.push(message({"email": address()}))
         eventually(lambda: sick <= prometheus.firing(), 20)
         with running(ScriptedServer(), port):
