@@ -16,7 +16,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from PIL import Image
 
 COLOURS: Final = {  # Grafana's names
@@ -33,7 +33,8 @@ PALETTE: Final = ("#1c7ed6", "#2f9e44", "#f08c00", "#9c36b5", "#0ca5a5", "#d6293
 GROUPS: Final = {"worker": "#9c36b5", "relay": "#f08c00", "Redis": "#d6293e", "poison": "#495057"}
 INK, FAINT, PALE = "#222222", "#e3e3e3", "#777777"
 WIDTH, UNIT, DPI = 20.0, 0.27, 76  # inches; inches of a grid row; dots per inch
-STRIP: Final = 4.5  # grid rows for the faults' names
+STRIP: Final = 5.5  # grid rows for the faults' names
+LANES: Final = 4  # of the strip, so that names have room
 BRIEFLY: Final = 3.0  # seconds that a fault without length is drawn with
 
 mpl.rcParams.update(
@@ -66,7 +67,7 @@ def short(value: float, _: object = None) -> str:
 
 def seconds(value: float, _: object = None) -> str:
     """A time as people say it."""
-    return f"{value * 1000:.3g} ms" if 0 < value < 1 else f"{value:.3g} s"
+    return f"{value * 1000:.3g} ms" if 0 < value < 1 else f"{short(value)} s"
 
 
 FORMATS: Final[dict[str, Callable[..., str]]] = {
@@ -86,6 +87,9 @@ class Picture:
         tops = sorted({panel["gridPos"]["y"] for panel in shown})
         # The dashboard's rows without the lines between them; each needs a title and an axis of its own here.
         heights = {y: next(p["gridPos"]["h"] for p in shown if p["gridPos"]["y"] == y) for y in tops}
+        for panel in shown:
+            if panel["gridPos"]["w"] == 24:  # a strip with a row for each of many names
+                heights[panel["gridPos"]["y"]] = max(4, 0.72 * len(panel["lines"]))
         ratios = [STRIP, *heights.values()]
         self._figure = Figure(figsize=(WIDTH, UNIT * (sum(ratios) + 2.1 * len(ratios))))
         grid = GridSpec(len(ratios), 24, self._figure, height_ratios=ratios, hspace=0.33, wspace=4.2)
@@ -136,7 +140,7 @@ class Picture:
         )
         self._bands(axes, 0.13)
         for number, (text, start, end, colour) in enumerate(sorted(self._faults(), key=lambda each: each[1])):
-            lane = 2 - number % 3
+            lane = LANES - 1 - number % LANES
             axes.broken_barh([(start, end - start)], (lane + 0.12, 0.76), color=colour, linewidth=0)
             late = start > 0.88 * self._seconds
             axes.annotate(
@@ -150,7 +154,7 @@ class Picture:
                 color=colour,
                 fontweight="bold",
             )
-        axes.set_ylim(0, 3)
+        axes.set_ylim(0, LANES)
         axes.set_yticks([])
         axes.grid(visible=False)
         self._time(axes)
@@ -196,22 +200,20 @@ class Picture:
             for step in defaults["thresholds"]["steps"]:
                 if step["value"] is not None and step["value"] < 1.5 * top:
                     axes.axhline(step["value"], color=COLOURS[step["color"]], linewidth=1, linestyle=(0, (5, 3)))
+        if "log" in defaults.get("custom", {}).get("scaleDistribution", {}):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(seconds))
+            axes.set_ylim(axes.get_ylim()[0], axes.get_ylim()[1] * 6)
+            axes.yaxis.set_minor_locator(NullLocator())
+            _legend(axes)
+            return
         axes.yaxis.set_major_formatter(FuncFormatter(FORMATS.get(defaults["unit"], short)))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         high = axes.get_ylim()[1]
         moving = any(_moves(line) for line in lines)
         axes.set_ylim(0, high * (1.22 if panel["type"] != "stat" else 1.1) if moving else 1)
         if panel["type"] != "stat" and lines:
-            axes.legend(
-                loc="upper left",
-                ncols=3,
-                fontsize=7.5,
-                frameon=False,
-                handlelength=1.1,
-                columnspacing=0.9,
-                borderaxespad=0.1,
-                labelspacing=0.2,
-            )
+            _legend(axes)
         if not lines:
             axes.text(0.5, 0.5, "nothing", transform=axes.transAxes, ha="center", va="center", color=PALE)
 
@@ -286,6 +288,19 @@ def _overrides(panel: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
 
 def _moves(line: dict[str, Any]) -> bool:
     return any(value for _, value in line["points"])
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(
+        loc="upper left",
+        ncols=3,
+        fontsize=7.5,
+        frameon=False,
+        handlelength=1.1,
+        columnspacing=0.9,
+        borderaxespad=0.1,
+        labelspacing=0.2,
+    )
 
 
 def _wash(axes: Axes, x: list[float], y: list[float], steps: list[dict[str, Any]]) -> None:
