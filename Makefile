@@ -8,7 +8,7 @@ PLAIN := not tools and not slow
 PYTEST_ARGS ?= -n 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all faults soak bench lint lock
+.PHONY: help setup demo test test-all faults soak picture bench lint lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -51,6 +51,9 @@ faults: setup ## the whole fault suite: real processes, killed, frozen, cut off 
 MINUTES ?= 10
 soak: setup ## random faults under steady load, and a report: make soak MINUTES=10 SEED=1
 	PYTHONPATH=tests $(BIN)/python -m faults.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+picture: setup ## a soak of a few long faults in turn, as the dashboard shows it: docs/dashboard.png; needs Debian's prometheus
+	PYTHONPATH=tests $(BIN)/python -m faults.draw docs/dashboard.png
 
 bench: setup ## hold it against its peers; half an hour, or under 4 minutes with QUICK=1; BARS="a c" measures only these
 	@$(BIN)/python -m bench $(if $(filter-out 0,$(QUICK)),--quick) $(if $(BARS),--bars $(BARS))

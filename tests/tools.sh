@@ -17,6 +17,7 @@ command -v go >/dev/null || missing="$missing golang-go"
 command -v php >/dev/null || missing="$missing php-cli"
 command -v g++ >/dev/null || missing="$missing g++"
 command -v cc >/dev/null || missing="$missing gcc libc6-dev"
+command -v promtool >/dev/null || missing="$missing prometheus"
 command -v grpc_cpp_plugin >/dev/null || missing="$missing protobuf-compiler-grpc"
 pkg-config --exists hiredis jsoncpp grpc++ protobuf 2>/dev/null ||
     missing="$missing pkg-config libhiredis-dev libjsoncpp-dev libgrpc++-dev libprotobuf-dev"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,6 +81,12 @@ class WorkerProcess:
     def alive(self) -> bool:
         """Whether it runs."""
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def metrics_url(self) -> str:
+        """Where it says that its metrics are."""
+        self.wait_for_log("metrics are at ")
+        return str(re.findall(r"metrics are at (http://\S+/metrics)", self.log)[-1])
 
     def wait_for_log(self, text: str, within: float = 10.0) -> None:
         """Wait until the log has `text`; fail if the worker ends before."""

@@ -22,17 +22,23 @@ class NotDrawn(VerifyError):
 
 def draw(raw: Path) -> Path:
     """The report on a raw file, beside it. Raises `NotDrawn`."""
+    return Path(run(str(environment()), "-m", "bench.report.page", str(raw)).strip())
+
+
+def environment() -> Path:
+    """A Python that has matplotlib, made when it is first needed. Raises `NotDrawn`."""
     python, stamp = _PLACE / "bin" / "python", _PLACE / REQUIREMENTS.name
     if not stamp.exists() or stamp.read_bytes() != REQUIREMENTS.read_bytes():
         sys.stderr.write(f"Installing what bench/report/{REQUIREMENTS.name} names into {_PLACE} ...\n")
-        _run(sys.executable, "-m", "venv", "--clear", str(_PLACE))
+        run(sys.executable, "-m", "venv", "--clear", str(_PLACE))
         quiet = ("-qq", "--disable-pip-version-check", "--only-binary", ":all:", "--require-hashes")
-        _run(str(python), "-m", "pip", "install", *quiet, "-r", str(REQUIREMENTS))
+        run(str(python), "-m", "pip", "install", *quiet, "-r", str(REQUIREMENTS))
         shutil.copy(REQUIREMENTS, stamp)
-    return Path(_run(str(python), "-m", "bench.report.page", str(raw)).strip())
+    return python
 
 
-def _run(*words: str) -> str:
+def run(*words: str) -> str:
+    """What a program says. Raises `NotDrawn` if it fails."""
     done = subprocess.run(words, cwd=CHECKOUT, capture_output=True, text=True, check=False)  # noqa: S603 - our own
     if done.returncode:
         raise NotDrawn(f"{' '.join(words)} ended with {done.returncode}:\n{done.stderr}")

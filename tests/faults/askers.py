@@ -66,7 +66,7 @@ class Askers:
         with self._client:
             for record in records:
                 record.at = time.monotonic()
-                self._told(record, self._client.request(record.email).error)
+                self.told(record, self._client.request(record.email).error)
 
     def address(self, name: str) -> str:
         """One that no other request has."""
@@ -96,7 +96,8 @@ class Askers:
                 record.acknowledged = True
                 return
 
-    def _told(self, record: Record, error: int) -> None:
+    def told(self, record: Record, error: int) -> None:
+        """A caller that waits has its answer."""
         self.slowest = max(self.slowest, time.monotonic() - record.at)
         record.told = error
         # Redis may have the request even so; if it is answered, it must have been.
@@ -108,7 +109,7 @@ class Askers:
         while self._paced(chance, "blocking"):
             if chance.random() < 0.5:
                 record = self.ledger.asking(self.address("blocking"), "VerificationClient.request")
-                self._told(record, client.request(record.email).error)
+                self.told(record, client.request(record.email).error)
             else:
                 known = str(uuid.uuid4())
                 record = self.ledger.asking(self._some_address(chance, "enqueue"), "VerificationClient.enqueue", known)
@@ -124,7 +125,7 @@ class Askers:
         while not self._stopping.is_set():
             await asyncio.sleep(chance.uniform(0.5, 1.5) * self._pause["asyncio"])
             record = self.ledger.asking(self.address("asyncio"), "AsyncVerificationClient.request")
-            self._told(record, (await client.request(record.email)).error)
+            self.told(record, (await client.request(record.email)).error)
 
     def raw_client(self) -> redis.Redis:
         """Of the broker database; never retries."""

@@ -193,6 +193,7 @@ class Mischief:
         self._hands = {part: ThreadPoolExecutor(1, part) for part in parts}
         self._queue = askers.raw_client()
         self._futures: list[Future[None]] = []
+        self.binds: dict[str, str] = {}  # where a worker serves its metrics; else on any free port
         self.peak_rss = 0  # KiB
         self.started = 0
 
@@ -207,7 +208,9 @@ class Mischief:
     def _start(self, name: str) -> None:
         way = self._ways.get(name)
         url = f"redis://127.0.0.1:{way.port}" if way else self._stage.server.url()
-        worker = WorkerProcess({**self._stage.settings, "VERIFY_REDIS_URL": url}, log_level="DEBUG")
+        bind = self.binds.get(name, self._stage.settings["VERIFY_METRICS_BIND"])
+        settings = {**self._stage.settings, "VERIFY_REDIS_URL": url, "VERIFY_METRICS_BIND": bind}
+        worker = WorkerProcess(settings, log_level="DEBUG")
         self.workers[name] = worker
         self._read[worker] = 0
         self.started += 1

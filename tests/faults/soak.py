@@ -26,10 +26,12 @@ from caller import META
 from smtp_server import running
 
 from faults.askers import SHARES, Askers
+from faults.film import Film
 from faults.ledger import KEPT, Ledger, Scanner
-from faults.mischief import CALM, EVERY, MINUTE, WORKERS, Mischief, Relay, schedule, unkept
+from faults.mischief import CALM, EVERY, MINUTE, WORKERS, Mischief, Planned, Relay, schedule, unkept
 from faults.proxy import Proxy
 from faults.stage import Stage, held_in
+from faults.tour import tour
 from producer.contract import ErrorCode
 from producer.settings import Settings
 
@@ -45,9 +47,20 @@ MOST: Final = 20  # violations of a kind that are told in full
 class Soak:
     """One run."""
 
-    def __init__(self, seconds: float, seed: int, a_second: float, logs: Path | None) -> None:
+    def __init__(
+        self,
+        seconds: float,
+        seed: int,
+        a_second: float,
+        logs: Path | None,
+        *,
+        faults: list[Planned] | None = None,
+        film: Film | None = None,
+    ) -> None:
+        """`faults`: these, in place of random ones; `film`: watches."""
         self.seconds, self.seed, self.a_second = seconds, seed, a_second
         self._logs = logs
+        self._faults, self._film = faults, film
         self._stack = ExitStack()
         self.ledger = Ledger(GIVE_UP_AFTER)
         self.scanner = Scanner(self.ledger)
@@ -85,8 +98,13 @@ class Soak:
             self.stage, ledger, self.scanner, self.askers, list(zip(relays, fronts, strict=True)), self._logs
         )
         stack.callback(self.mischief.close)
+        if self._film is not None:
+            self.mischief.binds = self._film.binds
         ways = [stack.enter_context(Proxy(self.stage.server.port)) for _ in range(WORKERS - 1)]
         self.mischief.start_workers(ways)
+        if self._film is not None:
+            own = {"VERIFY_REDIS_URL": self.stage.server.url()}
+            stack.enter_context(self._film).open({**self.stage.settings, **own}, self.askers)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -96,19 +114,23 @@ class Soak:
         """The faults, their end, and the verdict."""
         self.ledger.began = began = time.monotonic()
         self.askers.start()
+        if self._film is not None:
+            self._film.roll()
         with contextlib.suppress(KeyboardInterrupt):
             self._play(began)
         self.took = time.monotonic() - began
         print("lifting all faults", flush=True)
         self.mischief.lift()
         self.askers.stop()
+        if self._film is not None:
+            self._film.stop()
         self._settle()
         self._last_requests()
         self.mischief.look()
         self._judge()
 
     def _play(self, began: float) -> None:
-        faults = schedule(self.seed, self.seconds)
+        faults = schedule(self.seed, self.seconds) if self._faults is None else list(self._faults)
         shown = 0.0
         while (now := time.monotonic() - began) < self.seconds:
             while faults and faults[0].at <= now:
@@ -282,14 +304,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="the schedule of faults; drawn and printed if not given")
     parser.add_argument("--rate", type=float, default=30.0, help="requests a second")
     parser.add_argument("--report", type=Path, help="write the report here too")
+    parser.add_argument("--film", type=Path, help="a few long faults in turn, and what the dashboard shows of it, here")
     parser.add_argument("--logs", type=Path, help="keep the workers' logs in this directory")
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else random.randrange(10**6)
     if options.logs is not None:
         options.logs.mkdir(parents=True, exist_ok=True)
+    seconds = options.minutes * 60
+    faults, film = (tour(), Film()) if options.film is not None else (None, None)
     print(f"soak: {options.minutes:g} minutes, seed {seed}", flush=True)
-    with Soak(options.minutes * 60, seed, options.rate, options.logs) as soak:
+    with Soak(seconds, seed, options.rate, options.logs, faults=faults, film=film) as soak:
         soak.run()
+        if film is not None:
+            film.develop(options.film, soak.ledger, min(seconds, soak.took))
         report = soak.report()
         violations = soak.ledger.violations
     print(f"\n{report}\n")

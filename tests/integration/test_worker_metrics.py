@@ -24,10 +24,7 @@ _RESTLESS = re.compile(r"process_|verify_queue_oldest_age|_seconds_sum|_seconds_
 
 def url_of(worker: WorkerProcess) -> str:
     """Where this worker says that its metrics are."""
-    worker.wait_for_log("metrics are at ")
-    found = re.search(r"metrics are at (http://\S+/metrics)", worker.log)
-    assert found
-    return found[1]
+    return worker.metrics_url
 
 
 def ask(url: str, method: str = "GET", path: str = "/metrics") -> tuple[int, str, str]:

@@ -18,6 +18,7 @@ from containers import ROOT, VariableMissing, compose, example, services, stages
 from producer.settings import PREFIX, Settings, load
 
 OURS = {"worker", "doors", "flower"}
+WATCHERS = {"prometheus", "grafana"}
 SECRETS = {"VERIFY_RELAYS": "worker", "VERIFY_API_KEYS": "doors"}
 # The composition's own: its Redis, and where things listen in the image.
 FIXED = {"REDIS_URL", "CODES_URL", "BROKER_URL", "RESULTS_URL", "HTTP_BIND", "GRPC_BIND", "METRICS_BIND"}
@@ -61,7 +62,7 @@ def test_worker_and_doors_are_told_whether_they_are_traced() -> None:
 
 
 def test_every_variable_it_asks_for_is_in_the_example() -> None:
-    asked = set(re.findall(r"\$\{(\w+)", containers.COMPOSE.read_text("utf-8")))
+    asked = set(re.findall(r"(?<!\$)\$\{(\w+)", containers.COMPOSE.read_text("utf-8")))
     listed = set(re.findall(r"^(?:# )?([A-Z_]+)=", containers.EXAMPLE.read_text("utf-8"), re.MULTILINE))
     assert asked <= listed
     assert {name for name in listed if not name.startswith(PREFIX)} <= asked
@@ -114,7 +115,48 @@ def test_what_is_published() -> None:
         "doors": ["127.0.0.1:8081:8081", "127.0.0.1:50051:50051"],
         "flower": ["127.0.0.1:5555:5555"],
         "mailpit": ["127.0.0.1:8025:8025"],
+        "prometheus": ["127.0.0.1:9090:9090"],
+        "grafana": ["127.0.0.1:3000:3000"],
     }
+
+
+def test_who_does_not_observe_needs_nothing_for_it() -> None:
+    found = services({**example(), **containers.PASSWORDS, "GRAFANA_PASSWORD": "", "METRICS_KEY": ""})
+    assert {name for name, service in found.items() if service.get("profiles") == ["observe"]} == WATCHERS
+    for name, service in found.items():
+        assert name in WATCHERS or not WATCHERS & service.get("depends_on", {}).keys()
+
+
+@pytest.mark.parametrize("password", ["", "gr4fanaPassw0rd"])
+def test_grafana_does_not_start_with_the_password_everybody_knows(password: str, tmp_path: Path) -> None:
+    grafana = services({**example(), **containers.PASSWORDS, "GRAFANA_PASSWORD": password})["grafana"]
+    assert grafana["entrypoint"] == ["/bin/sh", "-c"]
+    [script] = grafana["command"]
+    run = tmp_path / "run.sh"
+    run.write_text("#!/bin/sh\necho it runs\n")
+    run.chmod(0o755)
+    said = subprocess.run(
+        ["/bin/sh", "-c", script.replace("/run.sh", str(run))],
+        env=grafana["environment"],
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=False,
+    )
+    assert (said.returncode == 0, said.stdout) == ((True, "it runs\n") if password else (False, ""))
+    assert password or "set GRAFANA_PASSWORD in .env" in said.stderr
+
+
+def test_what_the_watchers_are_given_is_there_and_can_only_be_read() -> None:
+    for name in WATCHERS:
+        for volume in services()[name]["volumes"]:
+            source, target, *how = volume.split(":")
+            if source.startswith("./"):
+                assert (ROOT / source).exists(), source
+                assert how == ["ro"]
+            else:
+                assert source in compose({**example(), **containers.PASSWORDS})["volumes"]
+                assert not target.startswith("/etc")
 
 
 def test_no_password_is_in_a_command_line() -> None:

@@ -14,7 +14,10 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / ".env.example"
 NAMES = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {f"{PREFIX}CONFIG"}
 # What docker-compose.yml asks for besides; tests/unit/test_compose_file.py holds it to that.
-COMPOSE = {"REDIS_PASSWORD", "REDIS_PORT", "FLOWER_USER", "FLOWER_PASSWORD"}
+COMPOSE = {
+    *("REDIS_PASSWORD", "REDIS_PORT", "FLOWER_USER", "FLOWER_PASSWORD"),
+    *("GRAFANA_PASSWORD", "METRICS_KEY"),  # of the profile `observe`
+}
 # OpenTelemetry's, with the defaults of its specification.
 TRACES = {"OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_ENDPOINT"}
 # Another default holds in compose, so a copy of the file must not set it.
@@ -39,7 +42,8 @@ def test_it_holds_the_defaults(tmp_path: Path) -> None:
 def test_each_value_is_said_and_not_left_to_the_default() -> None:
     names = ("CODES_URL", "BROKER_URL", "RESULTS_URL", "API_KEYS", "DEMO_INBOX", "DEMO_FLOWER", "CONFIG")
     derived = {f"{PREFIX}{name}" for name in names}
-    assert {name for name, value in VALUES.items() if not value} == derived | {"REDIS_PASSWORD", "FLOWER_PASSWORD"}
+    given = {"REDIS_PASSWORD", "FLOWER_PASSWORD", "GRAFANA_PASSWORD", "METRICS_KEY"}
+    assert {name for name, value in VALUES.items() if not value} == derived | given
 
 
 def test_the_readme_lists_them_with_the_same_defaults() -> None:

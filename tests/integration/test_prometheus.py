@@ -1,0 +1,183 @@
+"""promtool, and a Prometheus that runs the shipped files against a real worker and real doors."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+import containers
+import httpx
+import pytest
+import yaml
+from caller import address, message
+from doors_process import Doors
+from prometheus_process import Prometheus
+from redis_server import _free_port
+from rig import Rig
+from smtp_server import ScriptedServer, running
+from watching import PROMETHEUS, RULES, names_in, queries, rules
+from worker_process import eventually
+
+pytestmark = pytest.mark.tools
+
+# What has no data while all is well: a share of nothing, or what only a fault or many minutes bring about.
+MAY_BE_EMPTY: Final = re.compile(r"ALERTS|\) > 0$|offset|predict_linear")
+KEY: Final = "k3y"
+
+
+def promtool(*words: str) -> str:
+    """What it says of files in `deploy/prometheus`; it must be content."""
+    assert shutil.which("promtool"), "Debian's package prometheus is not installed"
+    done = subprocess.run(["promtool", *words], cwd=PROMETHEUS, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_promtool_takes_the_configuration_and_the_rules() -> None:
+    said = promtool("check", "config", "prometheus.yml") + promtool("check", "rules", *RULES)
+    assert f"{len([rule for rule in rules() if rule.alert])} rules found" in said
+
+
+@pytest.mark.parametrize("path", sorted((PROMETHEUS / "tests").glob("*.yml")), ids=lambda path: path.stem)
+def test_promtool_sees_each_alert_fire_and_be_silent(path: Path) -> None:
+    assert "SUCCESS" in promtool("test", "rules", f"tests/{path.name}")
+
+
+def test_promtool_takes_every_expression_of_the_dashboard(tmp_path: Path) -> None:
+    made = [{"record": f"panel:{i}", "expr": expr} for i, expr in enumerate(queries().values())]
+    (tmp_path / "panels.yml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": made}]}))
+    assert f"{len(made)} rules found" in promtool("check", "rules", str(tmp_path / "panels.yml"))
+
+
+def targets(rig: Rig, doors: Doors) -> dict[str, list[str]]:
+    """Whom Prometheus scrapes."""
+    return {
+        "verify-worker": [urlsplit(rig.worker.metrics_url).netloc],
+        "verify-doors": [f"127.0.0.1:{doors.http_port}"],
+    }
+
+
+def scraped_again(prometheus: Prometheus) -> Callable[[], bool]:
+    """Whether there was another scrape of all since this was made."""
+    expr = "min(timestamp(verify_broker_up))"
+    before = prometheus.instant(expr)
+    return lambda: prometheus.instant(expr) > before
+
+
+def _get_code(doors: Doors) -> int:
+    answer = doors.post("/get_varifycode", {"email": address()}, headers={"Authorization": f"Bearer {KEY}"})
+    return int(answer["error"])
+
+
+@pytest.fixture(scope="module")
+def watched() -> Iterator[tuple[Rig, Doors, Prometheus]]:
+    """A worker, doors that ask for a key, and Prometheus, which has one; some requests, and some scrapes."""
+    with ExitStack() as stack:
+        rig = stack.enter_context(Rig(api_keys=f"other,{KEY}"))
+        rig.add_worker()
+        doors = stack.enter_context(Doors(rig.settings))
+        prometheus = stack.enter_context(Prometheus(targets(rig, doors), key=KEY))
+        eventually(lambda: len(prometheus.instant("verify_broker_up")) == 2, 20)
+        for _ in range(4):  # spread over scrapes, so that counters are seen to rise
+            assert doors.call(address()).error == 0
+            assert _get_code(doors) == 0
+            assert doors.http.post("/get_varifycode", json={}).status_code == 401
+            eventually(scraped_again(prometheus))
+        rig.broker.lpush("verification", "not JSON")
+        eventually(lambda: [value for _, value in prometheus.instant("verify:dead_letters:max")] == [1], 20)
+        yield rig, doors, prometheus
+
+
+@pytest.mark.parametrize(("where", "expr"), queries().items(), ids=list(queries()))
+def test_an_expression_is_evaluated_and_has_data(where: str, expr: str, watched: tuple[Rig, Doors, Prometheus]) -> None:
+    _, _, prometheus = watched
+    found = prometheus.instant(expr)
+    # An alert has data when it fires; its parts are recorded, or metrics that must be there.
+    if where.startswith("rule ") and {rule.name: rule.alert for rule in rules()}[where.removeprefix("rule ")]:
+        for name in names_in(expr) - {"ALERTS"}:
+            assert prometheus.instant(name), f"{where}: no {name}"
+    elif not MAY_BE_EMPTY.search(expr):
+        assert found, where
+
+
+def test_rules_are_evaluated_without_errors(watched: tuple[Rig, Doors, Prometheus]) -> None:
+    _, _, prometheus = watched
+    found = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
+    assert len(found) == len(rules())
+    assert [rule for rule in found if rule["health"] != "ok"] == []
+
+
+def test_doors_that_ask_for_a_key_are_scraped_with_it(watched: tuple[Rig, Doors, Prometheus]) -> None:
+    _, doors, prometheus = watched
+    assert doors.http.get("/metrics").status_code == 401
+    assert {labels["job"] for labels, value in prometheus.instant("up") if value} == {"verify-worker", "verify-doors"}
+
+
+def test_what_prometheus_keeps_has_no_address_in_it(watched: tuple[Rig, Doors, Prometheus]) -> None:
+    rig, _, prometheus = watched
+    kept = str(prometheus.instant('{__name__=~".+"}'))
+    assert f"smtp://127.0.0.1:{rig.relay.port}" in kept
+    assert "@" not in kept
+
+
+def test_alerts_fire_when_a_relay_is_gone_and_when_the_worker_is(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig()
+    port = _free_port()
+    rig.settings["VERIFY_RELAYS"] = f"smtp://127.0.0.1:{port}"
+    rig.add_worker()
+    sick = {"VerifyServerAllRelaysSick", "VerifyServerRelaySick"}
+    with Doors(rig.settings) as doors, Prometheus(targets(rig, doors), at_once=True) as prometheus:
+        # These doors have no keys: Prometheus tells them an empty one, and they take no notice.
+        with running(ScriptedServer(), port):
+            assert doors.get_code(address())["error"] == 0
+            eventually(lambda: len(prometheus.instant("verify_broker_up")) == 2, 20)
+            eventually(scraped_again(prometheus))
+            # While the first scrapes come in one by one, the rules may see half of what there is.
+            eventually(lambda: prometheus.firing() == set(), 20)
+        rig.caller.push(message({"email": address()}))
+        eventually(lambda: sick <= prometheus.firing(), 20)
+        with running(ScriptedServer(), port):
+            eventually(lambda: not sick & prometheus.firing(), 60)
+            rig.worker.kill()
+            eventually(lambda: {"VerifyServerNoWorker", "VerifyServerTargetDown"} <= prometheus.firing(), 20)
+            assert not sick & prometheus.firing()
+
+
+def test_the_containers_command_starts_it(tmp_path: Path) -> None:
+    service = containers.services({**containers.example(), **containers.PASSWORDS, "METRICS_KEY": KEY})["prometheus"]
+    assert service["entrypoint"] == ["/bin/sh", "-c"]
+    [script] = service["command"]
+    port, data = _free_port(), tmp_path / "data"
+    program = shutil.which("prometheus")
+    assert program
+    for old, new in (
+        ("/etc/verifyserver", str(PROMETHEUS)),
+        ("/tmp/config", str(tmp_path / "config")),  # noqa: S108 - it is replaced
+        ("path=/prometheus", f"path={data} --web.listen-address=127.0.0.1:{port}"),
+        ("/bin/prometheus", program),
+    ):
+        assert old in script
+        script = script.replace(old, new)
+    with (tmp_path / "log").open("wb") as log, ExitStack() as stack:
+        process = subprocess.Popen(["/bin/sh", "-c", script], env=service["environment"], stdout=log, stderr=log)
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+
+        def answers() -> bool:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            try:
+                return httpx.get(f"http://127.0.0.1:{port}/-/ready", trust_env=False).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        eventually(answers, 30)
+        assert (tmp_path / "config" / "doors.key").read_text() == KEY
+        assert (tmp_path / "config" / "doors.key").stat().st_mode & 0o077 == 0
+        found = httpx.get(f"http://127.0.0.1:{port}/api/v1/rules", trust_env=False).json()["data"]["groups"]
+        assert sum(len(group["rules"]) for group in found) == len(rules())

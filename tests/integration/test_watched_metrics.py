@@ -1,0 +1,43 @@
+"""Every metric that rules, dashboard and docs/operators.md name is in what a real worker and real doors show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from caller import address
+from doors_process import Doors
+from rig import Rig
+from watching import ITS_OWN, OF_TARGETS, OPERATORS, asked, names_in, queries, rules, shown
+
+RECORDED = {rule.name for rule in rules() if not rule.alert}
+
+
+@pytest.fixture(scope="module")
+def scraped(rig: Rig) -> Iterator[dict[str, set[str]]]:
+    """Labels by metric, after one request at each door and one that the HTTP door refuses."""
+    with Doors(rig.settings) as doors:
+        assert doors.get_code(address())["error"] == 0
+        assert doors.call(address()).error == 0
+        assert doors.http.get("/nothing").status_code == 404
+        pages = [httpx.get(rig.worker.metrics_url, trust_env=False).text, doors.http.get("/metrics").text]
+        yield shown(pages)
+
+
+@pytest.mark.parametrize(("where", "expr"), queries().items(), ids=list(queries()))
+def test_a_query_asks_for_what_is_there(where: str, expr: str, scraped: dict[str, set[str]]) -> None:
+    names = asked(expr)
+    assert names, where
+    for name, labels in names.items():
+        if name in RECORDED:
+            continue
+        there = {**scraped, **ITS_OWN}
+        assert name in there, f"{where}: there is no {name}"
+        assert labels <= there[name] | OF_TARGETS, f"{where}: {name} has no {labels - there[name] - OF_TARGETS}"
+
+
+def test_the_page_for_operators_speaks_of_what_is_there(scraped: dict[str, set[str]]) -> None:
+    named = {name for name in names_in(OPERATORS.read_text("utf-8")) if "_" in name}
+    assert len(named) > 5
+    assert named <= scraped.keys()
