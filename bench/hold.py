@@ -17,6 +17,7 @@ from bench.record import Run, why_void
 from bench.rig import PUSH, Rig
 from bench.sink import Sink
 
+_WARM: Final = 4.0  # seconds of draining before the first measuring: worker and Redis become faster for so long
 _SETTLE: Final = 1.0  # seconds from the backlog's being there to the measuring
 _LOOK: Final = 0.02  # seconds between two looks at its length
 _SAMPLE: Final = 30_000  # requests whose bytes are weighed
@@ -84,6 +85,8 @@ async def drained(rig: Rig, sink: Sink, backlogs: Sequence[int], seconds: float,
     with rig.workers(1, RELAYS=sink.url) as [worker]:
         await rig.until_workers(rig.settings().queue, 1)
         parts = {"worker": [worker.pid], "redis": [rig.redis.pid], "sink": [sink.pid]}
+        async with backlog.kept(backlogs[0]):
+            await asyncio.sleep(_WARM)
         for length in backlogs:
             await backlog.set(length)
             async with backlog.kept(length):

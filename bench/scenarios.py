@@ -167,14 +167,14 @@ class Limit:
 
 
 class Backlogs:
-    """One worker, with more and more requests waiting, or fewer and fewer."""
+    """One worker, with so many requests waiting, one number after the other."""
 
     bars = "h"
     title = "Drain at a backlog that stays"
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self.seconds = 5 + plan.hold_rounds * (len(BACKLOGS) * (plan.hold + 2) + 15)
+        self.seconds = 5 + plan.hold_rounds * (len(BACKLOGS) * (plan.hold + 2) + 19)
 
     async def run(self, session: Session) -> None:
         """See `Scenario`."""
@@ -182,7 +182,7 @@ class Backlogs:
             async with Sink(0) as sink:
                 await session.take("bytes in Redis", partial(hold.weighed, own))
                 for number in range(1, self._plan.hold_rounds + 1):
-                    backlogs = alternate(BACKLOGS, number)
+                    backlogs = rotate(BACKLOGS, number)
                     measure = partial(hold.drained, own, sink, backlogs, self._plan.hold, number=number)
                     await session.take(f"round {number}, {' '.join(f'{each:,}' for each in backlogs)}", measure)
 
@@ -251,6 +251,12 @@ class Starts:
 def alternate(steps: Sequence[int], number: int) -> Sequence[int]:
     """Up in odd rounds, down in even ones: what grows with time alone does not look like an effect of the steps."""
     return steps if number % 2 else steps[::-1]
+
+
+def rotate(steps: Sequence[int], number: int) -> Sequence[int]:
+    """Begun one further in each round: in as many rounds as there are steps, each has each place once."""
+    first = (number - 1) % len(steps)
+    return [*steps[first:], *steps[:first]]
 
 
 def peers_by_name() -> dict[str, Peer]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from producer.asking import Asker, Follower, build_request
 from producer.contract import DEFAULT_PURPOSE, CheckResult, Reply
 from producer.settings import Settings, load
+
+if TYPE_CHECKING:
+    from producer.spans import Traces
 
 
 class AsyncVerificationClient:
@@ -19,14 +22,18 @@ class AsyncVerificationClient:
     Every verb may raise `ServerTooOld`, and `RuntimeError` once the client is closed.
     """
 
-    def __init__(self, settings: Settings | None = None, *, max_queue: int | None = None) -> None:
+    def __init__(
+        self, settings: Settings | None = None, *, max_queue: int | None = None, traces: Traces | None = None
+    ) -> None:
         """`settings`: what is in force; read from the environment if not given, which may raise `BadSetting`.
 
         `max_queue`: with more requests waiting in the queue, `request` answers `TOO_MANY_REQUESTS` and `enqueue` raises
-        `QueueFull`; None: the queue may grow.
+        `QueueFull`; None: the queue may grow. `traces`: None: those of the application, if it has set up OpenTelemetry
+        before the first use.
         """
         self._settings = settings or load()
         self._max_queue = max_queue
+        self._traces = traces
         self._asker: Asker | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
@@ -79,7 +86,8 @@ class AsyncVerificationClient:
         loop = asyncio.get_running_loop()
         if self._asker is None or self._loop is not loop:
             # The former loop's connections died with it.
-            self._asker, self._loop = Asker(self._settings, max_queue=self._max_queue), loop
+            self._asker = Asker(self._settings, max_queue=self._max_queue, traces=self._traces)
+            self._loop = loop
         return self._asker
 
     async def __aenter__(self) -> Self:

@@ -6,7 +6,8 @@ import asyncio
 import json
 import logging
 import time
-from typing import Protocol
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
 
 from producer import address
 from producer.codes import CodePolicy, CodeStore
@@ -14,10 +15,14 @@ from producer.contract import CheckResult, ErrorCode, Reply, VerifyRequest, is_p
 from producer.errors import QueueFull, RedisUnavailable
 from producer.inbox import Inbox
 from producer.link import Link, raise_errors
-from producer.outbox import Outbox
+from producer.outbox import Outbox, Outcome
 from producer.patience import Patience
 from producer.server import REDIS_PATIENCE, TOO_LATE, check_version
 from producer.settings import Settings
+from producer.traces import of_application
+
+if TYPE_CHECKING:
+    from producer.spans import Sending, Traces
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +46,7 @@ class Follower(Protocol):
         """It is about to be pushed, under this id."""
 
     def queued(self) -> None:
-        """Redis has it. Not called if the reply is known before."""
+        """Redis has it; the reply may be known already."""
 
 
 class Asker:
@@ -50,14 +55,19 @@ class Asker:
     A task that is cancelled leaves nothing behind. Every verb may raise `ServerTooOld`.
     """
 
-    def __init__(self, settings: Settings, *, max_queue: int | None = None) -> None:
-        """`max_queue`: with more requests waiting than this, nothing is enqueued."""
+    def __init__(self, settings: Settings, *, max_queue: int | None = None, traces: Traces | None = None) -> None:
+        """`max_queue`: with more requests waiting than this, nothing is enqueued. `traces`: None: the application's."""
         self._settings = settings
         self._store = CodeStore(CodePolicy.of(settings))
         self._outbox = Outbox(settings.broker_url, settings.queue, limit=max_queue)
         self._inbox = Inbox(settings.results_url)
         self._codes = Link(settings.codes_url, on_open=check_version)
         self._patience = Patience(settings.reply_timeout, self._give_up)
+        self._traces = traces or of_application()
+        self._sendings: dict[Outcome, Sending] = {}
+        self._followers: dict[Outcome, Follower] = {}
+        if self._traces is not None:
+            self._outbox.on_pushed = self._pushed
 
     @property
     def waiting(self) -> int:
@@ -69,27 +79,38 @@ class Asker:
         if (refused := refusal(request)) is not None:
             return Reply(request.email, refused)
         request_id = self._inbox.ids.new()
-        message = self._message(request, request_id)
-        if follower is not None:
-            follower.asked(request_id)
+        sending = None if self._traces is None else self._traces.sending(self._settings.queue, request_id)
+        message = self._message(request, request_id, sending)
         reply = self._inbox.expect(request_id)
+        if sending is not None:
+            self._sendings[reply] = sending
+        if follower is not None:
+            self._follow(reply, request_id, follower)
         self._patience.watch(reply)
         self._outbox.expect(reply)
         try:
             # One future for the whole way: what goes wrong before the reply comes is its failure.
             if not self._inbox.listening:
                 await self._inbox.listen(reply)
-            self._outbox.post(message, reply, None if follower is None else follower.queued)
+            self._outbox.post(message, reply)
             return Reply(request.email, await reply)
-        except QueueFull:
+        except QueueFull as exc:
+            if sending is not None:
+                sending.end(exc)
             return Reply(request.email, ErrorCode.TOO_MANY_REQUESTS)
         except OSError as exc:  # RedisUnavailable is of its kind
             logger.warning("request %s was not put on the queue: %s", request_id, exc)
+            if sending is not None:
+                sending.end(exc)
             return Reply(request.email, ErrorCode.REDIS_ERR)
         finally:
             self._inbox.forget(request_id)
             self._outbox.forget(reply)
             self._patience.forget(reply)
+            self._followers.pop(reply, None)
+            if sending is not None:
+                self._sendings.pop(reply, None)
+                sending.end()
 
     async def enqueue(self, request: VerifyRequest, request_id: str | None) -> str:
         """Put a request on the queue. Returns its id as soon as Redis has it.
@@ -102,8 +123,17 @@ class Asker:
             request_id = self._inbox.ids.new()
         elif not _is_text(request_id) or not request_id or not request_id.isprintable():
             raise ValueError("request_id is a string of one or more printable characters, or None")
-        message = self._message(request, request_id)
-        await self._outbox.push(message)
+        if self._traces is None:
+            await self._outbox.push(self._message(request, request_id))
+            return request_id
+        sending = self._traces.sending(self._settings.queue, request_id)
+        try:
+            await self._outbox.push(self._message(request, request_id, sending))
+        except Exception as exc:
+            sending.end(exc)
+            raise
+        finally:
+            sending.end()
         return request_id
 
     async def check(self, email: str, code: str, purpose: str) -> CheckResult:
@@ -134,10 +164,23 @@ class Asker:
         else:
             reply.set_result(ErrorCode.TIMEOUT)
 
-    def _message(self, request: VerifyRequest, request_id: str) -> bytes:
+    def _follow(self, reply: Outcome, request_id: str, follower: Follower) -> None:
+        self._followers[reply] = follower
+        self._outbox.on_pushed = self._pushed  # from now on; who is not followed does not pay for it
+        follower.asked(request_id)
+
+    def _pushed(self, outcomes: Iterable[Outcome]) -> None:
+        for outcome in outcomes:
+            if (sending := self._sendings.get(outcome)) is not None:
+                sending.end()
+            if (follower := self._followers.get(outcome)) is not None:
+                follower.queued()
+
+    def _message(self, request: VerifyRequest, request_id: str, sending: Sending | None = None) -> bytes:
         if not _is_text(request.email) or not _is_text(request.purpose):
             _require_json([request.email, request.purpose])
-        return request.message(request_id, queue=self._settings.queue, enqueued_at=time.time())
+        headers = None if sending is None else sending.headers
+        return request.message(request_id, queue=self._settings.queue, enqueued_at=time.time(), trace=headers)
 
 
 def _is_text(value: object) -> bool:

@@ -42,7 +42,8 @@ SERVE_EPILOG: Final = (
     " loopback without TLS or keys), VERIFY_MAX_QUEUE (100000; with more requests waiting the answer is"
     " TooManyRequests), VERIFY_REPLY_TIMEOUT (5 s), VERIFY_REDIS_URL (redis://127.0.0.1:6379), VERIFY_CODES_URL,"
     " VERIFY_BROKER_URL, VERIFY_RESULTS_URL, VERIFY_QUEUE, VERIFY_MAX_ATTEMPTS (5), VERIFY_CONFIG (an old config.json);"
-    " any of them as NAME_FILE for a secret file. `python -m producer settings` shows all that are in force."
+    " any of them as NAME_FILE for a secret file. OTEL_TRACES_EXPORTER (none; otlp or console) turns traces on."
+    " `python -m producer settings` shows all that are in force."
 )
 
 app = typer.Typer(

@@ -7,10 +7,12 @@ accepts, so that a plain Redis client can do the same by hand.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 from binascii import b2a_base64
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from json.encoder import encode_basestring_ascii
@@ -84,6 +86,9 @@ def _template(**headers: str) -> str:
 # Filled in, an envelope is what json.dumps would make of the whole, for a third of the time.
 _ENVELOPE: Final = _template()
 _TIMED_ENVELOPE: Final = _template(enqueued_at="%(time)s")
+_traced_envelope: Final = functools.cache(
+    lambda *names: _template(enqueued_at="%(time)s", **{name: f"%({name})s" for name in names})
+)
 _BODY: Final = '[[], {%s}, {"callbacks": null, "errbacks": null, "chain": null, "chord": null}]'
 
 
@@ -111,8 +116,18 @@ class VerifyRequest:
     purpose: Any = DEFAULT_PURPOSE
     locale: Any = None
 
-    def message(self, request_id: str, *, queue: str = DEFAULT_QUEUE, enqueued_at: float | None = None) -> bytes:
-        """The envelope to LPUSH onto `queue`. `enqueued_at`: Unix seconds, from which the request's age counts."""
+    def message(
+        self,
+        request_id: str,
+        *,
+        queue: str = DEFAULT_QUEUE,
+        enqueued_at: float | None = None,
+        trace: Mapping[str, str] | None = None,
+    ) -> bytes:
+        """The envelope to LPUSH onto `queue`. `enqueued_at`: Unix seconds, from which the request's age counts.
+
+        `trace`: W3C trace context, as headers; taken only with `enqueued_at`.
+        """
         kwargs = f'"email": {_as_json(self.email)}'
         if self.purpose != DEFAULT_PURPOSE:
             kwargs += f', "purpose": {_as_json(self.purpose)}'
@@ -127,6 +142,9 @@ class VerifyRequest:
             "tag": f'"{new_uuid()}"',
             "time": enqueued_at,
         }
+        if trace and enqueued_at is not None:
+            envelope = _traced_envelope(*trace)
+            words |= {name: _as_json(value) for name, value in trace.items()}
         return (envelope % words).encode()
 
 

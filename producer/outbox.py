@@ -6,7 +6,7 @@ There is no timer, so a lone request never waits, and a crowd shares the cost.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
@@ -31,10 +31,10 @@ class Outbox:
         self._link = Link(url, on_open=check_version)
         self._waiting: dict[Outcome, bytes] = {}
         self._receipts: set[Outcome] = set()  # of those who are told that Redis has their message
-        self._heralds: dict[Outcome, Callable[[], None]] = {}  # called once Redis has the message
         self._patience = Patience(REDIS_PATIENCE, lambda outcome: outcome.set_exception(RedisUnavailable(TOO_LATE)))
         self._pusher: asyncio.Task[None] | None = None
         self._closed = False
+        self.on_pushed: Callable[[Iterable[Outcome]], None] | None = None  # Redis has these messages
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -43,20 +43,17 @@ class Outbox:
         """A message will be posted: from now on it has `REDIS_PATIENCE` seconds to arrive."""
         self._patience.watch(outcome)
 
-    def post(self, message: bytes, outcome: Outcome, herald: Callable[[], None] | None = None) -> None:
+    def post(self, message: bytes, outcome: Outcome) -> None:
         """Send it with the next push, unless `outcome` is known by then.
 
         If Redis does not confirm it, `outcome` fails: with `RedisUnavailable`, and Redis may have the message even so;
-        with `QueueFull`; or with `ServerTooOld`. Redis may also have it twice. `herald` is called once Redis confirms
-        it, unless `outcome` is known before.
+        with `QueueFull`; or with `ServerTooOld`. Redis may also have it twice.
         """
         if outcome.done():
             return
         if self._closed:
             outcome.set_exception(RedisUnavailable("the client was closed"))
             return
-        if herald is not None:
-            self._heralds[outcome] = herald
         self._waiting[outcome] = message
         if self._pusher is None:
             self._pusher = asyncio.create_task(self._push_all())
@@ -64,7 +61,6 @@ class Outbox:
     def forget(self, outcome: Outcome) -> None:
         """Nobody waits for it any more; a message that did not leave yet never will."""
         self._waiting.pop(outcome, None)
-        self._heralds.pop(outcome, None)
         self._patience.forget(outcome)
 
     def owes(self, outcome: Outcome) -> bool:
@@ -103,19 +99,18 @@ class Outbox:
                     refused = await self._push_batch(batch)
                 except VerifyError as exc:
                     failure = exc
+                if failure is None and self.on_pushed is not None:
+                    self.on_pushed([outcome for outcome in batch if outcome not in refused])
                 for outcome in refused:
                     if not outcome.done():
                         outcome.set_exception(QueueFull())
                 for outcome in batch:
-                    herald = self._heralds.get(outcome)
                     self.forget(outcome)
                     if outcome.done():
                         continue
                     if failure is not None:
                         # An exception object collects the traceback of each that raises it: one for each.
                         outcome.set_exception(type(failure)(str(failure)))
-                    elif herald is not None:
-                        herald()
                     elif outcome in self._receipts:
                         outcome.set_result(None)
         finally:

@@ -30,6 +30,8 @@ CELERYS: Final = {
     *("worker.app", "worker.backend", "worker.bridge", "worker.broker"),
     *("worker.consumer", "worker.control", "worker.tasks"),
 }
+# The only ones that know OpenTelemetry. They are loaded where something is traced, and nowhere else.
+TRACED: Final = {"producer.spans", "producer.exporting", "worker.spans"}
 # Modules that only build and read: what they ask for is sent by others.
 PURE: Final = {
     *("producer.contract", "producer.codes", "producer.script"),
@@ -63,6 +65,13 @@ def imported(node: ast.AST) -> Iterator[str]:
         yield from imported(child)
 
 
+def imported_at_the_top(path: Path) -> Iterator[str]:
+    """What is imported as soon as the module is."""
+    for node in ast.parse(path.read_bytes()).body:
+        if isinstance(node, ast.Import | ast.ImportFrom | ast.If):
+            yield from imported(node)
+
+
 IMPORTS: Final = {name: set(imported(ast.parse(path.read_bytes()))) for name, path in MODULES.items()}
 
 
@@ -86,6 +95,8 @@ def test_the_producer_needs_only_what_its_callers_install(module: str) -> None:
         allowed |= COMMAND_LINE
     if module.startswith("producer.gate"):
         allowed |= DOORS
+    if module in TRACED:
+        allowed |= {"opentelemetry"}
     assert tops(module) <= allowed
 
 
@@ -103,6 +114,13 @@ def test_the_contract_is_standard_library_only() -> None:
 @pytest.mark.parametrize("module", sorted(set(below("worker")) - CELERYS))
 def test_only_celerys_side_knows_celery(module: str) -> None:
     assert not tops(module) & {"celery", "kombu", "billiard", "vine"}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - TRACED))
+def test_what_is_not_traced_loads_nothing_for_it(module: str) -> None:
+    assert "opentelemetry" not in tops(module)
+    at_import = set(imported_at_the_top(MODULES[module]))
+    assert not {name for name in at_import for each in TRACED if name == each or name.startswith(f"{each}.")}
 
 
 @pytest.mark.parametrize("module", sorted(PURE))

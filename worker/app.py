@@ -11,12 +11,13 @@ from typing import Any
 import click
 from celery import Celery, signals
 
-from producer import logs
+from producer import logs, traces
 from worker import (
     broker,
     control,  # noqa: F401 - puts our inspect commands in the place of Celery's
 )
 from worker.backend import ReplyBackend
+from worker.bootstrap import SERVICE
 from worker.tasks import SendCode
 
 broker.register()
@@ -43,6 +44,7 @@ def _before_start(sender: str, options: dict[str, Any] | None = None, **_: Any) 
     if pool is not None and pool.__module__ not in {"celery.concurrency.thread", "celery.concurrency.solo"}:
         sys.stderr.write("--pool: the worker runs with threads only, which is the default; leave the option out\n")
         raise SystemExit(2)
+    traces.set_up_or_exit(SERVICE)
 
 
 @signals.import_modules.connect  # type: ignore[untyped-decorator]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
 from producer.codes import CodePolicy, CodeStore
 from producer.errors import RedisUnavailable, ServerTooOld
 from producer.link import Link, require_version
 from producer.settings import Settings
+from producer.traces import FAREWELL, set_up
 from worker.appetite import Appetite
 from worker.databases import Databases
 from worker.events import Events
@@ -23,11 +25,17 @@ from worker.settle import Settler
 from worker.tally import Tally
 from worker.watcher import Watcher
 
+if TYPE_CHECKING:
+    from producer.spans import Traces
+    from worker.spans import Recorder
+
+SERVICE = "verifyserver-worker"  # in traces, unless OTEL_SERVICE_NAME says otherwise
+
 
 class Worker:
     """What runs on the service's loop."""
 
-    def __init__(self, settings: Settings, watcher: Watcher) -> None:
+    def __init__(self, settings: Settings, watcher: Watcher, traces: Traces | None = None) -> None:
         self._databases = Databases(settings)
         self._waiter = Link(settings.broker_url)
         self._mailer = Failover(
@@ -66,7 +74,9 @@ class Worker:
             watcher,
             tally,
             appetite,
+            _recorder(traces, settings.queue),
         )
+        self._traces = traces
         self.events = Events(self._databases.broker)
         self._metrics = MetricsServer(
             WorkerMetrics(
@@ -111,15 +121,26 @@ class Worker:
         if self._background is not None:
             self._background.cancel()
         await self.intake.stop(seconds)
+        last_spans = None if self._traces is None else self._traces.close()
         await self.events.close()
         await self._mailer.close()
         await self._metrics.close()
         await self._waiter.close()
         await self._databases.close()
+        if last_spans is not None:
+            last_spans.join(FAREWELL)
+
+
+def _recorder(traces: Traces | None, queue: str) -> Recorder | None:
+    if traces is None:
+        return None
+    from worker.spans import Recorder  # noqa: PLC0415 - needs what is installed only where traces are wanted
+
+    return Recorder(traces, queue)
 
 
 async def wire(settings: Settings, watcher: Watcher) -> Worker:
     """The worker, on the running loop."""
-    worker = Worker(settings, watcher)
+    worker = Worker(settings, watcher, set_up(SERVICE))
     await worker.start()
     return worker

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from producer.contract import ErrorCode, Reply, VerifyRequest
 from producer.errors import RedisUnavailable
@@ -26,6 +26,9 @@ from worker.settle import Settler
 from worker.tally import Tally
 from worker.tending import Tender
 from worker.watcher import Watcher
+
+if TYPE_CHECKING:
+    from worker.spans import Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +52,9 @@ class Intake:
         watcher: Watcher,
         tally: Tally,
         appetite: Appetite,
+        recorder: Recorder | None = None,
     ) -> None:
-        """`waiter`: a connection that may block."""
+        """`waiter`: a connection that may block. `recorder`: None: nothing is traced."""
         self._broker = broker
         self._waiter = waiter
         self.queue = queue
@@ -59,6 +63,7 @@ class Intake:
         self._watcher = watcher
         self._tally = tally
         self._appetite = appetite
+        self._recorder = recorder
         self.held: dict[str, Job] = {}  # by tag: everything in this worker's hands on the fast way
         self._at_celery: dict[str, Job] = {}  # by tag: what went to Celery and is not done
         self._hurried: set[str] = set()  # of these, what Celery runs as soon as it can
@@ -104,6 +109,8 @@ class Intake:
         if len(self.held) < held:
             self._alone = self._alone and bool(self.held)
             self._room.set()
+        if self._recorder is not None:
+            self._recorder.finish(finished)
         if self._for_celery:
             finished = [each for each in finished if not self._tell_celery(*each)]
         self._watcher.done(finished)
@@ -121,9 +128,10 @@ class Intake:
         if job is None:  # it went back to the queue meanwhile
             return None
         job.through_celery = True
+        job.began = asyncio.get_running_loop().time()  # until now it waited for its time
         self.held[tag] = job
         future = self._for_celery[tag] = asyncio.get_running_loop().create_future()
-        await self._serve([job], asyncio.get_running_loop().time())
+        await self._serve([job], job.began)
         error = await future
         return None if error is None else Reply(job.request.email, error)
 
@@ -255,6 +263,8 @@ class Intake:
                 continue
             job = parsed.job
             job.began = now
+            if self._recorder is not None:
+                job.trace = self._recorder.begin(parsed.envelope["headers"])
             self._tally.taken += 1
             if self._watcher.is_revoked(job.request_id):
                 self._watcher.received([job])

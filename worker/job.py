@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from producer.address import Address
 from producer.codes import Claim
 from producer.contract import ErrorCode, VerifyRequest
+
+if TYPE_CHECKING:
+    from worker.trace import Trace
 
 NOBODY = Claim("", "", "", "", "")  # until the service knows better
 
@@ -27,6 +31,7 @@ class Job:
     lease_until: float = 0.0
     scheduled: bool = False  # it waits at Celery for its ETA
     buried: bool = False  # it left as a dead letter
+    trace: Trace | None = None  # None: this worker is not traced
 
 
 # Requests that are off this worker's hands, each with its answer; None: it was parked, buried or put back.

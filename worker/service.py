@@ -90,6 +90,8 @@ class Service:
         except RedisUnavailable:
             logger.warning("the codes database cannot be reached")
             for job in jobs:
+                if job.trace is not None:
+                    job.trace.issued(began, asyncio.get_running_loop().time(), None)
                 if self._settler.one_trip:
                     # Nor can any reply be stored. The request is served once Redis is back; the step may have been
                     # taken all the same, and its lease and its charge are given back.
@@ -97,9 +99,10 @@ class Service:
                 else:
                     self._settler.answer(job, ErrorCode.REDIS_ERR, mark=False)
             return
+        ended = asyncio.get_running_loop().time()
         for job, entry in zip(jobs, entries(answer, len(jobs)), strict=True):
             try:
-                self._proceed(job, entry, began)
+                self._proceed(job, entry, began, ended)
             except Exception as exc:  # noqa: BLE001 - whatever it is, it is this request's alone
                 logger.error("unforeseen error in the service", extra={"kind": type(exc).__name__})
                 self._settler.answer(job, ErrorCode.EXCEPTION, mark=True)
@@ -120,12 +123,15 @@ class Service:
         job.claim = Claim.of(job.request_id, job.tag, request.email, request.purpose, canonical)
         return verdict
 
-    def _proceed(self, job: Job, entry: object, began: float) -> None:
+    def _proceed(self, job: Job, entry: object, began: float, ended: float) -> None:
+        issue = None if isinstance(entry, ServerError) else self._store.read_issue(entry)
+        if job.trace is not None:
+            job.trace.issued(began, ended, issue)
         if isinstance(entry, ServerError):
             logger.error("Redis refused to issue", extra={"kind": str(entry).partition(" ")[0]})
             self._settler.answer(job, ErrorCode.REDIS_ERR, mark=False)
             return
-        match self._store.read_issue(entry):
+        match issue:
             case Send() as send:
                 job.lease_until = began + self._store.policy.lease / 1000 - LEASE_MARGIN
                 self._leased[job.tag] = job
@@ -161,6 +167,7 @@ class Service:
                 asyncio.get_running_loop().time() + send.remaining,
                 lambda go: self._before_dot(job, go),
                 lambda error: self._sent(job, send, error),
+                job.trace,
             )
         )
 

@@ -120,6 +120,8 @@ class Settler:
     def _add(self, item: Leaving) -> None:
         item.until = asyncio.get_running_loop().time() + _PATIENCE
         self._pending.append(item)
+        if item.job.trace is not None:
+            item.job.trace.leaving()
         self._on_outcome()
         if self._flushing is None:
             self._flushing = asyncio.create_task(self._flush())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from time import perf_counter
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from producer.aio import AsyncVerificationClient
 from producer.asking import Follower
@@ -15,6 +15,9 @@ from producer.gate.metrics import Door, DoorMetrics, Verb
 from producer.gate.probe import Probe
 from producer.settings import Settings
 
+if TYPE_CHECKING:
+    from producer.spans import Traces
+
 logger = logging.getLogger(__name__)
 
 BODY_LIMIT: Final = 16 * 1024  # bytes of one request; the longest address has 254
@@ -23,9 +26,10 @@ BODY_LIMIT: Final = 16 * 1024  # bytes of one request; the longest address has 2
 class Desk:
     """Answers for the doors. Lives on the event loop that runs when it is first used."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, traces: Traces | None = None) -> None:
         self.settings = settings
-        self.client = AsyncVerificationClient(settings, max_queue=settings.max_queue)
+        self.traces = traces
+        self.client = AsyncVerificationClient(settings, max_queue=settings.max_queue, traces=traces)
         self.probe = Probe(settings)
         self.metrics = DoorMetrics()
         self.leaving = False  # set once the process drains: it serves, and is not ready
@@ -71,4 +75,6 @@ class Desk:
         finally:
             counts.in_flight -= 1
         counts.answered(error, perf_counter() - began)  # who was cancelled got no answer
+        if self.traces is not None:
+            self.traces.answered(error)
         return error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
@@ -19,8 +19,16 @@ from producer.gate.connection import refusal
 from producer.gate.desk import Desk
 from producer.gate.metrics import CONTENT_TYPE
 
+if TYPE_CHECKING:
+    from producer.spans import Traces
+
 JSON: Final = "application/json"
 OPEN: Final = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})  # no key: probes have none; nothing secret
+
+
+# FastAPI's own spans and logs would go wherever the process exports to, with paths and errors as callers made them.
+_NO_TELEMETRY: Final[Any] = dict.fromkeys(("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False)
+TRACED: Final = frozenset({"/get_varifycode", "/check_varifycode"})
 
 
 def make_app(desk: Desk) -> ASGIApp:
@@ -33,6 +41,7 @@ def make_app(desk: Desk) -> ASGIApp:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        telemetry=_NO_TELEMETRY,
         exception_handlers={HTTPException: _refuse, Exception: _unforeseen},
     )
 
@@ -43,7 +52,7 @@ def make_app(desk: Desk) -> ASGIApp:
             given = await read(request)
             email, purpose = text_in(given, "email"), purpose_in(given)
         except NotOurs:
-            return _answer({"error": int(ErrorCode.ERROR_JSON)})
+            return _not_ours(desk)
         error = await desk.request("http", email, purpose=purpose, locale=given.get("locale"))
         return _answer({"error": int(error), "email": email})
 
@@ -54,7 +63,7 @@ def make_app(desk: Desk) -> ASGIApp:
             given = await read(request)
             email, code, purpose = text_in(given, "email"), text_in(given, "varifycode"), purpose_in(given)
         except NotOurs:
-            return _answer({"error": int(ErrorCode.ERROR_JSON)})
+            return _not_ours(desk)
         error = await desk.check("http", email, code, purpose=purpose)
         return _answer({"error": int(error), "email": email})
 
@@ -62,10 +71,11 @@ def make_app(desk: Desk) -> ASGIApp:
     free = OPEN
     if desk.settings.demo:
         free |= demo.add(app, desk)
-    guarded: ASGIApp = app
+    # Within the guard: who has no key leaves no trace.
+    guarded: ASGIApp = app if desk.traces is None else _Traced(app, desk.traces)
     if desk.settings.api_keys:
         app.openapi_schema = pages.with_keys(app.openapi(), OPEN)
-        guarded = _Guard(app, desk.settings.api_keys, free)
+        guarded = _Guard(guarded, desk.settings.api_keys, free)
     return _Counted(guarded, desk)
 
 
@@ -145,6 +155,40 @@ class _Counted:
             await send(message)
 
         await self._app(scope, receive, counting)
+
+
+class _Traced:
+    """A span around each request for a code and each check."""
+
+    def __init__(self, app: ASGIApp, traces: Traces) -> None:
+        self._app = app
+        self._traces = traces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in TRACED:
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+        attributes = {
+            "http.request.method": "POST",
+            "http.route": path,
+            "url.path": path,
+            "url.scheme": scope["scheme"],
+        }
+        with self._traces.serving(f"POST {path}", scope["headers"], attributes) as span:
+
+            async def noting(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    span.set_attribute("http.response.status_code", message["status"])
+                await send(message)
+
+            await self._app(scope, receive, noting)
+
+
+def _not_ours(desk: Desk) -> Response:
+    if desk.traces is not None:
+        desk.traces.answered(ErrorCode.ERROR_JSON)
+    return _answer({"error": int(ErrorCode.ERROR_JSON)})
 
 
 def _answer(content: dict[str, Any], status: int = 200) -> Response:

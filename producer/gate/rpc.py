@@ -35,7 +35,8 @@ class RpcDoor:
         self._server = grpc.aio.server(options=_OPTIONS)
         # Requests come in as bytes, so that what cannot be parsed gets an answer of ours.
         handler = grpc.unary_unary_rpc_method_handler(
-            self._get_varify_code, response_serializer=GetVarifyRsp.SerializeToString
+            self._get_varify_code if desk.traces is None else self._traced,
+            response_serializer=GetVarifyRsp.SerializeToString,
         )
         services = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
@@ -56,6 +57,15 @@ class RpcDoor:
     async def stop(self, grace: float) -> None:
         """Take no new calls or connections, and give those under way `grace` seconds. A second time shortens it."""
         await self._server.stop(grace)
+
+    async def _traced(self, raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        assert self._desk.traces is not None  # noqa: S101 - tells the type checker
+        name = f"{SERVICE}/{METHOD}"
+        attributes = {"rpc.system.name": "grpc", "rpc.method": name}
+        with self._desk.traces.serving(name, context.invocation_metadata() or (), attributes) as span:
+            answer = await self._get_varify_code(raw, context)
+            span.set_attribute("rpc.response.status_code", "OK")
+            return answer
 
     async def _get_varify_code(self, raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:

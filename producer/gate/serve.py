@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 # gRPC's core would write lines of its own to stderr, past our logging and its masks. It reads this when it is loaded.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -22,7 +22,11 @@ from producer.gate.desk import Desk
 from producer.gate.http import make_app
 from producer.gate.rpc import RpcDoor
 from producer.settings import Settings
+from producer.traces import FAREWELL, set_up
 from producer.values import Bind
+
+if TYPE_CHECKING:
+    from producer.spans import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -47,18 +51,19 @@ def serve(settings: Settings) -> None:
     Raises `CannotListen` if a door may not, or cannot, be opened. A second signal ends the process at once.
     """
     require_permission(settings)
+    traces = set_up("verifyserver-doors")
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))  # it tells of each step
     _allow_connections()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(settings))
+        runner.run(_serve(settings, traces))
 
 
-async def _serve(settings: Settings) -> None:
+async def _serve(settings: Settings, traces: Traces | None) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stop)
     sockets = listen(settings.http_bind, "VERIFY_HTTP_BIND")
-    desk = Desk(settings)
+    desk = Desk(settings, traces)
     rpc = RpcDoor(desk)
     http = _Server(
         uvicorn.Config(
@@ -97,6 +102,8 @@ async def _serve(settings: Settings) -> None:
             each.close()
         await rpc.stop(0)
         await desk.close()
+        if traces is not None:
+            traces.close().join(FAREWELL)
     logger.info("closed")
 
 

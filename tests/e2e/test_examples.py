@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Final
 
 import pytest
 from caller import address
 from doors_process import Doors
-from examples_run import EXAMPLES, build, copied, fenced, lines_at_top, shell, where
+from examples_run import BUILD_TIMEOUT, EXAMPLES, build, copied, fenced, lines_at_top, shell, where
 from redis_server import RedisServer
 from rig import CODE_LENGTH, Rig, code_in
 
 PATIENCE = 5.0  # seconds that each waits for its reply
 README = EXAMPLES / "README.md"
+LINES: Final = [line for block in fenced(README, "sh") for line in block.splitlines()]
+UTF_8: Final = {"LC_ALL": "C.UTF-8"}  # for Java, whose arguments are bytes in the locale's encoding
+NO_ADDRESSES: Final = ['no"address\\', "用户 \u2028@", "<>"]
+
+
+def tools(*names: str) -> list[object]:
+    """Parameters that need a program which pip does not install."""
+    return [pytest.param(name, marks=[pytest.mark.tools, pytest.mark.timeout(2 * BUILD_TIMEOUT)]) for name in names]
+
+
+def line_for(file: str) -> str:
+    """The README's line that runs this example."""
+    [found] = [line for line in LINES if re.search(rf"(^| ){re.escape(file)} ", line)]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +53,11 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copied(tmp_path_factory.mktemp("examples"))
 
 
-@pytest.fixture(
-    scope="module",
-    params=["python", pytest.param("node", marks=pytest.mark.tools), pytest.param("g++", marks=pytest.mark.tools)],
-)
+@pytest.fixture(scope="module", params=["ask.py", "ask_celery.py", *tools("ask.mjs", "ask.cpp")])
 def line(request: pytest.FixtureRequest, examples: Path) -> str:
     """The README's line that asks over raw Redis; what must be built is."""
-    [found] = [
-        each for each in fenced(README, "sh")[0].splitlines() if each.startswith(request.param) and "grpc" not in each
-    ]
-    if request.param != "g++":
+    found = line_for(request.param)
+    if request.param != "ask.cpp":
         return found
     assert found in lines_at_top(examples / "ask.cpp")
     compiler, found = found.split(" && ")
@@ -54,10 +65,36 @@ def line(request: pytest.FixtureRequest, examples: Path) -> str:
     return found
 
 
-def test_each_is_under_60_lines() -> None:
-    files = [*EXAMPLES.glob("ask*"), *EXAMPLES.glob("gateserver/*.cpp"), *EXAMPLES.glob("gateserver/*.h")]
-    assert len(files) == 6
+@pytest.fixture(
+    scope="module",
+    params=[
+        "ask_grpc.py",
+        *tools("ask.sh", "ask_http.mjs", "Ask.java", "ask.go", "ask.php", "ask_grpc.mjs"),
+    ],
+)
+def door_line(request: pytest.FixtureRequest, examples: Path) -> str:
+    """The README's line that asks at a door; the packages that it needs are there."""
+    found = line_for(request.param)
+    if request.param == "ask_grpc.mjs":
+        [install] = [line for line in LINES if line.startswith("npm ")]
+        build(install, examples)
+    return found
+
+
+def at(doors: Doors) -> Mapping[str, str]:
+    """The environment that tells an example where the doors are."""
+    http, grpc = f"http://127.0.0.1:{doors.http_port}", f"127.0.0.1:{doors.grpc_port}"
+    return {"VERIFY_HTTP_DOOR": http, "VERIFY_GRPC_DOOR": grpc, **UTF_8}
+
+
+def test_each_is_told_of_and_under_60_lines() -> None:
+    files = [*EXAMPLES.glob("[Aa]sk*.*"), *EXAMPLES.glob("gateserver/*.cpp"), *EXAMPLES.glob("gateserver/*.h")]
+    assert len(files) == 15
     assert {path.name: count for path in files if (count := len(path.read_text("utf-8").splitlines())) >= 60} == {}
+    told = re.findall(r"(?m)^\| \[\S+\]\((\S+?)\)", README.read_text("utf-8"))
+    assert {path.name for path in files if path.parent == EXAMPLES} | {"gateserver/README.md"} == set(told)
+    for path in files:
+        assert path.parent != EXAMPLES or line_for(path.name)
 
 
 def test_it_asks_for_a_code_and_says_the_reply(rig: Rig, examples: Path, line: str) -> None:
@@ -69,7 +106,7 @@ def test_it_asks_for_a_code_and_says_the_reply(rig: Rig, examples: Path, line: s
     assert rig.codes.get(f"code_{email}") == code_in(mail).encode()
 
 
-@pytest.mark.parametrize("email", ['no"address\\', "用户 \u2028@", "<>"])
+@pytest.mark.parametrize("email", NO_ADDRESSES)
 def test_what_is_no_address_is_said_as_it_was_given(rig: Rig, examples: Path, line: str, email: str) -> None:
     code, said, trouble = shell(line.replace("a@example.com", f"'{email}'"), examples, where(rig.server))
     assert (code, trouble) == (1, "")
@@ -98,13 +135,50 @@ def test_without_redis_it_fails_at_once(
     assert time.monotonic() - start < PATIENCE
 
 
-def test_over_grpc(rig: Rig, doors: Doors, examples: Path) -> None:
-    [line] = [each for each in fenced(README, "sh")[0].splitlines() if "grpc" in each]
-    email, door = address(), f"127.0.0.1:{doors.grpc_port}"
-    code, said, trouble = shell(line.replace("a@example.com", email), examples, {"VERIFY_GRPC_DOOR": door})
-    assert (code, json.loads(said)) == (0, {"email": email, "error": 0}), trouble
-    assert len(rig.mails_to(email)) == 1
-    assert shell(line, examples, {"VERIFY_GRPC_DOOR": "127.0.0.1:1"})[0] == 1
+def test_at_a_door_it_asks_for_a_code_and_says_the_reply(
+    rig: Rig, doors: Doors, examples: Path, door_line: str
+) -> None:
+    email = address()
+    code, said, trouble = shell(door_line.replace("a@example.com", email), examples, at(doors))
+    assert (code, trouble) == (0, "")
+    assert json.loads(said) == {"email": email, "error": 0}
+    [mail] = rig.mails_to(email)
+    assert rig.codes.get(f"code_{email}") == code_in(mail).encode()
+
+
+@pytest.mark.parametrize("email", NO_ADDRESSES)
+def test_at_a_door_what_is_no_address_is_said_as_it_was_given(
+    doors: Doors, examples: Path, door_line: str, email: str
+) -> None:
+    code, said, _ = shell(door_line.replace("a@example.com", f"'{email}'"), examples, at(doors))
+    assert code == 1
+    assert json.loads(said) == {"email": email, "error": 3}
+
+
+def test_without_a_door_it_fails_and_says_so(examples: Path, door_line: str) -> None:
+    nowhere = {"VERIFY_HTTP_DOOR": "http://127.0.0.1:9", "VERIFY_GRPC_DOOR": "127.0.0.1:9"}
+    code, said, trouble = shell(door_line, examples, nowhere)
+    assert code != 0
+    assert said == ""
+    assert trouble
+
+
+@pytest.mark.parametrize("file", ["ask_client.py", "ask_asyncio.py"])
+def test_with_a_client_it_asks_for_a_code_and_says_the_reply(rig: Rig, examples: Path, file: str) -> None:
+    first, second = address(), address()
+    line = line_for(file).replace("PYTHONPATH=..", f"PYTHONPATH={EXAMPLES.parent}")
+    asked = line.replace("a@example.com", first).replace("b@example.com", second)
+    code, said, trouble = shell(asked, examples, rig.settings)
+    assert (code, trouble) == (0, "")
+    emails = [first, second] if second in asked else [first]
+    assert [json.loads(each) for each in said.splitlines()] == [{"email": each, "error": 0} for each in emails]
+    assert [len(rig.mails_to(each)) for each in emails] == [1] * len(emails)
+
+    code, said, _ = shell(line.replace("a@example.com", "'<>'"), examples, rig.settings)
+    assert (code, json.loads(said.splitlines()[0])) == (1, {"email": "<>", "error": 3})
+    nowhere = {**rig.settings, "VERIFY_REDIS_URL": "redis://127.0.0.1:1"}
+    code, said, _ = shell(line, examples, nowhere)
+    assert (code, json.loads(said.splitlines()[0])["error"]) == (1, 1)
 
 
 @pytest.mark.tools
@@ -112,7 +186,8 @@ def test_over_http_with_curl(rig: Rig, doors: Doors, examples: Path) -> None:
     email = address()
     ask, check = (
         each.replace("127.0.0.1:8081", f"127.0.0.1:{doors.http_port}").replace("a@example.com", email)
-        for each in fenced(README, "sh")[1].splitlines()
+        for each in LINES
+        if each.startswith("curl ")
     )
     code, said, trouble = shell(ask, examples)
     assert (code, trouble) == (0, "")

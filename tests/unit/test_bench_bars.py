@@ -14,9 +14,9 @@ from bench import bars, messages
 from bench.bars import LEAST, MOST, Bar, Case, best_of, ratio, verdict, verdicts, worst_of
 from bench.drain import Share
 from bench.load import percentile
-from bench.plan import FULL, LETTERS, QUICK, Plan
+from bench.plan import BACKLOGS, FULL, LETTERS, QUICK, Plan
 from bench.record import Run, Spread, valid, why_void
-from bench.scenarios import alternate, scenarios, turns
+from bench.scenarios import alternate, rotate, scenarios, turns
 from bench.session import Session
 from bench.table import table
 from producer.errors import VerifyError
@@ -230,6 +230,13 @@ def test_every_plan_has_rounds_to_compare() -> None:
     assert min(FULL.hold_rounds, FULL.climbs) >= 3
     assert min(QUICK.rounds, QUICK.climbs) >= 2
     assert QUICK.left_out
+
+
+def test_each_backlog_is_as_often_the_first_as_the_last() -> None:
+    assert FULL.hold_rounds % len(BACKLOGS) == 0
+    orders = [rotate(BACKLOGS, number) for number in range(1, FULL.hold_rounds + 1)]
+    for place in zip(*orders, strict=True):
+        assert sorted(place) == sorted(BACKLOGS * (FULL.hold_rounds // len(BACKLOGS)))
 
 
 class Named:

@@ -51,6 +51,15 @@ def test_every_setting_reaches_who_uses_it() -> None:
             assert who, setting
 
 
+def test_worker_and_doors_are_told_whether_they_are_traced() -> None:
+    given = {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}
+    told = {
+        name: service.get("environment", {}) for name, service in services({**given, **containers.PASSWORDS}).items()
+    }
+    assert {name for name, each in told.items() if given.items() <= each.items()} == {"worker", "doors"}
+    assert not any(given.keys() & told[name].keys() for name in told.keys() - {"worker", "doors"})
+
+
 def test_every_variable_it_asks_for_is_in_the_example() -> None:
     asked = set(re.findall(r"\$\{(\w+)", containers.COMPOSE.read_text("utf-8")))
     listed = set(re.findall(r"^(?:# )?([A-Z_]+)=", containers.EXAMPLE.read_text("utf-8"), re.MULTILINE))

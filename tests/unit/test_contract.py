@@ -228,3 +228,19 @@ def test_what_is_no_reply_is_said_to_be_none(stored: bytes) -> None:
 def test_an_error_that_only_a_newer_worker_knows_reads_as_an_exception() -> None:
     reply = contract.read_reply(b'{"result": {"email": "a@example.com", "error": 7}}')
     assert reply == contract.Reply("a@example.com", contract.ErrorCode.EXCEPTION)
+
+
+def test_a_trace_context_is_two_more_headers_and_nothing_else() -> None:
+    trace = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "tracestate": 'k="%(id)s",other=%s'}
+
+    def made(trace: dict[str, str] | None) -> dict[str, Any]:
+        envelope: dict[str, Any] = json.loads(
+            VerifyRequest("a@example.com").message("id", enqueued_at=1.5, trace=trace)
+        )
+        envelope["properties"].pop("delivery_tag")
+        return envelope
+
+    plain, traced = made(None), made(trace)
+    assert traced["headers"] == {**plain["headers"], **trace}
+    assert {**traced, "headers": 0} == {**plain, "headers": 0}
+    assert made({}) == plain

@@ -15,6 +15,8 @@ EXAMPLE = ROOT / ".env.example"
 NAMES = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {f"{PREFIX}CONFIG"}
 # What docker-compose.yml asks for besides; tests/unit/test_compose_file.py holds it to that.
 COMPOSE = {"REDIS_PASSWORD", "REDIS_PORT", "FLOWER_USER", "FLOWER_PASSWORD"}
+# OpenTelemetry's, with the defaults of its specification.
+TRACES = {"OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_ENDPOINT"}
 # Another default holds in compose, so a copy of the file must not set it.
 COMMENTED = {f"{PREFIX}RELAYS"}
 # The file with that one in force too.
@@ -25,7 +27,7 @@ VALUES = dotenv_values(stream=io.StringIO(WHOLE))
 def test_it_lists_exactly_the_settings() -> None:
     names = [line.partition("=")[0] for line in WHOLE.splitlines() if line and not line.startswith("#")]
     assert len(names) == len(set(names))
-    assert set(names) == NAMES | COMPOSE
+    assert set(names) == NAMES | COMPOSE | TRACES
     assert VALUES.keys() - dotenv_values(EXAMPLE).keys() == COMMENTED
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from producer.values import RelayURL
 
 _NO_PATH: Final = re.compile(r"[\x00-\x20<>\x7f\ud800-\udfff]")
 
@@ -29,6 +31,16 @@ class Envelope(NamedTuple):
             raise ValueError("content whose last line is not ended")
 
 
+class Tries(Protocol):
+    """Writes down which relays were asked for one mail, one after the other."""
+
+    def trying(self, relay: RelayURL) -> None:
+        """This one is asked now."""
+
+    def tried(self, outcome: str, error: Exception | None) -> None:
+        """What became of it, in a word; None: it accepted the mail."""
+
+
 class Mail(NamedTuple):
     """One mail for one transaction."""
 
@@ -39,3 +51,4 @@ class Mail(NamedTuple):
     before_dot: Callable[[Callable[[bool], None]], None]
     # Called once with the outcome: None: accepted; a `MailError`; what `before_dot` raised.
     done: Callable[[Exception | None], None]
+    tries: Tries | None = None  # None: nobody wants to know

@@ -85,7 +85,7 @@ class _Health:
             self.sends[_ACCEPTED] += 1
             self._well()
         else:
-            self.sends[_OUTCOMES.get(type(error), _DEFERRED)] += 1
+            self.sends[_outcome(error)] += 1
             if isinstance(error, RelayUnavailable):
                 # Sends that were under way when it fell sick say nothing new.
                 if probe or not self.sick:
@@ -136,6 +136,8 @@ class _Send:
             if health.admits():
                 self._relay, self._probe = health, health.sick
                 mail = self._mail
+                if mail.tries is not None:
+                    mail.tries.trying(health.relay.url)
                 try:
                     health.relay.send(Mail(mail.envelope, mail.deadline, mail.before_dot, self._ended))
                 except ValueError as exc:
@@ -146,6 +148,8 @@ class _Send:
 
     def _ended(self, error: Exception | None) -> None:
         self._relay.note(error, probe=self._probe)
+        if self._mail.tries is not None:
+            self._mail.tries.tried(_ACCEPTED if error is None else _outcome(error), error)
         if isinstance(error, MailError) and not isinstance(error, _FINAL):
             self._outcomes.append(error)
             self.go_on()
@@ -187,6 +191,10 @@ class Failover:
     async def close(self) -> None:
         """Close all relays."""
         await asyncio.gather(*(health.relay.close() for health in self._relays))
+
+
+def _outcome(error: Exception) -> str:
+    return _OUTCOMES.get(type(error), _DEFERRED)
 
 
 def _verdict(outcomes: list[MailError]) -> MailError:

@@ -1,0 +1,24 @@
+#!/bin/sh
+# Writes a Secret with new random passwords and keys to standard output, for this overlay:
+#     sh deploy/kubernetes/overlays/try/secret.sh | kubectl create -n verifyserver -f -
+# `create`, not `apply`: Redis has its password from the first one.
+set -eu
+
+random() { LC_ALL=C tr -dc A-Za-z0-9 </dev/urandom | head -c 32; }
+redis=$(random) metrics=$(random)
+
+cat <<END
+apiVersion: v1
+kind: Secret
+metadata:
+  name: verifyserver
+  labels: { app.kubernetes.io/name: verifyserver }
+stringData:
+  redis-url: redis://:$redis@redis:6379
+  redis-address: redis.verifyserver:6379
+  redis-password: $redis
+  relays: smtp://mailpit:1025
+  api-keys: $(random),$metrics
+  metrics-key: $metrics
+  flower: admin:$(random)
+END

@@ -1,0 +1,470 @@
+"""One request from door to relay in one trace: the doors and the worker's service in this process, all else real."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any, Self, cast
+
+import grpc
+import httpx
+import pytest
+from caller import address, message
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import Span, SpanKind, StatusCode
+from redis import Redis
+from redis_server import RedisServer
+from rig import code_in
+from smtp_server import ScriptedServer
+
+from producer.aio import AsyncVerificationClient
+from producer.contract import DEFAULT_QUEUE
+from producer.gate.desk import Desk
+from producer.gate.http import make_app
+from producer.gate.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp
+from producer.gate.rpc import RpcDoor
+from producer.settings import load
+from producer.spans import Traces, caller_of
+from worker.bootstrap import Worker
+from worker.watcher import Watcher
+
+pytestmark = pytest.mark.usefixtures("redis")  # the shared server is empty at first
+
+TRACE_ID, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+PARENT = f"00-{TRACE_ID}-{CALLER}-01"
+UNSAMPLED = f"00-{TRACE_ID}-{CALLER}-00"
+ATTRIBUTES = {  # all that there may be, so that nothing else slips in
+    *("messaging.system", "messaging.destination.name", "messaging.message.id"),
+    *("messaging.operation.name", "messaging.operation.type", "db.system.name", "db.operation.name"),
+    *("http.request.method", "http.route", "http.response.status_code", "url.path", "url.scheme"),
+    *("rpc.system.name", "rpc.method", "rpc.response.status_code", "server.address", "server.port"),
+    *("network.protocol.name", "error.type", "verify.error", "verify.issue", "verify.outcome", "verify.retry"),
+    *("verify.settled", "verify.smtp_code"),
+}
+
+
+class Stage:
+    """The service, both doors and their spans, on one loop."""
+
+    def __init__(self, server: RedisServer, relay: ScriptedServer, **settings: str) -> None:
+        own = {
+            "VERIFY_REDIS_URL": server.url(),
+            "VERIFY_RELAYS": f"smtp://127.0.0.1:{relay.port}",
+            "VERIFY_METRICS_BIND": "127.0.0.1:0",
+            "VERIFY_LOCALE": "en",
+            "VERIFY_CODE_LENGTH": "12",
+        }
+        self.settings = load({**own, **settings}, dotenv=None)
+        self.server, self.relay = server, relay
+        self._kept = InMemorySpanExporter()
+        provider = TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(self._kept))
+        self.traces = Traces(provider)
+        self.desk = Desk(self.settings, self.traces)
+        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(make_app(self.desk)), base_url="http://door")
+        self._rpc = RpcDoor(self.desk)
+        self.workers: list[Worker] = []
+        self._secrets: set[str] = set()
+
+    async def __aenter__(self) -> Self:
+        self.grpc_port = await self._rpc.start("127.0.0.1:0")
+        await self.add_worker()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for worker in self.workers:
+            await worker.stop(5)
+        await self._rpc.stop(0)
+        await self.http.aclose()
+        await self.desk.close()
+
+    async def add_worker(self) -> Worker:
+        """One more worker."""
+        worker = Worker(self.settings, Watcher(), self.traces)
+        await worker.start()
+        worker.intake.consume(on=True)
+        self.workers.append(worker)
+        return worker
+
+    async def post(self, path: str, headers: dict[str, str] | None = None, **body: object) -> Any:
+        """The JSON answer of the HTTP door."""
+        self._secrets |= {str(value) for name, value in body.items() if name in {"email", "varifycode"}}
+        return (await self.http.post(path, json=body, headers=headers)).json()
+
+    async def call(self, email: str, **metadata: str) -> int:
+        """The error that the gRPC door answers."""
+        self._secrets.add(email)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{self.grpc_port}") as channel:
+            method = channel.unary_unary(
+                f"/{SERVICE}/{METHOD}", GetVarifyReq.SerializeToString, GetVarifyRsp.FromString
+            )
+            return int((await method(GetVarifyReq(email=email), metadata=tuple(metadata.items()))).error)
+
+    def push(self, email: str, headers: dict[str, Any], request_id: str | None = None) -> str:
+        """One message by hand; its id."""
+        self._secrets.add(email)
+        made = message({"email": email}, headers=headers, request_id=request_id)
+        with self.server.client(1) as client:
+            client.lpush(DEFAULT_QUEUE, json.dumps(made))
+        return str(made["headers"]["id"])
+
+    async def spans(self, count: int) -> list[ReadableSpan]:
+        """All spans so far, by start: those of so many requests in all that left the worker. None says too much."""
+
+        def left() -> int:
+            return sum(span.name == f"process {DEFAULT_QUEUE}" for span in self._kept.get_finished_spans())
+
+        async with asyncio.timeout(10):
+            while left() < count:  # noqa: ASYNC110 - a span tells nobody that it has ended
+                await asyncio.sleep(0.005)
+        spans = sorted(self._kept.get_finished_spans(), key=lambda span: span.start_time or 0)
+        secrets = self._secrets | {code_in(mail) for mail in self.relay.dotted}
+        for span in spans:
+            said = span.to_json()
+            assert [each for each in {*secrets, "@", "code_", "bucket:"} if each in said] == []
+            assert set(span.attributes or {}) <= ATTRIBUTES
+            assert not span.events
+        return spans
+
+
+def play(server: RedisServer, scene: Callable[[Stage], Awaitable[None]], **settings: str) -> None:
+    async def main() -> None:
+        async with ScriptedServer() as relay, Stage(server, relay, **settings) as stage:
+            await scene(stage)
+
+    asyncio.run(main())
+
+
+def tree(spans: list[ReadableSpan]) -> dict[str, str]:
+    """Each span's name, and its parent's (`caller`: somebody else's)."""
+    names = {span.context.span_id: span.name for span in spans}
+    return {span.name: names.get(span.parent.span_id, "caller") if span.parent else "" for span in spans}
+
+
+def named(spans: list[ReadableSpan], name: str) -> list[ReadableSpan]:
+    return [span for span in spans if span.name == name]
+
+
+def facts(span: ReadableSpan) -> dict[str, Any]:
+    return dict(span.attributes or {})
+
+
+def assert_nested(spans: list[ReadableSpan]) -> None:
+    """What a span does happens within it; only a sender need not wait for the other side."""
+    by_id = {span.context.span_id: span for span in spans}
+    for span in spans:
+        assert span.start_time
+        assert span.end_time
+        assert span.start_time <= span.end_time
+        outer = by_id.get(span.parent.span_id) if span.parent else None
+        if outer is not None:
+            assert outer.start_time
+            assert outer.end_time
+            assert outer.start_time <= span.start_time
+            assert outer.kind is SpanKind.PRODUCER or span.end_time <= outer.end_time
+
+
+class TestOneRequest:
+    def test_is_one_trace_from_the_http_door_to_the_relay(self, redis_server: RedisServer) -> None:
+        async def scene(stage: Stage) -> None:
+            email = address()
+            answer = await stage.post("/get_varifycode", {"traceparent": PARENT}, email=email)
+            assert answer == {"error": 0, "email": email}
+            spans = await stage.spans(1)
+            assert tree(spans) == {
+                "POST /get_varifycode": "caller",
+                "send verification": "POST /get_varifycode",
+                "process verification": "send verification",
+                "issue": "process verification",
+                "smtp send": "process verification",
+                "settle": "process verification",
+            }
+            assert {f"{span.context.trace_id:032x}" for span in spans} == {TRACE_ID}
+            assert {span.status.status_code for span in spans} == {StatusCode.UNSET}
+            assert_nested(spans)
+            door, sent, processed, issued, tried, settled = spans
+            assert door.parent
+            assert f"{door.parent.span_id:016x}" == CALLER
+            kinds = [span.kind for span in spans]
+            assert kinds == [SpanKind.SERVER, SpanKind.PRODUCER, SpanKind.CONSUMER, *[SpanKind.CLIENT] * 3]
+            assert facts(door) == {
+                "http.request.method": "POST",
+                "http.route": "/get_varifycode",
+                "http.response.status_code": 200,
+                "url.path": "/get_varifycode",
+                "url.scheme": "http",
+                "verify.error": 0,
+            }
+            queue = {"messaging.system": "redis", "messaging.destination.name": "verification"}
+            queue["messaging.message.id"] = facts(sent)["messaging.message.id"]
+            for span, operation, kind in (
+                (sent, "send", "send"),
+                (processed, "process", "process"),
+                (settled, "ack", "settle"),
+            ):
+                whats = {"messaging.operation.name": operation, "messaging.operation.type": kind}
+                assert (queue | whats).items() <= facts(span).items()
+            assert {"verify.error": 0, "verify.settled": "ack"}.items() <= facts(processed).items()
+            assert facts(issued) == {"db.system.name": "redis", "db.operation.name": "issue", "verify.issue": "send"}
+            assert facts(tried) == {
+                "server.address": "127.0.0.1",
+                "server.port": stage.relay.port,
+                "network.protocol.name": "smtp",
+                "verify.outcome": "accepted",
+                "verify.retry": 0,
+            }
+
+        play(redis_server, scene)
+
+    def test_is_one_trace_through_the_grpc_door_too(self, redis_server: RedisServer) -> None:
+        async def scene(stage: Stage) -> None:
+            assert await stage.call(address(), traceparent=PARENT) == 0
+            spans = await stage.spans(1)
+            assert spans[0].name == "message.VarifyService/GetVarifyCode"
+            assert len(spans) == 6
+            assert {f"{span.context.trace_id:032x}" for span in spans} == {TRACE_ID}
+            assert_nested(spans)
+            assert facts(spans[0]) == {
+                "rpc.system.name": "grpc",
+                "rpc.method": "message.VarifyService/GetVarifyCode",
+                "rpc.response.status_code": "OK",
+                "verify.error": 0,
+            }
+
+        play(redis_server, scene)
+
+    def test_without_a_caller_begins_its_own_trace(self, redis_server: RedisServer) -> None:
+        async def scene(stage: Stage) -> None:
+            await stage.post("/get_varifycode", email=address())
+            await stage.call(address())
+            spans = await stage.spans(2)
+            assert len({span.context.trace_id for span in spans}) == 2
+            assert [span.kind for span in spans if span.parent is None] == [SpanKind.SERVER] * 2
+
+        play(redis_server, scene)
+
+    def test_whose_caller_does_not_sample_is_not_sampled_anywhere(self, redis_server: RedisServer) -> None:
+        async def scene(stage: Stage) -> None:
+            await stage.post("/get_varifycode", {"traceparent": UNSAMPLED}, email=address())
+            await stage.post("/get_varifycode", email=address())
+            assert len(await stage.spans(1)) == 6
+
+        play(redis_server, scene)
+
+    def test_that_waits_for_anothers_mail_says_so(self, redis_server: RedisServer) -> None:
+        async def scene(stage: Stage) -> None:
+            email = address()
+            assert await stage.call(email) == 0
+            assert await stage.call(email) == 0
+            spans = await stage.spans(2)
+            assert [facts(span)["verify.issue"] for span in named(spans, "issue")] == ["send", "answered"]
+            assert len(named(spans, "smtp send")) == 1
+
+        play(redis_server, scene)
+
+    def test_that_is_refused_at_the_door_has_the_doors_span(self, redis_server: RedisServer) -> None:
+        async def scene(stage: Stage) -> None:
+            assert (await stage.post("/get_varifycode", email="nobody"))["error"] == 3
+            assert (await stage.post("/get_varifycode"))["error"] == 1001
+            found = await stage.spans(0)
+            assert [(span.name, facts(span)["verify.error"]) for span in found] == [
+                ("POST /get_varifycode", 3),
+                ("POST /get_varifycode", 1001),
+            ]
+
+        play(redis_server, scene)
+
+
+def test_checks_and_nothing_else_at_the_door_have_spans(redis_server: RedisServer) -> None:
+    async def scene(stage: Stage) -> None:
+        email = address()
+        await stage.call(email)
+        code = code_in(stage.relay.mails[0])
+        assert (await stage.post("/check_varifycode", email=email, varifycode="no such code"))["error"] == 1004
+        assert (await stage.post("/check_varifycode", {"traceparent": PARENT}, email=email, varifycode=code))[
+            "error"
+        ] == 0
+        for path in ("/healthz", "/readyz", "/metrics", "/docs", f"/{email}"):
+            await stage.http.get(path)
+            await stage.http.post(path)
+        checks = [span for span in await stage.spans(1) if span.name.startswith("POST")]
+        assert [(span.name, facts(span)["verify.error"]) for span in checks] == [
+            ("POST /check_varifycode", 1004),
+            ("POST /check_varifycode", 0),
+        ]
+        assert f"{checks[1].context.trace_id:032x}" == TRACE_ID
+
+    play(redis_server, scene)
+
+
+def test_the_web_framework_makes_no_spans_of_its_own(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER", provider)
+
+    async def scene(stage: Stage) -> None:
+        await stage.post("/get_varifycode", email=address())
+        await stage.http.get("/somebody@example.com")
+        await stage.spans(1)
+
+    play(redis_server, scene)
+    assert kept.get_finished_spans() == ()
+
+
+def test_a_retry_is_part_of_the_same_trace_in_whichever_worker(redis_server: RedisServer) -> None:
+    async def scene(stage: Stage) -> None:
+        first = stage.workers[0]
+        stage.relay.script["rcpt"] = ["450 4.2.1 later"]
+        email = address()
+        asking = asyncio.create_task(stage.post("/get_varifycode", {"traceparent": PARENT}, email=email))
+        await stage.spans(1)  # it is parked
+        first.intake.consume(on=False)
+        await stage.add_worker()
+        assert (await asking)["error"] == 0
+        spans = await stage.spans(2)
+        assert {f"{span.context.trace_id:032x}" for span in spans} == {TRACE_ID}
+        assert [facts(span)["verify.settled"] for span in named(spans, "process verification")] == ["park", "ack"]
+        refused, accepted = named(spans, "smtp send")
+        assert {"verify.outcome": "deferred", "verify.smtp_code": 450, "verify.retry": 0}.items() <= facts(
+            refused
+        ).items()
+        assert facts(refused)["error.type"] == "deferred"
+        assert refused.status.status_code is StatusCode.ERROR
+        assert {"verify.outcome": "accepted", "verify.retry": 1}.items() <= facts(accepted).items()
+        assert [facts(span)["messaging.operation.name"] for span in named(spans, "settle")] == ["park", "ack"]
+
+    play(redis_server, scene)
+
+
+def test_a_request_that_is_given_up_is_a_fault_and_a_refused_mailbox_is_none(redis_server: RedisServer) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.relay.script["rcpt"] = ["550 5.1.1 no such user", *["450 4.2.1 later"] * 50]
+        assert await stage.call(address()) == 5
+        assert await stage.call(address()) == 6
+        spans = await stage.spans(3)
+        last = {facts(span)["verify.error"]: span for span in spans if "verify.error" in facts(span)}
+        assert last[5].status.status_code is StatusCode.UNSET
+        assert last[6].status.status_code is StatusCode.ERROR
+        assert facts(last[6])["error.type"] == "Timeout"
+
+    play(redis_server, scene, VERIFY_GIVE_UP_AFTER="1", VERIFY_REPLY_TIMEOUT="4")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"traceparent": 7},
+        {"traceparent": None},
+        {"traceparent": [PARENT]},
+        {"traceparent": {"a": PARENT}},
+        {"traceparent": ""},
+        {"traceparent": "x" * 1_000_000},
+        {"traceparent": f"00-{'0' * 32}-{CALLER}-01"},
+        {"traceparent": f"ff-{TRACE_ID}-{CALLER}-01"},
+        {"traceparent": PARENT.upper()},
+        {"traceparent": f"{PARENT}\n{PARENT}"},
+        {"tracestate": "a=b"},
+    ],
+    ids=lambda headers: str(headers)[:30],
+)
+def test_what_is_no_trace_context_in_a_message_is_ignored(redis_server: RedisServer, headers: dict[str, Any]) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.push(address(), headers)
+        [processed, *_] = await stage.spans(1)
+        assert processed.parent is None
+        assert facts(processed)["verify.error"] == 0
+
+    play(redis_server, scene)
+
+
+@pytest.mark.parametrize(
+    "state",
+    ["a@example.com", "k=a@example.com", "tenant@vendor=1", "x" * 1000, "=,=,=", 7, None, ["k=v"]],
+    ids=str,
+)
+def test_a_trace_state_that_is_none_or_may_hold_an_address_is_dropped(redis_server: RedisServer, state: object) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.push(address(), {"traceparent": PARENT, "tracestate": state})
+        [processed, *_] = await stage.spans(1)
+        assert f"{processed.context.trace_id:032x}" == TRACE_ID
+        assert not processed.context.trace_state
+
+    play(redis_server, scene)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\ud800", "k=\ud800", "\0", "é" * 40, "nonsense", "a=1,b", "Upper=1", ",".join(f"k{i}=1" for i in range(33))],
+    ids=["half", "its half", "NUL", "no ASCII", "no pair", "half a pair", "upper case", "too many"],
+)
+def test_what_is_no_trace_context_is_ignored_without_a_word(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert not caller_of({"traceparent": text})
+    [span] = caller_of({"traceparent": PARENT, "tracestate": text}).values()
+    assert not cast(Span, span).get_span_context().trace_state
+    assert not caplog.records
+
+
+def test_hostile_headers_at_the_doors_are_ignored_and_a_vendors_state_travels(redis_server: RedisServer) -> None:
+    async def scene(stage: Stage) -> None:
+        for value in ("", "nonsense", "00-" + "f" * 8000, "\t", "00-é"):
+            headers = [(b"traceparent", value.encode("latin-1"))]
+            answer = await stage.http.post("/get_varifycode", json={"email": address()}, headers=headers)
+            assert answer.json()["error"] == 0
+        twice = [("traceparent", PARENT), ("traceparent", PARENT)]
+        await stage.http.post("/get_varifycode", json={"email": address()}, headers=twice)
+        assert await stage.call(address(), traceparent="nonsense") == 0
+        assert all(f"{span.context.trace_id:032x}" != TRACE_ID for span in await stage.spans(7))
+        fine = {"traceparent": PARENT, "tracestate": "vendor=1,other=2"}
+        await stage.post("/get_varifycode", fine, email=address())
+        states = [dict(span.context.trace_state) for span in await stage.spans(8) if span.context.trace_state]
+        assert states == [{"vendor": "1", "other": "2"}] * 6
+
+    play(redis_server, scene)
+
+
+def test_an_address_as_request_id_is_masked(redis_server: RedisServer) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.push(address(), {}, request_id=f"whole.{uuid.uuid4()}@example.com")
+        [processed, *_] = await stage.spans(1)
+        assert facts(processed)["messaging.message.id"] == "***"
+
+    play(redis_server, scene)
+
+
+def test_an_unfit_message_and_a_conflict_do_no_harm(redis_server: RedisServer, redis: Redis) -> None:
+    async def scene(stage: Stage) -> None:
+        same = stage.push(address(), {"traceparent": PARENT})
+        await stage.spans(1)
+        stage.push(address(), {"traceparent": PARENT}, request_id=same)
+        with stage.server.client(1) as client:
+            client.lpush(DEFAULT_QUEUE, "no JSON", json.dumps({**message(), "body": "no body"}))
+        spans = await stage.spans(2)
+        conflict = named(spans, "process verification")[1]
+        assert facts(conflict)["verify.settled"] == "bury"
+        assert "conflict" in {facts(span)["verify.issue"] for span in named(spans, "issue")}
+        assert await stage.call(address()) == 0
+        await stage.spans(3)
+
+    play(redis_server, scene)
+    del redis
+
+
+def test_a_client_sends_from_the_current_span_and_enqueue_ends_once_redis_has_it(redis_server: RedisServer) -> None:
+    async def scene(stage: Stage) -> None:
+        async with AsyncVerificationClient(stage.settings, traces=stage.traces) as client:
+            with stage.traces.tracer.start_as_current_span("sign up"):
+                await client.enqueue(address())
+                await client.request(address())
+        spans = await stage.spans(2)
+        assert len({span.context.trace_id for span in spans}) == 1
+        assert tree(spans)["send verification"] == "sign up"
+        assert_nested(spans)
+
+    play(redis_server, scene)
