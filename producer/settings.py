@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from producer.contract import DEAD_LETTERS
 from producer.errors import BadSetting
+from producer.sentinel import SentinelURL, is_sentinel
 from producer.values import (
     MASK,
     RELAY_PORTS,
@@ -35,7 +36,10 @@ _NO_QUEUES: Final = frozenset({DEAD_LETTERS, "unacked", "unacked_index", "unacke
 _DATABASES: Final = {"codes_url": 0, "broker_url": 1, "results_url": 2}
 
 
-_REDIS = "redis://host:port or rediss://host:port, with user:password@ before the host if needed"
+_REDIS = (
+    "redis://host:port or rediss://host:port, with user:password@ before the host if needed,"
+    " or redis+sentinel://host:port,host:port/service"
+)
 _FLAG = "0 or 1"
 
 
@@ -91,6 +95,10 @@ class Settings(BaseModel):
     @field_validator("redis_url")
     @classmethod
     def _no_database(cls, value: str) -> str:
+        if is_sentinel(value):
+            if SentinelURL.parse(value).database:
+                raise ValueError
+            return value
         parts = urlsplit(value)
         if parts.path not in {"", "/", "/0"} or "db" in parse_qs(parts.query):
             raise ValueError
@@ -105,11 +113,9 @@ class Settings(BaseModel):
 
     def model_post_init(self, _context: object) -> None:
         """Derive what was not given: the three databases from the base URL."""
-        parts = urlsplit(self.redis_url)
         for name, number in _DATABASES.items():
             if not getattr(self, name):
-                url = urlunsplit((parts.scheme, parts.netloc, f"/{number}", parts.query, ""))
-                object.__setattr__(self, name, url)
+                object.__setattr__(self, name, _database(self.redis_url, number))
 
     def shown(self) -> dict[str, str]:
         """Every setting by its environment name, as it may be shown: passwords and keys masked."""
@@ -148,6 +154,13 @@ def load(environ: dict[str, str] | None = None, *, dotenv: Path | None = Path(".
         return Settings.model_validate(values)
     except ValidationError as exc:
         raise _explain(exc, values) from None
+
+
+def _database(base: str, number: int) -> str:
+    if is_sentinel(base):
+        return str(SentinelURL.parse(base).with_database(number))
+    parts = urlsplit(base)
+    return urlunsplit((parts.scheme, parts.netloc, f"/{number}", parts.query, ""))
 
 
 def load_or_exit() -> Settings:
