@@ -13,9 +13,9 @@ from typing import Any
 import hiredis
 
 from producer.errors import RedisUnavailable, ServerTooOld
-from producer.opening import AWAY, Opener, kind_of, pack
+from producer.opening import AWAY, Opener
 from producer.script import Command, in_full
-from producer.wire import Protocol
+from producer.wire import Protocol, kind_of, pack
 
 OLDEST = (6, 2)
 
@@ -67,6 +67,8 @@ class Link:
         protocol = await self._open()
         if not protocol.open:  # lost in the moment between its opening and our turn
             raise RedisUnavailable("the connection to Redis was lost")
+        if self._opener.finder is not None:
+            self._opener.finder.look(protocol)
         before = self._selected
         return await self._read(protocol, parts, before, await protocol.ask(*self._pack_all(parts)))
 
@@ -170,6 +172,8 @@ class Link:
 
     async def close(self) -> None:
         """Drop the connection; batches under way fail."""
+        if self._opener.finder is not None:
+            await self._opener.finder.close()
         if self._opening is not None:
             self._opening.cancel()
             self._opening = None

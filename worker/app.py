@@ -17,6 +17,7 @@ from worker import (
     control,  # noqa: F401 - puts our inspect commands in the place of Celery's
 )
 from worker.backend import ReplyBackend
+from worker.lengths import Queues
 from worker.tasks import SendCode
 
 broker.register()
@@ -52,6 +53,9 @@ def _before_flower(**_: Any) -> None:
     if context is not None and context.info_name == "flower":
         logs.configure(logging.getLogger().level)
         ReplyBackend.masks = True
+        import flower.utils.broker  # noqa: PLC0415 - not where a worker runs
+
+        flower.utils.broker.RedisSentinel = Queues  # the one place from which its pages take it
 
 
 @signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from celery.backends.redis import RedisBackend
+from celery.backends.redis import RedisBackend, SentinelBackend
 
 from producer.logs import mask_email
 
@@ -32,6 +32,10 @@ class ReplyBackend(RedisBackend):  # type: ignore[misc]  # Celery ships no types
         if self.masks and isinstance(meta, dict) and "result" in meta:
             return {**meta, "result": _masked(meta["result"])}
         return meta
+
+
+class SentinelReplyBackend(ReplyBackend, SentinelBackend):  # type: ignore[misc]  # Celery ships no types
+    """The same over a server that sentinels name."""
 
 
 def _masked(result: Any) -> Any:

@@ -107,6 +107,18 @@ class Transport(redis.Transport):
     tap: Tap | None = None
 
 
+class SentinelChannel(Channel, redis.SentinelChannel):
+    """The same over a server that sentinels name."""
+
+
+class SentinelTransport(Transport):
+    """The same for such a server. Has the same tap."""
+
+    default_port = redis.SentinelTransport.default_port  # type: ignore[assignment]  # its base says None
+    Channel = SentinelChannel
+
+
 def register() -> None:
-    """Let `redis://` and `rediss://` mean this transport in this process."""
-    TRANSPORT_ALIASES.update(redis="worker.broker:Transport", rediss="worker.broker:Transport")
+    """Let `redis://`, `rediss://` and kombu's `sentinel://` mean these transports in this process."""
+    plain = f"{__name__}:{Transport.__name__}"
+    TRANSPORT_ALIASES.update(redis=plain, rediss=plain, sentinel=f"{__name__}:{SentinelTransport.__name__}")
