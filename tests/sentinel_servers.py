@@ -115,11 +115,11 @@ class Watched:
         )
         return client
 
-    def fail_over(self) -> None:
+    def fail_over(self, *how: str) -> None:
         """A planned one: a sentinel is told to, and has done so."""
         before = self.primary
         with self.sentinels[0].client() as client:
-            client.execute_command("SENTINEL", "FAILOVER", SERVICE)
+            client.execute_command("SENTINEL", "FAILOVER", SERVICE, *how)
         self.wait_for_another(before)
 
     def wait_for_another(self, before: RedisServer, within: float = 30.0) -> None:
