@@ -28,7 +28,7 @@ GIVE_UP_AFTER: Final = 60
 BEFORE: Final = 4.0  # seconds of load before the fault
 CALM: Final = 6.0  # seconds of load after service is there again
 WINDOW: Final = 1.0  # seconds before the fault whose writes may not have reached the replica: asynchronous
-NOTICED: Final = 2.5  # seconds after the sentinels' word in which our own connections go over to the new primary
+NOTICED: Final = 4.0  # seconds after the sentinels' word in which our own connections go over, on a busy machine too
 BATCH: Final = 500
 
 _OTHERS: Final = {"LPUSH", "Celery.send_task"}

@@ -1,0 +1,220 @@
+"""Finding the primary: sentinels that are dead, silent, late or mistaken, and servers that are none. Their words are
+scripted here; real sentinels are in tests/faults/test_sentinel.py and tests/e2e/test_sentinel.py."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from threading import Thread
+from typing import Any, TypeVar
+
+import hiredis
+import pytest
+from redis_server import RedisServer
+
+from producer.errors import RedisUnavailable
+from producer.link import Link
+
+T = TypeVar("T")
+BOUND = 3.0  # seconds within which "Redis is away" is promised
+
+
+class Says:
+    """A sentinel that names a server, in the `epoch`-th failover; silent if told so."""
+
+    def __init__(self, port: int | None, *, epoch: int = 1, silent: bool = False, password: str = "") -> None:
+        self.names, self.epoch, self.silent, self.password = port, epoch, silent, password
+        self.asked = 0
+        self.port = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        commands, known = hiredis.Reader(), not self.password
+        self.asked += 1
+        while data := await reader.read(65536):
+            commands.feed(data)
+            while (command := commands.gets()) is not False:
+                if self.silent:
+                    continue
+                match [word.upper() for word in command]:
+                    case [b"AUTH", word]:
+                        known = word == self.password.upper().encode()
+                        writer.write(b"+OK\r\n" if known else b"-WRONGPASS no\r\n")
+                    case _ if not known:
+                        writer.write(b"-NOAUTH no\r\n")
+                    case [b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", _] if self.names is None:
+                        writer.write(b"*-1\r\n")
+                    case [b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", _]:
+                        writer.write(hiredis.pack_command((b"127.0.0.1", str(self.names))))  # type: ignore[arg-type]
+                    case [b"SENTINEL", b"MASTER", _] if self.names is None:
+                        writer.write(b"-ERR No such master with that name\r\n")
+                    case [b"SENTINEL", b"MASTER", _]:
+                        writer.write(hiredis.pack_command((b"config-epoch", str(self.epoch))))  # type: ignore[arg-type]
+        writer.close()
+
+
+@contextmanager
+def speaking(*sentinels: Says) -> Iterator[str]:
+    """They listen; the URL."""
+    loop = asyncio.new_event_loop()
+    thread = Thread(target=loop.run_forever)
+    thread.start()
+
+    async def begin(sentinel: Says) -> asyncio.Server:
+        server = await asyncio.start_server(sentinel.serve, "127.0.0.1", 0)
+        sentinel.port = server.sockets[0].getsockname()[1]
+        return server
+
+    async def end() -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    try:
+        servers = [asyncio.run_coroutine_threadsafe(begin(each), loop).result(5) for each in sentinels]
+        yield f"redis+sentinel://{','.join(f'127.0.0.1:{each.port}' for each in sentinels)}/service/3"
+        for server in servers:
+            loop.call_soon_threadsafe(server.close)
+        asyncio.run_coroutine_threadsafe(end(), loop).result(5)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(5)
+        loop.close()
+
+
+@pytest.fixture
+def servers() -> Iterator[tuple[RedisServer, RedisServer]]:
+    """A primary, and another one."""
+    with ExitStack() as stack:
+        yield stack.enter_context(RedisServer()), stack.enter_context(RedisServer())
+
+
+def using(url: str, use: Callable[[Link], Awaitable[T]]) -> T:
+    async def main() -> T:
+        link = Link(url)
+        try:
+            return await use(link)
+        finally:
+            await link.close()
+
+    return asyncio.run(main())
+
+
+async def port_of(link: Link) -> int:
+    [[_, port]] = await link.run([("CONFIG", "GET", "port")])
+    return int(port)
+
+
+def why(url: str) -> str:
+    """Why no primary is found; said in time."""
+    began = time.monotonic()
+    with pytest.raises(RedisUnavailable) as caught:
+        using(url, port_of)
+    assert time.monotonic() - began < BOUND
+    return str(caught.value)
+
+
+def test_the_database_of_the_url_is_used_on_the_server_that_a_sentinel_names(redis_server: RedisServer) -> None:
+    with speaking(Says(redis_server.port)) as url:
+        using(url, lambda link: link.run([("SET", "where", "here")]))
+    with redis_server.client(3) as client:
+        assert client.getdel("where") == b"here"
+
+
+@pytest.mark.parametrize("first", [Says(None), Says(1), Says(0, silent=True), Says(0, password="secret")])
+def test_a_sentinel_of_no_help_is_passed_over_and_asked_last_from_then_on(
+    redis_server: RedisServer, first: Says
+) -> None:
+    second = Says(redis_server.port)
+
+    async def twice(link: Link) -> tuple[int, int]:
+        found = await port_of(link)
+        assert link._protocol is not None
+        link._protocol.transport.abort()
+        before = first.asked
+        return found, (await port_of(link)) + first.asked - before
+
+    with speaking(first, second) as url:
+        assert using(url, twice) == (redis_server.port, redis_server.port)
+
+
+def test_a_replica_is_no_primary_whatever_a_sentinel_says(servers: tuple[RedisServer, RedisServer]) -> None:
+    primary, replica = servers
+    with replica.client() as client:
+        client.replicaof("127.0.0.1", str(primary.port))
+    with speaking(Says(replica.port), Says(primary.port)) as url:
+        assert using(url, port_of) == primary.port
+    with speaking(Says(replica.port)) as url:
+        assert "no primary" in why(url)
+
+
+def test_why_there_is_no_primary_is_said_in_time() -> None:
+    with speaking(Says(None)) as url:
+        assert "watch no 'service'" in why(url)
+    with speaking(Says(0, silent=True), Says(0, silent=True), Says(0, silent=True)) as url:
+        assert why(url) == "no sentinel answers"
+    with speaking(Says(1)) as url:
+        assert "could not be reached" in why(url)
+    with speaking(Says(1, password="secret")) as url:
+        assert "NOAUTH" in why(url)
+
+
+def test_a_sentinel_gets_its_own_password(redis_server: RedisServer) -> None:
+    with speaking(Says(redis_server.port, password="secret")) as url:
+        assert using(f"{url}?sentinel_password=secret", port_of) == redis_server.port
+        assert "WRONGPASS" in why(f"{url}?sentinel_password=wrong") or "NOAUTH" in why(url)
+
+
+def test_a_primary_that_was_replaced_while_it_was_well_is_left_within_seconds(
+    servers: tuple[RedisServer, RedisServer],
+) -> None:
+    old, new = servers
+    late, early = Says(old.port), Says(old.port)
+
+    async def follow(link: Link) -> float:
+        assert await port_of(link) == old.port
+        early.names, early.epoch = new.port, 2  # the other one has not heard of it, and the old one says it is one
+        began = time.monotonic()
+        while True:
+            try:
+                if await port_of(link) == new.port:
+                    break
+            except RedisUnavailable:
+                pass  # it was dropped just now
+            assert time.monotonic() - began < 10
+            await asyncio.sleep(0.02)
+        for _ in range(100):  # ... and it stays there
+            assert await port_of(link) == new.port
+            await asyncio.sleep(0.02)
+        return time.monotonic() - began
+
+    with speaking(late, early) as url:
+        using(url, follow)
+
+
+def test_sentinels_that_were_set_up_anew_are_believed(redis_server: RedisServer) -> None:
+    sentinel = Says(redis_server.port, epoch=7)
+
+    async def follow(link: Link) -> int:
+        await port_of(link)
+        sentinel.epoch = 0
+        assert link._protocol is not None
+        link._protocol.transport.abort()
+        return await port_of(link)
+
+    with speaking(sentinel) as url:
+        assert using(url, follow) == redis_server.port
+
+
+def test_a_plain_url_asks_nobody(redis_server: RedisServer) -> None:
+    async def commands(link: Link) -> int:
+        await link.run([("PING",)])
+        with redis_server.client() as client:
+            stats: dict[str, Any] = client.info("commandstats")
+        return sum(each["calls"] for name, each in stats.items() if name in {"cmdstat_role", "cmdstat_sentinel"})
+
+    with redis_server.client() as client:
+        client.config_resetstat()
+    assert using(redis_server.url(), commands) == 0
