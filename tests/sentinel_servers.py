@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
+from urllib.parse import quote
 
 import redis
 from redis.backoff import NoBackoff
@@ -71,8 +72,8 @@ class Watched:
     def url(self, database: int | None = None) -> str:
         """The service's URL, with a database if one is named."""
         hosts = ",".join(f"{HOST}:{sentinel.port}" for sentinel in self.sentinels)
-        who = f":{self.password}@" if self.password else ""
-        query = f"?sentinel_password={self.sentinel_password}" if self.sentinel_password else ""
+        who = f":{quote(self.password, safe='')}@" if self.password else ""
+        query = f"?sentinel_password={quote(self.sentinel_password, safe='')}" if self.sentinel_password else ""
         return f"redis+sentinel://{who}{hosts}/{SERVICE}" + ("" if database is None else f"/{database}") + query
 
     @property

@@ -14,6 +14,8 @@ from typing import Any
 from celery.backends.redis import RedisBackend, SentinelBackend
 
 from producer.logs import mask_email
+from producer.settings import load_or_exit
+from worker.primary import sentinel_options
 
 
 class ReplyBackend(RedisBackend):  # type: ignore[misc]  # Celery ships no types
@@ -36,6 +38,10 @@ class ReplyBackend(RedisBackend):  # type: ignore[misc]  # Celery ships no types
 
 class SentinelReplyBackend(ReplyBackend, SentinelBackend):  # type: ignore[misc]  # Celery ships no types
     """The same over a server that sentinels name."""
+
+    @property
+    def _transport_options(self) -> dict[str, Any]:
+        return {**super()._transport_options, "sentinel_kwargs": sentinel_options(load_or_exit().results_url)}
 
 
 def _masked(result: Any) -> Any:

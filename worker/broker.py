@@ -11,6 +11,9 @@ from typing import Any, Protocol
 
 from kombu.transport import TRANSPORT_ALIASES, redis, virtual
 
+from producer.settings import load_or_exit
+from worker.primary import sentinel_options
+
 
 class Tap(Protocol):
     """What the transport needs of the intake. All methods may be called from any thread."""
@@ -109,6 +112,11 @@ class Transport(redis.Transport):
 
 class SentinelChannel(Channel, redis.SentinelChannel):
     """The same over a server that sentinels name."""
+
+    @property
+    def sentinel_kwargs(self) -> dict[str, Any]:
+        """How these are asked; kombu would take it from its options."""
+        return sentinel_options(load_or_exit().broker_url)
 
 
 class SentinelTransport(Transport):

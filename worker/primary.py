@@ -45,7 +45,7 @@ def _form(url: str, *, who: bool) -> CeleryForm:
     before = f"{quote(service.user or '', safe='')}{secret}@" if who and (service.user or secret) else ""
     hosts = (f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in service.sentinels)
     joined = ";".join(f"sentinel://{before}{host}/{service.database or 0}" for host in hosts)
-    options = {"master_name": service.service, "sentinel_kwargs": _sentinel_options(service)}
+    options = {"master_name": service.service}  # all that may be shown; see `sentinel_options`
     # An empty dictionary would mean no TLS.
     tls = {"ssl_cert_reqs": "required", **_tls(service)} if service.tls else {}
     return CeleryForm(joined, options, tls, service.user, service.password, sentinel=True)
@@ -62,7 +62,7 @@ def connect(url: str, *, timeout: float) -> Redis:
         return Redis.from_url(url, **options)
     service = SentinelURL.parse(url)
     server = {name: value for name, value in _server_options(service).items() if name not in _PLACE}
-    watch = Sentinel(service.sentinels, sentinel_kwargs=_sentinel_options(service), **{**server, **options})  # type: ignore[no-untyped-call]
+    watch = Sentinel(service.sentinels, sentinel_kwargs=sentinel_options(url), **{**server, **options})  # type: ignore[no-untyped-call]
     client: Redis = watch.master_for(service.service, ssl=service.tls)  # type: ignore[no-untyped-call]
     return client
 
@@ -78,7 +78,9 @@ def _server_options(service: SentinelURL) -> dict[str, Any]:
     return dict(parse_url(service.server_url()))  # type: ignore[no-untyped-call]
 
 
-def _sentinel_options(service: SentinelURL) -> dict[str, Any]:
+def sentinel_options(url: str) -> dict[str, Any]:
+    """How its sentinels are asked. Not among Celery's settings: `inspect stats` would show the password in them."""
+    service = SentinelURL.parse(url)
     return {
         "username": service.sentinel_user,
         "password": service.sentinel_password,
