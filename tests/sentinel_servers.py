@@ -6,6 +6,7 @@ The same programs as in redis_server.py; a sentinel is that server in another mo
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -58,14 +59,20 @@ class Watched:
         password: str = "",
         sentinel_password: str = "",
         options: tuple[str, ...] = (),
+        way: Callable[[int], Any] | None = None,
     ) -> None:
-        """`options` are further words for each server's command line. All keep an append-only file."""
+        """`options` are further words for each server's command line. All keep an append-only file.
+
+        `way`: makes what the replicas reach the primary's port through, with a port of its own. Some ten seconds later
+        the sentinels mend that.
+        """
         self._stack = ExitStack()
         # A replica that asks is served at once, and not after the usual five seconds.
         own = ("--repl-diskless-sync-delay", "0", *(("--masterauth", password) if password else ()), *options)
         self.servers = [RedisServer(aof=True, password=password, options=own) for _ in range(replicas + 1)]
+        self.way: Any = self._stack.enter_context(way(self.servers[0].port)) if way else None
         for server in self.servers[1:]:
-            server._command += ["--replicaof", HOST, str(self.servers[0].port)]
+            server._command += ["--replicaof", HOST, str((self.way or self.servers[0]).port)]
         self.sentinels = [Sentinel(self.servers[0], quorum=quorum, password=sentinel_password) for _ in range(3)]
         self.password, self.sentinel_password = password, sentinel_password
 

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final
 
 from caller import META, Listener
@@ -21,14 +22,16 @@ from worker_process import eventually
 from faults.askers import Askers
 from faults.ledger import Ledger, Record
 from faults.mischief import Relay, unkept
+from faults.proxy import HOLE, Proxy
 from faults.stage import Stage
 from producer.settings import Settings
 
 GIVE_UP_AFTER: Final = 60
-BEFORE: Final = 4.0  # seconds of load before the fault
+BEFORE: Final = 3.0  # seconds of load before the fault
 CALM: Final = 6.0  # seconds of load after service is there again
 WINDOW: Final = 1.0  # seconds before the fault whose writes may not have reached the replica: asynchronous
 NOTICED: Final = 4.0  # seconds after the sentinels' word in which our own connections go over, on a busy machine too
+BEHIND: Final = 0.5  # seconds
 BATCH: Final = 500
 
 _OTHERS: Final = {"LPUSH", "Celery.send_task"}
@@ -49,8 +52,9 @@ class Outcome:
         0  # of these, by callers with a library that asks the sentinels when it connects, and not again
     )
     doubled: int = 0  # requests with two mails
-    new_codes: int = 0  # addresses with two codes within one life, and requests with two
-    without: float = 0.0  # seconds from the fault to the first Success of a request that was made after it
+    new_codes: int = 0  # addresses with two codes within one life
+    codes_gone: int = 0  # requests answered Success whose code is not in Redis any more
+    without: float = 0.0  # seconds, the longest between two replies of Success
     longest: float = 0.0  # seconds that a client's `request` took at most
     unexplained: list[str] = field(default_factory=list)
 
@@ -58,12 +62,12 @@ class Outcome:
         """For a table."""
         return (
             f"| {self.asked} | {self.acknowledged} | {self.told_away} | {self.lost} | {self.lost_by_others} "
-            f"| {self.doubled} | {self.new_codes} | {self.without:.1f} s | {self.longest:.1f} s |"
+            f"| {self.doubled} | {self.codes_gone} | {self.without:.1f} s | {self.longest:.1f} s |"
         )
 
 
 HEAD: Final = (
-    "| asked | acknowledged | told RedisErr | lost | of these by other callers | mailed twice | second codes "
+    "| asked | acknowledged | told RedisErr | lost | of these by other callers | mailed twice | codes gone "
     "| without service | longest `request` |\n|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
 )
 
@@ -112,7 +116,7 @@ class Failover:
         demoted = time.monotonic()
         self.askers.stop()
         self._settle()
-        return self._count(began, named + NOTICED, demoted if old.pid else began)
+        return self._count(began, named + NOTICED, demoted if old.pid else named)
 
     def _settle(self) -> None:
         """Until nothing is left anywhere, read also the replies of which nothing was heard."""
@@ -147,18 +151,32 @@ class Failover:
             doubled=sum(ledger.doubles.values()),
             longest=self.askers.slowest,
         )
-        served = [each.answered_at for each in ledger.records if each.at > began and each.error == 0]
-        found.without = min(served, default=float("inf")) - began
+        served = sorted(each.answered_at for each in ledger.records if each.error == 0)
+        served = [at for at in served if began - WINDOW < at < noticed + CALM]
+        found.without = max(after - before for before, after in pairwise(served))
+        gone = self._gone()
+        found.codes_gone = len(gone)
+        found.unexplained += [ledger.story(each) for each in gone if not began - WINDOW < each.mails[-1].at < demoted]
         lost = [record for record in ledger.records if record.acknowledged and record.error is None]
         found.lost = len(lost)
         found.lost_by_others = sum(record.how in _OTHERS for record in lost)
-        found.unexplained = [ledger.story(record) for record in lost if not explained(record)]
+        found.unexplained += [ledger.story(record) for record in lost if not explained(record)]
         for violation in ledger.violations:
-            if violation.startswith(_CODES):
+            if violation.startswith(_CODES[0]):
                 found.new_codes += 1
-            elif not violation.startswith((_LOST, _REPLIES)):
+            elif not violation.startswith((*_CODES, _LOST, _REPLIES)):
                 found.unexplained.append(violation)
         found.unexplained += [f"the worker ended:\n{w.log[-2000:]}" for w in self.stage.workers if not w.alive]
+        return found
+
+    def _gone(self) -> list[Record]:
+        mailed = [record for record in self.ledger.records if record.error == 0 and record.mails]
+        found = []
+        with self.watched.client() as codes:
+            for start in range(0, len(mailed), BATCH):
+                some = mailed[start : start + BATCH]
+                live = codes.mget([f"code_{record.email}" for record in some])
+                found += [record for record, code in zip(some, live, strict=True) if code is None]
         return found
 
     def ask_once_more(self) -> Record:
@@ -176,6 +194,15 @@ class Failover:
 
 def killed(watched: Watched) -> None:
     """The primary dies."""
+    watched.primary.kill()
+
+
+def cut_off(watched: Watched) -> None:
+    """The primary's network goes half a second before itself: what it still acknowledges reaches no replica."""
+    with watched.others[0].client() as replica:
+        assert replica.info("replication")["master_port"] == watched.way.port, "the sentinels have mended the way"
+    watched.way.mode = HOLE
+    time.sleep(BEHIND)
     watched.primary.kill()
 
 
@@ -197,7 +224,12 @@ def coordinated(watched: Watched) -> None:
     watched.fail_over("COORDINATED")
 
 
-FAULTS: Final = {each.__name__: each for each in (killed, frozen, planned, coordinated)}
+FAULTS: Final = {each.__name__: each for each in (killed, cut_off, frozen, planned, coordinated)}
+
+
+def servers_for(fault: str, guard: tuple[str, ...] = ()) -> Watched:
+    """What this fault wants to happen to."""
+    return Watched(replicas=2 if guard else 1, options=guard, way=Proxy if fault == cut_off.__name__ else None)
 
 
 def main() -> int:
@@ -213,7 +245,7 @@ def main() -> int:
     print(HEAD, flush=True)
     outcomes = []
     for run in range(options.runs):
-        failover = Failover(Watched(replicas=2 if guard else 1, options=guard), a_second=options.rate, seed=run)
+        failover = Failover(servers_for(options.fault, guard), a_second=options.rate, seed=run)
         try:
             outcome = failover.run(FAULTS[options.fault])
         finally:
@@ -224,7 +256,8 @@ def main() -> int:
             print(f"UNEXPLAINED: {each}", file=sys.stderr, flush=True)
     totals: Counter[str] = Counter()
     for outcome in outcomes:
-        totals.update(acknowledged=outcome.acknowledged, lost=outcome.lost, doubled=outcome.doubled)
+        row = {name: value for name, value in vars(outcome).items() if isinstance(value, int)}
+        totals.update(row)
     print(dict(totals))
     return 1 if any(outcome.unexplained for outcome in outcomes) else 0
 
