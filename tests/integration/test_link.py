@@ -14,6 +14,7 @@ import pytest
 import redis as redis_py
 import trustme
 from redis_server import RedisServer
+from tls_front import tls_in_front_of
 
 from producer import wire
 from producer.errors import RedisUnavailable, ServerTooOld
@@ -477,22 +478,6 @@ def test_garbage_from_the_server_ends_the_connection() -> None:
     asyncio.run(main())
 
 
-@asynccontextmanager
-async def tls_in_front_of(server: RedisServer, context: ssl.SSLContext) -> AsyncIterator[int]:
-    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
-            while data := await reader.read(65536):
-                writer.write(data)
-        writer.close()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        from_redis, to_redis = await asyncio.open_connection("127.0.0.1", server.port)
-        await asyncio.gather(copy(reader, to_redis), copy(from_redis, writer))
-
-    async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as front:
-        yield front.sockets[0].getsockname()[1]
-
-
 def test_tls_is_spoken_and_the_certificate_checked(redis_server: RedisServer, tmp_path: Path) -> None:
     authority = trustme.CA()
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -500,7 +485,7 @@ def test_tls_is_spoken_and_the_certificate_checked(redis_server: RedisServer, tm
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
 
     async def main() -> None:
-        async with tls_in_front_of(redis_server, context) as port:
+        async with tls_in_front_of(redis_server.port, context) as port:
             async with opened(f"rediss://localhost:{port}?ssl_ca_certs={tmp_path}/ca.pem") as link:
                 assert await link.run([("PING",)]) == [b"PONG"]
             async with opened(f"rediss://localhost:{port}?ssl_cert_reqs=none") as link:

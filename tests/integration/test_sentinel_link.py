@@ -4,18 +4,23 @@ scripted here; real sentinels are in tests/faults/test_sentinel.py and tests/e2e
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
 import hiredis
 import pytest
+import trustme
 from redis_server import RedisServer
+from tls_front import tls_in_front_of
 
 from producer.errors import RedisUnavailable
 from producer.link import Link
+from worker.primary import connect
 
 T = TypeVar("T")
 BOUND = 3.0  # seconds within which "Redis is away" is promised
@@ -35,23 +40,33 @@ class Says:
         while data := await reader.read(65536):
             commands.feed(data)
             while (command := commands.gets()) is not False:
-                if self.silent:
-                    continue
-                match [word.upper() for word in command]:
-                    case [b"AUTH", word]:
-                        known = word == self.password.upper().encode()
-                        writer.write(b"+OK\r\n" if known else b"-WRONGPASS no\r\n")
-                    case _ if not known:
-                        writer.write(b"-NOAUTH no\r\n")
-                    case [b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", _] if self.names is None:
-                        writer.write(b"*-1\r\n")
-                    case [b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", _]:
-                        writer.write(hiredis.pack_command((b"127.0.0.1", str(self.names))))  # type: ignore[arg-type]
-                    case [b"SENTINEL", b"MASTER", _] if self.names is None:
-                        writer.write(b"-ERR No such master with that name\r\n")
-                    case [b"SENTINEL", b"MASTER", _]:
-                        writer.write(hiredis.pack_command((b"config-epoch", str(self.epoch))))  # type: ignore[arg-type]
+                if command[0] == b"AUTH":
+                    known = command[-1] == self.password.encode()
+                if not self.silent:
+                    writer.write(self.answer(command) if known else b"-NOAUTH no\r\n")
         writer.close()
+
+    def answer(self, command: list[bytes]) -> bytes:
+        fields = {"name": "service", "ip": "127.0.0.1", "port": self.names, "flags": "master"}
+        fields |= {"num-other-sentinels": 0, "config-epoch": self.epoch}
+        state = _array(*(word for pair in fields.items() for word in pair))
+        match [word.upper() for word in command[:2]]:
+            case [b"AUTH", _]:
+                return b"+OK\r\n"
+            case [b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME"]:
+                return b"*-1\r\n" if self.names is None else _array("127.0.0.1", self.names)
+            case [b"SENTINEL", b"MASTER"] if self.names is not None:
+                return state
+            case [b"HELLO", b"3"]:
+                return b"%1\r\n$5\r\nproto\r\n:3\r\n"
+            case [b"SENTINEL", b"MASTERS"]:  # in the third version of the protocol, which redis-py speaks
+                return b"*1\r\n%%%d" % len(fields) + state[state.index(b"\r\n") :]
+        return b"-ERR unknown command\r\n"
+
+
+def _array(*words: object) -> bytes:
+    packed: bytes = hiredis.pack_command(tuple(map(str, words)))  # type: ignore[arg-type]  # its stub says a tuple of one
+    return packed
 
 
 @contextmanager
@@ -164,7 +179,7 @@ def test_why_there_is_no_primary_is_said_in_time() -> None:
 def test_a_sentinel_gets_its_own_password(redis_server: RedisServer) -> None:
     with speaking(Says(redis_server.port, password="secret")) as url:
         assert using(f"{url}?sentinel_password=secret", port_of) == redis_server.port
-        assert "WRONGPASS" in why(f"{url}?sentinel_password=wrong") or "NOAUTH" in why(url)
+        assert "NOAUTH" in why(f"{url}?sentinel_password=wrong")
 
 
 def test_a_primary_that_was_replaced_while_it_was_well_is_left_within_seconds(
@@ -218,3 +233,32 @@ def test_a_plain_url_asks_nobody(redis_server: RedisServer) -> None:
     with redis_server.client() as client:
         client.config_resetstat()
     assert using(redis_server.url(), commands) == 0
+
+
+def test_tls_is_spoken_with_sentinel_and_server_and_both_are_checked(redis_server: RedisServer, tmp_path: Path) -> None:
+    authority, stranger = trustme.CA(), trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    trusted, doubtful = (ssl.create_default_context(ssl.Purpose.CLIENT_AUTH) for _ in range(2))
+    authority.issue_cert("127.0.0.1").configure_cert(trusted)
+    stranger.issue_cert("127.0.0.1").configure_cert(doubtful)
+
+    async def main(sentinel: Says, before_sentinel: ssl.SSLContext, before_server: ssl.SSLContext) -> None:
+        async with (
+            tls_in_front_of(sentinel.port, before_sentinel) as asked,
+            tls_in_front_of(redis_server.port, before_server) as sentinel.names,
+        ):
+            url = f"rediss+sentinel://127.0.0.1:{asked}/service/3?ssl_ca_certs={tmp_path}/ca.pem"
+            link = Link(url)
+            try:
+                assert await link.run([("PING",)]) == [b"PONG"]
+                with connect(url, timeout=2) as client:
+                    assert await asyncio.to_thread(client.ping)
+            finally:
+                await link.close()
+
+    sentinel = Says(0)
+    with speaking(sentinel):
+        asyncio.run(main(sentinel, trusted, trusted))
+        for contexts in ((doubtful, trusted), (trusted, doubtful)):
+            with pytest.raises(RedisUnavailable):
+                asyncio.run(main(sentinel, *contexts))
