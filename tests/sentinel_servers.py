@@ -5,7 +5,6 @@ The same programs as in redis_server.py; a sentinel is that server in another mo
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +25,7 @@ DOWN_AFTER: Final = 1.0  # seconds of silence after which a sentinel takes a ser
 class Sentinel(RedisServer):
     """One sentinel, which watches `primary` as SERVICE."""
 
-    def __init__(self, primary: RedisServer, *, quorum: int, password: str = "") -> None:
+    def __init__(self, primary: RedisServer, *, quorum: int, down_after: float, password: str = "") -> None:
         """`password`: what the sentinel itself asks for."""
         super().__init__()
         lines = [
@@ -34,7 +33,7 @@ class Sentinel(RedisServer):
             f"port {self.port}",
             f"dir {self.directory}",
             f"sentinel monitor {SERVICE} {HOST} {primary.port} {quorum}",
-            f"sentinel down-after-milliseconds {SERVICE} {DOWN_AFTER * 1000:.0f}",
+            f"sentinel down-after-milliseconds {SERVICE} {down_after * 1000:.0f}",
             f"sentinel failover-timeout {SERVICE} 5000",
             f"sentinel parallel-syncs {SERVICE} 1",
         ]
@@ -56,6 +55,7 @@ class Watched:
         *,
         replicas: int = 1,
         quorum: int = 2,
+        down_after: float = DOWN_AFTER,
         password: str = "",
         sentinel_password: str = "",
         options: tuple[str, ...] = (),
@@ -73,7 +73,10 @@ class Watched:
         self.way: Any = self._stack.enter_context(way(self.servers[0].port)) if way else None
         for server in self.servers[1:]:
             server._command += ["--replicaof", HOST, str((self.way or self.servers[0]).port)]
-        self.sentinels = [Sentinel(self.servers[0], quorum=quorum, password=sentinel_password) for _ in range(3)]
+        self.sentinels = [
+            Sentinel(self.servers[0], quorum=quorum, down_after=down_after, password=sentinel_password)
+            for _ in range(3)
+        ]
         self.password, self.sentinel_password = password, sentinel_password
 
     def url(self, database: int | None = None) -> str:
@@ -188,8 +191,3 @@ def role(server: RedisServer) -> str:
     except redis.RedisError:
         return ""
     return str(answer[0].decode() if isinstance(answer[0], bytes) else answer[0])
-
-
-def settle_down() -> None:
-    """Let the sentinels forget a failover: for a while they begin no other."""
-    time.sleep(2)

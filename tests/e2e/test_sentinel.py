@@ -46,7 +46,8 @@ class Everything:
 
 @pytest.fixture(scope="module")
 def everything() -> Iterator[Everything]:
-    watched = Watched(password=PASSWORD, sentinel_password=SENTINELS_PASSWORD)
+    # Nobody dies here, and a busy machine is no reason to believe it.
+    watched = Watched(password=PASSWORD, sentinel_password=SENTINELS_PASSWORD, down_after=30)
     with watched, running(ScriptedServer()) as relay:
         settings = {
             "VERIFY_REDIS_URL": watched.url(),

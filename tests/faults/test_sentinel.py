@@ -58,6 +58,7 @@ def assert_in_order(stage: Stage) -> None:
     assert stage.worker.alive
 
 
+@pytest.mark.slow
 def test_a_dead_primary_is_replaced_and_what_waited_is_served(new_stage: NewStage) -> None:
     stage = new_stage(watched=Watched())
     servers = stage.watched

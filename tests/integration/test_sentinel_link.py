@@ -142,7 +142,7 @@ def test_the_database_of_the_url_is_used_on_the_server_that_a_sentinel_names(red
 def test_a_sentinel_of_no_help_is_passed_over_and_asked_last_from_then_on(
     redis_server: RedisServer, first: Says
 ) -> None:
-    second = Says(redis_server.port)
+    second, third = Says(redis_server.port), Says(redis_server.port)
 
     async def twice(link: Link) -> tuple[int, int]:
         found = await port_of(link)
@@ -151,8 +151,9 @@ def test_a_sentinel_of_no_help_is_passed_over_and_asked_last_from_then_on(
         before = first.asked
         return found, (await port_of(link)) + first.asked - before
 
-    with speaking(first, second) as url:
+    with speaking(first, second, third) as url:
         assert using(url, twice) == (redis_server.port, redis_server.port)
+    assert third.asked == 0
 
 
 def test_a_replica_is_no_primary_whatever_a_sentinel_says(servers: tuple[RedisServer, RedisServer]) -> None:
