@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 ASK_TIMEOUT: Final = 0.2  # seconds for one sentinel, its connection included: two silent ones leave time for the third
 LOOK_EVERY: Final = 1.0  # seconds
+LOOK_TIMEOUT: Final = 1.0  # seconds for one sentinel, when nobody waits for its word
 
 Address = tuple[str, int]
 Dial = Callable[[Address], Awaitable[Protocol]]
@@ -105,14 +106,21 @@ class Finder:
 
     async def _look(self, protocol: Protocol) -> None:
         try:
-            words = await asyncio.gather(*map(self._ask, self._sentinels), return_exceptions=True)
-            latest = max((word for word in words if isinstance(word, _Word)), key=lambda word: word.epoch, default=None)
-            current = self._current
-            if latest and current and latest.epoch > current.epoch and latest.address != current.address:
-                self._is_now(latest)
-                protocol.transport.abort()
+            async with asyncio.TaskGroup() as all_at_once:
+                for sentinel in self._sentinels:
+                    all_at_once.create_task(self._compare(sentinel, protocol))
         finally:
             self._looking = None
+
+    async def _compare(self, sentinel: Address, protocol: Protocol) -> None:
+        try:
+            word = await self._ask(sentinel, LOOK_TIMEOUT)
+        except (OSError, UnicodeError):
+            return
+        current = self._current
+        if current is not None and word.epoch > current.epoch and word.address != current.address:
+            self._is_now(word)
+            protocol.transport.abort()
 
     def _is_now(self, word: _Word) -> None:
         if self._current is not None and self._current.address != word.address:
@@ -126,8 +134,8 @@ class Finder:
             await asyncio.wait([self._looking])
             self._looking = None
 
-    async def _ask(self, sentinel: Address) -> _Word:
-        async with asyncio.timeout(ASK_TIMEOUT):
+    async def _ask(self, sentinel: Address, seconds: float = ASK_TIMEOUT) -> _Word:
+        async with asyncio.timeout(seconds):
             protocol = await self._dial(sentinel)
             try:
                 name = self._service.service
