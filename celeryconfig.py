@@ -2,8 +2,10 @@
 
 from producer.contract import REPLY_TTL, TASK
 from producer.settings import load_or_exit
+from worker.primary import broker_form, results_form
 
 _settings = load_or_exit()
+_broker, _results = broker_form(_settings.broker_url), results_form(_settings.results_url)  # plain, or by sentinels
 # A silent or half-open Redis is noticed in seconds. redis-py 8 would try a command ten times by itself; one who waits
 # for an answer is better served by an early error.
 _sockets = {
@@ -14,28 +16,24 @@ _sockets = {
     "retry_on_timeout": False,
 }
 
-
-def _checked(url: str) -> str:
-    """`url`, with TLS checked as on our own connections: kombu would check nothing, and Celery wants to be told."""
-    if not url.startswith("rediss:") or "ssl_cert_reqs=" in url:
-        return url
-    return f"{url}{'&' if '?' in url else '?'}ssl_cert_reqs=required"
-
-
-broker_url = _checked(_settings.broker_url)
-broker_transport_options = {"visibility_timeout": _settings.visibility_timeout, **_sockets}
+broker_url = _broker.url
+broker_use_ssl = _broker.tls or False  # said here where sentinels name the server; a plain URL says it itself
+broker_transport_options = {"visibility_timeout": _settings.visibility_timeout, **_sockets, **_broker.options}
 broker_connection_retry_on_startup = True  # worker and Redis start in any order
 broker_connection_max_retries = None  # Redis may stay away for long
 broker_pool_limit = 100  # at most, opened when needed: each of Flower's threads (up to 32) holds two while it inspects
 
-result_backend = f"worker.backend:ReplyBackend+{_checked(_settings.results_url)}"  # stores success, nothing else
+# Stores success, nothing else.
+result_backend = f"worker.backend:{'SentinelReplyBackend' if _results.sentinel else 'ReplyBackend'}+{_results.url}"
+redis_username, redis_password = _results.user, _results.password  # as broker_use_ssl
+redis_backend_use_ssl = _results.tls
 result_expires = REPLY_TTL  # as long as a request id is remembered
 redis_socket_timeout = _sockets["socket_timeout"]  # the backend has its own names for these
 redis_socket_connect_timeout = _sockets["socket_connect_timeout"]
 redis_socket_keepalive = True
 redis_backend_health_check_interval = _sockets["health_check_interval"]
 redis_retry_on_timeout = False
-result_backend_transport_options = {"visibility_timeout": _settings.visibility_timeout}
+result_backend_transport_options = {"visibility_timeout": _settings.visibility_timeout, **_results.options}
 visibility_timeout = _settings.visibility_timeout  # the shortest of all apps on a broker wins: say it everywhere
 
 task_default_queue = _settings.queue  # the one queue a worker consumes

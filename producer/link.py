@@ -7,22 +7,17 @@ Everything but the pipeline (URL, TLS options) is redis-py's.
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import hiredis
-from redis.asyncio.connection import SSLConnection, parse_url
 
 from producer.errors import RedisUnavailable, ServerTooOld
-from producer.script import Command, in_full, load_all
-from producer.wire import Protocol
+from producer.opening import AWAY, Opener
+from producer.script import Command, in_full
+from producer.wire import Protocol, kind_of, pack
 
-CONNECT_TIMEOUT = 1.0  # seconds; with the wire's ANSWER_TIMEOUT it keeps "Redis is down" within the promised 3 s
 OLDEST = (6, 2)
-
-# Replies of a server that is there and cannot work: it reads its files, is in a long script, has become a replica.
-_AWAY = ("LOADING", "BUSY", "MASTERDOWN", "READONLY")
 
 Batch = Sequence[Command]
 Part = tuple[int, Batch]  # a database's number, and what is for it
@@ -43,20 +38,19 @@ class Link:
         on_push: Callable[[Any], None] | None = None,
         on_open: Callable[[Link], Awaitable[None]] | None = None,
     ) -> None:
-        self._options: dict[str, Any] = dict(parse_url(url))
+        self._opener = Opener(url)
         self._on_push = on_push
         self._on_open = on_open
         self._protocol: Protocol | None = None
         self._opening: asyncio.Task[Protocol] | None = None
         self._unheard: set[asyncio.Future[list[list[Any]]]] = set()  # posts whose replies want a second look
-        self.database = int(self._options.get("db") or 0)
+        self.database = self._opener.database
         self._selected = self.database
 
     @property
     def server(self) -> tuple[Any, ...]:
         """What tells whether two URLs mean one server and one user, so that one connection serves both."""
-        options = {name: value for name, value in self._options.items() if name != "db"}
-        return tuple(sorted((name, str(value)) for name, value in options.items()))
+        return self._opener.server
 
     @property
     def connected(self) -> bool:
@@ -73,6 +67,8 @@ class Link:
         protocol = await self._open()
         if not protocol.open:  # lost in the moment between its opening and our turn
             raise RedisUnavailable("the connection to Redis was lost")
+        if self._opener.finder is not None:
+            self._opener.finder.look(protocol)
         before = self._selected
         return await self._read(protocol, parts, before, await protocol.ask(*self._pack_all(parts)))
 
@@ -105,9 +101,9 @@ class Link:
         packed, selected = [], self._selected
         for database, batch in parts:
             if database != selected:
-                packed.append(_pack(("SELECT", database)))
+                packed.append(pack(("SELECT", database)))
                 selected = database
-            packed += map(_pack, batch)
+            packed += map(pack, batch)
         self._selected = selected  # only now: what cannot be packed is not written
         return b"".join(packed), len(packed)
 
@@ -120,7 +116,7 @@ class Link:
             if database != selected:
                 if isinstance(replies[at], ServerError):
                     protocol.transport.abort()
-                    raise RedisUnavailable(f"Redis refused SELECT {database}: {_kind(replies[at])}")
+                    raise RedisUnavailable(f"Redis refused SELECT {database}: {kind_of(replies[at])}")
                 selected = database
                 at += 1
             found.append(replies[at : at + len(batch)])
@@ -131,9 +127,9 @@ class Link:
         return found
 
     async def _mend(self, protocol: Protocol, database: int, batch: Batch, replies: list[Any]) -> None:
-        errors = {i: _kind(reply) for i, reply in enumerate(replies) if isinstance(reply, ServerError)}
+        errors = {i: kind_of(reply) for i, reply in enumerate(replies) if isinstance(reply, ServerError)}
         for kind in errors.values():
-            if kind in _AWAY:
+            if kind in AWAY:
                 # The address may lead to a server that works by now; this connection does not.
                 protocol.transport.abort()
                 raise RedisUnavailable(f"Redis does not work at the moment ({kind})")
@@ -163,18 +159,8 @@ class Link:
             task.exception()  # seen, even if nobody waits any more
 
     async def _connect(self) -> Protocol:
-        protocol: Protocol | None = None
-        try:
-            async with asyncio.timeout(CONNECT_TIMEOUT):
-                protocol = await self._dial()
-                await self._greet(protocol)
-        except BaseException as exc:
-            if protocol is not None:
-                protocol.transport.abort()
-            # UnicodeError: a host name that IDNA cannot take.
-            if isinstance(exc, OSError | UnicodeError) and not isinstance(exc, RedisUnavailable):
-                raise RedisUnavailable(f"Redis could not be reached ({type(exc).__name__})") from None
-            raise
+        protocol = await self._opener.open(self._on_push)
+        self._selected = self.database
         self._protocol = protocol
         if self._on_open is not None:
             try:
@@ -184,39 +170,10 @@ class Link:
                 raise
         return protocol
 
-    async def _dial(self) -> Protocol:
-        options = self._options
-        tls: ssl.SSLContext | None = None
-        if options.get("connection_class") is SSLConnection:
-            tls = ssl.create_default_context(cafile=options.get("ssl_ca_certs"))
-            if options.get("ssl_check_hostname") is False or options.get("ssl_cert_reqs") == "none":
-                tls.check_hostname = False
-            if options.get("ssl_cert_reqs") == "none":
-                tls.verify_mode = ssl.CERT_NONE
-            if options.get("ssl_certfile"):
-                tls.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"))
-        _, protocol = await asyncio.get_running_loop().create_connection(
-            lambda: Protocol(self._on_push), options.get("host", "localhost"), options.get("port", 6379), ssl=tls
-        )
-        return protocol
-
-    async def _greet(self, protocol: Protocol) -> None:
-        greeting: list[Command] = []
-        if self._options.get("password"):
-            user = self._options.get("username")
-            greeting.append(("AUTH", *([user] if user else []), self._options["password"]))
-        greeting.append(("SELECT", self.database))
-        self._selected = self.database
-        # Scripts go first: one found missing would run after the commands that were written behind it.
-        packed = [_pack(command) for command in (*greeting, *load_all())]
-        replies = await protocol.ask(b"".join(packed), len(packed))
-        for i, reply in enumerate(replies):
-            # A user without the right to load may still have that to run.
-            if isinstance(reply, ServerError) and (i < len(greeting) or _kind(reply) in _AWAY):
-                raise RedisUnavailable(f"Redis refused the connection ({_kind(reply)})")
-
     async def close(self) -> None:
         """Drop the connection; batches under way fail."""
+        if self._opener.finder is not None:
+            await self._opener.finder.close()
         if self._opening is not None:
             self._opening.cancel()
             self._opening = None
@@ -226,25 +183,15 @@ class Link:
             self._protocol = None
 
 
-def _pack(command: Command) -> bytes:
-    packed: bytes = hiredis.pack_command(command)  # type: ignore[arg-type]  # its stub says a tuple of one
-    return packed
-
-
 def _has_error(replies: list[Any]) -> bool:
     return any(isinstance(reply, ServerError) for reply in replies)
-
-
-def _kind(error: Exception) -> str:
-    """The first word of an error reply: the rest may quote keys."""
-    return str(error).partition(" ")[0]
 
 
 def raise_errors(replies: list[Any]) -> list[Any]:
     """`replies`, if none is an error. Raises `RedisUnavailable` with the kind of the first that is."""
     for reply in replies:
         if isinstance(reply, ServerError):
-            raise RedisUnavailable(f"Redis answered an error ({_kind(reply)})")
+            raise RedisUnavailable(f"Redis answered an error ({kind_of(reply)})")
     return replies
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from producer.contract import DEAD_LETTERS
 from producer.errors import BadSetting
+from producer.sentinel import SentinelURL, is_sentinel
 from producer.values import (
     MASK,
     RELAY_PORTS,
@@ -37,7 +38,10 @@ _DATABASES: Final = {"codes_url": 0, "broker_url": 1, "results_url": 2}
 
 
 _TEXT: Final = "utf-8-sig"  # some editors begin a file with a mark that says UTF-8
-_REDIS = "redis://host:port or rediss://host:port, with user:password@ before the host if needed"
+_REDIS = (
+    "redis://host:port or rediss://host:port, with user:password@ before the host if needed,"
+    " or redis+sentinel://host:port,host:port/service"
+)
 _FLAG = "0 or 1"
 _WEB = "http://host:port or https://host:port, with a path if needed, without user or password"
 
@@ -96,6 +100,10 @@ class Settings(BaseModel):
     @field_validator("redis_url")
     @classmethod
     def _no_database(cls, value: str) -> str:
+        if is_sentinel(value):
+            if SentinelURL.parse(value).database:
+                raise ValueError
+            return value
         parts = urlsplit(value)
         if parts.path not in {"", "/", "/0"}:
             raise ValueError
@@ -110,11 +118,9 @@ class Settings(BaseModel):
 
     def model_post_init(self, _context: object) -> None:
         """Derive what was not given: the three databases from the base URL."""
-        parts = urlsplit(self.redis_url)
         for name, number in _DATABASES.items():
             if not getattr(self, name):
-                url = urlunsplit((parts.scheme, parts.netloc, f"/{number}", parts.query, ""))
-                object.__setattr__(self, name, url)
+                object.__setattr__(self, name, _database(self.redis_url, number))
 
     def shown(self) -> dict[str, str]:
         """Every setting by its environment name, as it may be shown: passwords and keys masked."""
@@ -153,6 +159,13 @@ def load(environ: dict[str, str] | None = None, *, dotenv: Path | None = Path(".
         return Settings.model_validate(values)
     except ValidationError as exc:
         raise _explain(exc, values, from_config) from None
+
+
+def _database(base: str, number: int) -> str:
+    if is_sentinel(base):
+        return str(SentinelURL.parse(base).with_database(number))
+    parts = urlsplit(base)
+    return urlunsplit((parts.scheme, parts.netloc, f"/{number}", parts.query, ""))
 
 
 def load_or_exit() -> Settings:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from email.utils import getaddresses
 from typing import Annotated, Final, NamedTuple
-from urllib.parse import SplitResult, parse_qs, unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator
 
 from producer import address
 from producer.errors import InvalidAddress
+from producer.sentinel import SentinelURL, is_sentinel
 
 MASK: Final = "***"
 RELAY_PORTS: Final = {"smtp": 25, "smtp+starttls": 587, "smtps": 465}
@@ -56,15 +57,20 @@ class Sender(NamedTuple):
 
 
 def mask_url(url: str) -> str:
-    """`url` with its user and password, and the values of its query, replaced."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    netloc = f"{MASK}@{host}" if "@" in parts.netloc else host
-    query = "&".join(f"{pair.partition('=')[0]}={MASK}" for pair in parts.query.split("&") if pair)
-    return urlunsplit((parts.scheme, netloc, parts.path, query, ""))
+    """`url` with its user and password, and the values of its query, replaced. It may name several hosts."""
+    scheme, _, rest = url.partition("://")
+    rest, _, query = rest.partition("#")[0].partition("?")
+    netloc, slash, path = rest.partition("/")
+    host = netloc.rpartition("@")[2]
+    netloc = f"{MASK}@{host}" if "@" in netloc else host
+    query = "&".join(f"{pair.partition('=')[0]}={MASK}" for pair in query.split("&") if pair)
+    return f"{scheme}://{netloc}{slash}{path}" + (f"?{query}" if query else "")
 
 
 def _redis_url(value: str) -> str:
+    if is_sentinel(value):
+        SentinelURL.parse(value)
+        return value
     value = _CELERYS.sub(lambda found: found[0].removeprefix("CERT_").lower(), value)
     parts = urlsplit(value)
     query = parse_qs(parts.query, keep_blank_values=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import hiredis
 
 from producer.errors import RedisUnavailable
+from producer.script import Command
 
 BUFFER = 65536  # bytes
 ANSWER_TIMEOUT = 1.5  # seconds a write waits for its replies before the connection counts as dead
@@ -118,3 +119,26 @@ class Protocol(asyncio.BufferedProtocol):
         # After a lost reply, nothing on this connection can be matched.
         self._fail("Redis did not answer in time")
         self.transport.abort()
+
+
+def pack(command: Command) -> bytes:
+    """The command as it travels."""
+    packed: bytes = hiredis.pack_command(command)  # type: ignore[arg-type]  # its stub says a tuple of one
+    return packed
+
+
+def packed(commands: Sequence[Command]) -> tuple[bytes, int]:
+    """What `ask` wants of these."""
+    return b"".join(map(pack, commands)), len(commands)
+
+
+def auth(user: str | None, password: str | None) -> list[Command]:
+    """Say who we are, if there is anything to say."""
+    if not password:
+        return []
+    return [("AUTH", user, password) if user else ("AUTH", password)]
+
+
+def kind_of(error: Exception) -> str:
+    """The first word of an error reply: the rest may quote keys."""
+    return str(error).partition(" ")[0]

@@ -20,9 +20,9 @@ META: Final = "celery-task-meta-"
 class Listener:
     """Keeps what is published on a channel pattern, in its order."""
 
-    def __init__(self, url: str, pattern: str) -> None:
+    def __init__(self, where: str | redis.Redis, pattern: str) -> None:
         self.heard: list[tuple[str, bytes]] = []
-        self._client = redis.Redis.from_url(url)
+        self._client = redis.Redis.from_url(where) if isinstance(where, str) else where
         self._pubsub = self._client.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
         self._pubsub.psubscribe(**{pattern: self._take})
         self._pubsub.get_message(timeout=5)  # the server's word that we are subscribed

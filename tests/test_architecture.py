@@ -34,7 +34,7 @@ CELERYS: Final = {
 TRACED: Final = {"producer.spans", "producer.exporting", "worker.spans"}
 # Modules that only build and read: what they ask for is sent by others.
 PURE: Final = {
-    *("producer.contract", "producer.codes", "producer.script"),
+    *("producer.contract", "producer.codes", "producer.script", "producer.sentinel"),
     *("worker.queue", "worker.generator", "worker.mail.render", "worker.mail.replies"),
 }
 DOES_IO: Final = {"asyncio", "hiredis", "redis", "socket", "ssl", "subprocess", "threading", "urllib.request"}
@@ -107,8 +107,9 @@ def test_the_worker_leans_on_the_producers_ground_floor(module: str) -> None:
     assert not tops(module) & {"demo", "bench", "tests", "celeryconfig"}
 
 
-def test_the_contract_is_standard_library_only() -> None:
-    assert tops("producer.contract") <= set(sys.stdlib_module_names)
+@pytest.mark.parametrize("module", ["producer.contract", "producer.sentinel"])
+def test_what_everything_leans_on_is_standard_library_only(module: str) -> None:
+    assert tops(module) <= set(sys.stdlib_module_names)
 
 
 @pytest.mark.parametrize("module", sorted(set(below("worker")) - CELERYS))

@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import trustme
-from redis_server import RedisServer
 
 
 def context_for(host: str, authority_file: Path) -> ssl.SSLContext:
@@ -24,8 +23,8 @@ def context_for(host: str, authority_file: Path) -> ssl.SSLContext:
 
 
 @asynccontextmanager
-async def tls_in_front_of(server: RedisServer, context: ssl.SSLContext) -> AsyncIterator[int]:
-    """The port where `server` is reached over TLS."""
+async def tls_in_front_of(target: int, context: ssl.SSLContext) -> AsyncIterator[int]:
+    """Listens with TLS and forwards to a port of this host; the port to connect to."""
 
     async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):
@@ -34,20 +33,20 @@ async def tls_in_front_of(server: RedisServer, context: ssl.SSLContext) -> Async
         writer.close()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        from_redis, to_redis = await asyncio.open_connection("127.0.0.1", server.port)
-        await asyncio.gather(copy(reader, to_redis), copy(from_redis, writer))
+        from_server, to_server = await asyncio.open_connection("127.0.0.1", target)
+        await asyncio.gather(copy(reader, to_server), copy(from_server, writer))
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as front:
         yield front.sockets[0].getsockname()[1]
 
 
 @contextmanager
-def tls_front(server: RedisServer, context: ssl.SSLContext) -> Iterator[int]:
+def tls_front(target: int, context: ssl.SSLContext) -> Iterator[int]:
     """The same on a thread of its own, for tests that run no loop."""
     opened: Future[tuple[int, asyncio.Task[None]]] = Future()
 
     async def run() -> None:
-        async with tls_in_front_of(server, context) as port:
+        async with tls_in_front_of(target, context) as port:
             task = asyncio.current_task()
             assert task is not None
             opened.set_result((port, task))

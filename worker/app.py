@@ -18,6 +18,7 @@ from worker import (
 )
 from worker.backend import ReplyBackend
 from worker.bootstrap import SERVICE
+from worker.lengths import Queues
 from worker.tasks import SendCode
 
 broker.register()
@@ -54,6 +55,9 @@ def _before_flower(**_: Any) -> None:
     if context is not None and context.info_name == "flower":
         logs.configure(logging.getLogger().level)
         ReplyBackend.masks = True
+        import flower.utils.broker  # noqa: PLC0415 - not where a worker runs
+
+        flower.utils.broker.RedisSentinel = Queues  # the one place from which its pages take it
 
 
 @signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]

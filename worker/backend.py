@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from celery.backends.redis import RedisBackend
+from celery.backends.redis import RedisBackend, SentinelBackend
 
 from producer.logs import mask_email
+from producer.settings import load_or_exit
+from worker.primary import sentinel_options
 
 
 class ReplyBackend(RedisBackend):  # type: ignore[misc]  # Celery ships no types
@@ -32,6 +34,14 @@ class ReplyBackend(RedisBackend):  # type: ignore[misc]  # Celery ships no types
         if self.masks and isinstance(meta, dict) and "result" in meta:
             return {**meta, "result": _masked(meta["result"])}
         return meta
+
+
+class SentinelReplyBackend(ReplyBackend, SentinelBackend):  # type: ignore[misc]  # Celery ships no types
+    """The same over a server that sentinels name."""
+
+    @property
+    def _transport_options(self) -> dict[str, Any]:
+        return {**super()._transport_options, "sentinel_kwargs": sentinel_options(load_or_exit().results_url)}
 
 
 def _masked(result: Any) -> Any:

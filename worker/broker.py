@@ -11,6 +11,9 @@ from typing import Any, Protocol
 
 from kombu.transport import TRANSPORT_ALIASES, redis, virtual
 
+from producer.settings import load_or_exit
+from worker.primary import sentinel_options
+
 
 class Tap(Protocol):
     """What the transport needs of the intake. All methods may be called from any thread."""
@@ -107,6 +110,23 @@ class Transport(redis.Transport):
     tap: Tap | None = None
 
 
+class SentinelChannel(Channel, redis.SentinelChannel):
+    """The same over a server that sentinels name."""
+
+    @property
+    def sentinel_kwargs(self) -> dict[str, Any]:
+        """How these are asked; kombu would take it from its options."""
+        return sentinel_options(load_or_exit().broker_url)
+
+
+class SentinelTransport(Transport):
+    """The same for such a server. Has the same tap."""
+
+    default_port = redis.SentinelTransport.default_port  # type: ignore[assignment]  # its base says None
+    Channel = SentinelChannel
+
+
 def register() -> None:
-    """Let `redis://` and `rediss://` mean this transport in this process."""
-    TRANSPORT_ALIASES.update(redis="worker.broker:Transport", rediss="worker.broker:Transport")
+    """Let `redis://`, `rediss://` and kombu's `sentinel://` mean these transports in this process."""
+    plain = f"{__name__}:{Transport.__name__}"
+    TRANSPORT_ALIASES.update(redis=plain, rediss=plain, sentinel=f"{__name__}:{SentinelTransport.__name__}")

@@ -8,17 +8,16 @@ import sys
 from typing import Annotated
 
 import typer
-from redis import Redis, RedisError
-from redis.backoff import NoBackoff
-from redis.retry import Retry
+from redis import RedisError
 from rich.console import Console
 from rich.table import Table
 
 from producer.contract import DEAD_LETTERS
 from producer.errors import VerifyError
-from producer.settings import Settings, load_or_exit
+from producer.settings import load_or_exit
 from producer.values import mask_url
 from worker.dead import DeadLetter, DeadLetters
+from worker.primary import connect
 
 TIMEOUT = 3.0  # seconds for Redis to answer
 
@@ -37,16 +36,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 
 def _letters() -> DeadLetters:
     settings = load_or_exit()
-    return DeadLetters(_client(settings), settings.queue)
-
-
-def _client(settings: Settings) -> Redis:
-    return Redis.from_url(
-        settings.broker_url,
-        socket_timeout=TIMEOUT,
-        socket_connect_timeout=TIMEOUT,
-        retry=Retry(NoBackoff(), 0),
-    )
+    return DeadLetters(connect(settings.broker_url, timeout=TIMEOUT), settings.queue)
 
 
 def _fields(letter: DeadLetter) -> dict[str, object]:

@@ -16,14 +16,13 @@ import redis
 from caller import QUEUE, TASK, message
 from celery import Celery
 from kombu.exceptions import OperationalError
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from faults.ledger import Ledger, Record
 from producer.aio import AsyncVerificationClient
 from producer.client import VerificationClient
 from producer.errors import RedisUnavailable
 from producer.settings import Settings
+from worker.primary import broker_form, connect
 
 HOST: Final = "soak.example"
 POPULAR: Final = 12  # addresses that are asked for again and again, by several at once
@@ -129,9 +128,7 @@ class Askers:
 
     def raw_client(self) -> redis.Redis:
         """Of the broker database; never retries."""
-        return redis.Redis.from_url(
-            self._settings.broker_url, socket_timeout=2, socket_connect_timeout=1, retry=Retry(NoBackoff(), 0)
-        )
+        return connect(self._settings.broker_url, timeout=2)
 
     def _raw(self) -> None:
         chance = random.Random(f"{self._seed} raw")
@@ -148,8 +145,9 @@ class Askers:
 
     def _celery(self) -> None:
         chance = random.Random(f"{self._seed} celery")
-        app = Celery("stock", broker=self._settings.broker_url, backend=self._settings.results_url)
-        sockets = {"socket_timeout": 2, "socket_connect_timeout": 1, "retry_on_timeout": False}
+        broker = broker_form(self._settings.broker_url)
+        app = Celery("stock", broker=broker.url)
+        sockets = {"socket_timeout": 2, "socket_connect_timeout": 1, "retry_on_timeout": False, **broker.options}
         app.conf.update(broker_transport_options=sockets, task_publish_retry=False, broker_connection_timeout=1)
         while self._paced(chance, "celery"):
             known = str(uuid.uuid4())

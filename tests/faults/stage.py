@@ -22,6 +22,7 @@ from caller import META, QUEUE, Listener, message
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from redis_server import RedisServer
+from sentinel_servers import Watched
 from smtp_server import Act, Held, Mail, ScriptedServer, running
 from worker_process import WorkerProcess, eventually
 
@@ -32,6 +33,7 @@ BACK: Final = VISIBILITY + 3  # seconds within which what a dead worker held is 
 CODE_LENGTH: Final = 12  # six digits are also in any timestamp of a log
 _CODE: Final = re.compile(rb"\n(\d{12})=\r\n")
 _MESSAGE_ID: Final = re.compile(rb"\r\nMessage-ID: <([a-p]+)@example\.com>\r\n")
+_DATABASES: Final = ("codes", "broker", "results")
 _AWAY: Final = (redis.ConnectionError, redis.TimeoutError)
 _HELD: Final[dict[str, Callable[[redis.Redis], Any]]] = {
     "queue": lambda client: client.llen(QUEUE),
@@ -105,23 +107,33 @@ class Stage:
         relay_proxy: bool = False,
         sink: ScriptedServer | None = None,
         own: Iterable[str] = (),
+        watched: Watched | None = None,
         log_level: str = "DEBUG",
         **settings: object,
     ) -> None:
-        """`aof`: its fsync policy; `own`: databases (`"results"`) on a server of their own."""
+        """`aof`: its fsync policy; `own`: databases (`"results"`) on a server of their own.
+
+        `watched`: servers behind sentinels, in the place of all three; `server` is then the first of them.
+        """
         self._stack = ExitStack()
         self._log_level = log_level
         options = ("--appendfsync", aof) if aof else ()
-        self.server = self._stack.enter_context(RedisServer(aof=bool(aof), options=options))
-        self.servers = dict.fromkeys(("codes", "broker", "results"), self.server)
+        self.watched = self._stack.enter_context(watched) if watched else None
+        self.server = (
+            self.watched.servers[0]
+            if self.watched
+            else self._stack.enter_context(RedisServer(aof=bool(aof), options=options))
+        )
+        self.servers = dict.fromkeys(_DATABASES, self.server)
         for which in own:
             self.servers[which] = self._stack.enter_context(RedisServer(aof=bool(aof), options=options))
         self.sink = self._stack.enter_context(running(sink or ScriptedServer()))
         self.redis_proxy = self._stack.enter_context(Proxy(self.server.port)) if redis_proxy else None
         self.relay_proxy = self._stack.enter_context(Proxy(self.sink.port)) if relay_proxy else None
         relay = self.relay_proxy.port if self.relay_proxy else self.sink.port
+        server = f"redis://127.0.0.1:{self.redis_proxy.port if self.redis_proxy else self.server.port}"
         self.settings = {
-            "VERIFY_REDIS_URL": f"redis://127.0.0.1:{self.redis_proxy.port if self.redis_proxy else self.server.port}",
+            "VERIFY_REDIS_URL": self.watched.url() if self.watched else server,
             **{f"VERIFY_{which.upper()}_URL": self.url(which) for which in own},
             "VERIFY_RELAYS": f"smtp://127.0.0.1:{relay}",
             "VERIFY_LOCALE": "en",
@@ -131,8 +143,8 @@ class Stage:
             **{f"VERIFY_{name.upper()}": str(value) for name, value in settings.items()},
         }
         self.codes, self.broker, self.results = (self._client(which) for which in self.servers)
-        self._listener = Listener(self.url("results"), f"{META}*")
-        self._events = Listener(self.url("broker"), "*celeryev*")
+        self._listener = Listener(self._where("results"), f"{META}*")
+        self._events = Listener(self._where("broker"), "*celeryev*")
         self._stack.callback(self._listener.close)
         self._stack.callback(self._events.close)
         self.workers: list[WorkerProcess] = []
@@ -143,10 +155,16 @@ class Stage:
 
     def url(self, which: str) -> str:
         """The URL of one of the three databases, past any proxy."""
-        return self.servers[which].url(("codes", "broker", "results").index(which))
+        return (self.watched or self.servers[which]).url(_DATABASES.index(which))
+
+    def _where(self, which: str) -> str | redis.Redis:
+        return self.watched.client(_DATABASES.index(which)) if self.watched else self.url(which)
 
     def _client(self, which: str) -> redis.Redis:
-        client = redis.Redis.from_url(self.url(which), socket_timeout=30, retry=Retry(NoBackoff(), 0))
+        where = self._where(which)
+        if isinstance(where, str):
+            where = redis.Redis.from_url(where, socket_timeout=30, retry=Retry(NoBackoff(), 0))
+        client = where
         self._stack.callback(client.close)
         return client
 

@@ -480,7 +480,7 @@ def test_tls_is_spoken_and_the_certificate_checked(redis_server: RedisServer, tm
     context = context_for("localhost", tmp_path / "ca.pem")
 
     async def main() -> None:
-        async with tls_in_front_of(redis_server, context) as port:
+        async with tls_in_front_of(redis_server.port, context) as port:
             async with opened(f"rediss://localhost:{port}?ssl_ca_certs={tmp_path}/ca.pem") as link:
                 assert await link.run([("PING",)]) == [b"PONG"]
             async with opened(f"rediss://localhost:{port}?ssl_cert_reqs=none") as link:

@@ -199,7 +199,7 @@ def test_over_tls_a_worker_checks_the_certificate_unless_told_not_to(
     context = context_for("localhost", tmp_path / "ca.pem")
     if known:
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
-    with tls_front(server, context) as port:
+    with tls_front(server.port, context) as port:
         url = server.url().replace("redis://", "rediss://").replace(f"127.0.0.1:{server.port}", f"localhost:{port}")
         rig = new_rig(server=server, redis_url=url + query)
         worker = rig.add_worker(wait=False)

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from producer import settings
 from producer.errors import BadSetting
+from producer.sentinel import SentinelURL
 from producer.settings import Settings
 
 SECRET = "pa55:w@rd/"
@@ -126,6 +127,17 @@ BAD: list[tuple[str, str]] = [
     ("REDIS_URL", "redis://host?db=1"),
     ("REDIS_URL", "redis://host\n"),
     ("REDIS_URL", "redis://ho st"),
+    ("REDIS_URL", "redis+sentinel://one,two"),
+    ("REDIS_URL", "redis+sentinel://one,two/"),
+    ("REDIS_URL", "redis+sentinel:///service"),
+    ("REDIS_URL", "redis+sentinel://one,/service"),
+    ("REDIS_URL", "redis+sentinel://one:0/service"),
+    ("REDIS_URL", "redis+sentinel://one:port/service"),
+    ("REDIS_URL", "redis+sentinel://one/service/1"),
+    ("REDIS_URL", "redis+sentinel://one/service?db=1"),
+    ("REDIS_URL", "redis+sentinel://one/service#fragment"),
+    ("CODES_URL", "redis+sentinel://one/service/first"),
+    ("BROKER_URL", "sentinel://one/service"),
     ("CODES_URL", "redis://host/first"),
     ("CODES_URL", "redis://host/1?db=3"),
     ("BROKER_URL", "amqp://host"),
@@ -212,6 +224,7 @@ def test_every_setting_has_a_bad_value_that_is_refused() -> None:
     [
         ("REDIS_URL", f"redis://:{QUOTED}@host/1"),
         ("CODES_URL", f"http://:{QUOTED}@host"),
+        ("CODES_URL", f"redis+sentinel://:{QUOTED}@one:x/service?sentinel_password=pa55"),
         ("RELAYS", f"http://user:{QUOTED}@host"),
         ("RELAYS", f"smtp://user:{SECRET}@host:x"),
     ],
@@ -271,6 +284,25 @@ def test_what_tls_checks_may_have_celerys_name(word: str) -> None:
     assert load(REDIS_URL=given).codes_url == f"rediss://:CERT_NONE@host/0?ssl_cert_reqs={word}&ssl_ca_certs=/CERT_NONE"
 
 
+def test_the_three_databases_follow_sentinels_too_with_all_that_the_url_says() -> None:
+    found = load(
+        REDIS_URL=f"rediss+sentinel://user:{QUOTED}@one,two:1,[::1]/s%20x?sentinel_password=p%26&ssl_cert_reqs=none"
+    )
+    read = [SentinelURL.parse(url) for url in (found.codes_url, found.broker_url, found.results_url)]
+    assert [url.database for url in read] == [0, 1, 2]
+    for url in read:
+        assert url.sentinels == (("one", 26379), ("two", 1), ("::1", 26379))
+        assert (url.service, url.tls, url.sentinel_user, url.sentinel_password) == ("s x", True, None, "p&")
+        assert url.server_url("10.0.0.1", 6380).startswith(f"rediss://user:{QUOTED}@10.0.0.1:6380/{url.database}?ssl")
+
+
+def test_a_url_with_several_hosts_is_shown_with_all_of_them_and_no_secret() -> None:
+    found = load(REDIS_URL=f"redis+sentinel://:{QUOTED}@one:1,[::1]:2/service?sentinel_password=pa55").shown()
+    shown = "redis+sentinel://***@one:1,[::1]:2/service"
+    assert found["VERIFY_REDIS_URL"] == f"{shown}?sentinel_password=***"
+    assert found["VERIFY_RESULTS_URL"] == f"{shown}/2?sentinel_password=***"
+
+
 def test_one_of_the_three_can_be_elsewhere() -> None:
     found = load(REDIS_URL="redis://host", RESULTS_URL="redis://other/5")
     assert (found.broker_url, found.results_url) == ("redis://host/1", "redis://other/5")
@@ -303,6 +335,7 @@ def test_settings_cannot_be_changed() -> None:
     [
         {"REDIS_URL": f"redis://user:{QUOTED}@host"},
         {"CODES_URL": f"redis://:{QUOTED}@host/0?password=pa55"},
+        {"REDIS_URL": f"redis+sentinel://user:{QUOTED}@one,two:1,[::1]:2/service?sentinel_password=pa55"},
         {"RELAYS": f"smtps://pa55user:{QUOTED}@host"},
         {"API_KEYS": "pa55,other"},
     ],
