@@ -27,7 +27,7 @@ class Depth(NamedTuple):
     suspects: int
     dead: int  # dead letters
     workers: int  # that are alive
-    oldest: float | None  # seconds since the queue's oldest request was made; None if there is none or it does not say
+    oldest: float | None  # seconds since the queue's oldest request was made, of those that say it; None if there is none
 
 
 def depth(queue: str) -> Command:

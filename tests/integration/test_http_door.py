@@ -257,7 +257,8 @@ class TestLooking:
         doors.http.get("/nothing")
         assert doors.metric("verify_door_refusals_total", status="404") == refused + 1
         with redis_server.client(1) as broker:
-            broker.lpush("verification", json.dumps({"headers": {"enqueued_at": time.time() - 30}}), "x")
+            says_when = json.dumps({"headers": {"enqueued_at": time.time() - 30}})
+            broker.lpush("verification", "the oldest does not say when", says_when)
             broker.hset("verification.parked", "id", "1 x")
             broker.rpush("verification.dead", "x", "x", "x")
             time.sleep(0.3)
