@@ -212,6 +212,7 @@ def test_flower_asks_for_the_secrets_password(node: Node) -> None:
     assert httpx.get(url, auth=(user, password), trust_env=False).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_change_of_the_queue_shows_where_the_scaler_looks(node: Node, server: RedisServer) -> None:
     length, age = (trigger["metadata"] for trigger in of("production", "ScaledObject")["workers"]["spec"]["triggers"])
     broker = redis.Redis(
@@ -264,6 +265,7 @@ def test_a_worker_that_starts_before_redis_waits_for_it(node: Node, server: Redi
     assert not node.ended("workers")
 
 
+@pytest.mark.slow
 def test_a_door_that_goes_answers_what_it_took_and_is_open_until_then(node: Node) -> None:
     assert node.stop("workers")[1] > 0
     answers: list[httpx.Response] = []

@@ -17,7 +17,12 @@ NewRig = Callable[..., Rig]
 NewServer = Callable[..., RedisServer]
 
 
-@pytest.mark.parametrize("command", ["hset", "zadd", "ltrim", "hdel", "zrem", "rpush", "lpush"])
+def some(*quick: str, slow: tuple[str, ...]) -> list[object]:
+    """All of them; `slow` ones are of the long part of the suite."""
+    return [*quick, *(pytest.param(value, marks=pytest.mark.slow) for value in slow)]
+
+
+@pytest.mark.parametrize("command", some("zadd", "hdel", slow=("hset", "ltrim", "zrem", "rpush", "lpush")))
 def test_a_command_that_is_refused_for_a_while_loses_no_request(new_rig: NewRig, command: str) -> None:
     rig = new_rig(visibility_timeout=2, give_up_after=60)
     rig.tolerated.append("kombu")  # Celery's own connection is refused the same, and kombu shows where
@@ -38,7 +43,8 @@ def test_a_command_that_is_refused_for_a_while_loses_no_request(new_rig: NewRig,
 
 
 @pytest.mark.parametrize(
-    "key", ["unacked", "unacked_index", "verification.parked", "verification.parked.due", "verification.dead"]
+    "key",
+    some("unacked_index", "verification.dead", slow=("unacked", "verification.parked", "verification.parked.due")),
 )
 def test_a_key_of_another_type_holds_requests_up_and_loses_none(new_rig: NewRig, key: str) -> None:
     rig = new_rig(visibility_timeout=2)
