@@ -186,7 +186,7 @@ class Stage:
             (self.checkout / ".env").unlink(missing_ok=True)
 
     def needs(self, *names: str) -> None:
-        """See that they run: `worker`, `doors`, or a `code` for `A` that was mailed."""
+        """See that they run: `worker`, `doors`; a `code` for `A` that was mailed, or for one who `asked` at a door."""
         settings = {name: value for name, value in self.environment.items() if name.startswith("VERIFY_")}
         for name in names:
             if name == "code":
@@ -194,6 +194,9 @@ class Stage:
                 with VerificationClient(load(settings, dotenv=None)) as client:
                     # Some workers of the pages say nothing when they are ready.
                     eventually(lambda client=client: client.request(A).error == 0, START_TIMEOUT)  # type: ignore[misc]
+            elif name == "asked":
+                self.needs("worker", "doors")
+                self.run(f"{sys.executable} examples/ask_grpc.py {A}")
             elif name not in self._helpers and name not in self._services:
                 helper = WorkerProcess(settings, log_level="INFO") if name == "worker" else Doors(settings)
                 self._helpers[name] = helper

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 import uuid
 from base64 import b64encode
 from collections.abc import Iterator
@@ -18,12 +19,15 @@ from doc_commands import TOOLS, WAYS, Elsewhere, Here, Long, Stays
 from doc_pages import ROOT, Block
 from doc_stage import A, Stage
 
+from producer.settings import PREFIX, Settings, load
+
 BLOCKS: Final = [block for page in pages.PAGES for block in pages.blocks(page)]
 # Where a reader of these pages stands; everywhere else it is the checkout.
 STANDS: Final = {"examples/README.md": "examples"}
 # Blocks of the other languages: what holds them.
 SHOWN: Final = {"js": "examples", "java": "examples", "go": "examples", "php": "examples", "cpp": "examples"}
 DIAGRAMS: Final = {"", "mermaid"}
+CONF: Final = "docs/high-availability.md"  # its blocks of configuration: tests/integration/test_docs_conf.py
 TWO_LINES: Final = "tests/e2e/test_gateserver.py::test_the_two_lines_compile_where_they_belong"
 LONG_TIMEOUT: Final = 600.0  # seconds
 
@@ -99,6 +103,15 @@ def test_make_knows_its_targets(command: str, stage: Stage) -> None:
     with stage.scene():
         status, said = stage.run(f"make -n {command.removeprefix('make ')}")
     assert status == 0, said
+    if command.startswith("make demo"):  # what tests/e2e/test_demo.py runs
+        assert said.splitlines()[-1].endswith(f"/python -m demo{' --once' if 'ONCE=1' in command else ' '}"), said
+
+
+@pytest.mark.parametrize("command", sorted(command for command in COMMANDS if command.startswith("export ")))
+def test_what_is_exported_is_a_setting_that_is_taken(command: str, stage: Stage) -> None:
+    [(name, value)] = [word.split("=", 1) for word in shlex.split(stage.localized(command))[1:]]
+    assert name in {f"{PREFIX}{field.upper()}" for field in Settings.model_fields} | {"VERIFY_CONFIG"}
+    load({name: value}, dotenv=None)  # raises
 
 
 @pytest.mark.timeout(300)
@@ -199,4 +212,5 @@ def test_code_that_is_shown_stands_in_an_example(block: Block) -> None:
 
 
 def test_every_block_is_of_a_kind_that_a_test_holds() -> None:
-    assert {block.language for block in BLOCKS} - {"sh", "python", "json", *SHOWN, *DIAGRAMS} == set()
+    held = {"sh", "python", "json", *SHOWN, *DIAGRAMS}
+    assert {(block.page, block.language) for block in BLOCKS if block.language not in held} == {(CONF, "conf")}
