@@ -116,7 +116,7 @@ WAYS: Final[dict[str, Way]] = {
     "docker compose up --wait --no-recreate --scale worker=3": Elsewhere(
         f"{COMPOSE}::test_a_worker_can_be_there_many_times", NO_ENGINE
     ),
-    "docker compose exec redis redis-cli CONFIG SET maxmemory 1gb": Elsewhere(
+    "docker compose exec redis redis-cli CONFIG SET maxmemory 700mb": Elsewhere(
         f"{CONTAINERS}::test_redis_is_given_more_memory_while_it_runs", NO_ENGINE
     ),
     "docker compose up --wait --force-recreate --no-deps --scale worker=2 worker": Elsewhere(
