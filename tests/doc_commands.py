@@ -24,10 +24,11 @@ class Here:
 
 @dataclass(frozen=True)
 class Stays:
-    """Plays a role on the stage: it is ready once it `says` this, and then what it `gives` is to be had."""
+    """Plays a role on the stage: ready once it `says` this and `answers` here; then what it `gives` is to be had."""
 
     role: str
     says: str = ""
+    answers: str = ""  # a URL
     needs: tuple[str, ...] = ()
     gives: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
@@ -203,7 +204,10 @@ WAYS: Final[dict[str, Way]] = {
     "cd examples && g++ -std=c++17 ask.cpp -o ask $(pkg-config --cflags --libs hiredis jsoncpp)": Here(),
     "./ask a@example.com": Here(r'"error" : 0', ("worker",)),
     # watching
-    ".venv/bin/celery -A worker.app flower": Stays("flower", r"Visit me at http://127\.0\.0\.1:\d+", needs=("worker",)),
+    # It says so before its loop runs, and a SIGTERM between the two can leave it hanging.
+    ".venv/bin/celery -A worker.app flower": Stays(
+        "flower", r"Visit me at http://127\.0\.0\.1:\d+", "http://127.0.0.1:5555/healthcheck", needs=("worker",)
+    ),
     "curl http://127.0.0.1:9464/metrics": Here(r"(?m)^verify_worker_replies_total", ("worker",)),
     "OTEL_TRACES_EXPORTER=otlp": Elsewhere(
         "tests/integration/test_traces_exported.py::test_one_trace_goes_through_both_processes",

@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, Self
 
+import httpx
 from doc_pages import ROOT
 from doors_process import Doors
 from redis_server import HOST, RedisServer, _free_port
@@ -49,6 +50,13 @@ trap : INT TERM
 exit $?"""
 
 
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, trust_env=False).is_success
+    except httpx.HTTPError:
+        return False
+
+
 class Service:
     """A line that stays until it is told to end."""
 
@@ -70,10 +78,14 @@ class Service:
         """All that it printed."""
         return self._log.read_text(errors="replace")
 
-    def wait_for(self, says: str) -> None:
-        """Wait until it printed this pattern; fail if it ends before."""
-        eventually(lambda: re.search(says, self.said) or self.process.poll() is not None, START_TIMEOUT)
-        assert re.search(says, self.said), self.said[-3000:]
+    def wait_for(self, says: str, url: str = "") -> None:
+        """Wait until it printed this pattern, and answers here; fail if it ends before."""
+
+        def ready() -> bool:
+            return re.search(says, self.said) is not None and (not url or _answers(url))
+
+        eventually(lambda: ready() or self.process.poll() is not None, START_TIMEOUT)
+        assert ready(), self.said[-3000:]
 
     def end(self) -> int:
         """SIGTERM, and its exit status."""
