@@ -53,7 +53,7 @@ soak: setup ## random faults under steady load, and a report: make soak MINUTES=
 	PYTHONPATH=tests $(BIN)/python -m faults.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 picture: setup ## a soak of a few long faults in turn, as the dashboard shows it: docs/dashboard.png; needs Debian's prometheus
-	PYTHONPATH=tests $(BIN)/python -m faults.draw docs/dashboard.png
+	PYTHONPATH=tests $(BIN)/python -m faults.draw docs/dashboard.png $(SECONDS)
 
 bench: setup ## hold it against its peers; half an hour, or under 4 minutes with QUICK=1; BARS="a c" measures only these
 	@$(BIN)/python -m bench $(if $(filter-out 0,$(QUICK)),--quick) $(if $(BARS),--bars $(BARS))

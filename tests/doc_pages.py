@@ -110,7 +110,7 @@ def rows(page: str, heading: str) -> list[list[str]]:
     start = re.search(rf"(?m)^#+ {re.escape(heading)}$", text)
     assert start, heading
     section = re.split(r"(?m)^#+ ", text[start.end() :])[0]
-    lines = re.findall(r"(?m)^\|(.+)\|$", section)
+    lines = re.findall(r"(?m)^ *\|(.+)\|$", section)
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)] for line in lines]
     heads = {i for i, row in enumerate(cells[1:]) if all(set(cell) <= set("-:") for cell in row)}
     return [row for i, row in enumerate(cells) if i not in heads and i - 1 not in heads]

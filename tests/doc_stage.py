@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, Self
 
+import httpx
 from doc_pages import ROOT
 from doors_process import Doors
 from redis_server import HOST, RedisServer, _free_port
@@ -49,6 +50,13 @@ trap : INT TERM
 exit $?"""
 
 
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, trust_env=False).is_success
+    except httpx.HTTPError:
+        return False
+
+
 class Service:
     """A line that stays until it is told to end."""
 
@@ -70,10 +78,14 @@ class Service:
         """All that it printed."""
         return self._log.read_text(errors="replace")
 
-    def wait_for(self, says: str) -> None:
-        """Wait until it printed this pattern; fail if it ends before."""
-        eventually(lambda: re.search(says, self.said) or self.process.poll() is not None, START_TIMEOUT)
-        assert re.search(says, self.said), self.said[-3000:]
+    def wait_for(self, says: str, url: str = "") -> None:
+        """Wait until it printed this pattern, and answers here; fail if it ends before."""
+
+        def ready() -> bool:
+            return re.search(says, self.said) is not None and (not url or _answers(url))
+
+        eventually(lambda: ready() or self.process.poll() is not None, START_TIMEOUT)
+        assert ready(), self.said[-3000:]
 
     def end(self) -> int:
         """SIGTERM, and its exit status."""
@@ -186,7 +198,7 @@ class Stage:
             (self.checkout / ".env").unlink(missing_ok=True)
 
     def needs(self, *names: str) -> None:
-        """See that they run: `worker`, `doors`, or a `code` for `A` that was mailed."""
+        """See that they run: `worker`, `doors`; a `code` for `A` that was mailed, or for one who `asked` at a door."""
         settings = {name: value for name, value in self.environment.items() if name.startswith("VERIFY_")}
         for name in names:
             if name == "code":
@@ -194,6 +206,9 @@ class Stage:
                 with VerificationClient(load(settings, dotenv=None)) as client:
                     # Some workers of the pages say nothing when they are ready.
                     eventually(lambda client=client: client.request(A).error == 0, START_TIMEOUT)  # type: ignore[misc]
+            elif name == "asked":
+                self.needs("worker", "doors")
+                self.run(f"{sys.executable} examples/ask_grpc.py {A}")
             elif name not in self._helpers and name not in self._services:
                 helper = WorkerProcess(settings, log_level="INFO") if name == "worker" else Doors(settings)
                 self._helpers[name] = helper

@@ -237,6 +237,17 @@ def test_redis_own_check(host: Host) -> None:
     assert host.check("redis").returncode == 0
 
 
+@pytest.mark.tools
+def test_redis_is_given_more_memory_while_it_runs(host: Host) -> None:
+    with host.redis() as client:
+        before = client.config_get("maxmemory")["maxmemory"]
+        told = ["redis-cli", "CONFIG", "SET", "maxmemory", "700mb"]
+        done = host.execute("redis", "/bin/sh", "-c", " ".join(told))
+        assert done.stdout == "OK\n", done.stderr
+        assert client.config_get("maxmemory")["maxmemory"] == str(700 * 1024 * 1024)
+        client.config_set("maxmemory", before)
+
+
 def test_flower_asks_who_looks(host: Host) -> None:
     base = f"http://127.0.0.1:{host.ports['flower']}"
     for path in ("/", "/workers", "/tasks", "/broker", "/api/workers"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 import uuid
 from base64 import b64encode
 from collections.abc import Iterator
@@ -18,12 +19,15 @@ from doc_commands import TOOLS, WAYS, Elsewhere, Here, Long, Stays
 from doc_pages import ROOT, Block
 from doc_stage import A, Stage
 
+from producer.settings import PREFIX, Settings, load
+
 BLOCKS: Final = [block for page in pages.PAGES for block in pages.blocks(page)]
 # Where a reader of these pages stands; everywhere else it is the checkout.
 STANDS: Final = {"examples/README.md": "examples"}
 # Blocks of the other languages: what holds them.
 SHOWN: Final = {"js": "examples", "java": "examples", "go": "examples", "php": "examples", "cpp": "examples"}
 DIAGRAMS: Final = {"", "mermaid"}
+CONF: Final = "docs/high-availability.md"  # its blocks of configuration: tests/integration/test_docs_conf.py
 TWO_LINES: Final = "tests/e2e/test_gateserver.py::test_the_two_lines_compile_where_they_belong"
 LONG_TIMEOUT: Final = 600.0  # seconds
 
@@ -54,14 +58,23 @@ COMMANDS: Final = {plain(command) for _, _, commands in SCENES for command in co
 
 
 def played() -> Iterator[object]:
-    """Each scene without what needs other programs, and, if it differs, with all."""
-    for name, page, commands in SCENES:
+    """Each scene without what needs other programs, and, if it differs, with all.
+
+    Those that take the place of the stage's own worker or doors come last: these are started once for all the others.
+    """
+    for name, page, commands in sorted(SCENES, key=lambda scene: displaces(scene[2])):
         here = [command for command in commands if not isinstance(WAYS.get(plain(command)), Long | Elsewhere | None)]
         bare = [command for command in here if not TOOLS.search(command)]
         if bare:
             yield pytest.param(page, bare, id=name)
         if here != bare:
             yield pytest.param(page, here, id=f"{name} with tools", marks=pytest.mark.tools)
+
+
+def displaces(commands: tuple[str, ...]) -> int:
+    """How much of what the stage has is gone after these commands."""
+    ways = [WAYS.get(plain(command)) for command in commands]
+    return max({"doors": 1, "worker": 2}.get(way.role, 0) if isinstance(way, Stays) else 0 for way in ways)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +112,15 @@ def test_make_knows_its_targets(command: str, stage: Stage) -> None:
     with stage.scene():
         status, said = stage.run(f"make -n {command.removeprefix('make ')}")
     assert status == 0, said
+    if command.startswith("make demo"):  # what tests/e2e/test_demo.py runs
+        assert said.splitlines()[-1].endswith(f"/python -m demo{' --once' if 'ONCE=1' in command else ' '}"), said
+
+
+@pytest.mark.parametrize("command", sorted(command for command in COMMANDS if command.startswith("export ")))
+def test_what_is_exported_is_a_setting_that_is_taken(command: str, stage: Stage) -> None:
+    [(name, value)] = [word.split("=", 1) for word in shlex.split(stage.localized(command))[1:]]
+    assert name in {f"{PREFIX}{field.upper()}" for field in Settings.model_fields} | {"VERIFY_CONFIG"}
+    load({name: value}, dotenv=None)  # raises
 
 
 @pytest.mark.timeout(300)
@@ -114,7 +136,7 @@ def test_a_block_does_what_its_page_says(stage: Stage, page: str, commands: list
             if isinstance(way, Stays):
                 service = stage.serve(plain(command), way.role, where, without=way.without)
                 services.append((command, way, service))
-                service.wait_for(way.says)
+                service.wait_for(way.says, stage.localized(way.answers))
                 stage.needs(*way.gives)
             else:
                 status, said = stage.run(command, where, without=way.without)
@@ -138,8 +160,9 @@ def test_what_takes_long_runs_when_it_is_made_shorter(command: str, way: Long, t
 
 
 def of(*languages: str) -> list[object]:
-    """The blocks in these languages, each once: translated pages show the same code."""
-    found = {b.text: b for b in reversed(BLOCKS) if b.language in languages}
+    """The blocks in these languages, each once: translated pages show the same code, with other words after a `#`."""
+    words = re.compile(r"(print\(.*\)  # [^\s:;,]+).*|  # .*")  # all but what is printed
+    found = {words.sub(r"\1", b.text): b for b in reversed(BLOCKS) if b.language in languages}
     return [pytest.param(b, id=f"{b.page}:{b.line}") for b in found.values()]
 
 
@@ -199,4 +222,5 @@ def test_code_that_is_shown_stands_in_an_example(block: Block) -> None:
 
 
 def test_every_block_is_of_a_kind_that_a_test_holds() -> None:
-    assert {block.language for block in BLOCKS} - {"sh", "python", "json", *SHOWN, *DIAGRAMS} == set()
+    held = {"sh", "python", "json", *SHOWN, *DIAGRAMS}
+    assert {(block.page, block.language) for block in BLOCKS if block.language not in held} == {(CONF, "conf")}

@@ -13,11 +13,11 @@ from faults.tour import SECONDS
 _PICTURE = Path(__file__).parent / "picture.py"
 
 
-def main(target: Path) -> int:
-    """Both; 1 if the soak broke a promise, or the picture cannot be drawn."""
+def main(target: Path, seconds: float = SECONDS) -> int:
+    """Both, of the tour's first `seconds`; 1 if the soak broke a promise, or the picture cannot be drawn."""
     with tempfile.TemporaryDirectory(prefix="film-") as folder:
         film = Path(folder) / "film.json"
-        words = ["-m", "faults.soak", "--minutes", f"{SECONDS / 60}", "--seed", "1", "--film", str(film)]
+        words = ["-m", "faults.soak", "--minutes", f"{seconds / 60}", "--seed", "1", "--film", str(film)]
         kept = subprocess.run([sys.executable, *words], check=False).returncode == 0
         try:
             run(str(environment()), str(_PICTURE), str(film), str(target))
@@ -28,4 +28,4 @@ def main(target: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]).resolve()))
+    sys.exit(main(Path(sys.argv[1]).resolve(), *map(float, sys.argv[2:])))
