@@ -148,8 +148,18 @@ class Finder:
             raise RedisUnavailable(f"a sentinel refused to answer ({kind_of(address)})")
         if address is None:
             raise RedisUnavailable(f"the sentinels watch no {self._service.service!r}")
-        host, port = address
-        return _Word((host.decode(), int(port)), _epoch(state))
+        try:
+            return _Word(_address(address), _epoch(state))
+        except (ValueError, TypeError, IndexError, AttributeError):
+            raise RedisUnavailable("a sentinel answered something else") from None
+
+
+def _address(address: Any) -> Address:
+    host, port = address[0].decode(), int(address[1])
+    # What no socket takes is raised as other errors than those of a server that is away.
+    if not host.isprintable() or not 0 < port < 65536:
+        raise ValueError
+    return host, port
 
 
 def _epoch(state: Any) -> int:
