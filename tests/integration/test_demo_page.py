@@ -211,6 +211,23 @@ class TestThePage:
             assert doors.http.post("/demo/request", content=b"{}").status_code == 401
             assert doors.http.get("/demo/facts", headers={"Authorization": "Bearer k3y"}).json()["keys"] is True
 
+    @pytest.mark.parametrize("path", ["/demo/facts", "/demo/inbox", "/demo/inbox/x", "/page/mail/x"])
+    def test_a_name_that_a_site_may_lead_here_reads_nothing(self, doors: Doors, path: str) -> None:
+        for host in ("evil.example", "127.0.0.1.evil.example:8081", "localhost.evil.example", "localhost@evil.example"):
+            answer = doors.http.get(path, headers={"Host": host})
+            assert (answer.status_code, answer.json()["error"]) == (403, 1001)
+        for host in ("localhost:8081", "demo.localhost", "[::1]:8081", "192.0.2.1"):
+            assert doors.http.get(path, headers={"Host": host}).status_code in {200, 404}
+        asked = doors.http.post(
+            "/demo/request", content=b'{"email": "a@example.com"}', headers={"Host": "evil.example"}
+        )
+        assert asked.status_code == 403
+
+    def test_with_keys_any_name_may_lead_here(self, bare: dict[str, str]) -> None:
+        with Doors({**bare, **DEMO, "VERIFY_API_KEYS": "k3y"}) as doors:
+            headers = {"Host": "demo.example.com", "Authorization": "Bearer k3y"}
+            assert doors.http.get("/demo/facts", headers=headers).status_code == 200
+
     def test_beyond_loopback_a_line_says_who_can_read_the_inbox(self, bare: dict[str, str]) -> None:
         settings = {**bare, **DEMO, "VERIFY_API_KEYS": "k3y"}
         with Doors({**settings, "VERIFY_HTTP_BIND": "0.0.0.0:0"}) as doors:
@@ -267,7 +284,7 @@ class TestTheInbox:
         (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", "something else"),
         (b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * (LIMIT + 1), "more than"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n" + b"[" * 99, "something else"),
-    ], ids=["silence", "SMTP", "a list", "no JSON", "a path", "elsewhere", "upgrade", "too much", "cut off"])  # fmt: skip
+    ], ids=["silence", "SMTP", "a list", "no JSON", "a path", "elsewhere", "upgrade", "too much", "cut"])  # fmt: skip
     def test_what_it_answers_is_not_trusted(self, hostile: Doors, says: list[bytes], reply: bytes, why: str) -> None:
         says[:] = [reply]
         answer = hostile.http.get("/demo/inbox")

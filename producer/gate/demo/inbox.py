@@ -19,8 +19,8 @@ KEPT: Final = 40  # mails whose HTML can be looked at; older ones are fetched ag
 _LINE: Final = 300  # characters of a subject or a name that are shown
 
 _Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-# Cut before it is judged: an answer has room for half a million elements, whose faults would be gathered for seconds, in
-# which the door serves nobody.
+# Cut before it is judged: an answer has room for half a million elements, whose faults would be gathered for seconds,
+# in which the door serves nobody.
 _FEW: Final = BeforeValidator(lambda value: value[:NEWEST] if isinstance(value, list) else value)
 _M = TypeVar("_M", bound=BaseModel)
 
