@@ -204,6 +204,18 @@ def test_why_there_is_no_primary_is_said_in_time() -> None:
         assert "NOAUTH" in why(url)
 
 
+def test_one_sentinel_behind_many_silent_ones_is_found_at_the_next_try(redis_server: RedisServer) -> None:
+    silent = [Says(0, silent=True) for _ in range(7)]
+
+    async def twice(link: Link) -> int:
+        with pytest.raises(RedisUnavailable):
+            await port_of(link)
+        return await port_of(link)
+
+    with speaking(*silent, Says(redis_server.port)) as url:
+        assert using(url, twice) == redis_server.port
+
+
 def test_a_sentinel_gets_its_own_password(redis_server: RedisServer) -> None:
     with speaking(Says(redis_server.port, password="secret")) as url:
         assert using(f"{url}?sentinel_password=secret", port_of) == redis_server.port
