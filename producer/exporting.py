@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from typing import Final
@@ -10,14 +11,16 @@ from typing import Final
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter, SpanExportResult
+from opentelemetry.util.re import parse_env_headers
 
 from producer.spans import Traces
 
 logger = logging.getLogger(__name__)
 
 _AGAIN: Final = 60.0  # seconds until it is said once more that spans are lost
-# What these say would quote what a caller sent, or repeat with every batch what is said here once.
-_SILENT: Final = ("opentelemetry.trace", "opentelemetry.exporter")
+# What these say would quote what a caller sent or a collector's key, or repeat with every batch what is said here once.
+_SILENT: Final = ("opentelemetry.trace", "opentelemetry.exporter", "opentelemetry.util")
+_HEADERS: Final = ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")
 
 
 def set_up(kind: str, service: str) -> Traces:
@@ -35,9 +38,18 @@ def set_up(kind: str, service: str) -> Traces:
 def _exporter(kind: str) -> SpanExporter:
     if kind == "console":
         return ConsoleSpanExporter()
+    _require_headers()
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415 - brings requests
 
     return OTLPSpanExporter()
+
+
+def _require_headers() -> None:
+    # The library would quote in the log what is none, and go on without; a key is often among them.
+    for name in _HEADERS:
+        for header in os.environ.get(name, "").split(","):
+            if header.strip() and not parse_env_headers(header, liberal=True):
+                raise ValueError(f"{name} is no comma-separated list of name=value")
 
 
 class _Reporting(SpanExporter):

@@ -95,5 +95,5 @@ class Opener:
 
 def _require_primary(role: Any) -> None:
     # A user without the right to ask is no reason not to work: a replica takes no writes anyway.
-    if isinstance(role, list) and role[0] != b"master":
+    if isinstance(role, list) and role[:1] != [b"master"]:
         raise RedisUnavailable("the server that a sentinel names is no primary")

@@ -62,6 +62,8 @@ class Finder:
                 word = await self._ask(sentinel)
             except (OSError, UnicodeError) as exc:
                 why = str(exc) if isinstance(exc, RedisUnavailable) else why
+                # Or those after a few silent ones would never be asked: the time of a connection is over before.
+                self._ask_last(sentinel)
                 continue
             if self._current is not None and word.epoch < self._current.epoch:
                 late.append((sentinel, word))
@@ -79,8 +81,7 @@ class Finder:
 
     async def _try(self, sentinel: Address, word: _Word, connect: Dial) -> Protocol:
         # Unless what it says proves right, it is asked last; also if our time ends meanwhile.
-        self._sentinels.remove(sentinel)
-        self._sentinels.append(sentinel)
+        self._ask_last(sentinel)
         try:
             protocol = await connect(word.address)
         except RedisUnavailable:
@@ -92,6 +93,10 @@ class Finder:
         self._is_now(word)
         self._look_at = asyncio.get_running_loop().time() + LOOK_EVERY
         return protocol
+
+    def _ask_last(self, sentinel: Address) -> None:
+        self._sentinels.remove(sentinel)
+        self._sentinels.append(sentinel)
 
     def look(self, protocol: Protocol) -> None:
         """For a connection that is about to be used: if it is time, find out whether it leads to the primary still.
@@ -148,8 +153,18 @@ class Finder:
             raise RedisUnavailable(f"a sentinel refused to answer ({kind_of(address)})")
         if address is None:
             raise RedisUnavailable(f"the sentinels watch no {self._service.service!r}")
-        host, port = address
-        return _Word((host.decode(), int(port)), _epoch(state))
+        try:
+            return _Word(_address(address), _epoch(state))
+        except (ValueError, TypeError, IndexError, AttributeError):
+            raise RedisUnavailable("a sentinel answered something else") from None
+
+
+def _address(address: Any) -> Address:
+    host, port = address[0].decode(), int(address[1])
+    # What no socket takes is raised as other errors than those of a server that is away.
+    if not host.isprintable() or not 0 < port < 65536:
+        raise ValueError
+    return host, port
 
 
 def _epoch(state: Any) -> int:

@@ -148,7 +148,7 @@ def load(environ: dict[str, str] | None = None, *, dotenv: Path | None = Path(".
     Raises `BadSetting` with one line that names the setting, its value unless that is a secret, and what is allowed.
     """
     given = dict(os.environ) if environ is None else environ
-    below = {k: v for k, v in (dotenv_values(dotenv) if dotenv and dotenv.is_file() else {}).items() if v is not None}
+    below = _from_dotenv(dotenv) if dotenv and dotenv.is_file() else {}
     config = _value_of(f"{PREFIX}CONFIG", given, below)
     values = from_config = _from_config(config) if config else {}
     for name in Settings.model_fields:
@@ -203,6 +203,13 @@ def _read(path: str, name: str) -> str:
         ) from exc
 
 
+def _from_dotenv(path: Path) -> dict[str, str]:
+    try:
+        return {name: value for name, value in dotenv_values(path).items() if value is not None}
+    except (OSError, UnicodeDecodeError) as exc:  # such as one that a Windows shell wrote, in UTF-16
+        raise BadSetting(f"{path} cannot be read ({_reason(exc)}); allowed: a readable text file in UTF-8") from None
+
+
 def _from_config(path: str) -> dict[str, Any]:
     """Settings from the original server's config.json: `email` and `redis`; its `mysql` is not needed."""
     try:
@@ -220,7 +227,7 @@ def _from_config(path: str) -> dict[str, Any]:
             user, password = _text(email["user"]), _text(email["pass"])
             values["relays"] = f"{scheme}://{quote(user, safe='')}:{quote(password, safe='')}@{_host(host)}:{port}"
             values["mail_from"] = user
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as exc:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as exc:
         raise BadSetting(
             f"{PREFIX}CONFIG: {path!r} cannot be used ({_reason(exc)}); allowed: a config.json with"
             " email.user, email.pass, redis.host, redis.port, redis.passwd"

@@ -8,6 +8,7 @@ from typing import Annotated, Final, NamedTuple
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator
+from redis.connection import parse_url
 
 from producer import address
 from producer.errors import InvalidAddress
@@ -68,17 +69,16 @@ def mask_url(url: str) -> str:
 
 
 def _redis_url(value: str) -> str:
-    if is_sentinel(value):
-        SentinelURL.parse(value)
-        return value
     value = _CELERYS.sub(lambda found: found[0].removeprefix("CERT_").lower(), value)
-    parts = urlsplit(value)
+    plain = SentinelURL.parse(value).server_url() if is_sentinel(value) else value
+    parts = urlsplit(plain)
     query = parse_qs(parts.query, keep_blank_values=True)
     path = parts.path.removeprefix("/")
     database = not path or (path.isascii() and path.isdecimal())
-    known = value.startswith(("redis://", "rediss://"))  # in small letters, as redis-py wants it
+    known = plain.startswith(("redis://", "rediss://"))  # in small letters, as redis-py wants it
     if not known or not parts.hostname or parts.port == 0 or not database or not _is_plain(value):
         raise ValueError
+    parse_url(plain)  # type: ignore[no-untyped-call]  # raises for an option that no connection could have
     # redis-py and kombu do not agree on where to look for the database, if both places have one.
     if "db" in query or not _CERTIFICATES.issuperset(query.get("ssl_cert_reqs", ())):
         raise ValueError

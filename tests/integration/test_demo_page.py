@@ -9,6 +9,7 @@ import socket
 import socketserver
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from worker_process import eventually
 from demo.catcher import Catcher
 from demo.inbox import Inbox
 from producer.gate.demo.fetching import LIMIT
+from producer.gate.demo.inbox import NEWEST
 
 STATIONS = ["door", "queue", "worker", "relay", "reply"]
 DEMO = {"VERIFY_DEMO": "1"}
@@ -145,6 +147,23 @@ class TestTheWay:
             rig.broker.client_kill_filter(_id=each)
         assert stations(ask(doors, "after@example.com")) == STATIONS
 
+    @pytest.mark.parametrize("stamp", [10**400, True, None, "now"], ids=["huge", "bool", "none", "text"])
+    def test_an_event_with_an_impossible_time_is_passed_over(
+        self, redis_server: RedisServer, bare: dict[str, str], stamp: object
+    ) -> None:
+        with Doors({**bare, **DEMO}) as doors, redis_server.client(1) as broker:
+            body = b'{"email": "forged@example.com"}'
+            with doors.http.stream("POST", "/demo/request", content=body) as answer:
+                lines = answer.iter_lines()
+                assert [json.loads(next(lines))["station"] for _ in range(2)] == ["door", "queue"]
+                request_id = json.loads(broker.lindex("verification", 0))["headers"]["id"]
+                for kind, at in (("task-received", stamp), ("task-started", time.time())):
+                    event = {"type": kind, "uuid": request_id, "timestamp": at}
+                    packed = json.dumps({"body": b64encode(json.dumps([event]).encode()).decode()})
+                    assert broker.publish("/1.celeryev/task.multi", packed) == 1
+                # Heard on the same connection, so that nothing became of the first.
+                assert json.loads(next(lines))["station"] == "relay"
+
 
 class TestThePage:
     def test_without_the_setting_there_is_none(self, bare: dict[str, str]) -> None:
@@ -191,6 +210,23 @@ class TestThePage:
                 assert doors.http.get(path).status_code == 401
             assert doors.http.post("/demo/request", content=b"{}").status_code == 401
             assert doors.http.get("/demo/facts", headers={"Authorization": "Bearer k3y"}).json()["keys"] is True
+
+    @pytest.mark.parametrize("path", ["/demo/facts", "/demo/inbox", "/demo/inbox/x", "/page/mail/x"])
+    def test_a_name_that_a_site_may_lead_here_reads_nothing(self, doors: Doors, path: str) -> None:
+        for host in ("evil.example", "127.0.0.1.evil.example:8081", "localhost.evil.example", "localhost@evil.example"):
+            answer = doors.http.get(path, headers={"Host": host})
+            assert (answer.status_code, answer.json()["error"]) == (403, 1001)
+        for host in ("localhost:8081", "demo.localhost", "[::1]:8081", "192.0.2.1"):
+            assert doors.http.get(path, headers={"Host": host}).status_code in {200, 404}
+        asked = doors.http.post(
+            "/demo/request", content=b'{"email": "a@example.com"}', headers={"Host": "evil.example"}
+        )
+        assert asked.status_code == 403
+
+    def test_with_keys_any_name_may_lead_here(self, bare: dict[str, str]) -> None:
+        with Doors({**bare, **DEMO, "VERIFY_API_KEYS": "k3y"}) as doors:
+            headers = {"Host": "demo.example.com", "Authorization": "Bearer k3y"}
+            assert doors.http.get("/demo/facts", headers=headers).status_code == 200
 
     def test_beyond_loopback_a_line_says_who_can_read_the_inbox(self, bare: dict[str, str]) -> None:
         settings = {**bare, **DEMO, "VERIFY_API_KEYS": "k3y"}
@@ -245,14 +281,21 @@ class TestTheInbox:
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{not JSON", "something else"),
         (b'HTTP/1.1 200 OK\r\n\r\n{"messages": [{"ID": "../../etc"}]}', "something else"),
         (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1/\r\nContent-Length: 0\r\n\r\n", "answered 302"),
+        (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", "something else"),
         (b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * (LIMIT + 1), "more than"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n" + b"[" * 99, "something else"),
-    ], ids=["silence", "SMTP", "a list", "no JSON", "a path", "elsewhere", "too much", "cut off"])  # fmt: skip
+    ], ids=["silence", "SMTP", "a list", "no JSON", "a path", "elsewhere", "upgrade", "too much", "cut"])  # fmt: skip
     def test_what_it_answers_is_not_trusted(self, hostile: Doors, says: list[bytes], reply: bytes, why: str) -> None:
         says[:] = [reply]
         answer = hostile.http.get("/demo/inbox")
         assert answer.status_code == 502
         assert why in answer.json()["detail"]
+
+    def test_what_is_not_shown_is_not_even_judged(self, hostile: Doors, says: list[bytes]) -> None:
+        fit = b'{"ID": "a", "To": [%s]}' % b",".join([b'{"Address": "b"}'] * NEWEST + [b"0"] * 1000)
+        says[:] = [b'HTTP/1.1 200 OK\r\n\r\n{"messages": [%s]}' % b",".join([fit] * NEWEST + [b"0"] * 1000)]
+        mails = hostile.http.get("/demo/inbox").json()["mails"]
+        assert [mail["to"] for mail in mails] == [["b"] * NEWEST] * NEWEST
 
     @pytest.mark.parametrize("begin", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: "])
     def test_one_that_never_ends_is_left(self, hostile: Doors, says: list[bytes], begin: bytes) -> None:

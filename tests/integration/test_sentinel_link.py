@@ -29,7 +29,7 @@ BOUND = 3.0  # seconds within which "Redis is away" is promised
 class Says:
     """A sentinel that names a server, in the `epoch`-th failover; silent if told so."""
 
-    def __init__(self, port: int | None, *, epoch: int = 1, silent: bool = False, password: str = "") -> None:
+    def __init__(self, port: int | None, *, epoch: int | str = 1, silent: bool = False, password: str = "") -> None:
         self.names, self.epoch, self.silent, self.password = port, epoch, silent, password
         self.asked = 0
         self.port = 0
@@ -156,6 +156,33 @@ def test_a_sentinel_of_no_help_is_passed_over_and_asked_last_from_then_on(
     assert third.asked == 0
 
 
+class Raves(Says):
+    """A sentinel that answers each question with the same nonsense."""
+
+    def __init__(self, nonsense: bytes) -> None:
+        super().__init__(0)
+        self.nonsense = nonsense
+
+    def answer(self, _command: list[bytes]) -> bytes:
+        return self.nonsense
+
+
+NONSENSE = [
+    *(Raves(each) for each in (b":1\r\n", b"*0\r\n", b"*2\r\n*0\r\n*0\r\n", _array("127.0.0.1"))),
+    *(Raves(_array(*each)) for each in (("a\0b", 6379), ("127.0.0.1", "port"), ("127.0.0.1", -1))),
+    *(Says(each) for each in (0, 65536)),
+    Says(1, epoch="none"),
+]
+
+
+@pytest.mark.parametrize("first", NONSENSE, ids=range(len(NONSENSE)))
+def test_a_sentinel_that_talks_nonsense_is_passed_over(redis_server: RedisServer, first: Says) -> None:
+    with speaking(first, Says(redis_server.port)) as url:
+        assert using(url, port_of) == redis_server.port
+    with speaking(first) as url:
+        assert why(url) == "a sentinel answered something else"
+
+
 def test_a_replica_is_no_primary_whatever_a_sentinel_says(servers: tuple[RedisServer, RedisServer]) -> None:
     primary, replica = servers
     with replica.client() as client:
@@ -175,6 +202,18 @@ def test_why_there_is_no_primary_is_said_in_time() -> None:
         assert "could not be reached" in why(url)
     with speaking(Says(1, password="secret")) as url:
         assert "NOAUTH" in why(url)
+
+
+def test_one_sentinel_behind_many_silent_ones_is_found_at_the_next_try(redis_server: RedisServer) -> None:
+    silent = [Says(0, silent=True) for _ in range(7)]
+
+    async def twice(link: Link) -> int:
+        with pytest.raises(RedisUnavailable):
+            await port_of(link)
+        return await port_of(link)
+
+    with speaking(*silent, Says(redis_server.port)) as url:
+        assert using(url, twice) == redis_server.port
 
 
 def test_a_sentinel_gets_its_own_password(redis_server: RedisServer) -> None:

@@ -211,8 +211,15 @@ class TestStarting:
                 {**ON, "OTEL_BSP_MAX_QUEUE_SIZE": "0"},
                 "OTEL_*: OpenTelemetry cannot be set up with them: max_queue_size must be a positive integer.",
             ),
+            (
+                {**ON, "OTEL_EXPORTER_OTLP_HEADERS": "a=b, Authorization s3cret"},
+                (
+                    "OTEL_*: OpenTelemetry cannot be set up with them:"
+                    " OTEL_EXPORTER_OTLP_HEADERS is no comma-separated list of name=value"
+                ),
+            ),
         ],
-        ids=["exporter", "protocol", "other"],
+        ids=["exporter", "protocol", "other", "a secret"],
     )
     def test_a_bad_value_is_one_line(self, process: str, environment: dict[str, str], line: str) -> None:
         assert start_of(process, **environment) == (2, [line])

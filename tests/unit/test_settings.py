@@ -123,6 +123,9 @@ BAD: list[tuple[str, str]] = [
     ("REDIS_URL", "REDIS://host"),
     ("REDIS_URL", "rediss://host?ssl_cert_reqs=perhaps"),
     ("REDIS_URL", "rediss://host?ssl_cert_reqs="),
+    ("REDIS_URL", "rediss+sentinel://host/service?ssl_cert_reqs=perhaps"),
+    ("REDIS_URL", "redis://host?socket_timeout=never"),
+    ("REDIS_URL", "redis+sentinel://host/service?socket_timeout=never"),
     ("REDIS_URL", "redis://host/1"),
     ("REDIS_URL", "redis://host?db=1"),
     ("REDIS_URL", "redis://host\n"),
@@ -426,6 +429,8 @@ def test_a_bad_value_in_the_config_is_told_as_one_of_the_config(
         '{"email": [1]}',
         '{"redis": {"host": "pa55@host"}}',
         '{"redis": {"port": "pa55"}}',
+        '{"redis": {"port": 1e999}}',
+        "[" * 100_000,
         "\xff",
     ],
 )
@@ -440,6 +445,19 @@ def test_a_config_that_cannot_be_used_is_told_in_one_line_without_its_content(co
 
 def test_a_config_that_is_not_there_is_told() -> None:
     assert problem_of(CONFIG="/nowhere/config.json").startswith("VERIFY_CONFIG: '/nowhere/config.json' cannot be used")
+
+
+@pytest.mark.parametrize(
+    "content", ["VERIFY_API_KEYS=pa55\n".encode("utf-16"), b"VERIFY_API_KEYS=pa55\xff\n"], ids=["UTF-16", "none"]
+)
+def test_a_dotenv_file_that_cannot_be_read_is_told_in_one_line(content: bytes, tmp_path: Path) -> None:
+    dotenv = tmp_path / ".env"
+    dotenv.write_bytes(content)
+    with pytest.raises(BadSetting) as caught:
+        settings.load({}, dotenv=dotenv)
+    assert str(caught.value).startswith(f"{dotenv} cannot be read (")
+    assert "pa55" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_environment_wins_over_the_dotenv_file(tmp_path: Path) -> None:

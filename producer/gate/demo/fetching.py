@@ -46,7 +46,7 @@ async def fetch_json(url: str) -> Any:
         raise CannotFetch(f"it did not answer within {PATIENCE:g} s") from None
     except (OSError, UnicodeError) as exc:
         raise CannotFetch(f"it cannot be reached ({type(exc).__name__})") from None
-    except (ValueError, RecursionError, httptools.HttpParserError):
+    except (ValueError, RecursionError, httptools.HttpParserError, httptools.HttpParserUpgrade):
         raise CannotFetch("it answered something else") from None
 
 

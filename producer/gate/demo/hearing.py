@@ -67,7 +67,8 @@ class Hearing:
         for event in read_events(push[-1]):
             uuid, kind, stamp = event.get("uuid"), event.get("type"), event.get("timestamp")
             hear = self._followed.get(uuid) if isinstance(uuid, str) else None
-            if hear is not None and isinstance(kind, str) and isinstance(stamp, int | float):
+            # A worker's clock has a fraction; an integer may have more digits than can be reckoned with.
+            if hear is not None and isinstance(kind, str) and isinstance(stamp, float):
                 hear(kind, stamp)
 
 

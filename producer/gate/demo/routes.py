@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 
 from producer.contract import ErrorCode
+from producer.gate.binding import is_loopback
 from producer.gate.body import NotOurs, purpose_in, read, text_in
 from producer.gate.connection import refusal
 from producer.gate.demo.fetching import CannotFetch
@@ -18,6 +19,7 @@ from producer.gate.demo.hearing import Hearing
 from producer.gate.demo.inbox import Inbox
 from producer.gate.demo.journey import Answer, Journey
 from producer.gate.demo.lives import Lives
+from producer.gate.demo.names import require_local
 from producer.gate.desk import Desk
 
 _PAGE: Final = Path(__file__).parent / "page"
@@ -43,10 +45,14 @@ _STREAM: Final[dict[str, Any]] = {
 
 def add(app: FastAPI, desk: Desk) -> frozenset[str]:
     """Add the page and its parts to the door; the paths that need no key."""
-    inbox = Inbox(desk.settings.demo_inbox) if desk.settings.demo_inbox else None
+    settings = desk.settings
+    inbox = Inbox(settings.demo_inbox) if settings.demo_inbox else None
+    open_here = not settings.api_keys and is_loopback(settings.http_bind, "VERIFY_HTTP_BIND")
+    data = APIRouter(dependencies=[Depends(require_local)] if open_here else [])
     _add_page(app)
-    _add_asking(app, desk)
-    _add_inbox(app, inbox)
+    _add_asking(data, desk)
+    _add_inbox(data, inbox)
+    app.include_router(data)
     return FREE
 
 
@@ -71,7 +77,7 @@ def _add_page(app: FastAPI) -> None:
     app.add_api_route("/page/{name}", part, methods=["GET", "HEAD"], include_in_schema=False)
 
 
-def _add_asking(app: FastAPI, desk: Desk) -> None:
+def _add_asking(app: APIRouter, desk: Desk) -> None:
     settings = desk.settings
     hearing, lives = Hearing(settings), Lives(settings)
     desk.closing += [hearing.close, lives.close]
@@ -111,7 +117,7 @@ def _add_asking(app: FastAPI, desk: Desk) -> None:
         return StreamingResponse((_line(each) async for each in journey.lines(ask)), **_STREAM)
 
 
-def _add_inbox(app: FastAPI, inbox: Inbox | None) -> None:
+def _add_inbox(app: APIRouter, inbox: Inbox | None) -> None:
     def there() -> Inbox:
         if inbox is None:
             raise HTTPException(404, "there is no inbox to look at: VERIFY_DEMO_INBOX is not set")
