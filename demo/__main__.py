@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    # There is nothing to stop yet: Ctrl-C ends it without a traceback out of some import. `main` sees to the rest.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -217,6 +222,8 @@ class Stage:
         ):
             screen.command(f"{prefix} {python} -m {words}")
         screen.command(f"tail -f {self._worker.log}")
+        pid = self._worker.pid
+        screen.command(f"kill -STOP {pid}    # then ask on the page: no worker. kill -CONT {pid} wakes it")
         screen.title("Mails appear here. Ctrl-C ends everything.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -76,7 +77,9 @@ class Child:
     def require_running(self) -> None:
         """Raises `PartMissing` if it has ended."""
         if not self.running:
-            raise PartMissing(f"the {self.name} process has ended:\n{self.tail()}")
+            status = self._process.returncode
+            how = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
+            raise PartMissing(f"the {self.name} process has ended ({how}):\n{self.tail()}")
 
     def until(self, ready: Callable[[], _T | None]) -> _T:
         """The first answer of `ready` that is true. Raises `PartMissing`."""

@@ -27,7 +27,7 @@ class Depth(NamedTuple):
     suspects: int
     dead: int  # dead letters
     workers: int  # that are alive
-    oldest: float | None  # seconds since the queue's oldest request was made, of those that say it; None if there is none
+    oldest: float | None  # seconds since the oldest request was made, of those that say it; None if none does
 
 
 def depth(queue: str) -> Command:

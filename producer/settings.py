@@ -70,7 +70,7 @@ class Settings(BaseModel):
     relays: RelayURLs = _setting(
         (RelayURL("smtp", "127.0.0.1", 1025, None, None),),
         "comma-separated URLs: smtp://, smtp+starttls:// or smtps://, then user:password@ (percent-encoded) if needed,"
-        " then host:port",
+        " then host:port (1 to 65535)",
         secret=True,
     )
     relay_connections: int = _setting(32, "a whole number, 1 to 10000", ge=1, le=10000)

@@ -12,6 +12,7 @@ from celery.worker.consumer import consumer, heart
 from celery.worker.consumer.tasks import Tasks
 
 from producer.settings import load_or_exit
+from producer.values import mask_url
 from worker import bridge
 from worker.bridge import Bridge
 from worker.broker import Transport
@@ -90,11 +91,10 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]  # Celery ships no type
 
     def ensure_connected(self, conn: Any) -> Any:
         """As Celery's, but back within two seconds of Redis' return."""
+        where = mask_url(load_or_exit().broker_url)  # kombu shows a password where none is set, and no sentinels
 
         def waiting(exc: Exception, interval: float) -> None:
-            logger.error(
-                "waiting for Redis at %s (%s), next try in %.1f s", conn.as_uri(), type(exc).__name__, interval
-            )
+            logger.error("waiting for Redis at %s (%s), next try in %.1f s", where, type(exc).__name__, interval)
 
         connected = conn.ensure_connection(
             waiting,

@@ -130,6 +130,33 @@ const scenarios = {
     return { stuck, late: await seen("late") };
   },
 
+  // A wrong code until there is none, then a new one in full-width digits.
+  async attempts() {
+    await ask();
+    await says("ask", "good");
+    const code = await inMail();
+    const tries = [];
+    while (tries.length < 6) {
+      await page.locator("#code").fill(other(code));
+      const [answer] = await Promise.all([
+        page.waitForResponse(/check_varifycode/).then((response) => response.json()),
+        page.locator("#confirm").click(),
+      ]);
+      await says("check", "bad");
+      tries.push(answer.error);
+    }
+    const dropped = { ...(await seen("dropped")), life: await text("#life"), send: await text("#send") };
+    await page.locator("#send:not([aria-disabled=true])").click();
+    await says("ask", "good");
+    await page.locator("#life:not(:empty)").waitFor();
+    await page.frameLocator("#mail-html").locator(`.code:not(:text("${code}"))`).waitFor();
+    const wide = (await inMail()).replace(/\d/g, (digit) => String.fromCharCode(0xff10 + Number(digit)));
+    await page.locator("#code").fill(wide);
+    await page.locator("#confirm").click();
+    await page.locator("#confirmed").waitFor();
+    return { tries, dropped, wide };
+  },
+
   async refused() {
     await ask();
     await says("ask", "bad");

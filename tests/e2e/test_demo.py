@@ -232,6 +232,23 @@ def test_busy_ports_are_no_obstacle(start: Callable[..., Demo]) -> None:
     assert f"({GRPC_PORT} is busy)" in demo.output()
 
 
+@pytest.mark.parametrize(("module", "status"), [("demo", -signal.SIGINT), ("worker", 130)])
+def test_ctrl_c_while_it_is_being_loaded_prints_nothing(tmp_path: Path, module: str, status: int) -> None:
+    (tmp_path / "rich.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n", encoding="utf-8"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", module],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (status, "")
+
+
 def test_a_dead_worker_is_said(start: Callable[..., Demo]) -> None:
     demo = start()
     until(lambda: STAYS in demo.output(), demo.output)
@@ -239,7 +256,7 @@ def test_a_dead_worker_is_said(start: Callable[..., Demo]) -> None:
     assert found
     os.kill(int(found[1]), signal.SIGKILL)
     assert demo.ends() == 1
-    assert "the worker process has ended" in demo.output()
+    assert "the worker process has ended (SIGKILL)" in demo.output()
     nothing_is_left(demo)
 
 

@@ -125,6 +125,15 @@ def test_a_keyboard_is_enough_and_the_focus_is_always_seen(driver: Path, doors: 
     assert [each for each in found["path"] if not each["outline"]] == []
 
 
+def test_a_dropped_code_is_not_called_valid_and_full_width_digits_are_digits(driver: Path, doors: Doors) -> None:
+    found = drive(driver, doors, "attempts", email="tries@example.com")
+    assert found["tries"] == [1004] * 5 + [1003]
+    assert found["dropped"]["life"] == ""
+    assert found["dropped"]["ask"] == ""
+    assert "no longer valid" in found["dropped"]["check"]
+    assert not found["wide"].isascii()
+
+
 def test_what_is_no_address_is_said_in_words(driver: Path, doors: Doors) -> None:
     found = drive(driver, doors, "refused", email="not an address")["refused"]
     assert states(found) == ["done", *["skipped"] * 3, "bad"]

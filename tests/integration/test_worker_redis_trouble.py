@@ -99,7 +99,7 @@ def test_a_worker_starts_before_redis_and_works_within_5_seconds_of_its_coming(
     rig = new_rig(server=server)
     server.kill()
     worker = rig.add_worker(wait=False)
-    worker.wait_for_log("waiting for Redis")
+    worker.wait_for_log(f"waiting for Redis at redis://127.0.0.1:{server.port}/1 (")
     server.start()
     began = time.monotonic()
     assert rig.caller.ask(address())["error"] == 0

@@ -128,7 +128,8 @@ class Page {
   async check(event) {
     event.preventDefault();
     const email = this.email || byId("email").value;
-    const code = byId("code").value.replace(/\s/g, "");
+    // Chinese and Japanese keyboards type full-width digits, too; to send them as they are would cost an attempt.
+    const code = byId("code").value.normalize("NFKC").replace(/\s/g, "");
     if (this.checking) return;
     if (!email.trim()) {
       this.refuse("ask", (say) => say.errors.no_email);
@@ -143,7 +144,10 @@ class Page {
     try {
       const { error } = await talk.check(email, code);
       if (error === 0) this.succeed(email);
-      else this.refuse("check", (say) => say.errors[error] ?? say.errors[2]);
+      else {
+        if (error === 1003) this.forget();
+        this.refuse("check", (say) => say.errors[error] ?? say.errors[2]);
+      }
     } catch (refused) {
       this.failed("check", refused);
     } finally {
@@ -159,6 +163,12 @@ class Page {
     this.answer("ask", null);
     this.render();
     byId("confirmed-title").focus();
+  }
+
+  // There is no code to type any more, whatever the countdown says.
+  forget() {
+    this.expiry = null;
+    this.answer("ask", null);
   }
 
   restart() {

@@ -68,12 +68,16 @@ export class Phone {
     const mail = await talk.mail(id);
     this.opened = mail;
     this.byHand = byHand;
-    const frame = byId("mail-html");
+    // A new frame for each mail: Chromium leaves one blank that is sent elsewhere while it is hidden and shown again.
+    // It adds nothing to the history of the page either.
+    const frame = byId("mail-html").cloneNode();
+    if (mail.view) frame.src = `/page/mail/${mail.view}`;
+    else frame.removeAttribute("src");
+    byId("mail-html").replaceWith(frame);
     const text = byId("mail-text");
     frame.hidden = !mail.view;
     text.hidden = Boolean(mail.view);
     text.textContent = mail.view ? "" : mail.text;
-    if (mail.view) frame.contentWindow ? frame.contentWindow.location.replace(`/page/mail/${mail.view}`) : (frame.src = `/page/mail/${mail.view}`);
     byId("mail").hidden = true; // shown anew, it slides in
     void byId("mail").offsetWidth;
     this.render();
