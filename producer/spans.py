@@ -140,8 +140,10 @@ def _is_fit(header: str) -> bool:
 
 def _is_state(header: str) -> bool:
     # The library would quote in the log what is none.
+    if not _is_fit(header):
+        return False
     members = [member.strip(" \t") for member in header.split(",")]
-    return _is_fit(header) and len(members) <= _MEMBERS and all(not each or _MEMBER.fullmatch(each) for each in members)
+    return len(members) <= _MEMBERS and all(not each or _MEMBER.fullmatch(each) for each in members)
 
 
 def _only(headers: Headers, name: str) -> str | None:

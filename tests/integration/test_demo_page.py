@@ -223,6 +223,11 @@ class TestThePage:
         )
         assert asked.status_code == 403
 
+    def test_nor_does_it_where_a_container_binds_beyond_its_loopback(self, bare: dict[str, str]) -> None:
+        with Doors({**bare, **DEMO, "VERIFY_HTTP_BIND": "0.0.0.0:0", "VERIFY_ALLOW_PLAINTEXT": "1"}) as doors:
+            assert doors.http.get("/demo/facts", headers={"Host": "evil.example"}).status_code == 403
+            assert doors.http.get("/demo/facts").status_code == 200
+
     def test_with_keys_any_name_may_lead_here(self, bare: dict[str, str]) -> None:
         with Doors({**bare, **DEMO, "VERIFY_API_KEYS": "k3y"}) as doors:
             headers = {"Host": "demo.example.com", "Authorization": "Bearer k3y"}

@@ -11,7 +11,6 @@ from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 
 from producer.contract import ErrorCode
-from producer.gate.binding import is_loopback
 from producer.gate.body import NotOurs, purpose_in, read, text_in
 from producer.gate.connection import refusal
 from producer.gate.demo.fetching import CannotFetch
@@ -47,8 +46,7 @@ def add(app: FastAPI, desk: Desk) -> frozenset[str]:
     """Add the page and its parts to the door; the paths that need no key."""
     settings = desk.settings
     inbox = Inbox(settings.demo_inbox) if settings.demo_inbox else None
-    open_here = not settings.api_keys and is_loopback(settings.http_bind, "VERIFY_HTTP_BIND")
-    data = APIRouter(dependencies=[Depends(require_local)] if open_here else [])
+    data = APIRouter(dependencies=[] if settings.api_keys else [Depends(require_local)])
     _add_page(app)
     _add_asking(data, desk)
     _add_inbox(data, inbox)
