@@ -4,8 +4,8 @@ BIN := .venv/bin
 STAMP := .venv/requirements.lock
 # Left out by `make test`: they need programs that pip does not install, or much time.
 PLAIN := not tools and not slow
-# Three processes, most of whose time is waiting; each has its own Redis and SMTP servers. `make test PYTEST_ARGS="-n 0 -x tests/unit"` narrows it.
-PYTEST_ARGS ?= -n 3
+# Four processes, most of whose time is waiting; each has its own Redis and SMTP servers. `make test PYTEST_ARGS="-n 0 -x tests/unit"` narrows it.
+PYTEST_ARGS ?= -n 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all faults soak picture bench lint lock

@@ -25,7 +25,8 @@ from producer.wire import Protocol, auth, kind_of, packed
 
 logger = logging.getLogger(__name__)
 
-ASK_TIMEOUT: Final = 0.2  # seconds for one sentinel, its connection included: two silent ones leave time for the third
+FIND_TIMEOUT: Final = 0.75  # seconds for all sentinels together: of the second that a connection may take to open
+ASK_TIMEOUT: Final = 0.2  # seconds for one of them at least, its connection included
 LOOK_EVERY: Final = 1.0  # seconds
 LOOK_TIMEOUT: Final = 1.0  # seconds for one sentinel, when nobody waits for its word
 
@@ -57,9 +58,10 @@ class Finder:
         why = "no sentinel answers"
         tried: set[Address] = set()
         late: list[tuple[Address, _Word]] = []
+        share = max(ASK_TIMEOUT, FIND_TIMEOUT / len(self._sentinels))
         for sentinel in list(self._sentinels):
             try:
-                word = await self._ask(sentinel)
+                word = await self._ask(sentinel, share)
             except (OSError, UnicodeError) as exc:
                 why = str(exc) if isinstance(exc, RedisUnavailable) else why
                 # Or those after a few silent ones would never be asked: the time of a connection is over before.
@@ -139,7 +141,7 @@ class Finder:
             await asyncio.wait([self._looking])
             self._looking = None
 
-    async def _ask(self, sentinel: Address, seconds: float = ASK_TIMEOUT) -> _Word:
+    async def _ask(self, sentinel: Address, seconds: float) -> _Word:
         async with asyncio.timeout(seconds):
             protocol = await self._dial(sentinel)
             try:
