@@ -130,7 +130,7 @@ def test_a_dropped_code_is_not_called_valid_and_full_width_digits_are_digits(dri
     assert found["tries"] == [1004] * 5 + [1003]
     assert found["dropped"]["life"] == ""
     assert found["dropped"]["ask"] == ""
-    assert "no longer valid" in found["dropped"]["check"]
+    assert "no valid code" in found["dropped"]["check"]
     assert not found["wide"].isascii()
 
 
