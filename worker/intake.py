@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from producer.contract import ErrorCode, Reply, VerifyRequest
 from producer.errors import RedisUnavailable
 from producer.link import Link, raise_errors
 from producer.script import Command
 from worker.appetite import Appetite
+from worker.bell import Bell
 from worker.databases import Database
 from worker.job import Finished, Job
 from worker.message import Unfit, for_celery, parse
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 1.0  # seconds of one wait for a message; below the link's time for an answer
-LOOK = 0.02  # seconds until an empty queue is looked at again, for what requests that were done may have woken
 SETTLING = 1.0  # seconds that a stopping worker keeps for settling what it has sent
 UNHEARD_MOST = 10_000  # tags; those of a few answers, the first of which count, as then there still was a connection
 _PAUSE = 0.25  # seconds between tries while Redis is away
@@ -56,7 +55,7 @@ class Intake:
     ) -> None:
         """`waiter`: a connection that may block. `recorder`: None: nothing is traced."""
         self._broker = broker
-        self._waiter = waiter
+        self._bell = Bell(waiter, queue)
         self.queue = queue
         self._service = service
         self._settler = settler
@@ -77,7 +76,6 @@ class Intake:
         self._stopping = False
         self._taking: asyncio.Task[None] | None = None
         self._tending: asyncio.Task[None] | None = None
-        self._waiting: asyncio.Future[list[Any]] | None = None
 
     def start(self) -> None:
         """Begin to tend; messages are taken once `consume` was called."""
@@ -191,10 +189,11 @@ class Intake:
                     self._hurried.clear()
                     await self._broker.run([self.queue.release(tags)])
         await self._settler.abandon()
-        for task in (self._taking, self._tending, self._waiting):
+        for task in (self._taking, self._tending):
             if task is not None:
                 task.cancel()
                 await asyncio.wait([task])
+        await self._bell.close()
 
     def _wanted(self) -> int:
         """How many messages to reserve now."""
@@ -217,7 +216,7 @@ class Intake:
                     self._unheard = []
                 more = await self._reserve(wanted)
                 if not more:
-                    await self._message()
+                    await self._bell.wait(self._room)
             except RedisUnavailable:
                 await asyncio.sleep(_PAUSE)
             except Exception as exc:  # noqa: BLE001 - whatever it is, the next message is taken
@@ -289,20 +288,3 @@ class Intake:
             for job in jobs:
                 if job.tag in self.held:
                     self._settler.answer(job, ErrorCode.EXCEPTION, mark=True)
-
-    async def _message(self) -> None:
-        """Wait until the queue has a message, or something else is worth a look."""
-        if self._waiting is None:
-            self._waiting = asyncio.ensure_future(self._waiter.run([self.queue.await_message(BLOCK)]))
-        room = asyncio.ensure_future(self._room.wait())
-        both: list[asyncio.Future[Any]] = [self._waiting, room]
-        try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            if not self._waiting.done():
-                # The queue is empty: no place that is free again need look at once, trip for trip.
-                await asyncio.wait([self._waiting], timeout=LOOK)
-        finally:
-            room.cancel()
-        if self._waiting.done():
-            waited, self._waiting = self._waiting, None
-            raise_errors(waited.result())

@@ -12,7 +12,8 @@ from caller import message
 
 from producer.contract import ErrorCode
 from worker.appetite import Appetite
-from worker.intake import LOOK, Intake
+from worker.bell import LOOK
+from worker.intake import Intake
 from worker.job import Finished, Job
 from worker.queue import MOVES, RequestQueue
 from worker.tally import Tally
