@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from producer.contract import DEAD_LETTERS
 from producer.errors import BadSetting
+from producer.misspelt import misspelt
 from producer.sentinel import SentinelURL, is_sentinel
 from producer.values import (
     MASK,
@@ -43,6 +44,8 @@ _REDIS = (
     " or redis+sentinel://host:port,host:port/service"
 )
 _FLAG = "0 or 1"
+_DOTENV: Final = Path(".env")
+_told: set[str] = set()  # misspelt names of which this process has spoken
 _WEB = "http://host:port or https://host:port, with a path if needed, without user or password"
 
 
@@ -142,7 +145,12 @@ class Settings(BaseModel):
         return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def load(environ: dict[str, str] | None = None, *, dotenv: Path | None = Path(".env")) -> Settings:
+NAMES: Final = frozenset(
+    f"{PREFIX}{name.upper()}{suffix}" for name in (*Settings.model_fields, "config") for suffix in ("", "_FILE")
+)
+
+
+def load(environ: dict[str, str] | None = None, *, dotenv: Path | None = _DOTENV) -> Settings:
     """The settings in force: the environment over `.env` over `VERIFY_CONFIG` over the defaults.
 
     Raises `BadSetting` with one line that names the setting, its value unless that is a secret, and what is allowed.
@@ -169,11 +177,16 @@ def _database(base: str, number: int) -> str:
 
 
 def load_or_exit() -> Settings:
-    """`load()` for a process' start: a bad setting ends it with one line on stderr."""
+    """`load()` for a process' start: a bad setting ends it with one line on stderr; a misspelt name gets one, once."""
     try:
-        return load()
+        found = load()
     except BadSetting as exc:
         _stop(str(exc))
+    given = {*os.environ, *(_from_dotenv(_DOTENV) if _DOTENV.is_file() else ())}
+    for name, meant in misspelt(given - _told, NAMES, PREFIX):
+        _told.add(name)
+        sys.stderr.write(f"{name} is not a setting and does nothing; is {meant} meant?\n")
+    return found
 
 
 def _stop(line: str) -> NoReturn:

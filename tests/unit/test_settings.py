@@ -493,3 +493,27 @@ def test_a_bad_setting_ends_a_process_at_start_with_one_line(tmp_path: Path) -> 
     assert done.returncode == 2
     assert done.stderr == "VERIFY_CODE_TTL: 'ten' is not allowed; allowed: whole seconds, 1 to 86400\n"
     assert done.stdout == ""
+
+
+def test_a_misspelt_name_is_told_once_with_what_may_be_meant(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("VERIFY_MAILFROM=a@example.com\n")
+    done = subprocess.run(
+        [sys.executable, "-c", "from producer.settings import load_or_exit; load_or_exit(), load_or_exit()"],
+        env={
+            "VERIFY_RELAY": "smtp://user:pa55@host",
+            "VERIFY_REDIS_URL_FILES": "x",
+            "VERIFY_CONFIG_FILE": "",
+            "VERIFY_SOMETHING": "of another program",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [
+        "VERIFY_MAILFROM is not a setting and does nothing; is VERIFY_MAIL_FROM meant?",
+        "VERIFY_REDIS_URL_FILES is not a setting and does nothing; is VERIFY_REDIS_URL_FILE meant?",
+        "VERIFY_RELAY is not a setting and does nothing; is VERIFY_RELAYS meant?",
+    ]
