@@ -31,6 +31,7 @@ BEFORE: Final = 3.0  # seconds of load before the fault
 CALM: Final = 6.0  # seconds of load after service is there again
 WINDOW: Final = 1.0  # seconds before the fault whose writes may not have reached the replica: asynchronous
 NOTICED: Final = 4.0  # seconds after the sentinels' word in which our own connections go over, on a busy machine too
+DEMOTED: Final = 90.0  # seconds until the sentinels have made a replica of it; on a full machine 30 were not enough
 BEHIND: Final = 0.5  # seconds
 BATCH: Final = 500
 
@@ -112,7 +113,7 @@ class Failover:
         self.ledger.end(window)
         time.sleep(CALM)
         if old.pid:
-            eventually(lambda: role(old) == "slave", 30)
+            eventually(lambda: role(old) == "slave", DEMOTED)
         demoted = time.monotonic()
         self.askers.stop()
         self._settle()
