@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -109,3 +113,13 @@ def copy(name: str, to: Path) -> None:
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
     else:
         shutil.copy(source, target)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads a session, with all of the session: tini gives its child a group of its own."""
+    for each in Path("/proc").glob("[0-9]*"):
+        with suppress(ProcessLookupError):
+            if os.getsid(int(each.name)) == process.pid:
+                os.kill(int(each.name), signal.SIGKILL)
+    process.kill()
+    process.wait()

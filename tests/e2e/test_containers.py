@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -169,9 +169,7 @@ class Host:
     def close(self) -> None:
         """End what still runs."""
         for process in self.running.values():
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with what tini started: nothing hands this signal on
-            process.wait()
+            containers.kill(process)
 
 
 @pytest.fixture(scope="module")

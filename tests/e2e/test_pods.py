@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -146,9 +146,7 @@ class Node:
     def close(self) -> None:
         """End what still runs."""
         for process in self.running.values():
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with what tini started: nothing hands this signal on
-            process.wait()
+            containers.kill(process)
 
 
 @pytest.fixture(scope="module")
