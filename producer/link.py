@@ -67,8 +67,6 @@ class Link:
         protocol = await self._open()
         if not protocol.open:  # lost in the moment between its opening and our turn
             raise RedisUnavailable("the connection to Redis was lost")
-        if self._opener.finder is not None:
-            self._opener.finder.look(protocol)
         before = self._selected
         return await self._read(protocol, parts, before, await protocol.ask(*self._pack_all(parts)))
 

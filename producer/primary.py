@@ -3,16 +3,15 @@
 Whoever connects asks them in turn, the one that proved right last time first. What one names counts only once it says
 itself that it is a primary. Each failover has an epoch: who knows of an older one than we do has not heard yet.
 
-A primary that was replaced while it was well goes on taking writes until a sentinel turns it into a replica, seconds
-later, and all of these are lost. So while a connection is used, all sentinels are asked once a second whether they know
-of a later one.
+A primary that was replaced while it was well, or that comes back afterwards, goes on taking writes until a sentinel
+turns it into a replica, seconds later, and all of these are lost. So while a connection is open, used or not, all
+sentinels are asked once a second whether they know of a later one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, NamedTuple
 
@@ -50,8 +49,7 @@ class Finder:
         self._dial = dial
         self._sentinels = list(service.sentinels)
         self._current: _Word | None = None
-        self._look_at = math.inf  # loop time
-        self._looking: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     async def find(self, connect: Dial) -> Protocol:
         """What `connect` makes of the primary's address. Raises `RedisUnavailable`; has no time limit of its own."""
@@ -93,31 +91,21 @@ class Finder:
             raise RedisUnavailable(f"the primary of {self._service.service!r} could not be reached ({name})") from None
         self._sentinels.insert(0, self._sentinels.pop())
         self._is_now(word)
-        self._look_at = asyncio.get_running_loop().time() + LOOK_EVERY
+        await self.close()  # the former connection is gone
+        self._watching = asyncio.create_task(self._watch(protocol))
         return protocol
 
     def _ask_last(self, sentinel: Address) -> None:
         self._sentinels.remove(sentinel)
         self._sentinels.append(sentinel)
 
-    def look(self, protocol: Protocol) -> None:
-        """For a connection that is about to be used: if it is time, find out whether it leads to the primary still.
-
-        If not, it is dropped.
-        """
-        now = asyncio.get_running_loop().time()
-        if now < self._look_at or self._looking is not None:
-            return
-        self._look_at = now + LOOK_EVERY
-        self._looking = asyncio.create_task(self._look(protocol))
-
-    async def _look(self, protocol: Protocol) -> None:
-        try:
+    async def _watch(self, protocol: Protocol) -> None:
+        """See that the connection leads to the primary, and drop it if not."""
+        while protocol.open:
+            await asyncio.sleep(LOOK_EVERY)
             async with asyncio.TaskGroup() as all_at_once:
                 for sentinel in self._sentinels:
                     all_at_once.create_task(self._compare(sentinel, protocol))
-        finally:
-            self._looking = None
 
     async def _compare(self, sentinel: Address, protocol: Protocol) -> None:
         try:
@@ -135,11 +123,11 @@ class Finder:
         self._current = word
 
     async def close(self) -> None:
-        """Stop looking."""
-        if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.wait([self._looking])
-            self._looking = None
+        """Watch no more."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
+            self._watching = None
 
     async def _ask(self, sentinel: Address, seconds: float) -> _Word:
         async with asyncio.timeout(seconds):

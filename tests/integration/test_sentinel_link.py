@@ -249,6 +249,22 @@ def test_a_primary_that_was_replaced_while_it_was_well_is_left_within_seconds(
         using(url, follow)
 
 
+def test_a_connection_that_nobody_uses_leaves_it_too(servers: tuple[RedisServer, RedisServer]) -> None:
+    old, new = servers
+    sentinel = Says(old.port)
+
+    async def idle(link: Link) -> int:
+        assert await port_of(link) == old.port
+        sentinel.names, sentinel.epoch = new.port, 2
+        async with asyncio.timeout(10):
+            while link.connected:  # noqa: ASYNC110 - a connection has no event to wait for
+                await asyncio.sleep(0.02)
+        return await port_of(link)
+
+    with speaking(sentinel) as url:
+        assert using(url, idle) == new.port
+
+
 def test_sentinels_that_were_set_up_anew_are_believed(redis_server: RedisServer) -> None:
     sentinel = Says(redis_server.port, epoch=7)
 
