@@ -75,7 +75,7 @@ class Asker:
         if (refused := refusal(request)) is not None:
             return Reply(request.email, refused)
         request_id = self._inbox.ids.new()
-        sending = None if self._traces is None else self._traces.sending(self._settings.queue, request_id)
+        sending = self._sending(request_id)
         message = self._message(request, request_id, sending)
         if follower is not None:
             follower.asked(request_id)
@@ -115,17 +115,16 @@ class Asker:
             request_id = self._inbox.ids.new()
         elif not _is_id(request_id):
             raise ValueError(f"request_id is a string of printable characters, 1 to {LONGEST_ID} bytes, or None")
-        if self._traces is None:
-            await self._outbox.push(self._message(request, request_id))
-            return request_id
-        sending = self._traces.sending(self._settings.queue, request_id)
+        sending = self._sending(request_id)
         try:
             await self._outbox.push(self._message(request, request_id, sending))
         except Exception as exc:
-            sending.end(exc)
+            if sending is not None:
+                sending.end(exc)
             raise
         finally:
-            sending.end()
+            if sending is not None:
+                sending.end()
         return request_id
 
     async def check(self, email: str, code: str, purpose: str) -> CheckResult:
@@ -156,7 +155,10 @@ class Asker:
         else:
             reply.set_result(ErrorCode.TIMEOUT)
 
-    def _message(self, request: VerifyRequest, request_id: str, sending: Sending | None = None) -> bytes:
+    def _sending(self, request_id: str) -> Sending | None:
+        return None if self._traces is None else self._traces.sending(self._settings.queue, request_id)
+
+    def _message(self, request: VerifyRequest, request_id: str, sending: Sending | None) -> bytes:
         if not _is_text(request.email) or not _is_text(request.purpose):
             _require_json([request.email, request.purpose])
         headers = None if sending is None else sending.headers

@@ -14,7 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from producer.contract import REPLY_TTL, CheckResult, ErrorCode, code_key, is_purpose
+from producer.contract import REPLY_TTL, CheckResult, ErrorCode, code_key, is_purpose, known_error
 from producer.script import EACH, Arg, Command, Script
 from producer.settings import Settings
 
@@ -26,7 +26,6 @@ _RENEW, _CHECK = (Script(_LUA / f"{name}.lua") for name in ("renew", "check"))
 ATTEMPTS, COOLDOWN, SENDING, JOINED = "attempts:", "cooldown:", "sending:", "joined:"  # + code key
 BUCKET = "bucket:"  # + canonical address
 REQUEST = "request:"  # + request id
-_KNOWN = frozenset(map(int, ErrorCode))
 COOLDOWN_HIT, BUCKET_HIT = "cooldown", "bucket"  # why a request was answered without a mail
 
 
@@ -170,8 +169,7 @@ class CodeStore:
                 return Send(code, answer[2] / 1000, answer[3] / 1000, answer[4])
             case b"answered":
                 # A newer worker, before a rollback, may have known errors that we do not.
-                error = ErrorCode(answer[1]) if answer[1] in _KNOWN else ErrorCode.EXCEPTION
-                return Answered(error, answer[2].decode() if len(answer) > 2 else "")
+                return Answered(known_error(answer[1]), answer[2].decode() if len(answer) > 2 else "")
             case b"conflict":
                 return Conflict()
         return Wait(answer[1] / 1000, joined=answer[0] == b"join")

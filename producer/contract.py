@@ -184,8 +184,12 @@ def read_reply(payload: str | bytes) -> Reply:
         raise ValueError("the stored result is no reply to a verification request") from exc
     if type(error) is not int:
         raise ValueError("the stored result's error is no number")
-    # A newer worker may know errors that we do not.
-    return Reply(email, _KNOWN.get(error, ErrorCode.EXCEPTION))
+    return Reply(email, known_error(error))
+
+
+def known_error(number: int) -> ErrorCode:
+    """The error of this number; `EXCEPTION` for one that we do not know, as a newer worker may write it."""
+    return _KNOWN.get(number, ErrorCode.EXCEPTION)
 
 
 def _as_json(value: Any) -> str:

@@ -33,6 +33,7 @@ class Opener:
         self._options: dict[str, Any] = dict(parse_url(url if self._service is None else self._service.server_url()))
         self.finder = None if self._service is None else Finder(self._service, self._dial)
         self.database = int(self._options.get("db") or 0)
+        self._tls: ssl.SSLContext | None = None
 
     @property
     def server(self) -> tuple[Any, ...]:
@@ -55,6 +56,9 @@ class Opener:
 
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
+                # Anew for each connection, for files change; not for each sentinel that is asked: to read what a host
+                # trusts takes some 20 ms, in which the loop stands still, and they are asked every second.
+                self._tls = self._trust()
                 if self.finder is not None:
                     return await self.finder.find(connect)
                 return await connect((self._options.get("host", "localhost"), self._options.get("port", 6379)))
@@ -64,18 +68,22 @@ class Opener:
             raise RedisUnavailable(f"Redis could not be reached ({type(exc).__name__})") from None
 
     async def _dial(self, address: Address, on_push: OnPush | None = None) -> Protocol:
-        options = self._options
-        tls: ssl.SSLContext | None = None
-        if options.get("connection_class") is SSLConnection:
-            tls = ssl.create_default_context(cafile=options.get("ssl_ca_certs"))
-            if options.get("ssl_check_hostname") is False or options.get("ssl_cert_reqs") == "none":
-                tls.check_hostname = False
-            if options.get("ssl_cert_reqs") == "none":
-                tls.verify_mode = ssl.CERT_NONE
-            if options.get("ssl_certfile"):
-                tls.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"))
-        _, protocol = await asyncio.get_running_loop().create_connection(lambda: Protocol(on_push), *address, ssl=tls)
+        loop = asyncio.get_running_loop()
+        _, protocol = await loop.create_connection(lambda: Protocol(on_push), *address, ssl=self._tls)
         return protocol
+
+    def _trust(self) -> ssl.SSLContext | None:
+        options = self._options
+        if options.get("connection_class") is not SSLConnection:
+            return None
+        tls = ssl.create_default_context(cafile=options.get("ssl_ca_certs"))
+        if options.get("ssl_check_hostname") is False or options.get("ssl_cert_reqs") == "none":
+            tls.check_hostname = False
+        if options.get("ssl_cert_reqs") == "none":
+            tls.verify_mode = ssl.CERT_NONE
+        if options.get("ssl_certfile"):
+            tls.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"))
+        return tls
 
     async def _greet(self, protocol: Protocol) -> None:
         greeting = auth(self._options.get("username"), self._options.get("password"))

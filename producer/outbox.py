@@ -30,7 +30,6 @@ class Outbox:
         self._limit = limit
         self._link = Link(url, on_open=check_version)
         self._waiting: dict[Outcome, bytes] = {}
-        self._receipts: set[Outcome] = set()  # of those who are told that Redis has their message
         self._heralds: dict[Outcome, Callable[[], None]] = {}  # called once Redis has the message
         self._patience = Patience(REDIS_PATIENCE, lambda outcome: outcome.set_exception(RedisUnavailable(TOO_LATE)))
         self._pusher: asyncio.Task[None] | None = None
@@ -74,13 +73,11 @@ class Outbox:
     async def push(self, message: bytes) -> None:
         """Wait until Redis has the message; fails as `post` does."""
         sent = asyncio.get_running_loop().create_future()
-        self._receipts.add(sent)
         self.expect(sent)
-        self.post(message, sent)
+        self.post(message, sent, lambda: sent.set_result(None))
         try:
             await sent
         finally:
-            self._receipts.discard(sent)
             self.forget(sent)
 
     async def close(self) -> None:
@@ -116,8 +113,6 @@ class Outbox:
                         outcome.set_exception(type(failure)(str(failure)))
                     elif herald is not None:
                         herald()
-                    elif outcome in self._receipts:
-                        outcome.set_result(None)
         finally:
             self._pusher = None
 

@@ -156,7 +156,7 @@ def load(environ: dict[str, str] | None = None, *, dotenv: Path | None = _DOTENV
     Raises `BadSetting` with one line that names the setting, its value unless that is a secret, and what is allowed.
     """
     given = dict(os.environ) if environ is None else environ
-    below = _from_dotenv(dotenv) if dotenv and dotenv.is_file() else {}
+    below = from_dotenv(dotenv) if dotenv else {}
     config = _value_of(f"{PREFIX}CONFIG", given, below)
     values = from_config = _from_config(config) if config else {}
     for name in Settings.model_fields:
@@ -182,7 +182,7 @@ def load_or_exit() -> Settings:
         found = load()
     except BadSetting as exc:
         _stop(str(exc))
-    given = {*os.environ, *(_from_dotenv(_DOTENV) if _DOTENV.is_file() else ())}
+    given = {*os.environ, *from_dotenv()}
     for name, meant in misspelt(given - _told, NAMES, PREFIX):
         _told.add(name)
         sys.stderr.write(f"{name} is not a setting and does nothing; is {meant} meant?\n")
@@ -216,7 +216,10 @@ def _read(path: str, name: str) -> str:
         ) from exc
 
 
-def _from_dotenv(path: Path) -> dict[str, str]:
+def from_dotenv(path: Path = _DOTENV) -> dict[str, str]:
+    """What the file says, if there is one. Raises `BadSetting`."""
+    if not path.is_file():
+        return {}
     try:
         return {name: value for name, value in dotenv_values(path).items() if value is not None}
     except (OSError, UnicodeDecodeError) as exc:  # such as one that a Windows shell wrote, in UTF-16

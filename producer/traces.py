@@ -5,12 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dotenv import dotenv_values
-
 from producer.errors import BadSetting
+from producer.settings import from_dotenv
 
 if TYPE_CHECKING:
     from producer.spans import Traces
@@ -24,13 +22,12 @@ _PROTOCOL: Final = "http/protobuf"
 
 
 @functools.cache
-def set_up(service: str, dotenv: Path = Path(".env")) -> Traces | None:
+def set_up(service: str) -> Traces | None:
     """The tracing of this process, which is all ours, as OpenTelemetry's own variables want it; None: it is off.
 
     `service`: its name unless the variables give one. They may stand in `.env`. Raises `BadSetting` with one line.
     """
-    given = {name: value for name, value in dotenv_values(dotenv).items() if value} if dotenv.is_file() else {}
-    given |= {name: value for name, value in os.environ.items() if value}
+    given = {name: value for name, value in [*from_dotenv().items(), *os.environ.items()] if value}
     kind = given.get(EXPORTER, "").strip().lower()
     if kind in _OFF or given.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return None
