@@ -13,7 +13,6 @@ from urllib.parse import parse_qs, urlsplit
 from demo.catcher import HOST, Catcher, Mail
 
 LIMIT = 50  # mails in a list that does not say how many; Mailpit's own
-SNIPPET = 250  # characters of a mail's text in the list; Mailpit's own
 LIST, MESSAGE = "/api/v1/messages", "/api/v1/message/"
 
 
@@ -79,7 +78,7 @@ def _head(mail: Mail) -> dict[str, Any]:
 
 
 def _summary(mail: Mail) -> dict[str, Any]:
-    return {**_head(mail), "Created": _time(mail), "Snippet": " ".join(mail.text.split())[:SNIPPET]}
+    return {**_head(mail), "Created": _time(mail)}
 
 
 def _time(mail: Mail) -> str:

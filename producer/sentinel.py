@@ -70,19 +70,24 @@ class SentinelURL:
         """A plain URL, redis-py's, of the same database on a server of the service."""
         query = f"?{urlencode(self.query)}" if self.query else ""
         scheme = "rediss" if self.tls else "redis"
-        return f"{scheme}://{self._who()}{_in_url(host)}:{port}/{self.database or 0}{query}"
+        return f"{scheme}://{self.who()}{_in_url(host)}:{port}/{self.database or 0}{query}"
 
     def __str__(self) -> str:
         """The URL."""
-        hosts = ",".join(f"{_in_url(host)}:{port}" for host, port in self.sentinels)
+        hosts = ",".join(self.addresses())
         own = [(_USER, self.sentinel_user), (_PASSWORD, self.sentinel_password)]
         pairs = [*((name, value) for name, value in own if value is not None), *self.query]
         query = f"?{urlencode(pairs)}" if pairs else ""
         database = "" if self.database is None else f"/{self.database}"
         scheme = "rediss+sentinel" if self.tls else "redis+sentinel"
-        return f"{scheme}://{self._who()}{hosts}/{quote(self.service, safe='')}{database}{query}"
+        return f"{scheme}://{self.who()}{hosts}/{quote(self.service, safe='')}{database}{query}"
 
-    def _who(self) -> str:
+    def addresses(self) -> list[str]:
+        """Each sentinel, as host:port."""
+        return [f"{_in_url(host)}:{port}" for host, port in self.sentinels]
+
+    def who(self) -> str:
+        """User and password before a server's host, with their @; empty if there are none."""
         if self.user is None and self.password is None:
             return ""
         password = "" if self.password is None else f":{quote(self.password, safe='')}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
-from urllib.parse import quote
 
 from redis import Redis
 from redis.backoff import NoBackoff
@@ -41,10 +40,8 @@ def _form(url: str, *, who: bool) -> CeleryForm:
     if not is_sentinel(url):
         return CeleryForm(_checked(url), {}, {}, None, None, sentinel=False)
     service = SentinelURL.parse(url)
-    secret = "" if service.password is None else f":{quote(service.password, safe='')}"
-    before = f"{quote(service.user or '', safe='')}{secret}@" if who and (service.user or secret) else ""
-    hosts = (f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in service.sentinels)
-    joined = ";".join(f"sentinel://{before}{host}/{service.database or 0}" for host in hosts)
+    before = service.who() if who else ""
+    joined = ";".join(f"sentinel://{before}{address}/{service.database or 0}" for address in service.addresses())
     options = {"master_name": service.service}  # all that may be shown; see `sentinel_options`
     # An empty dictionary would mean no TLS.
     tls = {"ssl_cert_reqs": "required", **_tls(service)} if service.tls else {}

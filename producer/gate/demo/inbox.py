@@ -39,7 +39,6 @@ class _Summary(BaseModel):
     To: _Mailboxes = None
     Subject: str = ""
     Created: str = ""
-    Snippet: str = ""
 
 
 class _List(BaseModel):
@@ -67,10 +66,7 @@ class Inbox:
     async def mails(self) -> list[dict[str, Any]]:
         """The newest mails, the newest first: `id`, `from`, `to`, `subject`, `at` (RFC 3339). Raises `CannotFetch`."""
         found = _checked(_List, await fetch_json(f"{self._url}/api/v1/messages?limit={NEWEST}"))
-        return [
-            {"id": each.ID, **_head(each), "at": each.Created, "snippet": each.Snippet[:_LINE]}
-            for each in found.messages or []
-        ]
+        return [{"id": each.ID, **_head(each), "at": each.Created} for each in found.messages or []]
 
     async def mail(self, mail_id: str) -> dict[str, Any]:
         """One mail: its head, `text`, and the name of its HTML for `view`, if it has any. Raises `CannotFetch`."""

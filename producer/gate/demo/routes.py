@@ -88,7 +88,6 @@ def _add_asking(app: APIRouter, desk: Desk) -> None:
                 "ttl": settings.code_ttl,
                 "cooldown": settings.resend_cooldown,
                 "length": settings.code_length,
-                "patience": settings.reply_timeout,
                 "give_up": settings.give_up_after,
                 "inbox": bool(settings.demo_inbox),
                 "flower": settings.demo_flower or None,

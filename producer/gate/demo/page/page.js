@@ -89,7 +89,7 @@ class Page {
     this.strip.begin();
     this.phone.expect(email);
     try {
-      const { error, life } = await talk.request(email, this.say.locale, (line) => this.strip.hear(line));
+      const { error, life } = await talk.request(email, this.say.tag, (line) => this.strip.hear(line));
       this.answered(email, error, life);
     } catch (refused) {
       this.strip.lose();

@@ -67,7 +67,6 @@ export class Phone {
   async open(id, byHand) {
     const mail = await talk.mail(id);
     this.opened = mail;
-    this.byHand = byHand;
     // A new frame for each mail: Chromium leaves one blank that is sent elsewhere while it is hidden and shown again.
     // It adds nothing to the history of the page either.
     const frame = byId("mail-html").cloneNode();

@@ -7,8 +7,7 @@ const spanZh = (s) => (s < 90 ? `${Math.round(s)} 秒` : `${minutes(s)} 分钟`)
 
 export const words = {
   en: {
-    tag: "en",
-    locale: "en",
+    tag: "en", // of the page, and of the mail
     links: "More to look at",
     language: "Language",
     form: "Sign up",
@@ -98,7 +97,6 @@ export const words = {
   },
   zh: {
     tag: "zh-CN",
-    locale: "zh-CN",
     links: "更多",
     language: "语言",
     form: "注册",
