@@ -17,22 +17,13 @@ from typing import Any, Final, Self
 
 import grpc
 import httpx
-from worker_process import ROOT, eventually
+from worker_process import LAUNCH, ROOT, eventually
 
 from producer.gate.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp
 
 START_TIMEOUT: Final = 30.0  # seconds
 STOP_TIMEOUT: Final = 10.0  # the bound for SIGTERM
 LOUD: Final = ("Traceback", "unforeseen", "never retrieved", "never awaited", "destroyed but it is pending")
-
-# Asks the kernel to end this process with the tests' (Linux only), then becomes the doors.
-_LAUNCH: Final = """
-import os, sys
-if sys.platform == "linux":
-    import ctypes
-    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-os.execv(sys.executable, [sys.executable, "-m", "producer", "serve", *sys.argv[1:]])
-"""
 
 
 class Doors:
@@ -55,7 +46,7 @@ class Doors:
         """Start them; unless told otherwise, return when they are open."""
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _LAUNCH, *self._options],
+                [sys.executable, "-c", LAUNCH, sys.executable, "-m", "producer", "serve", *self._options],
                 cwd=self._directory.name,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,

@@ -51,10 +51,11 @@ class FlowerProcess:
             return text
 
     def __enter__(self) -> Self:
+        flower = [sys.executable, "-m", "celery", "-A", "worker.app", "flower"]
         options = ["--port=0", "--address=127.0.0.1", "--debug=true", "--logging=debug"]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", LAUNCH, "-A", "worker.app", "flower", *options],
+                [sys.executable, "-c", LAUNCH, *flower, *options],
                 cwd=self._directory.name,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,

@@ -16,17 +16,9 @@ import httpx
 import yaml
 from redis_server import _free_port
 from watching import PROMETHEUS, RULES
-from worker_process import eventually
+from worker_process import LAUNCH, eventually
 
 START_TIMEOUT: Final = 30.0  # seconds
-# Asks the kernel to end this process with its parent (Linux only), then becomes Prometheus.
-_LAUNCH: Final = """
-import os, sys
-if sys.platform == "linux":
-    import ctypes
-    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-os.execvp(sys.argv[1], sys.argv[1:])
-"""
 
 
 class Prometheus:
@@ -64,7 +56,7 @@ class Prometheus:
         assert shutil.which("prometheus"), "Debian's package prometheus is not installed"
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _LAUNCH, *self._command],
+                [sys.executable, "-c", LAUNCH, *self._command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -19,13 +19,13 @@ ROOT: Final = Path(__file__).parent.parent
 START_TIMEOUT: Final = 30.0  # seconds; Celery's imports alone take more than one on a busy core
 STOP_TIMEOUT: Final = 15.0  # the contract's bound for SIGTERM
 
-# Asks the kernel to end this process with the tests' (Linux only), then becomes Celery.
+# Asks the kernel to end this process with the tests' (Linux only), then becomes the program that is named after it.
 LAUNCH: Final = """
 import os, sys
 if sys.platform == "linux":
     import ctypes
     ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-os.execv(sys.executable, [sys.executable, "-m", "celery", *sys.argv[1:]])
+os.execvp(sys.argv[1], sys.argv[1:])
 """
 
 
@@ -52,7 +52,7 @@ class WorkerProcess:
 
     def start(self, *, wait: bool = True) -> None:
         """Start it; unless told otherwise, return when it says that it is ready."""
-        celery = ["-A", "worker.app", "worker", "-l", self._level, "-n", self.name]
+        celery = [sys.executable, "-m", "celery", "-A", "worker.app", "worker", "-l", self._level, "-n", self.name]
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", LAUNCH, *celery],
