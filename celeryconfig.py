@@ -2,7 +2,7 @@
 
 from producer.contract import REPLY_TTL, TASK
 from producer.settings import load_or_exit
-from worker.primary import broker_form, results_form
+from worker.celery_side.redis_urls import broker_form, results_form
 
 _settings = load_or_exit()
 _broker, _results = broker_form(_settings.broker_url), results_form(_settings.results_url)  # plain, or by sentinels
@@ -24,7 +24,9 @@ broker_connection_max_retries = None  # Redis may stay away for long
 broker_pool_limit = 100  # at most, opened when needed: each of Flower's threads (up to 32) holds two while it inspects
 
 # Stores success, nothing else.
-result_backend = f"worker.backend:{'SentinelReplyBackend' if _results.sentinel else 'ReplyBackend'}+{_results.url}"
+result_backend = (
+    f"worker.celery_side.backend:{'SentinelReplyBackend' if _results.sentinel else 'ReplyBackend'}+{_results.url}"
+)
 redis_username, redis_password = _results.user, _results.password  # as broker_use_ssl
 redis_backend_use_ssl = _results.tls
 result_expires = REPLY_TTL  # as long as a request id is remembered
@@ -54,7 +56,7 @@ worker_prefetch_multiplier = 1  # the intake reserves by free relay connections;
 worker_eta_task_limit = 10_000  # requests with an ETA that one worker holds in memory
 worker_send_task_events = True  # Flower sees every request without further ado
 worker_enable_remote_control = True  # inspect, ping, shutdown
-worker_consumer = "worker.consumer:Consumer"  # opens the service; no gossip, no mingle
+worker_consumer = "worker.celery_side.consumer:Consumer"  # opens the service; no gossip, no mingle
 worker_hijack_root_logger = False  # producer.logs has it, and masks addresses
 worker_redirect_stdouts = False  # nothing here prints
 worker_cancel_long_running_tasks_on_connection_loss = False  # a send that is under way may still be accepted

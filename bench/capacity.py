@@ -16,7 +16,7 @@ from bench import rig
 from bench.rig import Rig, cpu_seconds, say
 from bench.sink import Sink
 
-PATIENCE: Final = 300.0  # seconds for one run
+TIMEOUT: Final = 300.0  # seconds for one run
 HEADS: Final = ("latency ms", "connections", "workers", "mails/s", "limit", "of limit", "worker CPU us/mail", "load")
 WIDTHS: Final = [len(head) for head in HEADS]
 
@@ -30,7 +30,7 @@ async def drain(rig: Rig, *, latency: float, connections: int, workers: int, cou
         await rig.fill(queue, count)
         with ExitStack() as stack:
             children = [stack.enter_context(rig.worker(**given)) for _ in range(workers)]
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 # The first tenth is for connecting and warming up, the last for the workers to run dry.
                 began = await sink.until(count // 10)
                 used = -sum(cpu_seconds(child.pid) for child in children)

@@ -18,7 +18,7 @@ from bench.rig import Rig, cpu_seconds
 from bench.sink import Sink
 from demo.processes import Child
 
-PATIENCE: Final = 120.0  # seconds for one drain
+TIMEOUT: Final = 120.0  # seconds for one drain
 _LAST_REPLIES: Final = 10.0  # seconds that the last replies may come after their mails
 
 Parts = Mapping[str, Sequence[int]]  # process ids, by what the processes are
@@ -180,7 +180,7 @@ async def measure(sink: Sink, drained: Drained, share: Share, *, scenario: str, 
     load = os.getloadavg()[0]
     with drained.running(sink, share.all) as parts:
         everything = {**parts, "sink": [sink.pid]}
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             await sink.until(base + share.warm)
             begin = await mark(sink, everything)
             await sink.until(begin.mails + share.measured)

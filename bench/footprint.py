@@ -16,10 +16,10 @@ from bench.rig import Rig, say
 from bench.sink import Sink
 from demo import processes
 from producer.aio import AsyncVerificationClient
-from producer.depth import PARKED
-from worker.queue import RequestQueue
+from producer.store.backlog import PARKED
+from worker.queue.commands import RequestQueue
 
-PATIENCE: Final = 600.0  # seconds for the longest part
+TIMEOUT: Final = 600.0  # seconds for the longest part
 BATCH: Final = 1000  # messages of one reservation
 SAMPLES: Final = (  # database, pattern: one key of each kind is looked at
     (0, "code_*"),
@@ -41,7 +41,7 @@ async def queued_and_parked(rig: Rig, count: int) -> None:
     for start in range(0, count, BATCH):
         [answer] = await rig.ask(commands.reserve(min(BATCH, count - start), held=0), database=1)
         taken = commands.read_reserve(answer).taken
-        parked = [commands.park(each.tag, f"{start + i:036}", 600.0, 1.0) for i, each in enumerate(taken)]
+        parked = [commands.delay_request(each.tag, f"{start + i:036}", 600.0, 1.0) for i, each in enumerate(taken)]
         await rig.ask(*parked, database=1)
     [held] = await rig.ask(("HLEN", queue + PARKED), database=1)
     assert held == count, held  # noqa: S101 - else the figure means nothing
@@ -57,7 +57,7 @@ async def answered(rig: Rig, count: int) -> None:
             await rig.until_workers(rig.settings().queue, 1)
             before = await rig.memory()
             await rig.fill(rig.settings().queue, count)
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 await sink.until(count)
             await asyncio.sleep(1)
             say(("answered, all its keys", f"{(await rig.memory() - before) / count:.0f}"), (30, 8))

@@ -14,10 +14,10 @@ from itertools import count
 
 from bench.messages import address
 from producer.settings import Settings
-from worker.generator import new_code
-from worker.mail.envelope import Envelope, Mail
-from worker.mail.relay import Relay
+from worker.mail.message import Envelope, Mail
+from worker.mail.pool import Relay
 from worker.mail.render import Renderer
+from worker.service import new_code
 
 
 async def send(settings: Settings, mails: int) -> None:

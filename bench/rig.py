@@ -19,13 +19,13 @@ import uvloop
 from bench import messages, server
 from demo import processes
 from demo.processes import Child
-from producer.depth import Depth, depth, read_depth
-from producer.link import Link, raise_errors
-from producer.script import Command
+from producer.redis.connection import RedisConnection, raise_errors
+from producer.redis.scripts import Command
 from producer.settings import Settings, load
+from producer.store.backlog import Backlog, backlog, read_backlog
 
 PUSH: Final = 500  # messages of one LPUSH
-PATIENCE: Final = 60.0  # seconds until a worker gives a sign of life
+TIMEOUT: Final = 60.0  # seconds until a worker gives a sign of life
 TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 # All of a database in one step: SCAN may tell a key twice.
@@ -66,7 +66,7 @@ class Rig:
         self.directory = directory
         self.redis = redis
         self.url = url
-        self.server = Link(url)
+        self.server = RedisConnection(url)
 
     def settings(self, **given: str) -> Settings:
         """As a worker with this environment has them."""
@@ -109,14 +109,14 @@ class Rig:
             requests = write(start, min(first + count, start + PUSH), queue)
             await self.ask(("LPUSH", queue, *requests), database=1)
 
-    async def depth(self, queue: str) -> Depth:
+    async def backlog(self, queue: str) -> Backlog:
         """How the queue stands."""
-        return read_depth((await self.ask(depth(queue), database=1))[0])
+        return read_backlog((await self.ask(backlog(queue), database=1))[0])
 
     async def until_workers(self, queue: str, count: int) -> None:
         """Return when so many workers are alive."""
-        async with asyncio.timeout(PATIENCE):
-            while (await self.depth(queue)).workers < count:  # noqa: ASYNC110 - Redis tells, no event
+        async with asyncio.timeout(TIMEOUT):
+            while (await self.backlog(queue)).workers < count:  # noqa: ASYNC110 - Redis tells, no event
                 await asyncio.sleep(0.1)
 
     async def info(self, section: str) -> Mapping[str, str]:
@@ -141,7 +141,7 @@ class Rig:
             states = (writing["aof_rewrite_in_progress"], writing["aof_rewrite_scheduled"])
             return "1" in states or freeing["lazyfree_pending_objects"] != "0"
 
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             while await busy():  # noqa: ASYNC110 - Redis tells, no event
                 await asyncio.sleep(0.1)
 

@@ -18,7 +18,7 @@ from bench.rig import Rig, cpu_seconds
 from bench.sink import Sink
 from demo.processes import CHECKOUT, HOST, Child
 
-PATIENCE: Final = 60.0  # seconds
+TIMEOUT: Final = 60.0  # seconds
 _LOOK: Final = 0.005  # seconds between two looks
 _IDLE: Final = 1.0  # seconds from the first answer to the weighing
 
@@ -48,7 +48,7 @@ async def start(rig: Rig, sink: Sink, *, number: int) -> list[Run]:
 
 async def _first_reply(rig: Rig) -> None:
     """The request that lay on the queue is answered."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while not (await rig.ask(("DBSIZE",), database=2))[0]:  # noqa: ASYNC110 - Redis tells, no event
             await asyncio.sleep(_LOOK)
 
@@ -64,12 +64,12 @@ def _doors(rig: Rig, number: int) -> dict[str, float]:
         asked = urllib.request.Request(f"http://{HOST}:{port}/get_varifycode", content)
         while True:
             try:
-                with urllib.request.urlopen(asked, timeout=PATIENCE) as response:  # noqa: S310 - see above
+                with urllib.request.urlopen(asked, timeout=TIMEOUT) as response:  # noqa: S310 - see above
                     assert json.load(response)["error"] == 0  # noqa: S101 - else nothing was ready
                 break
             except OSError:
                 doors.require_running()
-                if time.monotonic() - began > PATIENCE:
+                if time.monotonic() - began > TIMEOUT:
                     raise
                 time.sleep(_LOOK)
         figures = {"seconds": time.monotonic() - began, "cpu": cpu_seconds(doors.pid)}

@@ -19,16 +19,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from demo import processes, redis
+from demo.api import Doors
 from demo.catcher import Catcher
-from demo.doors import Doors
-from demo.inbox import LIST, Inbox
+from demo.mailpit_api import LIST, Inbox
 from demo.processes import Child, PartMissing
 from demo.screen import Screen
 from demo.tour import StepFailed, Tour
+from producer.api.proto import SERVICE
 from producer.errors import VerifyError
-from producer.gate.proto import SERVICE
+from producer.setting_types import mask_url
 from producer.settings import PREFIX, Settings, load
-from producer.values import mask_url
 
 COOLDOWN = "2"  # seconds; with the default of 10 everybody would wait
 REPLY_TIMEOUT = "30"  # seconds; a very busy machine is no failure

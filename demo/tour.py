@@ -8,11 +8,11 @@ import uuid
 from typing import Any
 
 from demo import redis
+from demo.api import Doors, NoAnswer
 from demo.catcher import Catcher, Mail
-from demo.doors import Doors, NoAnswer
 from demo.screen import Screen
+from producer.api.proto import METHOD, SERVICE
 from producer.contract import ErrorCode, code_key
-from producer.gate.proto import METHOD, SERVICE
 from producer.settings import Settings
 
 MAIL_PATIENCE = 10.0  # seconds between the reply and the mail in the mailbox; the reply already says that it is there

@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import sys
 
-PATIENCE = (
+TIMEOUT = (
     4.0  # seconds; a worker whose Redis is silent answers after 3. Below the check's own 5, so that it can say why
 )
 
@@ -17,7 +17,7 @@ PATIENCE = (
 def main(port: str, path: str) -> int:
     """Ask once."""
     try:
-        with socket.create_connection(("127.0.0.1", int(port)), PATIENCE) as connection:
+        with socket.create_connection(("127.0.0.1", int(port)), TIMEOUT) as connection:
             connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
             said = connection.makefile("rb").readline(256)
     except OSError as exc:

@@ -17,15 +17,15 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-PATIENCE = 5.0  # seconds
+TIMEOUT = 5.0  # seconds
 HOST, PORT = os.environ.get("REDIS_HOST", "127.0.0.1"), int(os.environ.get("REDIS_PORT", "6379"))
 PASSWORD = os.environ.get("REDIS_PASSWORD")
 
 
 def ask(email: str) -> Any:
     """The reply, or None: unknown, the mail may still arrive."""
-    deadline = time.monotonic() + PATIENCE
-    bounds: Any = {"socket_timeout": PATIENCE, "socket_connect_timeout": PATIENCE, "retry": Retry(NoBackoff(), 0)}
+    deadline = time.monotonic() + TIMEOUT
+    bounds: Any = {"socket_timeout": TIMEOUT, "socket_connect_timeout": TIMEOUT, "retry": Retry(NoBackoff(), 0)}
     broker, results = (redis.Redis(HOST, PORT, db, PASSWORD, **bounds) for db in (1, 2))
     request_id = str(uuid.uuid4())
     message = {
@@ -42,7 +42,7 @@ def ask(email: str) -> Any:
     key = f"celery-task-meta-{request_id}"
     with broker, results, results.pubsub() as subscription:  # type: ignore[no-untyped-call]
         subscription.subscribe(key)
-        subscription.get_message(timeout=PATIENCE)  # Redis' word that we are subscribed
+        subscription.get_message(timeout=TIMEOUT)  # Redis' word that we are subscribed
         broker.lpush("verification", json.dumps(message))
         payload = results.get(key)
         while payload is None and (left := deadline - time.monotonic()) > 0:
@@ -54,6 +54,6 @@ def ask(email: str) -> Any:
 if __name__ == "__main__":
     reply = ask(sys.argv[1])
     if reply is None:
-        sys.exit(f"no reply within {PATIENCE:g} s")
+        sys.exit(f"no reply within {TIMEOUT:g} s")
     print(json.dumps(reply))
     sys.exit(0 if reply["error"] == 0 else 1)

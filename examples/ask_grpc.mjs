@@ -7,7 +7,7 @@ import grpc from "@grpc/grpc-js";
 import { loadSync } from "@grpc/proto-loader";
 
 const { VERIFY_GRPC_DOOR = "127.0.0.1:50051" } = process.env;
-const proto = new URL("../producer/gate/message.proto", import.meta.url); // copy it into your own project
+const proto = new URL("../producer/api/message.proto", import.meta.url); // copy it into your own project
 
 const { message } = grpc.loadPackageDefinition(loadSync(fileURLToPath(proto)));
 const door = new message.VarifyService(VERIFY_GRPC_DOOR, grpc.credentials.createInsecure());

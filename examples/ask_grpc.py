@@ -12,9 +12,9 @@ from pathlib import Path
 
 import grpc
 
-PATIENCE = 10.0  # seconds; the door itself answers within VERIFY_REPLY_TIMEOUT, 5 s unless set
+TIMEOUT = 10.0  # seconds; the door itself answers within VERIFY_REPLY_TIMEOUT, 5 s unless set
 DOOR = os.environ.get("VERIFY_GRPC_DOOR", "127.0.0.1:50051")
-PROTO = Path(__file__).parent.parent / "producer" / "gate" / "message.proto"  # copy it into your own project
+PROTO = Path(__file__).parent.parent / "producer" / "api" / "message.proto"  # copy it into your own project
 
 sys.path.insert(0, str(PROTO.parent))
 message, service = grpc.protos_and_services(PROTO.name)
@@ -23,7 +23,7 @@ if __name__ == "__main__":
     with grpc.insecure_channel(DOOR) as channel:
         asked = message.GetVarifyReq(email=sys.argv[1])
         try:
-            reply = service.VarifyServiceStub(channel).GetVarifyCode(asked, timeout=PATIENCE)
+            reply = service.VarifyServiceStub(channel).GetVarifyCode(asked, timeout=TIMEOUT)
         except grpc.RpcError as exc:
             sys.exit(f"no reply: {exc.code()}")
     print(json.dumps({"email": reply.email, "error": reply.error}))

@@ -6,12 +6,12 @@ import asyncio
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from producer.asking import Asker, Follower, build_request
 from producer.contract import DEFAULT_PURPOSE, CheckResult, Reply
+from producer.core.requests import ClientCore, RequestObserver, build_request
 from producer.settings import Settings, load
 
 if TYPE_CHECKING:
-    from producer.spans import Traces
+    from producer.tracing.spans import Traces
 
 
 class AsyncVerificationClient:
@@ -34,7 +34,7 @@ class AsyncVerificationClient:
         self._settings = settings or load()
         self._max_queue = max_queue
         self._traces = traces
-        self._asker: Asker | None = None
+        self._asker: ClientCore | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
@@ -44,7 +44,7 @@ class AsyncVerificationClient:
         *,
         purpose: str = DEFAULT_PURPOSE,
         locale: str | None = None,
-        follower: Follower | None = None,
+        observer: RequestObserver | None = None,
     ) -> Reply:
         """Ask for a code and wait until a relay accepted the mail or it is certain that none will.
 
@@ -53,7 +53,7 @@ class AsyncVerificationClient:
         A locale that is unknown, or not a string, means the worker's own. `email` comes back as it was given.
         A `follower` is told of the request on its way out.
         """
-        return await self._here().request(build_request(email, purpose, locale), follower)
+        return await self._here().request(build_request(email, purpose, locale), observer)
 
     async def enqueue(
         self, email: Any, *, purpose: str = DEFAULT_PURPOSE, locale: str | None = None, request_id: str | None = None
@@ -81,13 +81,13 @@ class AsyncVerificationClient:
         if asker is not None and self._loop is asyncio.get_running_loop():
             await asker.close()
 
-    def _here(self) -> Asker:
+    def _here(self) -> ClientCore:
         if self._closed:
             raise RuntimeError("the client is closed")
         loop = asyncio.get_running_loop()
         if self._asker is None or self._loop is not loop:
             # The former loop's connections died with it.
-            self._asker = Asker(self._settings, max_queue=self._max_queue, traces=self._traces)
+            self._asker = ClientCore(self._settings, max_queue=self._max_queue, traces=self._traces)
             self._loop = loop
         return self._asker
 

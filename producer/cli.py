@@ -18,8 +18,8 @@ from producer import logs
 from producer.client import VerificationClient
 from producer.contract import DEFAULT_PURPOSE, PURPOSE_PATTERN, ErrorCode, is_purpose
 from producer.errors import VerifyError
+from producer.setting_types import mask_url
 from producer.settings import Settings, load_or_exit
-from producer.values import mask_url
 
 INTERRUPTED: Final = 130  # exit status of a program that Ctrl-C ended
 
@@ -136,7 +136,7 @@ def serve(
             os.environ[name] = value
     in_force = load_or_exit()
     try:
-        from producer.gate import serve as doors  # noqa: PLC0415 - needs what a mere caller does not install
+        from producer.api import server as doors  # noqa: PLC0415 - needs what a mere caller does not install
     except ModuleNotFoundError as exc:
         typer.echo(f"The doors need {exc.name}: pip install 'verifyserver[doors]'", err=True)
         raise typer.Exit(2) from None

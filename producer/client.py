@@ -18,11 +18,11 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from producer.asking import Asker, build_request
 from producer.contract import DEFAULT_PURPOSE, CheckResult, Reply
+from producer.core.requests import ClientCore, build_request
 from producer.settings import Settings, load
 
-CLOSE_PATIENCE = 1.0  # seconds in which those who still wait at close() are told so
+CLOSE_TIMEOUT = 1.0  # seconds in which those who still wait at close() are told so
 
 T = TypeVar("T")
 
@@ -79,7 +79,7 @@ class VerificationClient:
             self._thread = None
         self._stop()
 
-    def _run(self, verb: Callable[[Asker], Coroutine[Any, Any, T]]) -> T:
+    def _run(self, verb: Callable[[ClientCore], Coroutine[Any, Any, T]]) -> T:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the client is closed")
@@ -117,17 +117,17 @@ class _LoopThread:
         self._selector = selectors.DefaultSelector()
         self._loop = asyncio.SelectorEventLoop(self._selector)
         self._settings = settings
-        self._asker: Asker | None = None
+        self._asker: ClientCore | None = None
         self._thread = threading.Thread(target=self._serve, name="verification-client", daemon=True)
         self._thread.start()
 
-    def submit(self, verb: Callable[[Asker], Coroutine[Any, Any, T]]) -> Future[T]:
+    def submit(self, verb: Callable[[ClientCore], Coroutine[Any, Any, T]]) -> Future[T]:
         """Start the verb on the loop; a future of its outcome."""
         return asyncio.run_coroutine_threadsafe(self._with_asker(verb), self._loop)
 
-    async def _with_asker(self, verb: Callable[[Asker], Coroutine[Any, Any, T]]) -> T:
+    async def _with_asker(self, verb: Callable[[ClientCore], Coroutine[Any, Any, T]]) -> T:
         if self._asker is None:
-            self._asker = Asker(self._settings)
+            self._asker = ClientCore(self._settings)
         return await verb(self._asker)
 
     def _serve(self) -> None:
@@ -142,7 +142,7 @@ class _LoopThread:
             return
         asyncio.run_coroutine_threadsafe(self._end(), self._loop)
         if threading.current_thread() is not self._thread:  # a collector may run anywhere
-            self._thread.join(2 * CLOSE_PATIENCE)
+            self._thread.join(2 * CLOSE_TIMEOUT)
 
     async def _end(self) -> None:
         try:
@@ -150,7 +150,7 @@ class _LoopThread:
                 await self._asker.close()
             others = asyncio.all_tasks() - {asyncio.current_task()}
             if others:
-                await asyncio.wait(others, timeout=CLOSE_PATIENCE)
+                await asyncio.wait(others, timeout=CLOSE_TIMEOUT)
         finally:
             self._loop.stop()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, NoReturn
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -14,9 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from producer.contract import DEAD_LETTERS
 from producer.errors import BadSetting
-from producer.misspelt import misspelt
-from producer.sentinel import SentinelURL, is_sentinel
-from producer.values import (
+from producer.setting_types import (
     MASK,
     RELAY_PORTS,
     Bind,
@@ -28,9 +28,24 @@ from producer.values import (
     RelayURL,
     RelayURLs,
     Sender,
+    SentinelURL,
     WebURL,
+    is_sentinel,
     mask_url,
 )
+
+# As a share of matching letters: RELAY is as near to RELAYS as 0.91, and HTTP_DOOR to HTTP_BIND as 0.67.
+NEAR: Final = 0.85
+
+
+def misspelt(names: Iterable[str], known: Iterable[str], prefix: str) -> Iterator[tuple[str, str]]:
+    """Each of `names` that has the prefix and is not `known`, with the known one that it is near to."""
+    allowed = {name.removeprefix(prefix) for name in known}
+    for name in sorted(set(names)):
+        rest = name.removeprefix(prefix)
+        if rest != name and rest not in allowed and (near := get_close_matches(rest, allowed, 1, NEAR)):
+            yield name, prefix + near[0]
+
 
 PREFIX: Final = "VERIFY_"
 # Keys that stand beside the queue in its database: dead letters, and kombu's own.

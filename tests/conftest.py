@@ -11,8 +11,8 @@ from contextlib import ExitStack
 import pytest
 import redis as redis_py
 from hypothesis import settings
-from redis_server import RedisServer
-from rig import Rig
+from support.redis_server import RedisServer
+from support.rig import Rig
 
 # The same examples every time, none of them too slow for a busy machine; `--hypothesis-profile=explore` looks further.
 settings.register_profile("steady", derandomize=True, deadline=None)

@@ -11,17 +11,18 @@ from typing import Any
 import click
 from celery import Celery, signals
 
-from producer import logs, traces
-from worker import (
-    broker,
-    control,  # noqa: F401 - puts our inspect commands in the place of Celery's
-)
-from worker.backend import ReplyBackend
+from producer import logs
+from producer.tracing import setup as traces
 from worker.bootstrap import SERVICE
-from worker.lengths import Queues
+from worker.celery_side import (
+    control,  # noqa: F401 - puts our inspect commands in the place of Celery's
+    transport,
+)
+from worker.celery_side.backend import ReplyBackend
+from worker.celery_side.flower import Queues
 from worker.tasks import SendCode
 
-broker.register()
+transport.register()
 app = Celery("verifyserver")
 app.config_from_object("celeryconfig")
 send_code = app.register_task(SendCode())

@@ -5,29 +5,26 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from producer.codes import CodePolicy, CodeStore
 from producer.errors import RedisUnavailable, ServerTooOld
-from producer.link import Link, require_version
+from producer.redis.connection import RedisConnection, require_version
 from producer.settings import Settings
-from producer.traces import FAREWELL, set_up
-from worker.appetite import Appetite
+from producer.store.codes import CodePolicy, CodeStore
+from producer.tracing.setup import FAREWELL, set_up
+from worker.celery_side.events import Events
 from worker.databases import Databases
-from worker.events import Events
-from worker.intake import Intake
+from worker.fetcher import CelerySide, Fetcher, Prefetch
 from worker.job import Finished
 from worker.mail.failover import Failover
-from worker.mail.relay import Relay
+from worker.mail.pool import Relay
 from worker.mail.render import Renderer
-from worker.metrics import MetricsServer, WorkerMetrics
-from worker.queue import RequestQueue
+from worker.metrics import Counters, MetricsServer, WorkerMetrics
+from worker.queue.commands import RequestQueue
 from worker.service import Service
-from worker.settle import Settler
-from worker.tally import Tally
-from worker.watcher import Watcher
+from worker.settler import Settler
 
 if TYPE_CHECKING:
-    from producer.spans import Traces
-    from worker.spans import Recorder
+    from producer.tracing.spans import Traces
+    from worker.trace_spans import Recorder
 
 SERVICE = "verifyserver-worker"  # in traces, unless OTEL_SERVICE_NAME says otherwise
 
@@ -35,9 +32,9 @@ SERVICE = "verifyserver-worker"  # in traces, unless OTEL_SERVICE_NAME says othe
 class Worker:
     """What runs on the service's loop."""
 
-    def __init__(self, settings: Settings, watcher: Watcher, traces: Traces | None = None) -> None:
+    def __init__(self, settings: Settings, celery_side: CelerySide, traces: Traces | None = None) -> None:
         self._databases = Databases(settings)
-        self._waiter = Link(settings.broker_url)
+        self._waiter = RedisConnection(settings.broker_url)
         self._mailer = Failover(
             [
                 Relay(
@@ -51,53 +48,53 @@ class Worker:
         )
         store = CodeStore(CodePolicy.of(settings))
         queue = RequestQueue(settings.queue, visibility_timeout=settings.visibility_timeout)
-        tally = Tally()
-        appetite = Appetite(lambda: self._mailer.capacity)
-        settler = Settler(self._databases, store, queue, self._done, self._outcome, tally)
+        counters = Counters()
+        prefetch = Prefetch(lambda: self._mailer.capacity)
+        settler = Settler(self._databases, store, queue, self._done, self._outcome, counters)
         service = Service(
             store,
             self._databases.codes,
             self._mailer,
             Renderer(settings.mail_from, default_locale=settings.locale),
             settler,
-            tally,
-            appetite,
+            counters,
+            prefetch,
             sender=settings.mail_from.mailbox,
             code_length=settings.code_length,
         )
-        self.intake = Intake(
+        self.fetcher = Fetcher(
             self._databases.broker,
             self._waiter,
             queue,
             service,
             settler,
-            watcher,
-            tally,
-            appetite,
+            celery_side,
+            counters,
+            prefetch,
             _recorder(traces, settings.queue),
         )
         self._traces = traces
         self.events = Events(self._databases.broker)
         self._metrics = MetricsServer(
             WorkerMetrics(
-                tally, self._mailer.standings, lambda: self.intake.load, self._databases.broker, settings.queue
+                counters, self._mailer.statuses, lambda: self.fetcher.load, self._databases.broker, settings.queue
             )
         )
         self._metrics_bind = settings.metrics_bind
-        self._watcher = watcher
+        self._celery_side = celery_side
         self._background: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Begin to work, on the running loop."""
         await self._metrics.open(self._metrics_bind)
-        self.intake.start()
+        self.fetcher.start()
         self._background = asyncio.create_task(self._require_versions())
 
     def _outcome(self) -> None:
-        self.intake.outcome()
+        self.fetcher.outcome()
 
     def _done(self, finished: Finished) -> None:
-        self.intake.done(finished)
+        self.fetcher.done(finished)
 
     async def _require_versions(self) -> None:
         """Wait for each database, and give up if one is a server that is too old."""
@@ -114,13 +111,13 @@ class Worker:
                 if isinstance(info, bytes):
                     require_version(info)
             except ServerTooOld as exc:
-                self._watcher.give_up(str(exc))
+                self._celery_side.give_up(str(exc))
 
     async def stop(self, seconds: float) -> None:
         """Finish what is in hand within `seconds`, put back the rest, close every connection."""
         if self._background is not None:
             self._background.cancel()
-        await self.intake.stop(seconds)
+        await self.fetcher.stop(seconds)
         last_spans = None if self._traces is None else self._traces.close()
         await self.events.close()
         await self._mailer.close()
@@ -134,13 +131,13 @@ class Worker:
 def _recorder(traces: Traces | None, queue: str) -> Recorder | None:
     if traces is None:
         return None
-    from worker.spans import Recorder  # noqa: PLC0415 - needs what is installed only where traces are wanted
+    from worker.trace_spans import Recorder  # noqa: PLC0415 - needs what is installed only where traces are wanted
 
     return Recorder(traces, queue)
 
 
-async def wire(settings: Settings, watcher: Watcher) -> Worker:
+async def wire(settings: Settings, celery_side: CelerySide) -> Worker:
     """The worker, on the running loop."""
-    worker = Worker(settings, watcher, set_up(SERVICE))
+    worker = Worker(settings, celery_side, set_up(SERVICE))
     await worker.start()
     return worker

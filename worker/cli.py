@@ -14,10 +14,10 @@ from rich.table import Table
 
 from producer.contract import DEAD_LETTERS
 from producer.errors import VerifyError
+from producer.setting_types import mask_url
 from producer.settings import load_or_exit
-from producer.values import mask_url
-from worker.dead import DeadLetter, DeadLetters
-from worker.primary import connect
+from worker.celery_side.redis_urls import connect
+from worker.queue.dead_letters import DeadLetter, DeadLetters
 
 TIMEOUT = 3.0  # seconds for Redis to answer
 

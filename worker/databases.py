@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from producer.link import Batch, Link
+from producer.redis.connection import Batch, RedisConnection
 from producer.settings import Settings
 
 
 class Database:
     """One of the three: a connection, possibly shared, and a database number."""
 
-    def __init__(self, link: Link, number: int) -> None:
+    def __init__(self, link: RedisConnection, number: int) -> None:
         self.link = link
         self.number = number
 
@@ -25,14 +25,14 @@ class Databases:
     """Codes, broker and results. On one server they share one connection: what concerns all three is one trip."""
 
     def __init__(self, settings: Settings) -> None:
-        self._links: dict[tuple[Any, ...], Link] = {}
+        self._links: dict[tuple[Any, ...], RedisConnection] = {}
         self.codes = self._database(settings.codes_url)
         self.broker = self._database(settings.broker_url)
         self.results = self._database(settings.results_url)
         self.one_server = len(self._links) == 1
 
     def _database(self, url: str) -> Database:
-        link = Link(url)
+        link = RedisConnection(url)
         return Database(self._links.setdefault(link.server, link), link.database)
 
     async def run_all(self, parts: Sequence[tuple[Database, Batch]]) -> list[list[Any]]:

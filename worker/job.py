@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from producer.address import Address
-from producer.codes import Claim
 from producer.contract import ErrorCode, VerifyRequest
+from producer.store.codes import Claim
 
 if TYPE_CHECKING:
-    from worker.trace import Trace
+    from worker.tracing import Trace
 
 NOBODY = Claim("", "", "", "", "")  # until the service knows better
 
@@ -30,7 +30,7 @@ class Job:
     began: float = 0.0  # on the loop's clock, as `lease_until`
     lease_until: float = 0.0
     scheduled: bool = False  # it waits at Celery for its ETA
-    buried: bool = False  # it left as a dead letter
+    dead_lettered: bool = False  # it left as a dead letter
     trace: Trace | None = None  # None: this worker is not traced
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from typing import Final
@@ -14,18 +16,92 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from producer.depth import Depth, depth, read_depth
+from producer.contract import ErrorCode
 from producer.errors import RedisUnavailable
-from producer.link import ServerError
-from producer.values import Bind
+from producer.redis.connection import ServerError
+from producer.setting_types import Bind
+from producer.store.backlog import Backlog, backlog, read_backlog
+from producer.store.codes import BUCKET_HIT, COOLDOWN_HIT
 from worker.databases import Database
-from worker.mail.failover import Standing
-from worker.tally import BOUNDS, Durations, Tally
+from worker.mail.failover import RelayStatus
+
+# Seconds: from a relay that answers at once to a request that was given up after the longest VERIFY_GIVE_UP_AFTER.
+BOUNDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
+_LONGEST: Final = BOUNDS[-1]
+# Why a message was buried, in a word; by how the reason in the dead letter begins.
+_REASONS: Final = {
+    "unknown task": "unknown_task",
+    "no ": "envelope",
+    "not ": "envelope",
+    "content-": "envelope",
+    "body_encoding": "envelope",
+    "the envelope": "envelope",
+    "the body": "body",
+    "an argument": "body",
+    "callbacks": "body",
+    "errbacks": "body",
+    "chain": "body",
+    "chord": "body",
+    "expires": "time",
+    "eta": "time",
+    "the request id": "id_conflict",
+    "it killed": "killer",
+    "Celery": "celery",
+}
+OTHER: Final = "other"
+REASONS: Final = (*dict.fromkeys(_REASONS.values()), OTHER)
+
+
+class Durations:
+    """A histogram of seconds."""
+
+    __slots__ = ("counts", "total")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BOUNDS) + 1)  # not cumulative; the last one is what is beyond all bounds
+        self.total = 0.0
+
+    def since(self, moment: float | None) -> None:
+        """Count the time since `moment` (Unix seconds by whoever wrote it down; None: nobody did)."""
+        if moment is not None:
+            # Another host's clock may be ahead, and a message may say anything.
+            seconds = time.time() - moment
+            if not 0.0 <= seconds <= _LONGEST:
+                seconds = 0.0 if seconds < 0.0 else _LONGEST
+            self.counts[bisect_left(BOUNDS, seconds)] += 1
+            self.total += seconds
+
+
+class Counters:
+    """One worker's numbers since its start."""
+
+    def __init__(self) -> None:
+        self.taken = 0  # requests that were taken from the queue, each time they were
+        self.through_celery = 0  # of these, what needed Celery's own machinery
+        self.replies = dict.fromkeys((error for error in ErrorCode if error < 1000), 0)
+        self.until_reply = Durations()  # from `enqueued_at`
+        self.until_accepted = Durations()
+        self.retries = 0
+        self.joins = 0
+        self.hits = dict.fromkeys((COOLDOWN_HIT, BUCKET_HIT), 0)
+        self.restored = 0
+        self.dead = dict.fromkeys(REASONS, 0)
+
+    def replied(self, error: ErrorCode, enqueued_at: float | None) -> None:
+        """A request has its answer."""
+        self.replies[error] += 1
+        self.until_reply.since(enqueued_at)
+
+    def dead_lettered(self, reason: str) -> None:
+        """A message became a dead letter."""
+        found = (word for start, word in _REASONS.items() if reason.startswith(start))
+        self.dead[next(found, OTHER)] += 1
+
 
 logger = logging.getLogger(__name__)
 
-PATIENCE: Final = 5.0  # seconds for a scraper to say what it wants, and to take it
-_LONGEST: Final = 16 * 1024  # bytes of a request's head
+TIMEOUT: Final = 5.0  # seconds for a scraper to say what it wants, and to take it
+_LONGEST_HEAD: Final = 16 * 1024  # bytes of a request's head
 _UNKNOWN: Final = float("nan")
 
 
@@ -34,34 +110,34 @@ class WorkerMetrics(Collector):
 
     def __init__(
         self,
-        tally: Tally,
-        relays: Callable[[], Iterable[Standing]],
+        counters: Counters,
+        relays: Callable[[], Iterable[RelayStatus]],
         held: Callable[[], int],
         broker: Database,
         queue: str,
     ) -> None:
-        self._tally = tally
+        self._counters = counters
         self._relays = relays
         self._held = held
         self._broker = broker
         self._queue = queue
-        self._depth: Depth | None = None
+        self._backlog: Backlog | None = None
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
     async def page(self) -> bytes:
         """All of it, in Prometheus' text format."""
-        self._depth = await self._ask_depth()
+        self._backlog = await self._ask_backlog()
         return generate_latest(self._registry)
 
-    async def _ask_depth(self) -> Depth | None:
+    async def _ask_backlog(self) -> Backlog | None:
         """How the queue stands now; None: the broker does not answer, and what it said before would be stale."""
         try:
-            [answer] = await self._broker.run([depth(self._queue)])
+            [answer] = await self._broker.run([backlog(self._queue)])
         except RedisUnavailable:
             return None
-        return None if isinstance(answer, ServerError) else read_depth(answer)
+        return None if isinstance(answer, ServerError) else read_backlog(answer)
 
     def collect(self) -> Iterator[Metric]:
         """For the registry."""
@@ -70,36 +146,38 @@ class WorkerMetrics(Collector):
         yield from self._stock()
 
     def _requests(self) -> Iterator[Metric]:
-        tally = self._tally
-        paths = {"fast": tally.taken - tally.through_celery, "celery": tally.through_celery}
-        replies = {str(int(error)): count for error, count in tally.replies.items()}
+        counters = self._counters
+        paths = {"fast": counters.taken - counters.through_celery, "celery": counters.through_celery}
+        replies = {str(int(error)): count for error, count in counters.replies.items()}
         yield _counter("worker_requests_taken", "Requests taken from the queue, retries too.", "path", paths)
         yield _counter("worker_replies", "Replies, by their error code.", "error", replies)
-        yield _histogram("worker_reply_seconds", "From a request's enqueued_at to its reply.", tally.until_reply)
-        yield _histogram("worker_accepted_seconds", "From a request's enqueued_at to the 250.", tally.until_accepted)
-        yield _plain("worker_retries", "Sends that failed for now; their request was parked.", tally.retries)
-        yield _plain("worker_joins", "Requests that met another's mail on the wire, and wait.", tally.joins)
-        hits = tally.hits
+        yield _histogram("worker_reply_seconds", "From a request's enqueued_at to its reply.", counters.until_reply)
+        yield _histogram("worker_accepted_seconds", "From a request's enqueued_at to the 250.", counters.until_accepted)
+        yield _plain("worker_retries", "Sends that failed for now; their request was parked.", counters.retries)
+        yield _plain("worker_joins", "Requests that met another's mail on the wire, and wait.", counters.joins)
+        hits = counters.hits
         yield _plain("worker_cooldown_hits", "Requests answered Success without another mail.", hits["cooldown"])
         yield _plain("worker_bucket_hits", "Requests whose address had its mails for now.", hits["bucket"])
-        yield _plain("worker_redeliveries", "Requests of dead workers that this one brought back.", tally.restored)
-        yield _counter("worker_dead_letters", "Messages that this worker buried.", "reason", tally.dead)
+        yield _plain("worker_redeliveries", "Requests of dead workers that this one brought back.", counters.restored)
+        yield _counter("worker_dead_letters", "Messages that this worker buried.", "reason", counters.dead)
 
     def _sends(self) -> Iterator[Metric]:
         sends = CounterMetricFamily(
             "verify_worker_sends", "Tries to send a mail through a relay.", labels=("relay", "outcome")
         )
         opened = GaugeMetricFamily("verify_worker_relay_connections", "Connections to a relay.", labels=("relay",))
-        sick = GaugeMetricFamily("verify_worker_relay_sick", "1: the relay is skipped for a while.", labels=("relay",))
-        for relay, standing in _by_name(self._relays()).items():
-            for outcome, count in standing.sends.items():
+        unhealthy = GaugeMetricFamily(
+            "verify_worker_relay_sick", "1: the relay is skipped for a while.", labels=("relay",)
+        )
+        for relay, status in _by_name(self._relays()).items():
+            for outcome, count in status.sends.items():
                 sends.add_metric((relay, outcome), count)
-            opened.add_metric((relay,), standing.connections)
-            sick.add_metric((relay,), standing.sick)
-        yield from (sends, opened, sick)
+            opened.add_metric((relay,), status.connections)
+            unhealthy.add_metric((relay,), status.unhealthy)
+        yield from (sends, opened, unhealthy)
 
     def _stock(self) -> Iterator[Metric]:
-        stood = self._depth
+        stood = self._backlog
         queued, parked, suspects, dead, workers, oldest = stood or (_UNKNOWN,) * 6
         oldest = oldest or 0.0
         yield _gauge("worker_requests_held", "Requests in this worker's hands.", self._held())
@@ -123,7 +201,7 @@ class MetricsServer:
     async def open(self, bind: Bind) -> None:
         """Listen; if that is not possible say so, and go on without."""
         try:
-            self._server = await asyncio.start_server(self._serve, bind.host, bind.port, limit=_LONGEST)
+            self._server = await asyncio.start_server(self._serve, bind.host, bind.port, limit=_LONGEST_HEAD)
         except OSError as exc:
             logger.warning(
                 "VERIFY_METRICS_BIND: cannot listen on %s (%s); this worker goes on without metrics."
@@ -143,7 +221,7 @@ class MetricsServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One request, one answer."""
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 head = await reader.readuntil(b"\r\n\r\n")
                 writer.write(await self._answer(head.split(b"\r\n", 1)[0].split(b" ")))
                 writer.close()
@@ -170,17 +248,17 @@ def _response(status: str, body: bytes, more: str = "", *, content_type: str = "
     return f"{head}Connection: close\r\n\r\n".encode() + body
 
 
-def _by_name(relays: Iterable[Standing]) -> dict[str, Standing]:
+def _by_name(relays: Iterable[RelayStatus]) -> dict[str, RelayStatus]:
     """Relays that differ only in what may not be shown, such as the user, as one."""
-    found: dict[str, Standing] = {}
+    found: dict[str, RelayStatus] = {}
     for each in relays:
         found[each.relay] = _both(found[each.relay], each) if each.relay in found else each
     return found
 
 
-def _both(one: Standing, other: Standing) -> Standing:
+def _both(one: RelayStatus, other: RelayStatus) -> RelayStatus:
     sends = {outcome: count + other.sends[outcome] for outcome, count in one.sends.items()}
-    return Standing(one.relay, sends, one.connections + other.connections, one.sick or other.sick)
+    return RelayStatus(one.relay, sends, one.connections + other.connections, one.unhealthy or other.unhealthy)
 
 
 def _plain(name: str, text: str, value: int) -> Metric:

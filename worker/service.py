@@ -6,19 +6,17 @@ import asyncio
 import contextlib
 import logging
 import random
+import secrets
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from producer import address
-from producer.codes import Answered, Asked, Claim, CodeStore, Conflict, Send, Wait
 from producer.contract import ErrorCode, is_purpose
 from producer.errors import InvalidAddress, RedisUnavailable
-from producer.link import ServerError, entries
-from worker.appetite import Appetite
+from producer.redis.connection import ServerError, entries
+from producer.store.codes import Answered, Asked, Claim, CodeStore, Conflict, Send, Wait
 from worker.databases import Database
-from worker.generator import new_code
 from worker.job import Job
-from worker.mail.envelope import Envelope, Mail
 from worker.mail.errors import (
     AcceptanceUnknown,
     MailError,
@@ -27,9 +25,19 @@ from worker.mail.errors import (
     SendWithheld,
     Smtputf8Unsupported,
 )
+from worker.mail.message import Envelope, Mail
 from worker.mail.render import Renderer
-from worker.settle import Settler
-from worker.tally import Tally
+from worker.metrics import Counters
+from worker.settler import Settler
+
+
+def new_code(length: int) -> str:
+    """So many decimal digits, each equally likely, from the operating system's random source."""
+    return f"{secrets.randbelow(10**length):0{length}d}"
+
+
+if TYPE_CHECKING:
+    from worker.fetcher import Prefetch
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +66,8 @@ class Service:
         mailer: Mailer,
         renderer: Renderer,
         settler: Settler,
-        tally: Tally,
-        appetite: Appetite,
+        counters: Counters,
+        prefetch: Prefetch,
         *,
         sender: str,
         code_length: int,
@@ -69,12 +77,12 @@ class Service:
         self._mailer = mailer
         self._renderer = renderer
         self._settler = settler
-        self._tally = tally
-        self._appetite = appetite
+        self._counters = counters
+        self._prefetch = prefetch
         self._sender = sender
         self._code_length = code_length
         self._leased: dict[str, Job] = {}  # by tag
-        self._dots: list[tuple[Job, Callable[[bool], None]]] = []  # final dots that may be written in a moment
+        self._announcements: list[tuple[Job, Callable[[bool], None]]] = []  # final dots that may be written in a moment
         self._stopping = False
         self._drained: asyncio.Future[None] | None = None
 
@@ -138,13 +146,13 @@ class Service:
                 self._send(job, send)
             case Answered(error, why):
                 if why:
-                    self._tally.hits[why] += 1
+                    self._counters.hits[why] += 1
                 self._settler.answer(job, error, mark=False)
             case Wait(seconds, joined):
-                self._tally.joins += joined
+                self._counters.joins += joined
                 self._settler.wait(job, seconds)
             case Conflict():
-                self._settler.bury(job, "the request id belongs to another address or purpose")
+                self._settler.dead_letter(job, "the request id belongs to another address or purpose")
 
     def _send(self, job: Job, send: Send) -> None:
         assert job.mailbox is not None  # noqa: S101 - `judge` has set it, or the store has not said Send
@@ -165,7 +173,7 @@ class Service:
                 Envelope(self._sender, mailbox, job.mailbox.needs_smtputf8, content),
                 # A request is never on the wire past its deadline.
                 asyncio.get_running_loop().time() + send.remaining,
-                lambda go: self._before_dot(job, go),
+                lambda go: self._before_data(job, go),
                 lambda error: self._sent(job, send, error),
                 job.trace,
             )
@@ -175,8 +183,8 @@ class Service:
         """A send has ended."""
         self._leased.pop(job.tag, None)
         if error is None:
-            self._appetite.sent()
-            self._tally.until_accepted.since(job.enqueued_at)
+            self._prefetch.sent()
+            self._counters.until_accepted.since(job.enqueued_at)
             self._settler.answer(job, ErrorCode.SUCCESS, mark=True)
         elif isinstance(error, RecipientRejected | MessageRejected):
             logger.info("mail rejected", extra={"reply": str(error)})
@@ -201,29 +209,29 @@ class Service:
         jittered = random.uniform(0, min(RETRY_CAP, RETRY_BASE * 2 ** min(send.tries, 10)))
         return min(jittered, send.remaining)
 
-    def _before_dot(self, job: Job, go: Callable[[bool], None]) -> None:
+    def _before_data(self, job: Job, go: Callable[[bool], None]) -> None:
         """Let the mail's content go in this turn of the loop, together with all that is ready."""
-        self._dots.append((job, go))
-        if len(self._dots) == 1:
-            asyncio.get_running_loop().call_soon(self._write_dots)
+        self._announcements.append((job, go))
+        if len(self._announcements) == 1:
+            asyncio.get_running_loop().call_soon(self._announce_all)
 
-    def _write_dots(self) -> None:
+    def _announce_all(self) -> None:
         """Record that final dots are on their way, but for lapsed leases: then another may be sending."""
-        dots, self._dots = self._dots, []
+        announcements, self._announcements = self._announcements, []
         now = asyncio.get_running_loop().time()
-        ours = [job.claim for job, _ in dots if now < job.lease_until]
+        ours = [job.claim for job, _ in announcements if now < job.lease_until]
         recorded = False
         if ours:
             with contextlib.suppress(RedisUnavailable):
-                self._codes.link.post([self._store.dot(ours)], database=self._codes.number)
+                self._codes.link.post([self._store.announce_data(ours)], database=self._codes.number)
                 recorded = True
-        for job, go in dots:
+        for job, go in announcements:
             go(recorded and now < job.lease_until)
 
     async def tick(self) -> None:
         """Once a second: all leases anew. Those that Redis does not confirm lapse by themselves."""
         began = asyncio.get_running_loop().time()
-        self._appetite.tick(began)
+        self._prefetch.tick(began)
         jobs = list(self._leased.values())
         if not jobs:
             return

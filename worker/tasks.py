@@ -9,8 +9,8 @@ from celery.exceptions import Ignore
 from celery.worker.request import Request
 
 from producer.contract import DEFAULT_PURPOSE, TASK, Reply
-from worker import bridge
-from worker.events import shown
+from worker.celery_side import bridge
+from worker.celery_side.events import shown
 
 
 class StoredReply:

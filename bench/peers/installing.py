@@ -15,7 +15,7 @@ from typing import Final
 
 from bench.compiling import BUILD
 from producer.errors import VerifyError
-from producer.values import Sender
+from producer.setting_types import Sender
 from worker.mail.render import Renderer
 
 HERE: Final = Path(__file__).parent

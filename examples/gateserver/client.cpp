@@ -1,7 +1,7 @@
 // Does what GateServer does, to try a VerifyServer out: asks for a code over gRPC without a deadline, or checks one.
 //
-//   protoc -I../../producer/gate --cpp_out=. message.proto
-//   protoc -I../../producer/gate --grpc_out=. --plugin=protoc-gen-grpc=$(which grpc_cpp_plugin) message.proto
+//   protoc -I../../producer/api --cpp_out=. message.proto
+//   protoc -I../../producer/api --grpc_out=. --plugin=protoc-gen-grpc=$(which grpc_cpp_plugin) message.proto
 //   g++ -std=c++17 client.cpp message.*.cc -o client $(pkg-config --cflags --libs grpc++ protobuf jsoncpp)
 //   ./client 127.0.0.1 50051 a@example.com
 //   ./client 127.0.0.1 8081 a@example.com 123456

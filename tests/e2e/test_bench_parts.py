@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import grpc
 import pytest
-from redis_server import RedisServer
+from support.redis_server import RedisServer
 
 from bench import peers
 from bench.sink import HOST, Count, Sink

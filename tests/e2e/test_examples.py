@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from caller import address
-from doors_process import Doors
-from examples_run import BUILD_TIMEOUT, EXAMPLES, build, copied, fenced, lines_at_top, shell, where
-from redis_server import RedisServer
-from rig import CODE_LENGTH, Rig, code_in
+from support.api_process import Doors
+from support.caller import address
+from support.examples_run import BUILD_TIMEOUT, EXAMPLES, build, copied, fenced, lines_at_top, shell, where
+from support.redis_server import RedisServer
+from support.rig import CODE_LENGTH, Rig, code_in
 
-PATIENCE = 5.0  # seconds that each waits for its reply
+TIMEOUT = 5.0  # seconds that each waits for its reply
 README = EXAMPLES / "README.md"
 LINES: Final = [line for block in fenced(README, "sh") for line in block.splitlines()]
 UTF_8: Final = {"LC_ALL": "C.UTF-8"}  # for Java, whose arguments are bytes in the locale's encoding
@@ -120,7 +120,7 @@ def test_without_a_worker_it_waits_no_longer_than_it_says(
     start = time.monotonic()
     code, said, trouble = shell(line, examples, where(redis_server))
     assert (code, json.dumps(said + trouble).count("within 5 s")) == (1, 1)
-    assert PATIENCE - 0.5 < time.monotonic() - start < PATIENCE + 5  # starting takes its time on a busy core
+    assert TIMEOUT - 0.5 < time.monotonic() - start < TIMEOUT + 5  # starting takes its time on a busy core
     with redis_server.client(1) as broker:
         assert broker.llen("verification") == 1
 
@@ -132,7 +132,7 @@ def test_without_redis_it_fails_at_once(
     server.kill()
     start = time.monotonic()
     assert shell(line, examples, where(server))[0] == 1
-    assert time.monotonic() - start < PATIENCE
+    assert time.monotonic() - start < TIMEOUT
 
 
 def test_at_a_door_it_asks_for_a_code_and_says_the_reply(

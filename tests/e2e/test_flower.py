@@ -11,13 +11,13 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from caller import TASK, address, message
 from celery import Celery, group
-from flower_process import FlowerProcess
-from redis_server import RedisServer
-from rig import Rig, code_in
-from smtp_server import Drop, Held, ScriptedServer
-from worker_process import eventually
+from support.caller import TASK, address, message
+from support.flower_process import FlowerProcess
+from support.redis_server import RedisServer
+from support.rig import Rig, code_in
+from support.smtp_server import Drop, Held, ScriptedServer
+from support.worker_process import eventually
 
 HUSH = "hush-hush"  # every password there is
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import redis
-from caller import address
-from doors_process import Doors
-from examples_run import BUILD_TIMEOUT, EXAMPLES, build, copied, fenced, lines_at_top, shell
-from redis_server import HOST, RedisServer
-from rig import Rig, code_in
+from support.api_process import Doors
+from support.caller import address
+from support.examples_run import BUILD_TIMEOUT, EXAMPLES, build, copied, fenced, lines_at_top, shell
+from support.redis_server import HOST, RedisServer
+from support.rig import Rig, code_in
 
 pytestmark = [pytest.mark.tools, pytest.mark.timeout(2 * BUILD_TIMEOUT)]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.values import Sender
+from producer.setting_types import Sender
 from worker.mail.render import LOCALES, Renderer
 
 pytestmark = pytest.mark.tools

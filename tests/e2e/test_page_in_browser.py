@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from doors_process import Doors
-from redis_server import RedisServer
-from rig import Rig
+from support.api_process import Doors
+from support.redis_server import RedisServer
+from support.rig import Rig
 
 from demo.catcher import Catcher
-from demo.inbox import Inbox
+from demo.mailpit_api import Inbox
 
 pytestmark = [pytest.mark.tools, pytest.mark.timeout(180)]
 

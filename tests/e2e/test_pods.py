@@ -19,15 +19,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
-import containers
 import httpx
-import manifests
 import pytest
 import redis
-from manifests import SECRETS, Workload, of, workloads
 from prometheus_client.parser import text_string_to_metric_families
-from redis_server import RedisServer, _free_port
-from worker_process import eventually
+from support import containers, manifests
+from support.manifests import SECRETS, Workload, of, workloads
+from support.redis_server import RedisServer, _free_port
+from support.worker_process import eventually
 
 from demo.catcher import Catcher
 from producer.contract import ErrorCode

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 import redis
-from caller import address
-from redis_server import RedisServer
-from rig import letter
-from smtp_server import ScriptedServer, running
-from worker_process import WorkerProcess, eventually
+from support.caller import address
+from support.redis_server import RedisServer
+from support.rig import letter
+from support.smtp_server import ScriptedServer, running
+from support.worker_process import WorkerProcess, eventually
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from typing import Final
 
 import pytest
-from caller import QUEUE
 from celery import Celery
-from doors_process import Doors
-from flower_process import FlowerProcess
-from rig import code_in
-from sentinel_servers import SERVICE, Watched, role
-from smtp_server import ScriptedServer, running
-from worker_process import ROOT, WorkerProcess, eventually
+from support.api_process import Doors
+from support.caller import QUEUE
+from support.flower_process import FlowerProcess
+from support.rig import code_in
+from support.sentinel_servers import SERVICE, Watched, role
+from support.smtp_server import ScriptedServer, running
+from support.worker_process import ROOT, WorkerProcess, eventually
 
 from producer.aio import AsyncVerificationClient
 from producer.client import VerificationClient

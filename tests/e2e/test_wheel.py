@@ -50,9 +50,9 @@ def test_it_holds_the_producer_and_nothing_else(wheel: Path) -> None:
         for path in (ROOT / "producer").rglob("*")
         if path.suffix in {".py", ".lua", ".typed"} or path.name == "py.typed"
     }
-    page = ROOT / "producer" / "gate" / "demo" / "page"
+    page = ROOT / "producer" / "api" / "demo" / "page"
     in_checkout |= {path.relative_to(ROOT).as_posix() for path in page.iterdir()}
-    assert "producer/gate/demo/page/index.html" in in_checkout
+    assert "producer/api/demo/page/index.html" in in_checkout
     assert in_checkout <= names
     assert [name for name in names if name.endswith("/licenses/LICENSE")]
 

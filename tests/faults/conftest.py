@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
-
-from faults.stage import Stage
+from support.harness import Stage
 
 
 @pytest.fixture

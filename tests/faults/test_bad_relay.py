@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import trustme
-from smtp_server import Act, Drop, Last, ScriptedServer, Silence, Slowly, running
-
-from faults.proxy import HOLE, PASS, STALL, TRICKLE
-from faults.stage import Stage, eventually, new_address
+from support.fault_proxy import HOLE, PASS, STALL, TRICKLE
+from support.harness import Stage, eventually, new_address
+from support.smtp_server import Act, Drop, Last, ScriptedServer, Silence, Slowly, running
 
 NewStage = Callable[..., Stage]
 SEND_TIMEOUT = 1.5
@@ -190,18 +189,18 @@ def test_a_sick_relay_is_passed_over_for_the_next_one(new_stage: NewStage, tmp_p
     authority = trustme.CA()
     tls = expired(authority) if fault == "certificate expired" else None
     offers = ("PIPELINING", "8BITMIME", "SMTPUTF8", "STARTTLS", "AUTH PLAIN")
-    sick = ScriptedServer(script, offers=offers, tls=tls, implicit_tls=tls is not None)
+    unhealthy = ScriptedServer(script, offers=offers, tls=tls, implicit_tls=tls is not None)
     with ExitStack() as stack:
-        stack.enter_context(running(sick))
+        stack.enter_context(running(unhealthy))
         stage = new_stage(workers=0, connect_timeout=1, send_timeout=8)
         who = "user:secret@" if fault == "AUTH refused" else ""
-        first = f"{scheme}://{who}127.0.0.1:{sick.port}"
+        first = f"{scheme}://{who}127.0.0.1:{unhealthy.port}"
         stage.settings["VERIFY_RELAYS"] = f"{first},smtp://127.0.0.1:{stage.sink.port}"
         stage.add_worker(environment=trusting(authority, tmp_path))
         ids = stage.push(*(new_address() for _ in range(100)))
         assert stage.replies(ids, 15) == [0] * 100
-        assert sick.connections > 0 or tls  # asyncio tells its servers nothing of a handshake that fails
-        assert sick.mails == []
+        assert unhealthy.connections > 0 or tls  # asyncio tells its servers nothing of a handshake that fails
+        assert unhealthy.mails == []
         assert stage.check().errors
         assert "secret" not in stage.worker.log
 
@@ -213,16 +212,16 @@ def test_requests_wait_for_the_only_relay_until_their_deadline(new_stage: NewSta
     authority = trustme.CA()
     tls = expired(authority) if fault == "certificate expired" else None
     offers = ("PIPELINING", "8BITMIME", "SMTPUTF8", "STARTTLS", "AUTH PLAIN")
-    sick = ScriptedServer(script, offers=offers, tls=tls, implicit_tls=tls is not None)
-    stage = new_stage(workers=0, sink=sick, connect_timeout=1, send_timeout=3, give_up_after=4)
+    unhealthy = ScriptedServer(script, offers=offers, tls=tls, implicit_tls=tls is not None)
+    stage = new_stage(workers=0, sink=unhealthy, connect_timeout=1, send_timeout=3, give_up_after=4)
     who = "user:secret@" if fault == "AUTH refused" else ""
-    stage.settings["VERIFY_RELAYS"] = f"{scheme}://{who}127.0.0.1:{sick.port}"
+    stage.settings["VERIFY_RELAYS"] = f"{scheme}://{who}127.0.0.1:{unhealthy.port}"
     stage.add_worker(environment=trusting(authority, tmp_path))
     ids = stage.push(*(new_address() for _ in range(40)))
     # "Every relay answered some 5xx" is a refusal; what else a relay may do is no answer.
     assert stage.replies(ids, 12) == [5 if fault in {"554", "EHLO refused"} else 6] * 40
     eventually(lambda: not stage.held())
-    assert sick.dotted == []
+    assert unhealthy.dotted == []
     stage.check(fresh=False)
 
 

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from smtp_server import Held
-from worker_process import ROOT
-
-from faults.stage import BACK, Stage, eventually, new_address
+from support.harness import BACK, Stage, eventually, new_address
+from support.smtp_server import Held
+from support.worker_process import ROOT
 
 NewStage = Callable[..., Stage]
 DAY = 86_400

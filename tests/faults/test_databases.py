@@ -6,9 +6,8 @@ import time
 from collections.abc import Callable
 
 import pytest
-from smtp_server import Held
-
-from faults.stage import BACK, Stage, eventually, new_address
+from support.harness import BACK, Stage, eventually, new_address
+from support.smtp_server import Held
 
 NewStage = Callable[..., Stage]
 

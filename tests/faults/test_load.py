@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from faults.stage import Stage, new_address
+from support.harness import Stage, new_address
 
 NewStage = Callable[..., Stage]
 MANY = 100_000

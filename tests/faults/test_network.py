@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import redis
-from caller import QUEUE
-from smtp_server import Later, ScriptedServer
+from support.caller import QUEUE
+from support.fault_proxy import HOLE, MUTE, PASS, STALL, TRICKLE, Proxy
+from support.harness import Load, Stage, eventually, new_address
+from support.smtp_server import Later, ScriptedServer
 
-from faults.proxy import HOLE, MUTE, PASS, STALL, TRICKLE, Proxy
-from faults.stage import Load, Stage, eventually, new_address
 from producer.client import VerificationClient
 from producer.contract import ErrorCode
 from producer.errors import RedisUnavailable

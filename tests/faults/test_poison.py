@@ -12,9 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from caller import META, QUEUE
-
-from faults.stage import BACK, Calling, Stage, eventually, message, new_address
+from support.caller import META, QUEUE
+from support.harness import BACK, Calling, Stage, eventually, message, new_address
 
 NewStage = Callable[..., Stage]
 # fmt: off
@@ -148,10 +147,10 @@ def test_every_mutated_message_is_answered_or_a_dead_letter_and_none_is_in_the_w
     assert stage.worker.alive
     eventually(lambda: not stage.held(), 40)
     dead = [json.loads(raw.decode("utf-8", "surrogateescape")) for raw in stage.dead_letters()]
-    buried = Counter(each["message"].encode("utf-8", "surrogateescape") for each in dead)
+    dead_lettered = Counter(each["message"].encode("utf-8", "surrogateescape") for each in dead)
     answered = {key.decode("utf-8", "replace").removeprefix(META) for key in stage.results.scan_iter(META + "*")}
-    assert buried - Counter(pushed) == Counter()
-    served = Counter(pushed) - buried
+    assert dead_lettered - Counter(pushed) == Counter()
+    served = Counter(pushed) - dead_lettered
     assert [raw for raw in served if json.loads(raw)["headers"]["id"] not in answered] == []
     assert len(pushed) == served.total() + len(dead)
     assert min(served.total(), len(dead)) > count / 10

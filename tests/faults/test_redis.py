@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import redis
-from smtp_server import Held
-
-from faults.stage import Asked, Load, Stage, eventually, message, new_address
+from support.harness import Asked, Load, Stage, eventually, message, new_address
+from support.smtp_server import Held
 
 NewStage = Callable[..., Stage]
 RECOVERED = 5.0  # seconds after its return within which all works again

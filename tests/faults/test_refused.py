@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 
 import pytest
-from caller import QUEUE, address, message
-from redis_server import RedisServer
-from rig import Rig
-from smtp_server import Held
-from worker_process import eventually
+from support.caller import QUEUE, address, message
+from support.redis_server import RedisServer
+from support.rig import Rig
+from support.smtp_server import Held
+from support.worker_process import eventually
 
 NewRig = Callable[..., Rig]
 NewServer = Callable[..., RedisServer]

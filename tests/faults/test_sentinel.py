@@ -11,12 +11,12 @@ from contextlib import ExitStack
 
 import pytest
 import redis
-from sentinel_servers import Watched, role
-from smtp_server import Held
-from worker_process import eventually
+from support.harness import Stage, eventually_empty, new_address
+from support.sentinel_servers import Watched, role
+from support.smtp_server import Held
+from support.worker_process import eventually
 
-from faults.failover import FAULTS, Failover, servers_for
-from faults.stage import Stage, eventually_empty, new_address
+from bench.soak.failover import FAULTS, Failover, servers_for
 from producer.client import VerificationClient
 from producer.settings import Settings
 

@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable
 
 import pytest
-from smtp_server import Later, Silence
-
-from faults.stage import BACK, Stage, eventually, new_address
+from support.harness import BACK, Stage, eventually, new_address
+from support.smtp_server import Later, Silence
 
 NewStage = Callable[..., Stage]
 BOUND = 15.0  # seconds from SIGTERM to exit, by contract

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from smtp_server import Held, Later
-from worker_process import WorkerProcess
-
-from faults.proxy import HOLE, STALL, in_mode
-from faults.stage import BACK, VISIBILITY, Calling, Stage, eventually, new_address
+from support.fault_proxy import HOLE, STALL, in_mode
+from support.harness import BACK, VISIBILITY, Calling, Stage, eventually, new_address
+from support.smtp_server import Held, Later
+from support.worker_process import WorkerProcess
 
 NewStage = Callable[..., Stage]
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import redis as redis_py
-from fake_worker import FakeWorker, Taken, connections, read, settings
-from redis_server import RedisServer
-from tcp_proxy import TcpProxy
+from support.fake_worker import FakeWorker, Taken, connections, read, settings
+from support.redis_server import RedisServer
+from support.tcp_proxy import TcpProxy
 
 from producer.aio import AsyncVerificationClient
 from producer.contract import CheckResult, ErrorCode, Reply
@@ -258,7 +258,7 @@ class TestRedisAway:
                     with pytest.raises(ServerTooOld, match="is needed"):
                         await verb
 
-        monkeypatch.setattr("producer.link.OLDEST", (99, 0))
+        monkeypatch.setattr("producer.redis.connection.OLDEST", (99, 0))
         asyncio.run(work())
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import redis as redis_py
-from fake_worker import FakeWorker
-from redis_server import RedisServer
+from support.fake_worker import FakeWorker
+from support.redis_server import RedisServer
 
 pytestmark = pytest.mark.usefixtures("redis")  # the shared server is empty at first
 

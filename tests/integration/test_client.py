@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import redis as redis_py
-from fake_worker import FakeWorker, Taken, connections, read, settings
-from redis_server import RedisServer
-from tcp_proxy import TcpProxy
+from support.fake_worker import FakeWorker, Taken, connections, read, settings
+from support.redis_server import RedisServer
+from support.tcp_proxy import TcpProxy
 
 from producer.client import VerificationClient
 from producer.contract import CheckResult, ErrorCode, Reply
@@ -238,7 +238,7 @@ class TestRedisAway:
             assert_redis_err(all_verbs(client))
 
     def test_too_old_is_said_loudly(self, client: VerificationClient, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("producer.link.OLDEST", (99, 0))
+        monkeypatch.setattr("producer.redis.connection.OLDEST", (99, 0))
         for verb in (lambda: client.request(A), lambda: client.enqueue(A), lambda: client.check(A, "1")):
             with pytest.raises(ServerTooOld, match="is needed"):
                 verb()

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import redis as redis_py
 from redis.exceptions import OutOfMemoryError
-from redis_server import RedisServer
-from store_driver import EMAIL, POLICY, Driver, claim_of, is_error, run
+from support.redis_server import RedisServer
+from support.store_driver import EMAIL, POLICY, Driver, claim_of, is_error, run
 
-from producer import codes
-from producer.codes import (
+from producer.contract import ErrorCode, code_key
+from producer.settings import load
+from producer.store import codes
+from producer.store.codes import (
     BUCKET_HIT,
     COOLDOWN_HIT,
     FAILED,
@@ -33,11 +35,9 @@ from producer.codes import (
     Send,
     Wait,
 )
-from producer.contract import ErrorCode, code_key
-from producer.settings import load
 
 KEY = f"code_{EMAIL}"
-LUA = Path(codes.__file__).parent / "lua"
+LUA = Path(codes.__file__).parent
 
 
 @pytest.fixture
@@ -362,7 +362,7 @@ def test_a_mail_that_may_have_been_accepted_is_not_refunded_and_its_second_try_n
 def test_a_request_given_up_after_its_final_dot_is_not_refunded(redis: redis_py.Redis) -> None:
     driver = with_policy(redis, burst=1, cooldown=0)
     driver.send(claim_of("one"))
-    driver.dot(claim_of("one"))
+    driver.announce_data(claim_of("one"))
     driver.answered(claim_of("one"), ErrorCode.TIMEOUT)
     assert driver.answer_of(claim_of("two")) is ErrorCode.TOO_MANY_REQUESTS
 
@@ -500,7 +500,7 @@ def test_a_holder_that_stood_still_may_not_send_once_its_request_joined_anothers
     driver.lapse(claim_of("one"))
     driver.send(claim_of("two"))
     assert isinstance(driver.issue(claim_of("one", token="b")), Wait)
-    assert not driver.dot(claim_of("one", token="a"))
+    assert not driver.announce_data(claim_of("one", token="a"))
     assert driver.renew(claim_of("one", token="a")) == [0]
 
 
@@ -522,7 +522,7 @@ def test_the_answer_that_a_joined_request_shares_takes_the_lease_from_its_holder
     driver.lapse(claim_of("two"))
     driver.send(claim_of("one"))
     assert driver.accepted(claim_of("one")) == ["two"]
-    assert not driver.dot(claim_of("two"))
+    assert not driver.announce_data(claim_of("two"))
 
 
 def test_joins_are_per_purpose(driver: Driver) -> None:
@@ -607,12 +607,12 @@ def test_outcomes_of_a_batch_are_settled_each_in_its_place(driver: Driver) -> No
 def test_final_dots_of_a_batch_are_noted_for_whom_has_the_lease(driver: Driver) -> None:
     claims = [claim_of(f"id-{i}", f"{i}@example.com") for i in range(3)]
     batch_of(driver, claims[0], claims[2])
-    assert driver.run(driver.store.dot(claims)) == [1, 0, 1]
+    assert driver.run(driver.store.announce_data(claims)) == [1, 0, 1]
 
 
 def test_an_empty_batch_is_no_error(driver: Driver) -> None:
     assert [driver.run(command) for command in (driver.store.issue([]), driver.store.settle([]))] == [[], []]
-    assert driver.run(driver.store.dot([])) == []
+    assert driver.run(driver.store.announce_data([])) == []
 
 
 def test_a_record_that_is_none_hits_only_its_own_request(driver: Driver) -> None:
@@ -623,7 +623,7 @@ def test_a_record_that_is_none_hits_only_its_own_request(driver: Driver) -> None
     assert isinstance(after, Send)
     assert kind_of(broken) == "WRONGTYPE"
     assert not driver.client.exists("code_1@example.com")
-    assert [kind_of(entry) for entry in driver.run(driver.store.dot(claims))] == [1, "WRONGTYPE", 1]
+    assert [kind_of(entry) for entry in driver.run(driver.store.announce_data(claims))] == [1, "WRONGTYPE", 1]
     settled = driver.run(driver.store.settle([Outcome(claim, ErrorCode.SUCCESS) for claim in claims]))
     assert [kind_of(entry) for entry in settled] == [[1], "WRONGTYPE", [1]]
 
@@ -782,12 +782,12 @@ def test_a_holder_that_lost_its_lease_changes_nothing(outcome: str, redis: redis
             driver.settle_late(Outcome(stale, FAILED))
         case _:
             driver.settle_late(Outcome(stale, UNKNOWN))
-    assert not driver.dot(stale)
+    assert not driver.announce_data(stale)
 
 
 def test_a_request_that_never_had_a_lease_settles_nothing(driver: Driver) -> None:
     driver.settle_late(Outcome(claim_of("never"), FAILED))
-    assert not driver.dot(claim_of("never"))
+    assert not driver.announce_data(claim_of("never"))
     assert driver.everything() == {}
 
 
@@ -816,8 +816,8 @@ def test_the_tries_that_failed_are_counted(driver: Driver) -> None:
 
 def test_the_holder_of_the_lease_may_write_the_final_dot(driver: Driver) -> None:
     driver.send(claim_of("one"))
-    assert driver.dot(claim_of("one"))
-    assert driver.dot(claim_of("one"))
+    assert driver.announce_data(claim_of("one"))
+    assert driver.announce_data(claim_of("one"))
 
 
 @pytest.mark.parametrize("dies", [False, True], ids=["connection lost", "worker died"])
@@ -828,7 +828,7 @@ def test_what_may_have_been_accepted_is_sent_once_more_with_the_same_code_then_g
 
     def ambiguous(claim: Claim) -> str:
         code = driver.send(claim).code
-        driver.dot(claim)
+        driver.announce_data(claim)
         if dies:
             driver.lapse(claim)
         else:
@@ -845,7 +845,7 @@ def test_what_may_have_been_accepted_is_sent_once_more_with_the_same_code_then_g
 @pytest.mark.parametrize("fate", ["gone", "replaced", "without ttl"])
 def test_what_may_have_been_accepted_is_given_up_if_its_code_is_no_more(fate: str, driver: Driver) -> None:
     code = driver.send(claim_of("one")).code
-    driver.dot(claim_of("one"))
+    driver.announce_data(claim_of("one"))
     driver.unknown(claim_of("one"))
     match fate:
         case "gone":
@@ -861,7 +861,7 @@ def test_what_may_have_been_accepted_is_given_up_if_its_code_is_no_more(fate: st
 def test_a_send_that_certainly_failed_after_its_final_dot_leaves_no_doubt(driver: Driver) -> None:
     for _ in range(4):
         driver.send(claim_of("one"))
-        driver.dot(claim_of("one"))
+        driver.announce_data(claim_of("one"))
         driver.failed(claim_of("one"))
     assert isinstance(driver.issue(claim_of("one")), Send)
 
@@ -869,20 +869,20 @@ def test_a_send_that_certainly_failed_after_its_final_dot_leaves_no_doubt(driver
 def test_several_relays_asked_in_one_send_make_one_doubt(driver: Driver) -> None:
     driver.send(claim_of("one"))
     for _ in range(3):
-        driver.dot(claim_of("one"))
+        driver.announce_data(claim_of("one"))
     driver.unknown(claim_of("one"))
     assert isinstance(driver.issue(claim_of("one")), Send)
 
 
 def test_a_later_send_that_failed_does_not_remove_an_earlier_doubt(driver: Driver) -> None:
     code = driver.send(claim_of("one")).code
-    driver.dot(claim_of("one"))
+    driver.announce_data(claim_of("one"))
     driver.unknown(claim_of("one"))
     driver.send(claim_of("one"))
     driver.failed(claim_of("one"))
     driver.client.pexpire(KEY, 5_000)
     assert driver.send(claim_of("one")).code == code
-    driver.dot(claim_of("one"))
+    driver.announce_data(claim_of("one"))
     driver.unknown(claim_of("one"))
     assert driver.issue(claim_of("one")) == Answered(ErrorCode.TIMEOUT)
 
@@ -911,7 +911,7 @@ def test_a_verdict_is_remembered_and_sends_nothing(error: ErrorCode, driver: Dri
 def test_a_verdict_takes_the_lease_from_its_holder(driver: Driver) -> None:
     driver.send(claim_of("one"))
     driver.issue(claim_of("one"), verdict=ErrorCode.EXCEPTION)
-    assert not driver.dot(claim_of("one"))
+    assert not driver.announce_data(claim_of("one"))
     assert driver.renew(claim_of("one")) == [0]
 
 

@@ -15,9 +15,11 @@ import redis as redis_py
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from store_driver import claim_of
+from support.store_driver import claim_of
 
-from producer.codes import (
+from producer.contract import ErrorCode, code_key
+from producer.redis.scripts import Command, load_all
+from producer.store.codes import (
     BUCKET_HIT,
     COOLDOWN_HIT,
     FAILED,
@@ -33,8 +35,6 @@ from producer.codes import (
     Send,
     Wait,
 )
-from producer.contract import ErrorCode, code_key
-from producer.script import Command, load_all
 
 SLACK = 100  # ms
 # Odd on purpose: with steps of whole 10 s, no two times that are compared come near each other.
@@ -353,7 +353,7 @@ class CodeStoreMachine(RuleBasedStateMachine):
     @rule(request_id=IDS, token=TOKENS)
     def dot(self, request_id: str, token: str) -> None:
         claim = self.claim(request_id, token)
-        answer = self.run(self.store.dot([claim]))
+        answer = self.run(self.store.announce_data([claim]))
         assert answer == [int(self.model.dot(claim))]
 
     @rule(request_id=IDS, token=TOKENS)

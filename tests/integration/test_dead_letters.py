@@ -12,10 +12,10 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from caller import address, message
-from rig import Rig
+from support.caller import address, message
+from support.rig import Rig
+from support.worker_process import ROOT
 from typer.testing import CliRunner, Result
-from worker_process import ROOT
 
 from worker.cli import app
 

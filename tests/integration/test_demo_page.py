@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from doors_process import Doors
-from redis_server import RedisServer
-from rig import Rig, code_in
-from smtp_server import Held
-from worker_process import eventually
+from support.api_process import Doors
+from support.redis_server import RedisServer
+from support.rig import Rig, code_in
+from support.smtp_server import Held
+from support.worker_process import eventually
 
 from demo.catcher import Catcher
-from demo.inbox import Inbox
-from producer.gate.demo.fetching import LIMIT
-from producer.gate.demo.inbox import NEWEST
+from demo.mailpit_api import Inbox
+from producer.api.demo.fetch import LIMIT
+from producer.api.demo.mailpit import NEWEST
 
 STATIONS = ["door", "queue", "worker", "relay", "reply"]
 DEMO = {"VERIFY_DEMO": "1"}

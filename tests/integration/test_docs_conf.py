@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import doc_pages as pages
-from redis_server import HOST, RedisServer
-from sentinel_servers import SERVICE, Sentinel
+from support import doc_pages as pages
+from support.redis_server import HOST, RedisServer
+from support.sentinel_servers import SERVICE, Sentinel
 
 PAGE = "docs/high-availability.md"
 CONF = [block for block in pages.blocks(PAGE) if block.language == "conf"]

@@ -8,14 +8,14 @@ import time
 import uuid
 from typing import Any, Final
 
-import golden
 import pytest
 import redis
-from caller import TASK, address
 from celery import Celery
-from golden import Blanks
-from redis_server import RedisServer
-from rig import Rig, code_in
+from support import golden
+from support.caller import TASK, address
+from support.golden import Blanks
+from support.redis_server import RedisServer
+from support.rig import Rig, code_in
 
 from producer.aio import AsyncVerificationClient
 from producer.client import VerificationClient
@@ -26,7 +26,7 @@ MESSAGES: Final = golden.files("push")
 REPLIES: Final = golden.files("stored")
 ANSWERED: Final = {name: file for name, file in MESSAGES.items() if "reply" in file["expect"]}
 UNFIT: Final = {name: file for name, file in MESSAGES.items() if "dead" in file["expect"]}
-PATIENCE: Final = 10.0  # seconds
+TIMEOUT: Final = 10.0  # seconds
 
 
 def test_each_file_says_what_it_is_and_what_is_to_happen() -> None:
@@ -50,10 +50,10 @@ def answered(rig: Rig, name: str, blanks: Blanks) -> Any:
     key = f"celery-task-meta-{blanks.uuid}"
     with rig.results.pubsub() as subscription:  # type: ignore[no-untyped-call]
         subscription.subscribe(key)
-        assert subscription.get_message(timeout=PATIENCE)["type"] == "subscribe"
+        assert subscription.get_message(timeout=TIMEOUT)["type"] == "subscribe"
         pushed(rig, blanks.fill(MESSAGES[name]["push"]))
         payload = rig.results.get(key)
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while payload is None:
             assert time.monotonic() < deadline, "no reply"
             published = subscription.get_message(timeout=0.5)
@@ -83,7 +83,7 @@ def test_a_golden_message_that_is_unfit_becomes_a_dead_letter(rig: Rig, name: st
     blanks = Blanks(address())
     rig.broker.delete("verification.dead")
     raw = pushed(rig, blanks.fill(UNFIT[name]["push"]))
-    found = rig.broker.brpop(["verification.dead"], timeout=PATIENCE)
+    found = rig.broker.brpop(["verification.dead"], timeout=TIMEOUT)
     assert found is not None
     letter = json.loads(found[1])
     assert (letter["reason"], letter["message"].encode()) == (UNFIT[name]["expect"]["dead"], raw)

@@ -15,13 +15,13 @@ import grpc
 import httpx
 import pytest
 import trustme
-from doors_process import Doors
-from fake_worker import FakeWorker
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from redis_server import RedisServer
-from worker_process import ROOT, eventually
+from support.api_process import Doors
+from support.fake_worker import FakeWorker
+from support.redis_server import RedisServer
+from support.worker_process import ROOT, eventually
 
-from producer.gate.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp
+from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp
 
 pytestmark = [pytest.mark.tools, pytest.mark.usefixtures("redis")]
 A = "a@example.com"

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-import containers
 import httpx
 import pytest
 import yaml
-from caller import address, message
-from doors_process import Doors
-from prometheus_process import Prometheus
-from redis_server import _free_port
-from rig import Rig
-from smtp_server import ScriptedServer, running
-from watching import PROMETHEUS, RULES, names_in, queries, rules
-from worker_process import eventually
+from support import containers
+from support.api_process import Doors
+from support.caller import address, message
+from support.prometheus_process import Prometheus
+from support.redis_server import _free_port
+from support.rig import Rig
+from support.smtp_server import ScriptedServer, running
+from support.watching import PROMETHEUS, RULES, names_in, queries, rules
+from support.worker_process import eventually
 
 pytestmark = pytest.mark.tools
 
@@ -131,7 +131,7 @@ def test_alerts_fire_when_a_relay_is_gone_and_when_the_worker_is(new_rig: Callab
     port = _free_port()
     rig.settings["VERIFY_RELAYS"] = f"smtp://127.0.0.1:{port}"
     rig.add_worker()
-    sick = {"VerifyServerAllRelaysSick", "VerifyServerRelaySick"}
+    unhealthy = {"VerifyServerAllRelaysSick", "VerifyServerRelaySick"}
     with Doors(rig.settings) as doors, Prometheus(targets(rig, doors), at_once=True) as prometheus:
         # These doors have no keys: Prometheus tells them an empty one, and they take no notice.
         with running(ScriptedServer(), port):
@@ -141,12 +141,12 @@ def test_alerts_fire_when_a_relay_is_gone_and_when_the_worker_is(new_rig: Callab
             # While the first scrapes come in one by one, the rules may see half of what there is.
             eventually(lambda: prometheus.firing() == set(), 20)
         rig.caller.push(message({"email": address()}))
-        eventually(lambda: sick <= prometheus.firing(), 20)
+        eventually(lambda: unhealthy <= prometheus.firing(), 20)
         with running(ScriptedServer(), port):
-            eventually(lambda: not sick & prometheus.firing(), 60)
+            eventually(lambda: not unhealthy & prometheus.firing(), 60)
             rig.worker.kill()
             eventually(lambda: {"VerifyServerNoWorker", "VerifyServerTargetDown"} <= prometheus.firing(), 20)
-            assert not sick & prometheus.firing()
+            assert not unhealthy & prometheus.firing()
 
 
 def test_the_containers_command_starts_it(tmp_path: Path) -> None:

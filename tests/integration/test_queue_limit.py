@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from fake_worker import settings
-from redis_server import RedisServer
+from support.fake_worker import settings
+from support.redis_server import RedisServer
 
 from producer.aio import AsyncVerificationClient
 from producer.contract import ErrorCode

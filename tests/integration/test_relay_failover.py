@@ -7,23 +7,23 @@ import logging
 from contextlib import AsyncExitStack
 
 import pytest
-from relays import outcome
-from smtp_server import Act, Drop, Last, ScriptedServer, Silence
+from support.relays import outcome
+from support.smtp_server import Act, Drop, Last, ScriptedServer, Silence
 
-from producer.values import RelayURL
-from worker.mail.envelope import Envelope
+from producer.setting_types import RelayURL
 from worker.mail.errors import (
     AcceptanceUnknown,
-    CalledOff,
     MailError,
     MessageDeferred,
     MessageRejected,
     RecipientRejected,
+    SendCancelled,
     SendWithheld,
     Smtputf8Unsupported,
 )
 from worker.mail.failover import Failover
-from worker.mail.relay import Relay
+from worker.mail.message import Envelope
+from worker.mail.pool import Relay
 
 ENVELOPE = Envelope("no-reply@example.com", "alice@example.com", False, b"Subject: code\r\n\r\nhello\r\n")
 WANTS_UTF8 = ENVELOPE._replace(recipient="用户@example.com", needs_smtputf8=True)
@@ -52,12 +52,12 @@ async def attempt(
 ) -> MailError | None:
     """Send once; the outcome."""
 
-    def before_dot() -> bool:
+    def before_data() -> bool:
         if calls is not None:
             calls.append(1)
         return wanted
 
-    return await outcome(failover, envelope, wanted=before_dot)
+    return await outcome(failover, envelope, wanted=before_data)
 
 
 REJECTED, DEFERRED, BUSY, DEAD = "554 5.7.1 no", "451 4.3.0 later", "421 4.7.0 too many", Drop()
@@ -265,7 +265,7 @@ def test_a_probe_whose_own_deadline_comes_lets_the_next_one_try() -> None:
             while server.script["banner"]:  # noqa: ASYNC110 what is waited for is the server's
                 await asyncio.sleep(0.01)
             assert type(await attempt(failover)) is MessageDeferred
-            assert type(await probe) is CalledOff
+            assert type(await probe) is SendCancelled
             clock.now += 1
             assert await attempt(failover) is None
             await failover.close()

@@ -6,18 +6,18 @@ import asyncio
 import math
 
 import pytest
-from relays import ENVELOPE, assert_nothing_left, make, outcome, send, until
-from smtp_server import Later, ScriptedServer, Silence
+from support.relays import ENVELOPE, assert_nothing_left, make, outcome, send, until
+from support.smtp_server import Later, ScriptedServer, Silence
 
-from worker.mail.envelope import Mail
 from worker.mail.errors import (
     AcceptanceUnknown,
-    CalledOff,
     MessageDeferred,
     MessageRejected,
     RelayBusy,
     RelayUnavailable,
+    SendCancelled,
 )
+from worker.mail.message import Mail
 
 
 @pytest.mark.parametrize("step", ["banner", "ehlo", "mail", "rcpt", "data", "dot"])
@@ -28,7 +28,7 @@ def test_a_send_whose_own_deadline_comes_leaves_nothing_behind(step: str) -> Non
             soon = asyncio.get_running_loop().time() + 0.2
             late = asyncio.create_task(outcome(relay, ENVELOPE, deadline=soon))
             waiting = asyncio.create_task(send(relay, "bob"))
-            assert type(await late) is (AcceptanceUnknown if step == "dot" else CalledOff)
+            assert type(await late) is (AcceptanceUnknown if step == "dot" else SendCancelled)
             assert await waiting is None
             assert [mail.recipient for mail in server.mails] == ["bob@example.com"]
             assert relay.free == 1
@@ -46,7 +46,7 @@ def test_a_deadline_at_any_moment_keeps_the_count() -> None:
                 deadlines = [loop.time() + turn / 5000 if number % 2 else math.inf for number in range(8)]
                 outcomes = await asyncio.gather(*(outcome(relay, ENVELOPE, deadline=each) for each in deadlines))
                 assert outcomes[::2] == [None] * 4
-                assert {type(error) for error in outcomes[1::2]} <= {type(None), CalledOff, AcceptanceUnknown}
+                assert {type(error) for error in outcomes[1::2]} <= {type(None), SendCancelled, AcceptanceUnknown}
                 assert relay.free == 3
             assert await send(relay) is None
             assert server.peak <= 3 + 3  # the server sees the end of a dropped connection a moment later
@@ -116,7 +116,7 @@ def test_the_limit_rises_again_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
             await asyncio.gather(*(send(relay) for _ in range(10)))
             assert relay.free == 1
             server.most = None
-            monkeypatch.setattr("worker.mail.relay._RAISE_SECONDS", 0.0)
+            monkeypatch.setattr("worker.mail.pool._RAISE_SECONDS", 0.0)
             relay._raise_at = 0.0
             for _ in range(3):
                 assert await asyncio.gather(*(send(relay) for _ in range(10))) == [None] * 10
@@ -195,8 +195,8 @@ def test_close_ends_what_is_under_way() -> None:
                 await relay.close()
             assert type(await sending) is AcceptanceUnknown
             outcomes = await asyncio.gather(*tasks)
-            assert {type(outcome) for outcome in outcomes if outcome} <= {CalledOff}
-            assert type(await send(relay)) is CalledOff
+            assert {type(outcome) for outcome in outcomes if outcome} <= {SendCancelled}
+            assert type(await send(relay)) is SendCancelled
             await assert_nothing_left(relay, server)
 
     asyncio.run(main())
@@ -210,7 +210,7 @@ def test_close_tells_a_send_whose_connection_has_not_begun_to_open() -> None:
             relay.send(Mail(ENVELOPE, math.inf, lambda go: go(True), outcomes.append))
             await relay.close()
             await asyncio.sleep(0)
-            assert [type(error) for error in outcomes] == [CalledOff]
+            assert [type(error) for error in outcomes] == [SendCancelled]
             assert relay.free == 4
 
     asyncio.run(main())

@@ -7,11 +7,11 @@ import socket
 from collections import Counter
 
 import pytest
-from relays import CONTENT, assert_nothing_left, make, outcome, send, until
-from smtp_server import Drop, Last, Later, ScriptedServer
+from support.relays import CONTENT, assert_nothing_left, make, outcome, send, until
+from support.smtp_server import Drop, Last, Later, ScriptedServer
 
-from worker.mail.envelope import Envelope
 from worker.mail.errors import AcceptanceUnknown, RelayUnavailable
+from worker.mail.message import Envelope
 
 
 def test_one_connection_serves_one_mail_after_the_other() -> None:

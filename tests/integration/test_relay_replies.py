@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from relays import outcome
-from smtp_server import Act, Drop, Last, ScriptedServer, Silence, Slowly
+from support.relays import outcome
+from support.smtp_server import Act, Drop, Last, ScriptedServer, Silence, Slowly
 
-from worker.mail.envelope import Envelope
 from worker.mail.errors import (
     AcceptanceUnknown,
     MailError,
@@ -18,7 +17,8 @@ from worker.mail.errors import (
     RelayUnavailable,
     SendWithheld,
 )
-from worker.mail.relay import Relay
+from worker.mail.message import Envelope
+from worker.mail.pool import Relay
 
 ENVELOPE = Envelope("no-reply@example.com", "alice@example.com", False, b"Subject: code\r\n\r\n..stuffed\r\n")
 CONTENT_SEEN = ("content", "dot")  # steps that come when the content is on its way
@@ -33,12 +33,12 @@ def make(server: ScriptedServer, **options: float) -> Relay:
 async def attempt(relay: Relay, calls: list[str] | None = None, *, wanted: bool = True) -> MailError | None:
     """Send once; the outcome."""
 
-    def before_dot() -> bool:
+    def before_data() -> bool:
         if calls is not None:
             calls.append("before_dot")
         return wanted
 
-    return await outcome(relay, ENVELOPE, wanted=before_dot)
+    return await outcome(relay, ENVELOPE, wanted=before_data)
 
 
 OUTCOMES: list[tuple[str, Act, type[MailError]]] = [
@@ -202,14 +202,14 @@ def test_a_withheld_send_writes_no_content_and_leaves_the_connection(offers: tup
 
 
 def test_the_callers_own_error_comes_back_and_nothing_is_sent() -> None:
-    def before_dot() -> bool:
+    def before_data() -> bool:
         raise LookupError("lease")
 
     async def main() -> None:
         async with ScriptedServer() as server:
             relay = make(server)
             with pytest.raises(LookupError, match="lease"):
-                await outcome(relay, ENVELOPE, wanted=before_dot)
+                await outcome(relay, ENVELOPE, wanted=before_data)
             assert await attempt(relay) is None
             assert len(server.mails) == 1
             await relay.close()

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import trustme
 from aiosmtpd.smtp import SMTP, AuthResult
-from relays import outcome
-from smtp_server import HOST, Act, ScriptedServer, Silence
+from support.relays import outcome
+from support.smtp_server import HOST, Act, ScriptedServer, Silence
 
-from producer.values import RelayURL
-from worker.mail.envelope import Envelope
+from producer.setting_types import RelayURL
 from worker.mail.errors import MailError, MessageDeferred, RelayUnavailable, Smtputf8Unsupported
-from worker.mail.relay import Relay
+from worker.mail.message import Envelope
+from worker.mail.pool import Relay
 
 ENVELOPE = Envelope("no-reply@example.com", "alice@example.com", False, b"Subject: code\r\n\r\nhello\r\n")
 USER, PASSWORD = "用户@example.com", "pä:ss /wörd"

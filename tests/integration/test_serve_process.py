@@ -16,15 +16,15 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
-from caller import address
-from doors_process import STOP_TIMEOUT, Doors, answer_of, request_bytes
-from fake_worker import FakeWorker
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from redis_server import RedisServer
-from rig import Rig, code_in
-from worker_process import ROOT, eventually
+from support.api_process import STOP_TIMEOUT, Doors, answer_of, request_bytes
+from support.caller import address
+from support.fake_worker import FakeWorker
+from support.redis_server import RedisServer
+from support.rig import Rig, code_in
+from support.worker_process import ROOT, eventually
 
-from producer.gate.proto import GetVarifyReq
+from producer.api.proto import GetVarifyReq
 
 A = "a@example.com"
 ASK = "/get_varifycode"

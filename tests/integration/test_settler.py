@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import redis as redis_py
-from redis_server import RedisServer
+from support.redis_server import RedisServer
 
-from producer.codes import Asked, Claim, CodePolicy, CodeStore, Wait
 from producer.contract import ErrorCode, VerifyRequest, code_key, reply_key
 from producer.errors import RedisUnavailable
 from producer.settings import load
+from producer.store.codes import Asked, Claim, CodePolicy, CodeStore, Wait
 from worker.databases import Databases
 from worker.job import Finished, Job
-from worker.queue import INDEX, UNACKED, RequestQueue
-from worker.settle import Settler
-from worker.tally import Tally
+from worker.metrics import Counters
+from worker.queue.commands import INDEX, UNACKED, RequestQueue
+from worker.settler import Settler
 
 
 class Scene:
@@ -31,7 +31,7 @@ class Scene:
         self.done: Finished = []
         self.wrong = False  # whether who is told of what is done raises
         queue = RequestQueue("verification", visibility_timeout=15)
-        self.settler = Settler(self.databases, self.store, queue, self._on_done, lambda: None, Tally())
+        self.settler = Settler(self.databases, self.store, queue, self._on_done, lambda: None, Counters())
 
     def _on_done(self, finished: Finished) -> None:
         self.done += finished

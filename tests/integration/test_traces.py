@@ -11,26 +11,26 @@ from typing import Any, Self, cast
 import grpc
 import httpx
 import pytest
-from caller import address, message
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import Span, SpanKind, StatusCode
 from redis import Redis
-from redis_server import RedisServer
-from rig import code_in
-from smtp_server import ScriptedServer
+from support.caller import address, message
+from support.redis_server import RedisServer
+from support.rig import code_in
+from support.smtp_server import ScriptedServer
 
 from producer.aio import AsyncVerificationClient
+from producer.api.context import Api
+from producer.api.grpc import GrpcServer
+from producer.api.http import make_app
+from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp
 from producer.contract import DEFAULT_QUEUE
-from producer.gate.desk import Desk
-from producer.gate.http import make_app
-from producer.gate.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp
-from producer.gate.rpc import RpcDoor
 from producer.settings import load
-from producer.spans import Traces, caller_of
+from producer.tracing.spans import Traces, caller_of
 from worker.bootstrap import Worker
-from worker.watcher import Watcher
+from worker.fetcher import CelerySide
 
 pytestmark = pytest.mark.usefixtures("redis")  # the shared server is empty at first
 
@@ -64,9 +64,9 @@ class Stage:
         provider = TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(self._kept))
         self.traces = Traces(provider)
-        self.desk = Desk(self.settings, self.traces)
-        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(make_app(self.desk)), base_url="http://door")
-        self._rpc = RpcDoor(self.desk)
+        self.api = Api(self.settings, self.traces)
+        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(make_app(self.api)), base_url="http://door")
+        self._rpc = GrpcServer(self.api)
         self.workers: list[Worker] = []
         self._secrets: set[str] = set()
 
@@ -80,13 +80,13 @@ class Stage:
             await worker.stop(5)
         await self._rpc.stop(0)
         await self.http.aclose()
-        await self.desk.close()
+        await self.api.close()
 
     async def add_worker(self) -> Worker:
         """One more worker."""
-        worker = Worker(self.settings, Watcher(), self.traces)
+        worker = Worker(self.settings, CelerySide(), self.traces)
         await worker.start()
-        worker.intake.consume(on=True)
+        worker.fetcher.consume(on=True)
         self.workers.append(worker)
         return worker
 
@@ -325,7 +325,7 @@ def test_a_retry_is_part_of_the_same_trace_in_whichever_worker(redis_server: Red
         email = address()
         asking = asyncio.create_task(stage.post("/get_varifycode", {"traceparent": PARENT}, email=email))
         await stage.spans(1)  # it is parked
-        first.intake.consume(on=False)
+        first.fetcher.consume(on=False)
         await stage.add_worker()
         assert (await asking)["error"] == 0
         spans = await stage.spans(2)

@@ -13,17 +13,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from caller import address, message
-from collector import Collector, Kept
-from doors_process import STOP_TIMEOUT, Doors
-from rig import Rig, code_in
-from worker_process import ROOT, WorkerProcess, eventually
+from support.api_process import STOP_TIMEOUT, Doors
+from support.caller import address, message
+from support.collector import Collector, Kept
+from support.rig import Rig, code_in
+from support.worker_process import ROOT, WorkerProcess, eventually
 
 TRACE_ID, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PARENT = f"00-{TRACE_ID}-{CALLER}-01"
 ON = {"OTEL_TRACES_EXPORTER": "otlp"}
 # What is loaded for traces only. redis-py loads the rest by itself, wherever it is installed.
-LOADED = ("producer.spans", "producer.exporting", "worker.spans", "opentelemetry.sdk.trace", "opentelemetry.exporter")
+LOADED = (
+    "producer.tracing.spans",
+    "producer.tracing.export",
+    "worker.trace_spans",
+    "opentelemetry.sdk.trace",
+    "opentelemetry.exporter",
+)
 
 
 @pytest.fixture(scope="module")
@@ -258,8 +264,8 @@ def test_off_nothing_of_it_is_loaded_and_messages_say_nothing_of_it(
         doors.signal(signal.SIGTERM)
         assert doors.wait() == 0
     loaded = [set(json.loads(path.read_text())) for path in tmp_path.glob("*.json")]
-    assert [{"worker.service", "producer.gate.serve"} & each for each in loaded if "producer.settings" in each] != []
-    assert {"worker.service", "producer.gate.serve"} <= set.union(*loaded)
+    assert [{"worker.service", "producer.api.server"} & each for each in loaded if "producer.settings" in each] != []
+    assert {"worker.service", "producer.api.server"} <= set.union(*loaded)
     assert [name for each in loaded for name in each if name.startswith(LOADED)] == []
 
 
@@ -295,7 +301,7 @@ with VerificationClient() as client:
             print(format(span.get_span_context().trace_id, "032x"))
     else:
         client.enqueue("a@example.com")
-        print("producer.spans" in sys.modules)
+        print("producer.tracing.spans" in sys.modules)
 """
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import redis as redis_py
-from redis_server import RedisServer
-from store_driver import is_error, run
+from support.redis_server import RedisServer
+from support.store_driver import is_error, run
 
 from producer.contract import ErrorCode, VerifyRequest, read_reply, reply_key
 from worker.job import Job
-from worker.queue import INDEX, UNACKED, RequestQueue
-from worker.reply import store_replies
+from worker.queue.commands import INDEX, UNACKED, RequestQueue
+from worker.settler import store_replies
 
 
 def item(

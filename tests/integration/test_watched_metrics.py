@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from caller import address
-from doors_process import Doors
-from rig import Rig
-from watching import ITS_OWN, OF_TARGETS, OPERATORS, asked, names_in, queries, rules, shown
+from support.api_process import Doors
+from support.caller import address
+from support.rig import Rig
+from support.watching import ITS_OWN, OF_TARGETS, OPERATORS, asked, names_in, queries, rules, shown
 
 RECORDED = {rule.name for rule in rules() if not rule.alert}
 

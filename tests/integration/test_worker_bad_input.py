@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from caller import address, message
-from rig import Rig, letter
+from support.caller import address, message
+from support.rig import Rig, letter
 
 
 @pytest.mark.parametrize(

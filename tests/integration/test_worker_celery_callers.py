@@ -10,10 +10,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from caller import TASK, address, message
 from celery import Celery, chain, group
-from rig import Rig
-from worker_process import eventually
+from support.caller import TASK, address, message
+from support.rig import Rig
+from support.worker_process import eventually
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from caller import TASK, address, message
 from celery import Celery
-from rig import Rig
-from smtp_server import Held
-from worker_process import eventually
+from support.caller import TASK, address, message
+from support.rig import Rig
+from support.smtp_server import Held
+from support.worker_process import eventually
 
 
 @pytest.fixture(scope="module")

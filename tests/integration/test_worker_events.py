@@ -13,18 +13,18 @@ from typing import Any
 
 import pytest
 import redis as redis_py
-from caller import Listener
 from celery import Celery
 from celery.events import EventDispatcher
-from redis_server import RedisServer
-from rig import Rig
-from worker_process import eventually
+from support.caller import Listener
+from support.redis_server import RedisServer
+from support.rig import Rig
+from support.worker_process import eventually
 
 from producer.contract import TASK, ErrorCode, VerifyRequest
-from producer.link import Link
-from worker import events as events_module
+from producer.redis.connection import RedisConnection
+from worker.celery_side import events as events_module
+from worker.celery_side.events import Events
 from worker.databases import Database
-from worker.events import Events
 from worker.job import Finished, Job
 
 DATABASE = 3
@@ -61,11 +61,11 @@ def job(request_id: str = "", email: str = "anna@example.com") -> Job:
     return Job(request_id or uuid.uuid4().hex, "tag", VerifyRequest(email), None, None)
 
 
-def run(server: RedisServer, use: Callable[[Events, Link], Coroutine[Any, Any, None]]) -> None:
+def run(server: RedisServer, use: Callable[[Events, RedisConnection], Coroutine[Any, Any, None]]) -> None:
     """Run `use` with events whose link is open, as it is when there are requests."""
 
     async def main() -> None:
-        link = Link(server.url(DATABASE))
+        link = RedisConnection(server.url(DATABASE))
         await link.run([("PING",)])
         events = Events(Database(link, DATABASE))
         await use(events, link)
@@ -89,7 +89,7 @@ def test_what_we_publish_is_what_celerys_own_dispatcher_publishes(
 ) -> None:
     first, second = job(), job(email="bob@example.com")
 
-    async def use(events: Events, _: Link) -> None:
+    async def use(events: Events, _: RedisConnection) -> None:
         events.attach(dispatcher)
         events.received([first, second])
         events.done([(first, ErrorCode.SUCCESS), (second, None)])
@@ -133,7 +133,7 @@ def test_celerys_receiver_reads_them(redis_server: RedisServer, app: Celery, dis
         with redis_server.client(DATABASE) as client:
             eventually(lambda: client.pubsub_numpat() + len(client.pubsub_channels("*celeryev*")))
 
-        async def use(events: Events, _: Link) -> None:
+        async def use(events: Events, _: RedisConnection) -> None:
             events.attach(dispatcher)
             events.received([task])
             events.done(answered(task, error=ErrorCode.TIMEOUT))
@@ -153,7 +153,7 @@ def test_celerys_receiver_reads_them(redis_server: RedisServer, app: Celery, dis
 def test_many_leave_at_once_and_few_a_moment_later(
     redis_server: RedisServer, dispatcher: EventDispatcher, published: Listener
 ) -> None:
-    async def use(events: Events, _: Link) -> None:
+    async def use(events: Events, _: RedisConnection) -> None:
         events.attach(dispatcher)
         events.received([job() for _ in range(events_module.AT_ONCE // 2)])
         await asyncio.to_thread(eventually, lambda: len(published.heard) == 1)
@@ -170,7 +170,7 @@ def test_nothing_is_sent_that_nobody_wants(
 ) -> None:
     said: list[str] = []
 
-    async def use(events: Events, _: Link) -> None:
+    async def use(events: Events, _: RedisConnection) -> None:
         def send(name: str) -> None:
             said.append(name)
             events.received([job(name)])
@@ -204,9 +204,9 @@ def test_a_buried_request_is_rejected_and_no_event_names_an_address(
     redis_server: RedisServer, dispatcher: EventDispatcher, published: Listener
 ) -> None:
     secret = job("secret@example.com", "secret@example.com")
-    secret.buried = True
+    secret.dead_lettered = True
 
-    async def use(events: Events, _: Link) -> None:
+    async def use(events: Events, _: RedisConnection) -> None:
         events.attach(dispatcher)
         events.received([secret])
         events.done(answered(secret, error=None))
@@ -230,7 +230,7 @@ def test_without_redis_events_are_dropped_and_kept_nowhere(
 ) -> None:
     server = new_redis_server()
 
-    async def use(events: Events, link: Link) -> None:
+    async def use(events: Events, link: RedisConnection) -> None:
         events.attach(dispatcher)
         server.kill()
         await asyncio.to_thread(eventually, lambda: not link.connected)

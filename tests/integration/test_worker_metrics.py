@@ -11,11 +11,11 @@ from datetime import UTC, datetime, timedelta
 from urllib.parse import urlsplit
 
 import pytest
-from caller import address, message
 from prometheus_client.parser import text_string_to_metric_families
-from rig import Rig
-from smtp_server import HOST, Drop, Held, ScriptedServer
-from worker_process import WorkerProcess, eventually
+from support.caller import address, message
+from support.rig import Rig
+from support.smtp_server import HOST, Drop, Held, ScriptedServer
+from support.worker_process import WorkerProcess, eventually
 
 Page = dict[str, float]  # by name and labels, as Prometheus writes them
 # What moves by itself.
@@ -295,12 +295,12 @@ def test_a_sick_relay_and_an_empty_bucket(new_rig: Callable[..., Rig]) -> None:
         email = address()
         assert [asked(rig, email), asked(rig, email)] == [0, 4]
         page = scrape(worker)
-    sick, well = f"smtp://***@{HOST}:{away.port}", f"smtp://{HOST}:{rig.relay.port}"
-    assert page[f"verify_worker_relay_sick{{relay={sick}}}"] == 1
+    unhealthy, well = f"smtp://***@{HOST}:{away.port}", f"smtp://{HOST}:{rig.relay.port}"
+    assert page[f"verify_worker_relay_sick{{relay={unhealthy}}}"] == 1
     assert page[f"verify_worker_relay_sick{{relay={well}}}"] == 0
-    assert page[f"verify_worker_sends_total{{outcome=unavailable,relay={sick}}}"] == 1
+    assert page[f"verify_worker_sends_total{{outcome=unavailable,relay={unhealthy}}}"] == 1
     assert page[f"verify_worker_sends_total{{outcome=accepted,relay={well}}}"] == 1
-    assert page[f"verify_worker_relay_connections{{relay={sick}}}"] == 0
+    assert page[f"verify_worker_relay_connections{{relay={unhealthy}}}"] == 0
     assert page["verify_worker_bucket_hits_total"] == 1
     assert page["verify_worker_replies_total{error=4}"] == 1
     assert not [key for key in page if "anna" in key or "secret" in key]

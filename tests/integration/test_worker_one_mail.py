@@ -6,10 +6,10 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from caller import Caller, address, message
-from rig import Rig, code_in
-from smtp_server import Held
-from worker_process import eventually
+from support.caller import Caller, address, message
+from support.rig import Rig, code_in
+from support.smtp_server import Held
+from support.worker_process import eventually
 
 N = 50
 

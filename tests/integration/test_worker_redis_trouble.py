@@ -9,12 +9,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from caller import address, message
-from redis_server import RedisServer
-from rig import Rig
-from smtp_server import Held
-from tls_front import context_for, tls_front
-from worker_process import START_TIMEOUT, eventually
+from support.caller import address, message
+from support.redis_server import RedisServer
+from support.rig import Rig
+from support.smtp_server import Held
+from support.tls_front import context_for, tls_front
+from support.worker_process import START_TIMEOUT, eventually
 
 NewServer = Callable[..., RedisServer]
 NewRig = Callable[..., Rig]

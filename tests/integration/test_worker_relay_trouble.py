@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import trustme
-from caller import address, message
-from rig import Rig, code_in, letter
-from smtp_server import Act, Drop, Held, Last, ScriptedServer, Silence, Slowly, running
+from support.caller import address, message
+from support.rig import Rig, code_in, letter
+from support.smtp_server import Act, Drop, Held, Last, ScriptedServer, Silence, Slowly, running
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from caller import address
-from rig import Rig
-from worker_process import WorkerProcess
+from support.caller import address
+from support.rig import Rig
+from support.worker_process import WorkerProcess
 
 HUSH = "hush-hush"
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from caller import address, message
 from celery import Celery
-from redis_server import RedisServer
-from rig import Rig
-from smtp_server import Held, Later, ScriptedServer
-from worker_process import eventually
+from support.caller import address, message
+from support.redis_server import RedisServer
+from support.rig import Rig
+from support.smtp_server import Held, Later, ScriptedServer
+from support.worker_process import eventually
 
 NewRig = Callable[..., Rig]
 

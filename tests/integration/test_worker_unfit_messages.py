@@ -9,8 +9,8 @@ import uuid
 from typing import Any
 
 import pytest
-from caller import address, message
-from rig import Rig
+from support.caller import address, message
+from support.rig import Rig
 
 DEAD = "verification.dead"
 

@@ -11,9 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import containers
 import pytest
-from containers import ROOT, VariableMissing, compose, example, services, stages
+from support import containers
+from support.containers import ROOT, VariableMissing, compose, example, services, stages
 
 from producer.settings import PREFIX, Settings, load
 

@@ -11,11 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-import containers
-import doc_pages as pages
-import manifests
 import pytest
-from manifests import NAMESPACE, of, rendered
+from support import containers, manifests
+from support import doc_pages as pages
+from support.manifests import NAMESPACE, of, rendered
 
 KUBERNETES: Final = "docs/kubernetes.md"
 # The options of each verb that the pages use, by Compose's reference; True: a value follows.

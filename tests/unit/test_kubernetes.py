@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import containers
-import doors_process
-import manifests
 import pytest
-import worker_process
-from manifests import FOLDER, NAMESPACE, OVERLAYS, VERSIONS, Workload, of, rendered, selected, workloads
+from support import api_process, containers, manifests, worker_process
+from support.manifests import FOLDER, NAMESPACE, OVERLAYS, VERSIONS, Workload, of, rendered, selected, workloads
 
-from producer.gate.http import OPEN
+from producer.api.http import OPEN
+from producer.setting_types import RELAY_PORTS
 from producer.settings import load
-from producer.values import RELAY_PORTS
 
 OURS = {"workers": "worker", "doors": "doors", "flower": "flower"}  # with their names in docker-compose.yml
 SECRET = manifests.new_secret()["stringData"]
@@ -142,7 +139,7 @@ def test_there_is_time_to_end_in_order(overlay: str, name: str) -> None:
     workload = workloads(overlay)[name]
     before = workload.container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep", "0"])
     assert before[0] == "sleep"
-    own = {"workers": worker_process.STOP_TIMEOUT, "doors": doors_process.STOP_TIMEOUT}[name]
+    own = {"workers": worker_process.STOP_TIMEOUT, "doors": api_process.STOP_TIMEOUT}[name]
     assert workload.pod["terminationGracePeriodSeconds"] > int(before[1]) + own
 
 

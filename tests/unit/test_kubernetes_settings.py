@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import manifests
 import pytest
 from dotenv import dotenv_values
-from manifests import FOLDER, OVERLAYS, SECRETS, of, rendered, workloads
+from support import manifests
+from support.manifests import FOLDER, OVERLAYS, SECRETS, of, rendered, workloads
 
 from producer.settings import PREFIX, Settings, load
 

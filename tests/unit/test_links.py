@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from urllib.parse import unquote
 
-import doc_pages as pages
 import pytest
+from support import doc_pages as pages
 
 ZH = ".zh-CN.md"  # each README links the pages in its own language where they are there
 

@@ -7,11 +7,11 @@ import json
 from typing import Any
 
 import pytest
-from caller import message
+from support.caller import message
 
 from producer.contract import TASK, VerifyRequest
-from worker.message import DEEPEST, Parsed, Unfit, for_celery, parse
-from worker.queue import Reserved
+from worker.queue.commands import Reserved
+from worker.queue.message import DEEPEST, Parsed, Unfit, for_celery, parse
 
 ADDRESS = "anna@example.com"
 NOTHING = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}

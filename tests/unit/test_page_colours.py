@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-STYLE = Path(__file__).parents[2] / "producer" / "gate" / "demo" / "page" / "style.css"
+STYLE = Path(__file__).parents[2] / "producer" / "api" / "demo" / "page" / "style.css"
 # What is written in which colour on which ground.
 TEXT = [
     *[(ink, ground) for ink in ("ink", "soft") for ground in ("ground", "card", "field")],

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-import doc_pages as pages
 import pytest
+from support import doc_pages as pages
 
 ZH = ".zh-CN.md"
 PAIRS = [(page.replace(ZH, ".md"), page) for page in pages.PAGES if page.endswith(ZH)]

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from producer import address
-from producer.values import Sender
+from producer.setting_types import Sender
 from worker.mail.render import LOCALES, MAX_CODE, Renderer
 
 CODE = "482913"

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from producer import settings
 from producer.errors import BadSetting
-from producer.sentinel import SentinelURL
+from producer.setting_types import SentinelURL
 from producer.settings import Settings
 
 SECRET = "pa55:w@rd/"

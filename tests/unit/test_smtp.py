@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from worker.mail.envelope import Envelope
+from worker.mail.message import Envelope
 from worker.mail.smtp import Connection
 
 CONTENT = b"Subject: x\r\n\r\nhello\r\n"

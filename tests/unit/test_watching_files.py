@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import pytest
 import yaml
-from watching import OPERATORS, PROMETHEUS, ROOT, Rule, alerts, asked, dashboard, panels, rules
+from support.watching import OPERATORS, PROMETHEUS, ROOT, Rule, alerts, asked, dashboard, panels, rules
 
 from producer.settings import Settings
 
@@ -43,7 +43,7 @@ def test_the_page_has_a_section_on_every_alert_and_on_no_other() -> None:
 
 
 def test_the_page_has_a_row_on_every_reason_of_a_dead_letter() -> None:
-    from worker.tally import REASONS  # noqa: PLC0415 - for this test alone
+    from worker.metrics import REASONS  # noqa: PLC0415 - for this test alone
 
     assert set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)) == set(REASONS)
 

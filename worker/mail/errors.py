@@ -65,7 +65,7 @@ class Smtputf8Unsupported(MailError):
     """The address needs SMTPUTF8, which the relay lacks."""
 
 
-class CalledOff(MailError):
+class SendCancelled(MailError):
     """The request's deadline came, or the worker stops."""
 
 

@@ -8,24 +8,24 @@ import random
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from worker.mail.envelope import Mail
 from worker.mail.errors import (
     AcceptanceUnknown,
-    CalledOff,
     MailError,
     MessageDeferred,
     MessageRejected,
     RecipientRejected,
     RelayBusy,
     RelayUnavailable,
+    SendCancelled,
     SendWithheld,
     Smtputf8Unsupported,
 )
+from worker.mail.message import Mail
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from worker.mail.relay import Relay
+    from worker.mail.pool import Relay
 
 _FIRST_PAUSE: Final = 1.0  # seconds until a sick relay is probed; doubled with every failed probe
 _LONGEST_PAUSE: Final = 60.0
@@ -41,21 +41,21 @@ _OUTCOMES: Final[dict[type[Exception], str]] = {
     AcceptanceUnknown: "unknown",
     Smtputf8Unsupported: "no_smtputf8",
     SendWithheld: "withheld",
-    CalledOff: "called_off",
+    SendCancelled: "called_off",
 }
 # What no other relay is asked about.
-_FINAL: Final = (RecipientRejected, AcceptanceUnknown, SendWithheld, CalledOff)
+_FINAL: Final = (RecipientRejected, AcceptanceUnknown, SendWithheld, SendCancelled)
 
 logger = logging.getLogger(__name__)
 
 
-class Standing(NamedTuple):
+class RelayStatus(NamedTuple):
     """How it stands with one relay."""
 
     relay: str  # its URL, masked
     sends: dict[str, int]  # by outcome, since the start
     connections: int
-    sick: bool
+    unhealthy: bool
 
 
 class _Health:
@@ -63,7 +63,7 @@ class _Health:
 
     def __init__(self, relay: Relay, clock: Callable[[], float]) -> None:
         self.relay: Final = relay
-        self.sick = False
+        self.unhealthy = False
         self.sends = dict.fromkeys((_ACCEPTED, *_OUTCOMES.values()), 0)
         self._clock = clock
         self._pause = _FIRST_PAUSE
@@ -72,7 +72,7 @@ class _Health:
 
     def admits(self) -> bool:
         """Whether a send may try this relay now. If it is sick that send is a probe, the only one at a time."""
-        if not self.sick:
+        if not self.unhealthy:
             return True
         if self._probing or self._clock() < self._probe_at:
             return False
@@ -88,7 +88,7 @@ class _Health:
             self.sends[_outcome(error)] += 1
             if isinstance(error, RelayUnavailable):
                 # Sends that were under way when it fell sick say nothing new.
-                if probe or not self.sick:
+                if probe or not self.unhealthy:
                     self._worse(error)
             # A relay that refuses is at work; one that was not asked (no code) may not be.
             elif isinstance(error, RecipientRejected | MessageRejected | Smtputf8Unsupported | SendWithheld) or (
@@ -100,12 +100,12 @@ class _Health:
             self._rest()
 
     def _worse(self, exc: RelayUnavailable) -> None:
-        if self.sick:
+        if self.unhealthy:
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         else:
             kind = type(exc.__cause__ or exc).__name__
             logger.warning("relay %s is sick: %s, code %s", self.relay.url.masked(), kind, exc.code)
-        self.sick = True
+        self.unhealthy = True
         self._rest()
 
     def _rest(self) -> None:
@@ -113,9 +113,9 @@ class _Health:
         self._probe_at = self._clock() + self._pause * random.uniform(0.5, 1.0)
 
     def _well(self) -> None:
-        if self.sick:
+        if self.unhealthy:
             logger.info("relay %s is well again", self.relay.url.masked())
-        self.sick = False
+        self.unhealthy = False
         self._pause = _FIRST_PAUSE
 
 
@@ -134,12 +134,12 @@ class _Send:
         """Ask the next relay."""
         for health in self._relays:
             if health.admits():
-                self._relay, self._probe = health, health.sick
+                self._relay, self._probe = health, health.unhealthy
                 mail = self._mail
                 if mail.tries is not None:
                     mail.tries.trying(health.relay.url)
                 try:
-                    health.relay.send(Mail(mail.envelope, mail.deadline, mail.before_dot, self._ended))
+                    health.relay.send(Mail(mail.envelope, mail.deadline, mail.before_data, self._ended))
                 except ValueError as exc:
                     self._ended(exc)
                 return
@@ -170,12 +170,12 @@ class Failover:
 
         If all are sick, those of the first: sends fail at once then, and none of them holds a connection.
         """
-        return next((health for health in self._relays if not health.sick), self._relays[0]).relay.capacity
+        return next((health for health in self._relays if not health.unhealthy), self._relays[0]).relay.capacity
 
-    def standings(self) -> list[Standing]:
+    def statuses(self) -> list[RelayStatus]:
         """How it stands with each relay."""
         return [
-            Standing(health.relay.url.masked(), health.sends, health.relay.open_connections, health.sick)
+            RelayStatus(health.relay.url.masked(), health.sends, health.relay.open_connections, health.unhealthy)
             for health in self._relays
         ]
 

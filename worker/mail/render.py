@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 if TYPE_CHECKING:
-    from producer.values import Sender
+    from producer.setting_types import Sender
 
 LOCALES: Final = ("zh-CN", "en")
 MAX_CODE: Final = 256  # characters shown of a code; ours have at most 12 digits, another server may have left any

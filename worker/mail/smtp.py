@@ -7,12 +7,12 @@ import re
 from typing import TYPE_CHECKING, Final, cast
 
 from worker.mail.errors import RelayUnavailable, SendWithheld, Smtputf8Unsupported, Step, classify
-from worker.mail.replies import Reply, ReplyReader
+from worker.mail.responses import Reply, ResponseReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from worker.mail.envelope import Mail
+    from worker.mail.message import Mail
 
 _QUIT_SECONDS: Final = 0.5
 _CLOSING: Final = 421
@@ -27,7 +27,7 @@ class Stale(RelayUnavailable):
 
 
 class Connection(asyncio.BufferedProtocol):
-    """A connection, from its opening (`worker.mail.opening`) to its end.
+    """A connection, from its opening (`worker.mail.handshake`) to its end.
 
     The transaction is a state machine driven by arriving data and ends in a call: no coroutine, nor a future that wakes
     one, is as quick.
@@ -40,7 +40,7 @@ class Connection(asyncio.BufferedProtocol):
         self.offers: dict[bytes, set[bytes]] = {}  # EHLO keywords and their parameters
         self.opening: asyncio.Timeout | None = None
         self._on_lost = on_lost
-        self._reader = ReplyReader()
+        self._reader = ResponseReader()
         self._deaf = False
         self._used = False
         self._answer: asyncio.Future[Reply | None] = self.loop.create_future()  # the banner; None: there is none
@@ -172,7 +172,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         self._asked = True
         try:
-            mail.before_dot(self._write_content)
+            mail.before_data(self._write_content)
         except Exception as exc:  # noqa: BLE001 the caller's own error goes back to the caller
             self._finish(exc, drop=True)
 

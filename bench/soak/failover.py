@@ -1,0 +1,267 @@
+"""A primary that is replaced under load: what is lost, what is sent twice, how long nothing is served.
+
+`PYTHONPATH=.:tests .venv/bin/python -m bench.soak.failover --runs 10 killed` prints the counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Final
+
+from support.caller import META, Listener
+from support.callers import Askers
+from support.fault_proxy import HOLE, Proxy
+from support.faults import Relay, unkept
+from support.harness import Stage
+from support.ledger import Ledger, Record
+from support.sentinel_servers import Watched, role
+from support.worker_process import eventually
+
+from producer.settings import Settings
+
+GIVE_UP_AFTER: Final = 60
+BEFORE: Final = 3.0  # seconds of load before the fault
+CALM: Final = 6.0  # seconds of load after service is there again
+WINDOW: Final = 1.0  # seconds before the fault whose writes may not have reached the replica: asynchronous
+NOTICED: Final = 4.0  # seconds after the sentinels' word in which our own connections go over, on a busy machine too
+DEMOTED: Final = 90.0  # seconds until the sentinels have made a replica of it; on a full machine 30 were not enough
+BEHIND: Final = 0.5  # seconds
+BATCH: Final = 500
+
+_OTHERS: Final = {"LPUSH", "Celery.send_task"}
+# What the ledger calls a broken promise, and the loss of a primary's last writes explains.
+_LOST, _REPLIES = "lost: acknowledged, and never answered", "a second reply"
+_CODES: Final = ("two codes for", "two codes under one id")  # the first one was lost, or is another primary's
+
+
+@dataclass
+class Outcome:
+    """Of one run."""
+
+    asked: int = 0
+    acknowledged: int = 0
+    told_away: int = 0  # callers who were told RedisErr
+    lost: int = 0  # acknowledged, never answered, and nowhere on the new primary
+    lost_by_others: int = (
+        0  # of these, by callers with a library that asks the sentinels when it connects, and not again
+    )
+    doubled: int = 0  # requests with two mails
+    new_codes: int = 0  # addresses with two codes within one life
+    codes_gone: int = 0  # requests answered Success whose code is not in Redis any more
+    without: float = 0.0  # seconds, the longest between two replies of Success
+    longest: float = 0.0  # seconds that a client's `request` took at most
+    unexplained: list[str] = field(default_factory=list)
+
+    def row(self) -> str:
+        """For a table."""
+        return (
+            f"| {self.asked} | {self.acknowledged} | {self.told_away} | {self.lost} | {self.lost_by_others} "
+            f"| {self.doubled} | {self.codes_gone} | {self.without:.1f} s | {self.longest:.1f} s |"
+        )
+
+
+HEAD: Final = (
+    "| asked | acknowledged | told RedisErr | lost | of these by other callers | mailed twice | codes gone "
+    "| without service | longest `request` |\n|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+)
+
+
+class Failover:
+    """One stage, one fault, one count."""
+
+    def __init__(self, watched: Watched, *, a_second: float = 100, workers: int = 2, seed: int = 1) -> None:
+        self.ledger = Ledger(GIVE_UP_AFTER)
+        self.stage = Stage(
+            watched=watched,
+            sink=Relay(self.ledger),
+            visibility_timeout=3,
+            give_up_after=GIVE_UP_AFTER,
+            resend_cooldown=2,
+        )
+        self.watched = watched
+        self.stage._listener.heard = unkept(lambda _: None)
+        self.stage._events.heard = unkept(lambda _: None)
+        # Each server is heard by itself: a replica says again what its primary says.
+        self._listeners = [Listener(server.url(2), f"{META}*") for server in watched.servers]
+        for listener in self._listeners:
+            listener.heard = unkept(lambda heard: self.ledger.replied(*heard))
+        self.askers = Askers(self.ledger, Settings(redis_url=watched.url(), locale="en"), seed, a_second)
+        try:
+            self.stage.add_workers(workers)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, fault: Callable[[Watched], object]) -> Outcome:
+        """Load, the fault, load again, silence; what came of it."""
+        self.askers.start()
+        time.sleep(BEFORE)
+        old = self.watched.primary
+        began = time.monotonic()
+        window = self.ledger.begin("Redis: primary", "replaced", doubts=True)
+        fault(self.watched)
+        self.watched.wait_for_another(old)
+        named = time.monotonic()
+        time.sleep(NOTICED)
+        self.ledger.end(window)
+        time.sleep(CALM)
+        if old.pid:
+            eventually(lambda: role(old) == "slave", DEMOTED)
+        demoted = time.monotonic()
+        self.askers.stop()
+        self._settle()
+        return self._count(began, named + NOTICED, demoted if old.pid else named)
+
+    def _settle(self) -> None:
+        """Until nothing is left anywhere, read also the replies of which nothing was heard."""
+        for client in (self.stage.results, self.stage.broker):
+            client.connection_pool.disconnect()  # it may still be on the old primary
+        deadline = time.monotonic() + GIVE_UP_AFTER
+        while True:
+            missing = [record.request_id for record in self.ledger.unanswered() if record.request_id]
+            for start in range(0, len(missing), BATCH):
+                keys = [META + each for each in missing[start : start + BATCH]]
+                for key, data in zip(keys, self.stage.results.mget(keys), strict=True):
+                    if isinstance(data, bytes):
+                        self.ledger.replied(key, data, stored=True)
+            held = self.stage.held()
+            if not held:
+                break
+            assert time.monotonic() < deadline, held
+            time.sleep(0.5)
+
+    def _count(self, began: float, noticed: float, demoted: float) -> Outcome:
+        """`demoted`: when the old primary takes no writes any more."""
+
+        def explained(record: Record) -> bool:
+            return began - WINDOW < record.at < (demoted if record.how in _OTHERS else min(noticed, demoted))
+
+        ledger = self.ledger
+        ledger.judge()
+        found = Outcome(
+            asked=len(ledger.records),
+            acknowledged=sum(record.acknowledged for record in ledger.records),
+            told_away=sum(record.told == 1 for record in ledger.records),
+            doubled=sum(ledger.doubles.values()),
+            longest=self.askers.slowest,
+        )
+        served = sorted(each.answered_at for each in ledger.records if each.error == 0)
+        served = [at for at in served if began - WINDOW < at < noticed + CALM]
+        found.without = max(after - before for before, after in pairwise(served))
+        gone = self._gone()
+        found.codes_gone = len(gone)
+        found.unexplained += [ledger.story(each) for each in gone if not began - WINDOW < each.mails[-1].at < demoted]
+        lost = [record for record in ledger.records if record.acknowledged and record.error is None]
+        found.lost = len(lost)
+        found.lost_by_others = sum(record.how in _OTHERS for record in lost)
+        found.unexplained += [ledger.story(record) for record in lost if not explained(record)]
+        for violation in ledger.violations:
+            if violation.startswith(_CODES[0]):
+                found.new_codes += 1
+            elif not violation.startswith((*_CODES, _LOST, _REPLIES)):
+                found.unexplained.append(violation)
+        found.unexplained += [f"the worker ended:\n{w.log[-2000:]}" for w in self.stage.workers if not w.alive]
+        return found
+
+    def _gone(self) -> list[Record]:
+        mailed = [record for record in self.ledger.records if record.error == 0 and record.mails]
+        found = []
+        with self.watched.client() as codes:
+            for start in range(0, len(mailed), BATCH):
+                some = mailed[start : start + BATCH]
+                live = codes.mget([f"code_{record.email}" for record in some])
+                found += [record for record, code in zip(some, live, strict=True) if code is None]
+        return found
+
+    def ask_once_more(self) -> Record:
+        """One request after all, with its answer."""
+        record = self.ledger.asking(self.askers.address("last"), "VerificationClient.request")
+        self.askers.last([record])
+        return record
+
+    def close(self) -> None:
+        """End everything."""
+        for listener in self._listeners:
+            listener.close()
+        self.stage.close()
+
+
+def killed(watched: Watched) -> None:
+    """The primary dies."""
+    watched.primary.kill()
+
+
+def cut_off(watched: Watched) -> None:
+    """The primary's network goes half a second before itself: what it still acknowledges reaches no replica."""
+    with watched.others[0].client() as replica:
+        assert replica.info("replication")["master_port"] == watched.way.port, "the sentinels have mended the way"
+    watched.way.mode = HOLE
+    time.sleep(BEHIND)
+    watched.primary.kill()
+
+
+def frozen(watched: Watched) -> None:
+    """The primary falls silent, its connections stay; after its replacement it comes back, and believes it is one."""
+    primary = watched.primary
+    primary.pause()
+    watched.wait_for_another(primary)
+    primary.resume()
+
+
+def planned(watched: Watched) -> None:
+    """An operator has it replaced, as Redis' sentinels do it."""
+    watched.fail_over()
+
+
+def coordinated(watched: Watched) -> None:
+    """An operator has it replaced, as Valkey's sentinels can since 9.0: the primary itself hands over."""
+    watched.fail_over("COORDINATED")
+
+
+FAULTS: Final = {each.__name__: each for each in (killed, cut_off, frozen, planned, coordinated)}
+
+
+def servers_for(fault: str, guard: tuple[str, ...] = ()) -> Watched:
+    """What this fault wants to happen to."""
+    return Watched(replicas=2 if guard else 1, options=guard, way=Proxy if fault == cut_off.__name__ else None)
+
+
+def main() -> int:
+    """Print the table; the exit code is 1 if anything is unexplained."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("fault", choices=FAULTS)
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--rate", type=float, default=100.0, help="requests a second")
+    parser.add_argument("--guarded", action="store_true", help="min-replicas-to-write 1, min-replicas-max-lag 1")
+    options = parser.parse_args()
+    guard = ("--min-replicas-to-write", "1", "--min-replicas-max-lag", "1") if options.guarded else ()
+    logging.getLogger("producer").setLevel(logging.CRITICAL)
+    print(HEAD, flush=True)
+    outcomes = []
+    for run in range(options.runs):
+        failover = Failover(servers_for(options.fault, guard), a_second=options.rate, seed=run)
+        try:
+            outcome = failover.run(FAULTS[options.fault])
+        finally:
+            failover.close()
+        print(outcome.row(), flush=True)
+        outcomes.append(outcome)
+        for each in outcome.unexplained[:5]:
+            print(f"UNEXPLAINED: {each}", file=sys.stderr, flush=True)
+    totals: Counter[str] = Counter()
+    for outcome in outcomes:
+        row = {name: value for name, value in vars(outcome).items() if isinstance(value, int)}
+        totals.update(row)
+    print(dict(totals))
+    return 1 if any(outcome.unexplained for outcome in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""One fault after the other, each long enough to be seen in a picture, with calm between them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from support.faults import WORKERS, Planned
+
+SECONDS: Final = 560.0  # all of it, and calm at the end
+# When (seconds), what, to what, for how long (seconds). The longer ones outlast the `for` of their alert.
+_STOPS: Final = (
+    (25, "worker: kill -9", "worker 1", 10),
+    (60, "relay: down", "relay 0", 25),
+    (115, "relay: down", "relays 0 and 1", 75),
+    (225, "Redis: kill -9", "Redis", 40),
+    *((305, "worker: kill -9", f"worker {i}", 40) for i in range(WORKERS)),
+    (390, "relay: 451 at RCPT", "relays 0 and 1", 20),
+    (440, "relay: silent", "relay 0", 20),
+    (485, "poison", "queue", 0),
+    (505, "Redis: SIGSTOP", "Redis", 8),
+)
+
+
+def tour() -> list[Planned]:
+    """The same every time."""
+    return [Planned(at, kind, where, seconds, number) for number, (at, kind, where, seconds) in enumerate(_STOPS)]

@@ -1,0 +1,333 @@
+"""The soak: steady load, a random fault every few seconds, every promise checked at the end, one page of report.
+
+`make soak MINUTES=10 SEED=1`, or `PYTHONPATH=.:tests .venv/bin/python -m bench.soak.soak --minutes 10 --seed 1`.
+Ctrl-C ends the faults early and checks what was done until then; twice, it ends at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import logging
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final, Self
+
+import redis
+from support.caller import META
+from support.callers import SHARES, Askers
+from support.fault_proxy import Proxy
+from support.faults import CALM, EVERY, MINUTE, WORKERS, Mischief, Planned, Relay, schedule, unkept
+from support.harness import Stage, held_in
+from support.ledger import KEPT, Ledger, Scanner
+from support.smtp_server import running
+
+from bench.soak.record_metrics import Film
+from bench.soak.scenario import tour
+from producer.contract import ErrorCode
+from producer.settings import Settings
+
+VISIBILITY: Final = 3  # seconds: what a dead worker held comes back soon
+GIVE_UP_AFTER: Final = 60  # seconds
+SETTLED: Final = GIVE_UP_AFTER + 30.0  # seconds after the last fault within which nothing may be left anywhere
+PROGRESS: Final = 10.0  # seconds
+LAST: Final = 30  # requests after the last fault, which must all succeed
+BATCH: Final = 500
+MOST: Final = 20  # violations of a kind that are told in full
+
+
+class Soak:
+    """One run."""
+
+    def __init__(
+        self,
+        seconds: float,
+        seed: int,
+        a_second: float,
+        logs: Path | None,
+        *,
+        faults: list[Planned] | None = None,
+        film: Film | None = None,
+    ) -> None:
+        """`faults`: these, in place of random ones; `film`: watches."""
+        self.seconds, self.seed, self.a_second = seconds, seed, a_second
+        self._logs = logs
+        self._faults, self._film = faults, film
+        self._stack = ExitStack()
+        self.ledger = Ledger(GIVE_UP_AFTER)
+        self.scanner = Scanner(self.ledger)
+        self.took = 0.0
+        self._told = 0  # violations that were printed
+
+    def __enter__(self) -> Self:
+        stack, ledger = self._stack, self.ledger
+        # A Redis that is killed loses what it has not yet written: its own loss, which appendfsync always rules out.
+        self.stage = stack.enter_context(
+            Stage(
+                aof="always",
+                visibility_timeout=VISIBILITY,
+                give_up_after=GIVE_UP_AFTER,
+                resend_cooldown=2,
+                connect_timeout=1,
+                send_timeout=4,
+            )
+        )
+        relays = [Relay(ledger), Relay(ledger)]
+        for relay in relays:
+            stack.enter_context(running(relay))
+        fronts = [stack.enter_context(Proxy(relay.port)) for relay in relays]
+        self.stage.settings["VERIFY_RELAYS"] = ",".join(f"smtp://127.0.0.1:{front.port}" for front in fronts)
+        self.stage._listener.heard = unkept(lambda heard: ledger.replied(*heard))
+        self.stage._events.heard = unkept(lambda heard: self.scanner.scan_event(heard[1]))
+        producer = logging.getLogger("producer")
+        producer.setLevel(logging.DEBUG)
+        producer.addHandler(self.scanner)
+        producer.propagate = False
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the proxies' broken connections
+        settings = Settings(redis_url=self.stage.server.url(), locale="en")
+        self.askers = Askers(ledger, settings, self.seed, self.a_second)
+        self.mischief = Mischief(
+            self.stage, ledger, self.scanner, self.askers, list(zip(relays, fronts, strict=True)), self._logs
+        )
+        stack.callback(self.mischief.close)
+        if self._film is not None:
+            self.mischief.binds = self._film.binds
+        ways = [stack.enter_context(Proxy(self.stage.server.port)) for _ in range(WORKERS - 1)]
+        self.mischief.start_workers(ways)
+        if self._film is not None:
+            own = {"VERIFY_REDIS_URL": self.stage.server.url()}
+            stack.enter_context(self._film).open({**self.stage.settings, **own}, self.askers)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def run(self) -> None:
+        """The faults, their end, and the verdict."""
+        self.ledger.began = began = time.monotonic()
+        self.askers.start()
+        if self._film is not None:
+            self._film.roll()
+        with contextlib.suppress(KeyboardInterrupt):
+            self._play(began)
+        self.took = time.monotonic() - began
+        print("lifting all faults", flush=True)
+        self.mischief.lift()
+        self.askers.stop()
+        if self._film is not None:
+            self._film.stop()
+        self._settle()
+        self._last_requests()
+        self.mischief.look()
+        self._judge()
+
+    def _play(self, began: float) -> None:
+        faults = schedule(self.seed, self.seconds) if self._faults is None else list(self._faults)
+        shown = 0.0
+        while (now := time.monotonic() - began) < self.seconds:
+            while faults and faults[0].at <= now:
+                self.mischief.play(faults.pop(0))
+            if now - shown >= PROGRESS:
+                shown = now
+                self.mischief.look()
+                self._collect()
+                self._say(now)
+            time.sleep(0.05)
+
+    def _say(self, now: float) -> None:
+        held = {}
+        with contextlib.suppress(redis.RedisError), self.stage.server.client(1, socket_timeout=1) as client:
+            held = held_in(client)
+        ledger = self.ledger
+        for each in ledger.violations[self._told : MOST]:
+            print(f"VIOLATED: {each}", flush=True)
+        self._told = len(ledger.violations)
+        print(
+            f"{now:6.0f} s: {len(ledger.records)} asked, {len(ledger.unanswered())} open, {ledger.mails} mails, "
+            f"{self.mischief.done.total()} faults, {len(ledger.violations)} violations; held: {held or 'nothing'}",
+            flush=True,
+        )
+
+    def _collect(self) -> None:
+        """Read what is stored under ids of which no reply was heard: the listener's connection suffers too."""
+        missing = [record.request_id for record in self.ledger.unanswered() if record.request_id]
+        with contextlib.suppress(redis.RedisError), self.stage.server.client(2, socket_timeout=2) as client:
+            for start in range(0, len(missing), BATCH):
+                ids = missing[start : start + BATCH]
+                for each, data in zip(ids, client.mget([META + each for each in ids]), strict=True):
+                    if isinstance(data, bytes):
+                        self.ledger.replied(META + each, data, stored=True)
+
+    def _settle(self) -> None:
+        deadline = time.monotonic() + SETTLED
+        while time.monotonic() < deadline and (self.stage.held() or self.ledger.unanswered()):
+            self._collect()
+            if not self.stage.held():
+                self._read_stored()
+            time.sleep(1)
+        if held := self.stage.held():
+            self.ledger.violated(f"{SETTLED:.0f} s after the last fault there is still {held}")
+
+    def _last_requests(self) -> None:
+        """Without faults, everything succeeds at once, and nothing of it is sent twice."""
+        how = "VerificationClient.request"
+        records = [self.ledger.asking(self.askers.address("last"), how) for _ in range(LAST)]
+        self.askers.last(records)
+        for record in records:
+            if record.told != ErrorCode.SUCCESS:
+                self.ledger.violated(f"after the last fault, a request was answered {record.told}", record)
+
+    def _read_stored(self) -> None:
+        """Every reply that is stored: of whom nothing was heard, and whether it is the one that was heard."""
+        batch: list[bytes] = []
+        for key in self.stage.results.scan_iter(META + "*", count=1000):
+            batch.append(key)
+            if len(batch) == BATCH:
+                self._compare(batch)
+                batch = []
+        self._compare(batch)
+
+    def _compare(self, keys: list[bytes]) -> None:
+        if keys:
+            for key, data in zip(keys, self.stage.results.mget(keys), strict=True):
+                if isinstance(data, bytes):
+                    self.ledger.replied(key.decode(), data, stored=True)
+
+    def _judge(self) -> None:
+        ledger = self.ledger
+        time.sleep(1)  # what was published last
+        self._read_stored()
+        ledger.judge()
+        oldest = time.monotonic() - KEPT
+        stored = {key.decode().removeprefix(META) for key in self.stage.results.scan_iter(META + "*", count=1000)}
+        for record in ledger.records:
+            if record.error is not None and record.at > oldest and record.request_id not in stored:
+                ledger.violated("the reply is not stored", record)
+        killers = sum(record.error == ErrorCode.EXCEPTION for record in ledger.records)
+        dead = self.stage.broker.llen("verification.dead")
+        if not ledger.dead_least <= dead <= ledger.dead_most + killers:
+            ledger.violated(f"{dead} dead letters, not {ledger.dead_least} to {ledger.dead_most + killers}")
+        try:
+            self.stage._check_ttls()
+        except AssertionError as exc:
+            ledger.violated(str(exc))
+        self.mischief.close()
+        self.scanner.judge(ledger.codes())
+
+    def report(self) -> str:
+        """One page."""
+        ledger, mischief = self.ledger, self.mischief
+        outcomes, lines = ledger.outcomes(), []
+        names = {str(int(code)): code.title for code in ErrorCode}
+        lost = sum(1 for record in ledger.records if record.acknowledged and record.error is None)
+        lines += [
+            f"# Soak of {self.took / 60:.1f} minutes, seed {self.seed}",
+            "",
+            (
+                f"**Lost: {lost}. Violations: {len(ledger.violations)}.** "
+                f"{len(ledger.records)} requests, {ledger.mails} mails, {mischief.done.total()} faults."
+            ),
+            "",
+            "| requests by outcome | |",
+            "|---|---:|",
+            *(
+                f"| {error} {names.get(error, '')} | {count} |".replace("  |", " |")
+                for error, count in sorted(outcomes.items())
+            ),
+            "",
+            "| requests by caller | |",
+            "|---|---:|",
+            *(f"| {how} | {count} |" for how, count in sorted(Counter(r.how for r in ledger.records).items())),
+            "",
+            "| faults | times |",
+            "|---|---:|",
+            *(f"| {name} | {count} |" for name, count in sorted(mischief.done.items())),
+            "",
+            "| | |",
+            "|---|---:|",
+            f"| mails that came whole and were not refused | {ledger.mails} |",
+            f"| second mails, permitted by promise 3 | {ledger.doubles['permitted']} |",
+            f"| second mails, not permitted | {ledger.doubles['not permitted']} |",
+            f"| dead letters | {ledger.dead_least} to {ledger.dead_most} expected, all there |"
+            if not any("dead letters" in each for each in ledger.violations)
+            else "| dead letters | wrong |",
+            f"| logs and events looked through | {self.scanner.bytes / 2**20:.0f} MiB |",
+            f"| worker processes | {mischief.started} |",
+            f"| most memory of a worker | {mischief.peak_rss / 1024:.0f} MiB |",
+        ]
+        if len(ledger.latencies) >= 20:
+            cuts = statistics.quantiles(ledger.latencies, n=100)
+            lines.append(
+                f"| ask to reply while nothing was broken, p50 / p99 of {len(ledger.latencies)} "
+                f"| {cuts[49] * 1000:.0f} / {cuts[98] * 1000:.0f} ms |"
+            )
+        lines.append(f"| longest that a client's `request` took | {self.askers.slowest:.1f} s |")
+        lines += ["", *self._conditions()]
+        return "\n".join(lines)
+
+    def _conditions(self) -> list[str]:
+        info = self.stage.results.info("server")
+        server = f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info['redis_version']}"
+        packages = ", ".join(
+            f"{name} {importlib.metadata.version(name)}" for name in ("celery", "kombu", "redis", "hiredis")
+        )
+        threads = {name: count for name, (count, _) in SHARES.items()}
+        return [
+            (
+                f"Conditions: {WORKERS} workers (log level DEBUG), 2 relays, {self.a_second:.0f} requests a second "
+                f"from {threads['blocking']} threads of a blocking client, {threads['asyncio']} tasks of an asyncio "
+                f"client, raw LPUSH and a stock Celery app. {server}, AOF, appendfsync always: what a killed server "
+                f"had not written would be its own loss. VERIFY_VISIBILITY_TIMEOUT={VISIBILITY}, "
+                f"VERIFY_GIVE_UP_AFTER={GIVE_UP_AFTER}, VERIFY_RESEND_COOLDOWN=2, VERIFY_SEND_TIMEOUT=4. A fault every "
+                f"{EVERY[0]:.0f} to {EVERY[1]:.0f} s, but none in the last {CALM:.0f} s of each {MINUTE:.0f}."
+            ),
+            "",
+            (
+                f"Python {platform.python_version()}, {packages}; {platform.system()} {platform.machine()}, "
+                f"{os.cpu_count()} cores, shared."
+            ),
+        ]
+
+
+def main() -> int:
+    """The exit code: 1 if a promise was broken."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=None, help="the schedule of faults; drawn and printed if not given")
+    parser.add_argument("--rate", type=float, default=30.0, help="requests a second")
+    parser.add_argument("--report", type=Path, help="write the report here too")
+    parser.add_argument("--film", type=Path, help="a few long faults in turn, and what the dashboard shows of it, here")
+    parser.add_argument("--logs", type=Path, help="keep the workers' logs in this directory")
+    options = parser.parse_args()
+    seed = options.seed if options.seed is not None else random.randrange(10**6)
+    if options.logs is not None:
+        options.logs.mkdir(parents=True, exist_ok=True)
+    seconds = options.minutes * 60
+    faults, film = (tour(), Film()) if options.film is not None else (None, None)
+    print(f"soak: {options.minutes:g} minutes, seed {seed}", flush=True)
+    with Soak(seconds, seed, options.rate, options.logs, faults=faults, film=film) as soak:
+        soak.run()
+        if film is not None:
+            film.develop(options.film, soak.ledger, min(seconds, soak.took))
+        report = soak.report()
+        violations = soak.ledger.violations
+    print(f"\n{report}\n")
+    if options.report is not None:
+        options.report.write_text(report + "\n")
+    for kind, like in Counter(each.partition("\n")[0] for each in violations).most_common():
+        print(f"VIOLATED {like} times: {kind}", file=sys.stderr)
+        for each in [each for each in violations if each.partition("\n")[0] == kind][:MOST]:
+            print(each, file=sys.stderr)
+    return 1 if violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Where the doors listen, and who may knock there."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import socket
+from typing import Any
+
+from producer.errors import VerifyError
+from producer.setting_types import Bind
+from producer.settings import Settings
+
+BACKLOG = 2048  # connections that may wait to be accepted; the kernel's own bound is often 4096
+
+
+class CannotListen(VerifyError):
+    """A door cannot be opened where it was told to."""
+
+
+def require_permission(settings: Settings) -> None:
+    """Raises `CannotListen` if a door would speak in clear, or to anyone, beyond this host, and nothing allows it."""
+    if settings.allow_plaintext:
+        return
+    if not settings.api_keys and not is_loopback(settings.http_bind, "VERIFY_HTTP_BIND"):
+        raise CannotListen(
+            f"VERIFY_HTTP_BIND: {settings.http_bind} is beyond loopback; set VERIFY_API_KEYS,"
+            " or VERIFY_ALLOW_PLAINTEXT=1 to let anyone in"
+        )
+    if not is_loopback(settings.grpc_bind, "VERIFY_GRPC_BIND"):
+        raise CannotListen(
+            f"VERIFY_GRPC_BIND: {settings.grpc_bind} is beyond loopback, and this door has neither TLS nor keys;"
+            " set VERIFY_ALLOW_PLAINTEXT=1 to open it all the same"
+        )
+
+
+def listen(bind: Bind, name: str) -> list[socket.socket]:
+    """Listening sockets, one for each address of the host. Raises `CannotListen`; `name` is the setting's."""
+    with contextlib.ExitStack() as opened:
+        sockets = []
+        port = bind.port
+        for family, address in _addresses(bind, name):
+            try:
+                each = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    each.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                each.bind((address[0], port, *address[2:]))
+                each.listen(BACKLOG)
+            except OSError as exc:
+                raise CannotListen(f"{name}: cannot listen on {bind} ({os.strerror(exc.errno or 0)})") from None
+            port = each.getsockname()[1]  # port 0 picks one, and then it is all addresses'
+            sockets.append(each)
+        opened.pop_all()
+    return sockets
+
+
+def readiness(bind: Bind, name: str) -> None:
+    """Raises `CannotListen` as `listen` would: gRPC itself says why on several lines, and not to us."""
+    for each in listen(bind, name):
+        each.close()
+
+
+def is_loopback(bind: Bind, name: str) -> bool:
+    """Whether nobody beyond this host can knock there. Raises `CannotListen`; `name` is the setting's."""
+    return all(ipaddress.ip_address(address[0].partition("%")[0]).is_loopback for _, address in _addresses(bind, name))
+
+
+def _addresses(bind: Bind, name: str) -> list[tuple[socket.AddressFamily, Any]]:
+    try:
+        found = socket.getaddrinfo(bind.host, bind.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError):
+        raise CannotListen(f"{name}: the host of {bind} has no address") from None
+    return list(dict.fromkeys((family, address) for family, _, _, _, address in found))

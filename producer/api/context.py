@@ -1,0 +1,80 @@
+"""What both doors share: the client behind them, and the promise that there is always an answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from time import perf_counter
+from typing import TYPE_CHECKING, Final
+
+from producer.aio import AsyncVerificationClient
+from producer.api.metrics import ApiMetrics, Door, Verb
+from producer.api.readiness import Readiness
+from producer.contract import DEFAULT_PURPOSE, CheckResult, ErrorCode, Reply
+from producer.core.requests import RequestObserver
+from producer.errors import VerifyError
+from producer.settings import Settings
+
+if TYPE_CHECKING:
+    from producer.tracing.spans import Traces
+
+logger = logging.getLogger(__name__)
+
+BODY_LIMIT: Final = 16 * 1024  # bytes of one request; the longest address has 254
+
+
+class Api:
+    """Answers for the doors. Lives on the event loop that runs when it is first used."""
+
+    def __init__(self, settings: Settings, traces: Traces | None = None) -> None:
+        self.settings = settings
+        self.traces = traces
+        self.client = AsyncVerificationClient(settings, max_queue=settings.max_queue, traces=traces)
+        self.readiness = Readiness(settings)
+        self.metrics = ApiMetrics()
+        self.leaving = False  # set once the process drains: it serves, and is not ready
+        self.closing: list[Callable[[], Awaitable[None]]] = []  # what else ends with it
+
+    async def request(
+        self,
+        door: Door,
+        email: str,
+        *,
+        purpose: str = DEFAULT_PURPOSE,
+        locale: str | None = None,
+        observer: RequestObserver | None = None,
+    ) -> ErrorCode:
+        """Ask for a code, within the reply timeout; whatever happens is an error code."""
+        asking = self.client.request(email, purpose=purpose, locale=locale, observer=observer)
+        return await self._answer(door, "request", asking)
+
+    async def check(self, door: Door, email: str, code: str, *, purpose: str = DEFAULT_PURPOSE) -> ErrorCode:
+        """Check a code, within 3 s; whatever happens is an error code."""
+        return await self._answer(door, "check", self.client.check(email, code, purpose=purpose))
+
+    async def close(self) -> None:
+        """Who still waits is answered `TIMEOUT`."""
+        await self.client.close()
+        await self.readiness.close()
+        for close in self.closing:
+            await close()
+
+    async def _answer(self, door: Door, verb: Verb, work: Awaitable[Reply | CheckResult]) -> ErrorCode:
+        counts = self.metrics.counts[door, verb]
+        counts.in_flight += 1
+        began = perf_counter()
+        try:
+            error = (await work).error
+        except VerifyError as exc:  # such as a Redis server that is too old
+            logger.error("%s", exc)
+            error = ErrorCode.REDIS_ERR
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the caller gets an answer
+            # Without its text, which may quote what the caller sent.
+            logger.error("unforeseen error at the %s door", door, extra={"kind": type(exc).__name__})
+            error = ErrorCode.EXCEPTION
+        finally:
+            counts.in_flight -= 1
+        counts.answered(error, perf_counter() - began)  # who was cancelled got no answer
+        if self.traces is not None:
+            self.traces.answered(error)
+        return error

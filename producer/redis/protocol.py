@@ -1,0 +1,144 @@
+"""The wire to a Redis server: bytes out, replies back in order, and one timer that tells whether they come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import hiredis
+
+from producer.errors import RedisUnavailable
+from producer.redis.scripts import Command
+
+BUFFER = 65536  # bytes
+ANSWER_TIMEOUT = 1.5  # seconds a write waits for its replies before the connection counts as dead
+_PUSHED = ([b"message"], [b"pmessage"])
+
+
+@dataclass(slots=True)
+class _Sent:
+    """A write whose replies are on their way."""
+
+    size: int
+    due: float  # loop time by which they are all here, or the connection counts as dead
+    waiter: asyncio.Future[list[Any]] | None  # None: nobody waits
+    then: Callable[[list[Any]], None] | None = None  # called where nobody waits
+    replies: list[Any] = field(default_factory=list)
+
+
+class Protocol(asyncio.BufferedProtocol):
+    """Matches replies with the writes that they answer."""
+
+    def __init__(self, on_push: Callable[[Any], None] | None) -> None:
+        self.reader = hiredis.Reader()
+        # One for all that arrives: asyncio's own way makes a new one of 256 kB for each read, at 20 us.
+        self.buffer = memoryview(bytearray(BUFFER))
+        self.waiting: deque[_Sent] = deque()
+        self.loop = asyncio.get_running_loop()
+        self.closed = self.loop.create_future()
+        self.on_push = on_push
+        self.timer: asyncio.TimerHandle | None = None
+        self.transport: asyncio.Transport
+
+    @property
+    def open(self) -> bool:
+        """Whether a batch may be written: no more once the transport is given up, even before it says it is lost."""
+        return not self.closed.done() and not self.transport.is_closing()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # TCP and TLS both are like it; uvloop's are none
+
+    def get_buffer(self, _sizehint: int) -> memoryview:
+        return self.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.reader.feed(bytes(self.buffer[:nbytes]))
+        try:
+            while (reply := self.reader.gets()) is not False:
+                self._take(reply)
+        except hiredis.ProtocolError:
+            self.transport.abort()
+
+    def _take(self, reply: Any) -> None:
+        if self.on_push is not None and isinstance(reply, list) and reply[:1] in _PUSHED:
+            self.on_push(reply)
+            return
+        if not self.waiting:
+            return
+        sent = self.waiting[0]
+        sent.replies.append(reply)
+        if len(sent.replies) == sent.size:
+            self.waiting.popleft()
+            if sent.then is not None:
+                sent.then(sent.replies)
+            elif sent.waiter is not None and not sent.waiter.done():
+                sent.waiter.set_result(sent.replies)
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        self._fail("the connection to Redis was lost")
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    def _fail(self, why: str) -> None:
+        for sent in self.waiting:
+            if sent.waiter is not None and not sent.waiter.done():
+                sent.waiter.set_exception(RedisUnavailable(why))
+        self.waiting.clear()
+
+    def ask(self, packed: bytes, size: int) -> asyncio.Future[list[Any]]:
+        """Write; the future has the `size` replies."""
+        waiter: asyncio.Future[list[Any]] = self.loop.create_future()
+        self._write(packed, _Sent(size, self.loop.time() + ANSWER_TIMEOUT, waiter))
+        return waiter
+
+    def tell(self, packed: bytes, size: int, then: Callable[[list[Any]], None]) -> None:
+        """Write; `then` is called with the replies, if they come."""
+        self._write(packed, _Sent(size, self.loop.time() + ANSWER_TIMEOUT, None, then))
+
+    def _write(self, packed: bytes, sent: _Sent) -> None:
+        self.waiting.append(sent)
+        if self.timer is None:
+            self.timer = self.loop.call_at(sent.due, self._look)
+        self.transport.write(packed)
+
+    def _look(self) -> None:
+        """The one timer for all: replies come in order, so the oldest write tells whether the server answers."""
+        self.timer = None
+        if not self.waiting:
+            return
+        due = self.waiting[0].due
+        if due > self.loop.time():
+            self.timer = self.loop.call_at(due, self._look)
+            return
+        # After a lost reply, nothing on this connection can be matched.
+        self._fail("Redis did not answer in time")
+        self.transport.abort()
+
+
+def pack(command: Command) -> bytes:
+    """The command as it travels."""
+    packed: bytes = hiredis.pack_command(command)  # type: ignore[arg-type]  # its stub says a tuple of one
+    return packed
+
+
+def packed(commands: Sequence[Command]) -> tuple[bytes, int]:
+    """What `ask` wants of these."""
+    return b"".join(map(pack, commands)), len(commands)
+
+
+def auth(user: str | None, password: str | None) -> list[Command]:
+    """Say who we are, if there is anything to say."""
+    if not password:
+        return []
+    return [("AUTH", user, password) if user else ("AUTH", password)]
+
+
+def kind_of(error: Exception) -> str:
+    """The first word of an error reply: the rest may quote keys."""
+    return str(error).partition(" ")[0]

@@ -1,0 +1,1 @@
+"""Tracing, in the terms of OpenTelemetry."""

@@ -1,0 +1,78 @@
+"""Where the spans of a process of ours go: OpenTelemetry's SDK, set up by its own variables."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter, SpanExportResult
+from opentelemetry.util.re import parse_env_headers
+
+from producer.tracing.spans import Traces
+
+logger = logging.getLogger(__name__)
+
+_AGAIN: Final = 60.0  # seconds until it is said once more that spans are lost
+# What these say would quote what a caller sent or a collector's key, or repeat with every batch what is said here once.
+_SILENT: Final = ("opentelemetry.trace", "opentelemetry.exporter", "opentelemetry.util")
+_HEADERS: Final = ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")
+
+
+def set_up(kind: str, service: str) -> Traces:
+    """Export by `kind`, `otlp` or `console`, from a thread of its own. Raises `ValueError` for what it cannot use."""
+    for name in _SILENT:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    resource = Resource.create()
+    if str(resource.attributes.get(SERVICE_NAME)).startswith("unknown_service"):
+        resource = resource.merge(Resource({SERVICE_NAME: service}))
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(_Reporting(_exporter(kind))))
+    return Traces(provider, provider.shutdown)
+
+
+def _exporter(kind: str) -> SpanExporter:
+    if kind == "console":
+        return ConsoleSpanExporter()
+    _require_headers()
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415 - brings requests
+
+    return OTLPSpanExporter()
+
+
+def _require_headers() -> None:
+    # The library would quote in the log what is none, and go on without; a key is often among them.
+    for name in _HEADERS:
+        for header in os.environ.get(name, "").split(","):
+            if header.strip() and not parse_env_headers(header, liberal=True):
+                raise ValueError(f"{name} is no comma-separated list of name=value")
+
+
+class _Reporting(SpanExporter):
+    """An exporter whose failures are one line a minute. The spans are lost then; nobody waits for them."""
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        self._exporter = exporter
+        self._lost = 0
+        self._say_at = 0.0  # monotonic
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Export, and say if that failed."""
+        try:
+            result = self._exporter.export(spans)
+        except Exception:  # noqa: BLE001 - its text may quote a span
+            result = SpanExportResult.FAILURE
+        if result is not SpanExportResult.SUCCESS:
+            self._lost += len(spans)
+            if time.monotonic() >= self._say_at:
+                logger.warning("traces cannot be exported; spans are lost", extra={"count": self._lost})
+                self._say_at, self._lost = time.monotonic() + _AGAIN, 0
+        return result
+
+    def shutdown(self) -> None:
+        """Hang up."""
+        self._exporter.shutdown()

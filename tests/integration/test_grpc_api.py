@@ -1,0 +1,180 @@
+"""The gRPC door, as a process in front of a real Redis server and a stand-in for the worker."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from support.api_process import Doors
+from support.fake_worker import FakeWorker
+from support.redis_server import RedisServer
+from support.worker_process import ROOT, eventually
+
+from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp, file_descriptor
+
+pytestmark = pytest.mark.usefixtures("redis")  # the shared server is empty at first
+
+A = "a@example.com"
+REPLY_TIMEOUT = 1.0
+
+
+@pytest.fixture(scope="module")
+def doors(redis_server: RedisServer) -> Iterator[Doors]:
+    settings = {"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_REPLY_TIMEOUT": str(REPLY_TIMEOUT)}
+    with Doors(settings) as doors:
+        yield doors
+
+
+def in_flight(doors: Doors) -> float:
+    return doors.metric("verify_door_requests_in_flight", door="grpc")
+
+
+def compiled(directory: Path) -> descriptor_pb2.FileDescriptorProto:
+    """What the standard compiler makes of the file that callers in other languages use."""
+    proto = ROOT / "producer/api/message.proto"
+    out = directory / "message.pb"
+    command = [
+        sys.executable,
+        "-m",
+        "grpc_tools.protoc",
+        f"-I{proto.parent}",
+        f"--descriptor_set_out={out}",
+        proto.name,
+    ]
+    subprocess.run(command, check=True, timeout=60)
+    [file] = descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes()).file
+    return file
+
+
+def test_the_proto_file_says_what_we_speak(tmp_path: Path) -> None:
+    assert compiled(tmp_path) == file_descriptor()
+
+
+def test_the_names_and_numbers_are_the_old_servers() -> None:
+    file = file_descriptor()
+    assert (file.package, file.service[0].name, file.service[0].method[0].name) == (
+        *("message", "VarifyService", "GetVarifyCode"),
+    )
+    string, int32 = descriptor_pb2.FieldDescriptorProto.TYPE_STRING, descriptor_pb2.FieldDescriptorProto.TYPE_INT32
+    assert {
+        each.name: [(field.name, field.number, field.type) for field in each.field] for each in file.message_type
+    } == {
+        "GetVarifyReq": [("email", 1, string)],
+        "GetVarifyRsp": [("error", 1, int32), ("email", 2, string), ("code", 3, string)],
+    }
+
+
+class TestAsking:
+    @pytest.mark.parametrize("error", range(7))
+    def test_every_answer_of_the_worker_comes_through_and_never_a_code(
+        self, doors: Doors, redis_server: RedisServer, error: int
+    ) -> None:
+        with FakeWorker(redis_server, error=lambda _: error):
+            said = doors.call(A)
+        assert (said.error, said.email, said.code) == (error, A, "")
+
+    @pytest.mark.parametrize("email", [" A@b.example ", "ü@例子.example", "a\u0000@b", "nobody", "x" * 10_000])
+    def test_the_address_comes_back_as_given(self, doors: Doors, redis_server: RedisServer, email: str) -> None:
+        with FakeWorker(redis_server):
+            assert doors.call(email).email == email
+
+    def test_an_empty_message_is_no_address(self, doors: Doors) -> None:
+        assert doors.call_raw(b"") == GetVarifyRsp(error=3).SerializeToString()
+
+    def test_unknown_fields_are_ignored(self, doors: Doors, redis_server: RedisServer) -> None:
+        unknown = b"\x12\x03abc\x98\x06\x07"  # field 2, a string; field 99, a number
+        with FakeWorker(redis_server):
+            answer = doors.call_raw(unknown + GetVarifyReq(email=A).SerializeToString())
+        assert GetVarifyRsp.FromString(answer).error == 0
+
+    def test_without_deadline_and_worker_there_is_an_answer(self, doors: Doors) -> None:
+        began = time.monotonic()
+        assert doors.call(A).error == 6
+        assert REPLY_TIMEOUT - 0.1 < time.monotonic() - began < REPLY_TIMEOUT + 0.5
+
+    def test_a_crowd(self, doors: Doors, redis_server: RedisServer) -> None:
+        emails = [f"u{i}@example.com" for i in range(500)]
+        with (
+            FakeWorker(redis_server, error=lambda kwargs: int(kwargs["email"][1:-12]) % 6) as worker,
+            ThreadPoolExecutor(64) as pool,
+        ):
+            said = list(pool.map(doors.call, emails))
+        assert [(each.email, each.error) for each in said] == [(email, i % 6) for i, email in enumerate(emails)]
+        assert len(worker.taken) == 500
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("message", [b"\xff", b"\x0a\x05a", b"\x0a\x02\xff\xfe", b"\x0b"])
+    def test_what_is_no_message(self, doors: Doors, message: bytes) -> None:
+        with pytest.raises(grpc.RpcError) as raised:
+            doors.call_raw(message)
+        assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    def test_5_megabytes(self, doors: Doors) -> None:
+        with pytest.raises(grpc.RpcError) as raised:
+            doors.call("x" * 5_000_000)
+        assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert doors.call("nobody").error == 3
+
+    def test_other_methods(self, doors: Doors) -> None:
+        with pytest.raises(grpc.RpcError) as raised:
+            doors.call_raw(b"", method="GetCode")
+        assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+    def test_a_cancelled_call_leaves_nothing(self, doors: Doors, redis_server: RedisServer) -> None:
+        calls = [doors.stub.future(GetVarifyReq(email=A)) for _ in range(50)]
+        eventually(lambda: in_flight(doors) == 50, 3)
+        for call in calls:
+            call.cancel()
+        eventually(lambda: in_flight(doors) == 0, 0.5)
+        with FakeWorker(redis_server):
+            assert doors.call(A).error == 0
+
+    def test_a_deadline_shorter_than_ours_leaves_nothing(self, doors: Doors) -> None:
+        began = time.monotonic()
+        for _ in range(3):
+            with pytest.raises(grpc.RpcError) as raised:
+                doors.call(A, timeout=0.1)
+            assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        eventually(lambda: in_flight(doors) == 0, 0.5)
+        assert time.monotonic() - began < 1.0
+
+    def test_a_client_that_goes_away(self, doors: Doors) -> None:
+        with grpc.insecure_channel(f"127.0.0.1:{doors.grpc_port}") as channel:
+            call = channel.unary_unary(
+                f"/{SERVICE}/{METHOD}", GetVarifyReq.SerializeToString, GetVarifyRsp.FromString
+            ).future(GetVarifyReq(email=A))
+            eventually(lambda: in_flight(doors) == 1, REPLY_TIMEOUT)
+        assert call.done()
+        eventually(lambda: in_flight(doors) == 0, 0.5)
+
+
+class TestStandardServices:
+    def test_health(self, doors: Doors) -> None:
+        stub = health_pb2_grpc.HealthStub(doors.channel)
+        for service in ("", SERVICE):
+            said = stub.Check(health_pb2.HealthCheckRequest(service=service))
+            assert said.status == health_pb2.HealthCheckResponse.SERVING
+
+    def test_reflection_describes_all(self, doors: Doors) -> None:
+        stub = reflection_pb2_grpc.ServerReflectionStub(doors.channel)
+        requests = [reflection_pb2.ServerReflectionRequest(list_services="")]
+        [listed] = stub.ServerReflectionInfo(iter(requests))
+        names = [service.name for service in listed.list_services_response.service]
+        assert names == sorted([SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"])
+        requests = [reflection_pb2.ServerReflectionRequest(file_containing_symbol=name) for name in names]
+        pool = descriptor_pool.DescriptorPool()
+        for answer in stub.ServerReflectionInfo(iter(requests)):
+            [file] = answer.file_descriptor_response.file_descriptor_proto
+            pool.AddSerializedFile(file)
+        method = pool.FindServiceByName(SERVICE).methods_by_name[METHOD]
+        assert [field.name for field in method.output_type.fields] == ["error", "email", "code"]

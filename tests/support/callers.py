@@ -1,0 +1,164 @@
+"""Who asks in a soak: the blocking client, the asyncio client, raw LPUSH, a stock Celery app; each at a steady pace."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any, Final
+
+import redis
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from producer.aio import AsyncVerificationClient
+from producer.client import VerificationClient
+from producer.errors import RedisUnavailable
+from producer.settings import Settings
+from support.caller import QUEUE, TASK, message
+from support.ledger import Ledger, Record
+from worker.celery_side.redis_urls import broker_form, connect
+
+HOST: Final = "soak.example"
+POPULAR: Final = 12  # addresses that are asked for again and again, by several at once
+POPULAR_FOR: Final = 120.0  # seconds after which others take their place: well within the life of a code
+AGAIN: Final = 0.2  # seconds between two tries of one push
+_FAILED: Final = (redis.RedisError, RedisUnavailable, OperationalError, OSError)
+
+
+class Askers:
+    """`a_second` requests in all, until `stop`."""
+
+    def __init__(self, ledger: Ledger, settings: Settings, seed: int, a_second: float) -> None:
+        self.ledger, self._settings = ledger, settings
+        self._seed = seed
+        self._stopping = threading.Event()
+        # threads (or tasks), share of the load, what one does
+        self._pause = {name: count / (share * a_second) for name, (count, share) in SHARES.items()}
+        self._threads = [
+            *(threading.Thread(target=self._blocking, args=(i,), daemon=True) for i in range(SHARES["blocking"][0])),
+            threading.Thread(target=lambda: asyncio.run(self._asynchronous()), daemon=True),
+            threading.Thread(target=self._raw, daemon=True),
+            threading.Thread(target=self._celery, daemon=True),
+        ]
+        self._client = VerificationClient(settings)
+        self.slowest = 0.0
+
+    def start(self) -> None:
+        """Begin."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Ask no more; who waits for an answer gets it first."""
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join(30)
+
+    def last(self, records: list[Record]) -> None:
+        """These, one after the other; then hang up."""
+        with self._client:
+            for record in records:
+                record.at = time.monotonic()
+                self.told(record, self._client.request(record.email).error)
+
+    def address(self, name: str) -> str:
+        """One that no other request has."""
+        return f"{name}.{uuid.uuid4().hex[:10]}@{HOST}"
+
+    def _some_address(self, chance: random.Random, name: str) -> str:
+        """One of its own, or a popular one."""
+        if chance.random() < 0.7:
+            return self.address(name)
+        era = int((time.monotonic() - self.ledger.began) / POPULAR_FOR)
+        return f"popular.{self._seed}.{era}.{chance.randrange(POPULAR)}@{HOST}"
+
+    def _paced(self, chance: random.Random, name: str) -> bool:
+        return not self._stopping.wait(chance.uniform(0.5, 1.5) * self._pause[name])
+
+    def insist(self, record: Record, push: Callable[[], object]) -> None:
+        """Push under one id until Redis acknowledges it, as a caller does; the last seconds of a soak excepted."""
+        until = time.monotonic() + 60
+        while True:
+            try:
+                push()
+            except _FAILED:
+                if time.monotonic() > until:
+                    return
+                time.sleep(AGAIN)
+            else:
+                record.acknowledged = True
+                return
+
+    def told(self, record: Record, error: int) -> None:
+        """A caller that waits has its answer."""
+        self.slowest = max(self.slowest, time.monotonic() - record.at)
+        record.told = error
+        # Redis may have the request even so; if it is answered, it must have been.
+        record.acknowledged = error != 1
+
+    def _blocking(self, number: int) -> None:
+        chance = random.Random(f"{self._seed} blocking {number}")
+        client = self._client
+        while self._paced(chance, "blocking"):
+            if chance.random() < 0.5:
+                record = self.ledger.asking(self.address("blocking"), "VerificationClient.request")
+                self.told(record, client.request(record.email).error)
+            else:
+                known = str(uuid.uuid4())
+                record = self.ledger.asking(self._some_address(chance, "enqueue"), "VerificationClient.enqueue", known)
+                self.insist(record, lambda r=record, i=known: client.enqueue(r.email, request_id=i))  # type: ignore[misc]  # bound at once
+
+    async def _asynchronous(self) -> None:
+        async with AsyncVerificationClient(self._settings) as client:
+            tasks = [self._one_of_many(client, number) for number in range(SHARES["asyncio"][0])]
+            await asyncio.gather(*tasks)
+
+    async def _one_of_many(self, client: AsyncVerificationClient, number: int) -> None:
+        chance = random.Random(f"{self._seed} asyncio {number}")
+        while not self._stopping.is_set():
+            await asyncio.sleep(chance.uniform(0.5, 1.5) * self._pause["asyncio"])
+            record = self.ledger.asking(self.address("asyncio"), "AsyncVerificationClient.request")
+            self.told(record, (await client.request(record.email)).error)
+
+    def raw_client(self) -> redis.Redis:
+        """Of the broker database; never retries."""
+        return connect(self._settings.broker_url, timeout=2)
+
+    def _raw(self) -> None:
+        chance = random.Random(f"{self._seed} raw")
+        with self.raw_client() as client:
+            while self._paced(chance, "raw"):
+                envelope = message({"email": self._some_address(chance, "raw")})
+                self.push_raw(client, envelope)
+
+    def push_raw(self, client: redis.Redis, *envelopes: dict[str, Any]) -> None:
+        """LPUSH messages of one request, in one command."""
+        email = json.loads(base64.b64decode(envelopes[0]["body"]))[1]["email"]
+        record = self.ledger.asking(email, "LPUSH", envelopes[0]["headers"]["id"])
+        self.insist(record, lambda: client.lpush(QUEUE, *(json.dumps(each) for each in envelopes)))
+
+    def _celery(self) -> None:
+        chance = random.Random(f"{self._seed} celery")
+        broker = broker_form(self._settings.broker_url)
+        app = Celery("stock", broker=broker.url)
+        sockets = {"socket_timeout": 2, "socket_connect_timeout": 1, "retry_on_timeout": False, **broker.options}
+        app.conf.update(broker_transport_options=sockets, task_publish_retry=False, broker_connection_timeout=1)
+        while self._paced(chance, "celery"):
+            known = str(uuid.uuid4())
+            record = self.ledger.asking(self._some_address(chance, "celery"), "Celery.send_task", known)
+            self.insist(record, lambda r=record, i=known: self._send_task(app, r.email, i))  # type: ignore[misc]  # bound at once
+
+    @staticmethod
+    def _send_task(app: Celery, email: str, request_id: str) -> None:
+        # Nobody waits for the result here: the ledger hears what is published.
+        app.send_task(TASK, kwargs={"email": email}, task_id=request_id, queue=QUEUE, ignore_result=True)
+
+
+# How many of each, and which part of the load is theirs.
+SHARES: Final = {"blocking": (4, 0.3), "asyncio": (30, 0.35), "raw": (1, 0.2), "celery": (1, 0.15)}

@@ -1,0 +1,125 @@
+"""`Dockerfile` and `docker-compose.yml` as an engine would take them, for tests that have no engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import yaml
+from dotenv import dotenv_values
+
+ROOT: Final = Path(__file__).parents[2]
+COMPOSE: Final = ROOT / "docker-compose.yml"
+DOCKERFILE: Final = ROOT / "Dockerfile"
+EXAMPLE: Final = ROOT / ".env.example"
+HOME: Final = "/opt/verifyserver"  # in the image
+PASSWORDS: Final = {"REDIS_PASSWORD": "r3disPassw0rd", "FLOWER_PASSWORD": "fl0werPassw0rd"}
+_VARIABLE: Final = re.compile(r"\$(?:\$|\{(\w+)(?:(:[-?])([^}]*))?\})")
+
+
+class VariableMissing(Exception):
+    """A variable without which compose starts nothing."""
+
+
+def compose(given: Mapping[str, str]) -> dict[str, Any]:
+    """The compose file with its variables replaced: `${A}`, `${A:-default}`, `${A:?reason}`, and `$$` for a dollar."""
+    resolved: dict[str, Any] = _resolve(yaml.safe_load(COMPOSE.read_text("utf-8")), given)
+    return resolved
+
+
+def services(given: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """Its services, by default as `.env.example` with the two passwords set makes them."""
+    found: dict[str, dict[str, Any]] = compose({**example(), **PASSWORDS} if given is None else given)["services"]
+    return found
+
+
+def example() -> dict[str, str]:
+    """`.env.example` as a `.env`."""
+    return {name: value or "" for name, value in dotenv_values(EXAMPLE).items()}
+
+
+def _resolve(value: Any, given: Mapping[str, str]) -> Any:
+    match value:
+        case str():
+            return _VARIABLE.sub(lambda found: _replace(found, given), value)
+        case list():
+            return [_resolve(each, given) for each in value]
+        case dict():
+            return {key: _resolve(each, given) for key, each in value.items()}
+    return value
+
+
+def _replace(found: re.Match[str], given: Mapping[str, str]) -> str:
+    name, kind, otherwise = found.groups()
+    if name is None:
+        return "$"
+    value = given.get(name, "")
+    if not value and kind == ":?":
+        raise VariableMissing(f"{name}: {otherwise}")
+    return value or (otherwise if kind == ":-" else "")
+
+
+class Step(NamedTuple):
+    """One instruction of a Dockerfile."""
+
+    word: str
+    rest: str
+
+    @property
+    def words(self) -> list[str]:
+        """What follows the word: a JSON list as that, else words as the shell sees them."""
+        listed: list[str] = json.loads(self.rest) if self.rest.startswith("[") else shlex.split(self.rest)
+        return listed
+
+
+def stages() -> list[list[Step]]:
+    """The Dockerfile's instructions, stage by stage; each stage begins with its FROM."""
+    text = re.sub(r"^\s*#.*\n", "", DOCKERFILE.read_text("utf-8"), flags=re.MULTILINE)
+    found: list[list[Step]] = []
+    for line in text.replace("\\\n", " ").splitlines():
+        word, _, rest = line.strip().partition(" ")
+        if word == "FROM":
+            found.append([])
+        if word:
+            found[-1].append(Step(word, " ".join(rest.split())))
+    return found
+
+
+def environment() -> dict[str, str]:
+    """What ENV sets in the image."""
+    return dict(pair.split("=", 1) for step in stages()[-1] if step.word == "ENV" for pair in step.words)
+
+
+def copied() -> list[str]:
+    """What the Dockerfile copies out of the checkout."""
+    copies = [step.words for stage in stages() for step in stage if step.word == "COPY"]
+    return [source for words in copies if not words[0].startswith("--from") for source in words[:-1]]
+
+
+def copy(name: str, to: Path) -> None:
+    """A file or a folder out of the checkout, as COPY does with what .dockerignore lets through."""
+    source, target = ROOT / name, to / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    else:
+        shutil.copy(source, target)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads a session, with all of the session: tini gives its child a group of its own."""
+    for each in Path("/proc").glob("[0-9]*"):
+        with suppress(ProcessLookupError):
+            if os.getsid(int(each.name)) == process.pid:
+                os.kill(int(each.name), signal.SIGKILL)
+    process.kill()
+    process.wait()

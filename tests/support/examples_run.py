@@ -1,0 +1,66 @@
+"""The examples as a reader runs them: copied, built by the lines in their own comments, started in a shell."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from support.redis_server import HOST, RedisServer
+from support.worker_process import ROOT
+
+EXAMPLES: Final = ROOT / "examples"
+BUILD_TIMEOUT: Final = 240.0  # seconds; gRPC's and Beast's headers on a busy core take one minute
+
+
+def copied(directory: Path) -> Path:
+    """The examples, and the proto file where they look for it, in a directory of their own."""
+    shutil.copytree(EXAMPLES, directory / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    (directory / "producer/api").mkdir(parents=True)
+    shutil.copy(ROOT / "producer/api/message.proto", directory / "producer/api")
+    return directory / "examples"
+
+
+def lines_at_top(source: Path) -> list[str]:
+    """The command lines in the comment at a source file's top."""
+    return re.findall(r"(?m)^//   (.+)$", source.read_text("utf-8"))
+
+
+def fenced(readme: Path, language: str) -> list[str]:
+    """The fenced blocks of a language in a README."""
+    return re.findall(rf"(?s)```{language}\n(.*?)```", readme.read_text("utf-8"))
+
+
+def shell(
+    command: str, directory: Path, environment: Mapping[str, str] | None = None, *, timeout: float = 30.0
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a line; `python` is ours."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("VERIFY_", "REDIS_"))}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["sh", "-c", command],
+        cwd=directory,
+        env={**inherited, "PATH": path, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def build(command: str, directory: Path) -> None:
+    """Run a line that compiles something."""
+    code, _, said = shell(command, directory, timeout=BUILD_TIMEOUT)
+    assert code == 0, said
+
+
+def where(server: RedisServer) -> Mapping[str, str]:
+    """The environment that tells an example where Redis is."""
+    password = {"REDIS_PASSWORD": server.password} if server.password else {}
+    return {"REDIS_HOST": HOST, "REDIS_PORT": str(server.port), **password}

@@ -1,0 +1,86 @@
+"""What a living worker does every second: leases and visibility anew, and what others left behind comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from producer.contract import ErrorCode, VerifyRequest
+from producer.errors import RedisUnavailable
+from producer.redis.connection import raise_errors
+from worker.databases import Database
+from worker.job import Job
+from worker.metrics import Counters
+from worker.queue.commands import MaintenanceResult, RequestQueue, Reserved
+from worker.queue.message import Unfit, parse
+from worker.service import Service
+from worker.settler import Settler
+
+logger = logging.getLogger(__name__)
+
+SETTLED = 2.0  # seconds of unbroken contact with Redis before others' messages count as abandoned: they come back too
+
+
+class Maintenance:
+    """Tends until it is cancelled. `mine` names the tags in this worker's hands; `on_tended` is told what was found."""
+
+    def __init__(
+        self,
+        broker: Database,
+        queue: RequestQueue,
+        service: Service,
+        settler: Settler,
+        counters: Counters,
+        mine: Callable[[], list[str]],
+        on_result: Callable[[MaintenanceResult], None],
+    ) -> None:
+        self._broker = broker
+        self._queue = queue
+        self._service = service
+        self._settler = settler
+        self._counters = counters
+        self._mine = mine
+        self._on_maintained = on_result
+        self._in_touch_since: float | None = None
+
+    async def run(self) -> None:
+        """A round each tick, whatever happens."""
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            try:
+                await asyncio.gather(self._service.tick(), self._round(began))
+            except RedisUnavailable as exc:
+                if self._in_touch_since is not None:
+                    logger.warning("the broker database cannot be used, waiting for it: %s", exc)
+                self._in_touch_since = None
+            except Exception as exc:  # noqa: BLE001 - whatever it is, leases want renewing
+                logger.error("unforeseen error in tending", extra={"kind": type(exc).__name__})
+            await asyncio.sleep(max(0.0, self._queue.tick - (loop.time() - began)))
+
+    async def _round(self, now: float) -> None:
+        since = now if self._in_touch_since is None else self._in_touch_since
+        [answer] = await self._broker.run([self._queue.maintain(self._mine(), restore=now - since >= SETTLED)])
+        raise_errors([answer])
+        if self._in_touch_since is None:
+            logger.info("in touch with the broker database")
+        self._in_touch_since = since
+        result = self._queue.read_maintain(answer)
+        if result.restored:
+            self._counters.restored += result.restored
+            logger.warning("requests of a dead worker came back", extra={"count": result.restored})
+        for killer in result.killers:
+            self._condemn(killer)
+        self._on_maintained(result)
+
+    def _condemn(self, killer: Reserved) -> None:
+        """A message that killed its worker four times: answered, and buried."""
+        reason = "it killed its worker four times"
+        try:
+            job = parse(killer).job
+        except Unfit:
+            self._settler.dead_letter(Job("", killer.tag, VerifyRequest(None), None, None), reason)
+            return
+        self._service.judge(job)
+        self._settler.dead_letter(job, reason, answer=ErrorCode.EXCEPTION)

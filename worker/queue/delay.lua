@@ -1,0 +1,35 @@
+--[[
+delay: a request that waits leaves `unacked` and stands under its own id until it is due or woken.
+
+KEYS 1 unacked     hash
+     2 index       zset
+     3 due         zset   id by due time (ms)
+     4 parked      hash   id -> birth (ms), a space, message
+     5 queue       list
+     6 woken       string present: what it waits for has happened already
+ARGV 1 tag
+     2 request id
+     3 delay       ms
+     4 birth       ms     or '': now
+
+Returns 1, or 0 if the tag is not ours any more. Written first, removed last: what is refused on the way loses nothing.
+]]
+local entry = redis.call('HGET', KEYS[1], ARGV[1])
+if not entry then
+    return 0
+end
+local message = string.match(entry, '^%[(.*),%s*"[^"]*",%s*"[^"]*"%]$')
+if redis.call('EXISTS', KEYS[6]) == 1 then
+    redis.call('RPUSH', KEYS[5], message)
+    redis.call('DEL', KEYS[6])
+else
+    local time = redis.call('TIME')
+    local now = time[1] * 1000 + math.floor(time[2] / 1000)
+    local birth = math.max(math.min(tonumber(ARGV[4]) or now, now), 0)
+    -- Tried again, both only say the same once more.
+    redis.call('ZADD', KEYS[3], string.format('%.0f', now + ARGV[3]), ARGV[2])
+    redis.call('HSET', KEYS[4], ARGV[2], string.format('%.0f ', birth) .. message)
+end
+redis.call('HDEL', KEYS[1], ARGV[1])
+redis.call('ZREM', KEYS[2], ARGV[1])
+return 1

@@ -1,0 +1,82 @@
+--[[
+maintain: what a living worker does every second. Its own messages stay hidden; those of a worker that stood still for the
+whole visibility timeout come back; parked requests that are due become ready.
+
+KEYS 1 index       zset
+     2 unacked     hash
+     3 queue       list
+     4 suspects    list
+     5 due         zset   parked requests: id by due time (ms)
+     6 ready       zset   id by birth (ms)
+     7 parked      hash   id -> birth (ms), a space, message
+     8 workers     zset   worker by its last sign of life (s)
+ARGV 1 visibility  s      0: only renew, restore nothing
+     2 most        int    to move in one call
+     3 tag prefix  string for messages that are taken here
+     4 deaths      string key prefix of the counters of died workers, by request id
+     5 remember    s      life of such a counter
+     6 deadly      int    deaths after which a message is not tried again
+     7 worker      string this one's name, unique to its process
+     8 ...                tags that it holds
+
+Returns {ready, suspects, restored, tag, message ...}: the messages are reserved by this call because they killed `deadly`
+workers; they want an answer and a grave.
+]]
+local time = redis.call('TIME')
+local seconds = time[1] + time[2] / 1000000
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+for i = 8, #ARGV do
+    redis.call('ZADD', KEYS[1], 'XX', seconds, ARGV[i])
+end
+
+local result = { 0, 0, 0 }
+local visibility, most = tonumber(ARGV[1]), tonumber(ARGV[2])
+if visibility > 0 then
+    local stale = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', seconds - visibility, 'LIMIT', 0, most)
+    for i = #stale, 1, -1 do
+        local entry = redis.call('HGET', KEYS[2], stale[i])
+        local message, queue = string.match(entry or '', '^%[(.*),%s*"[^"]*",%s*"([^"]*)"%]$')
+        -- kombu's keys are shared by all queues of a database: what is another's is not ours to judge.
+        if queue == KEYS[3] then
+            local fine, envelope = pcall(cjson.decode, message)
+            local id = fine and type(envelope) == 'table' and type(envelope.headers) == 'table' and envelope.headers.id
+            local deaths = redis.pcall('INCR', ARGV[4] .. tostring(id))
+            redis.pcall('EXPIRE', ARGV[4] .. tostring(id), ARGV[5])
+            if type(deaths) == 'table' then
+                deaths = 1
+            end
+            -- Written first, removed last: what is refused on the way loses nothing.
+            if deaths >= tonumber(ARGV[6]) then
+                local tag = ARGV[3] .. #result
+                redis.call('HSET', KEYS[2], tag, entry)
+                redis.call('ZADD', KEYS[1], seconds, tag)
+                result[#result + 1] = tag
+                result[#result + 1] = message
+            elseif deaths >= 2 then
+                redis.call('RPUSH', KEYS[4], message)
+            else
+                redis.call('RPUSH', KEYS[3], message)
+            end
+            result[3] = result[3] + 1
+        end
+        if queue == nil or queue == KEYS[3] then
+            redis.call('ZREM', KEYS[1], stale[i])
+            redis.call('HDEL', KEYS[2], stale[i])
+        end
+    end
+end
+
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', now, 'LIMIT', 0, most)) do
+    local entry = redis.call('HGET', KEYS[7], id)
+    if entry then
+        redis.call('ZADD', KEYS[6], string.match(entry, '^%d+'), id)
+    end
+    redis.call('ZREM', KEYS[5], id)
+end
+-- Last, and whatever becomes of it: a full server may refuse it, and must not refuse the rest.
+redis.pcall('ZADD', KEYS[8], seconds, ARGV[7])
+redis.pcall('ZREMRANGEBYSCORE', KEYS[8], '-inf', seconds - 60)
+redis.pcall('EXPIRE', KEYS[8], 60)
+result[1] = redis.call('ZCARD', KEYS[6])
+result[2] = redis.call('LLEN', KEYS[4])
+return result
