@@ -65,7 +65,7 @@ lint: setup ## ruff and mypy
 
 # Seven days old at least: what is withdrawn or not yet on every mirror is not in it. The build backend is in the group
 # dev. No host name comes in. The second lock is the part of the first that runs in production.
-PRODUCTION := --extra cli --extra worker --extra doors --extra flower --extra traces
+PRODUCTION := --extra cli --extra worker --extra api --extra flower --extra traces
 COMPILE := $(BIN)/uv pip compile pyproject.toml $(PRODUCTION) --universal --python-version 3.11 \
   --generate-hashes --no-header --exclude-newer '7 days' --quiet
 lock: setup ## resolve the newest versions that pyproject.toml allows into requirements.lock and requirements.prod.lock

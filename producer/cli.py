@@ -138,7 +138,7 @@ def serve(
     try:
         from producer.api import server as doors  # noqa: PLC0415 - needs what a mere caller does not install
     except ModuleNotFoundError as exc:
-        typer.echo(f"The doors need {exc.name}: pip install 'verifyserver[doors]'", err=True)
+        typer.echo(f"The doors need {exc.name}: pip install 'verifyserver[api]'", err=True)
         raise typer.Exit(2) from None
     logs.configure(log_level.upper())
     try:
