@@ -39,7 +39,7 @@ class Film:
         self._doors = self._stack.enter_context(Doors(settings))
         targets = {
             "verify-worker": list(self.binds.values()),
-            "verify-doors": [f"127.0.0.1:{self._doors.http_port}"],
+            "verify-api": [f"127.0.0.1:{self._doors.http_port}"],
         }
         self._prometheus = self._stack.enter_context(Prometheus(targets))
         self._lead = time.time() - time.monotonic()

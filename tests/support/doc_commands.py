@@ -127,7 +127,7 @@ WAYS: Final[dict[str, Way]] = {
     "docker compose up --wait --no-deps --scale worker=2 worker": Elsewhere(
         f"{COMPOSE}::test_a_worker_can_be_there_many_times", NO_ENGINE
     ),
-    "docker compose up --wait --no-deps doors": Elsewhere(
+    "docker compose up --wait --no-deps api": Elsewhere(
         f"{CONTAINERS}::test_a_code_goes_from_the_door_to_the_mailbox_and_is_checked", NO_ENGINE
     ),
     # a cluster
@@ -142,10 +142,10 @@ WAYS: Final[dict[str, Way]] = {
     "kubectl apply -k deploy/kubernetes/overlays/try": Elsewhere(
         f"{MANIFESTS}::test_each_object_fits_its_schema", NO_CLUSTER
     ),
-    "kubectl -n verifyserver rollout status deployment/workers deployment/doors": Elsewhere(
+    "kubectl -n verifyserver rollout status deployment/workers deployment/api": Elsewhere(
         f"{PODS}::test_every_probe_passes", NO_CLUSTER
     ),
-    "kubectl -n verifyserver port-forward svc/doors 8081 50051": Elsewhere(
+    "kubectl -n verifyserver port-forward svc/api 8081 50051": Elsewhere(
         f"{NAMED}::test_what_is_told_to_kubectl_is_there", NO_CLUSTER
     ),
     "kubectl -n verifyserver port-forward svc/mailpit 8025": Elsewhere(
@@ -164,7 +164,7 @@ WAYS: Final[dict[str, Way]] = {
     "kubectl -n verifyserver create secret generic verifyserver --from-file=secrets/": Elsewhere(
         f"{NAMED}::test_a_secret_is_made_of_a_folder_and_read_again", NO_CLUSTER
     ),
-    "kubectl -n verifyserver rollout restart deployment/workers deployment/doors": Elsewhere(
+    "kubectl -n verifyserver rollout restart deployment/workers deployment/api": Elsewhere(
         f"{NAMED}::test_what_is_told_to_kubectl_is_there", NO_CLUSTER
     ),
     "kubectl delete namespace verifyserver": Elsewhere(f"{NAMED}::test_all_goes_with_the_namespace", NO_CLUSTER),

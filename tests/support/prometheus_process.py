@@ -39,7 +39,7 @@ class Prometheus:
             assert job.pop("dns_sd_configs")
             job["static_configs"] = [{"targets": list(targets[job["job_name"]])}]
         (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration))
-        (folder / "doors.key").write_text(key)
+        (folder / "api.key").write_text(key)
         for name in RULES:
             text = (PROMETHEUS / name).read_text("utf-8")
             (folder / name).write_text(re.sub(r"(?m)^( +for:) \w+", r"\1 0s", text) if at_once else text)

@@ -17,9 +17,9 @@ from support.containers import ROOT, VariableMissing, compose, example, services
 
 from producer.settings import PREFIX, Settings, load
 
-OURS = {"worker", "doors", "flower"}
+OURS = {"worker", "api", "flower"}
 WATCHERS = {"prometheus", "grafana"}
-SECRETS = {"VERIFY_RELAYS": "worker", "VERIFY_API_KEYS": "doors"}
+SECRETS = {"VERIFY_RELAYS": "worker", "VERIFY_API_KEYS": "api"}
 # The composition's own: its Redis, and where things listen in the image.
 FIXED = {"REDIS_URL", "CODES_URL", "BROKER_URL", "RESULTS_URL", "HTTP_BIND", "GRPC_BIND", "METRICS_BIND"}
 MARKS = {f"VERIFY_{name.upper()}": f"mark-{name}" for name in Settings.model_fields}
@@ -57,8 +57,8 @@ def test_worker_and_doors_are_told_whether_they_are_traced() -> None:
     told = {
         name: service.get("environment", {}) for name, service in services({**given, **containers.PASSWORDS}).items()
     }
-    assert {name for name, each in told.items() if given.items() <= each.items()} == {"worker", "doors"}
-    assert not any(given.keys() & told[name].keys() for name in told.keys() - {"worker", "doors"})
+    assert {name for name, each in told.items() if given.items() <= each.items()} == {"worker", "api"}
+    assert not any(given.keys() & told[name].keys() for name in told.keys() - {"worker", "api"})
 
 
 def test_every_variable_it_asks_for_is_in_the_example() -> None:
@@ -76,7 +76,7 @@ def test_the_example_makes_settings_that_are_taken(name: str) -> None:
     assert {bind.host for bind in (in_force.http_bind, in_force.grpc_bind, in_force.metrics_bind)} == {"0.0.0.0"}  # noqa: S104
     if name == "worker":
         assert [relay.masked() for relay in in_force.relays] == ["smtp://mailpit:1025"]
-    assert in_force.allow_plaintext == (name == "doors")
+    assert in_force.allow_plaintext == (name == "api")
 
 
 def test_all_start_once_redis_is_healthy_and_none_waits_in_a_circle() -> None:
@@ -112,7 +112,7 @@ def test_what_is_published() -> None:
     assert published == {
         "redis": ["127.0.0.1:6379:6379"],
         "worker": None,
-        "doors": ["127.0.0.1:8081:8081", "127.0.0.1:50051:50051"],
+        "api": ["127.0.0.1:8081:8081", "127.0.0.1:50051:50051"],
         "flower": ["127.0.0.1:5555:5555"],
         "mailpit": ["127.0.0.1:8025:8025"],
         "prometheus": ["127.0.0.1:9090:9090"],
@@ -178,12 +178,12 @@ def test_the_image_is_lean_and_not_root() -> None:
     assert "--require-hashes --only-binary :all:" in next(step.rest for step in build if step.word == "RUN")
 
 
-def test_its_own_command_and_check_are_the_doors() -> None:
+def test_the_images_own_command_and_check_are_those_of_the_api() -> None:
     end = stages()[-1]
-    doors = services()["doors"]
-    assert [step.words for step in end if step.word == "CMD"] == [doors["command"]]
+    api = services()["api"]
+    assert [step.words for step in end if step.word == "CMD"] == [api["command"]]
     check = next(step.rest for step in end if step.word == "HEALTHCHECK")
-    assert json.loads(check.partition(" CMD ")[2]) == doors["healthcheck"]["test"][1:]
+    assert json.loads(check.partition(" CMD ")[2]) == api["healthcheck"]["test"][1:]
 
 
 def test_the_build_is_sent_what_it_copies_and_no_more() -> None:

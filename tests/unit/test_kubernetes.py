@@ -16,7 +16,7 @@ from producer.api.http import OPEN
 from producer.setting_types import RELAY_PORTS
 from producer.settings import load
 
-OURS = {"workers": "worker", "doors": "doors", "flower": "flower"}  # with their names in docker-compose.yml
+OURS = {"workers": "worker", "api": "api", "flower": "flower"}  # with their names in docker-compose.yml
 SECRET = manifests.new_secret()["stringData"]
 
 every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
@@ -39,15 +39,15 @@ def test_the_secret_fits_its_schema() -> None:
     ("kind", "name", "path"),
     [
         ("Deployment", "workers", "spec template spec containers 0"),
-        ("Deployment", "doors", "spec template spec containers 0 readinessProbe httpGet"),
-        ("Service", "doors", "spec ports 0"),
-        ("PodDisruptionBudget", "doors", "spec"),
-        ("NetworkPolicy", "doors", "spec ingress 0"),
+        ("Deployment", "api", "spec template spec containers 0 readinessProbe httpGet"),
+        ("Service", "api", "spec ports 0"),
+        ("PodDisruptionBudget", "api", "spec"),
+        ("NetworkPolicy", "api", "spec ingress 0"),
         ("ScaledObject", "workers", "spec"),
         ("ScaledObject", "workers", "spec triggers 1"),
         ("ScaledObject", "workers", "spec advanced horizontalPodAutoscalerConfig behavior scaleDown"),
         ("TriggerAuthentication", "verifyserver-redis", "spec secretTargetRef 0"),
-        ("PodMonitor", "doors", "spec podMetricsEndpoints 0"),
+        ("PodMonitor", "api", "spec podMetricsEndpoints 0"),
     ],
 )
 def test_an_unknown_field_is_refused(kind: str, name: str, path: str) -> None:
@@ -128,18 +128,18 @@ def test_what_ours_may_reach(overlay: str) -> None:
                     open_to_all.setdefault(workload.name, set()).update(port["port"] for port in rule["ports"])
     assert open_to_all == {
         "workers": {53, 6379, *RELAY_PORTS.values()},
-        "doors": {53, 6379},
+        "api": {53, 6379},
         "flower": {53, 6379},
     }
 
 
 @every_overlay
-@pytest.mark.parametrize("name", ["workers", "doors"])
+@pytest.mark.parametrize("name", ["workers", "api"])
 def test_there_is_time_to_end_in_order(overlay: str, name: str) -> None:
     workload = workloads(overlay)[name]
     before = workload.container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep", "0"])
     assert before[0] == "sleep"
-    own = {"workers": worker_process.STOP_TIMEOUT, "doors": api_process.STOP_TIMEOUT}[name]
+    own = {"workers": worker_process.STOP_TIMEOUT, "api": api_process.STOP_TIMEOUT}[name]
     assert workload.pod["terminationGracePeriodSeconds"] > int(before[1]) + own
 
 
@@ -151,7 +151,7 @@ def test_probes_need_no_key_and_ask_a_port_that_is_there(overlay: str) -> None:
         assert {"startupProbe", "livenessProbe"} <= set(kinds)
         for _, probe in workload.probes():
             assert probe["httpGet"]["port"] in workload.ports
-    assert {probe["httpGet"]["path"] for _, probe in workloads(overlay)["doors"].probes()} == {"/healthz"}
+    assert {probe["httpGet"]["path"] for _, probe in workloads(overlay)["api"].probes()} == {"/healthz"}
     assert "/healthz" in OPEN
 
 

@@ -14,11 +14,11 @@ from support.manifests import FOLDER, OVERLAYS, SECRETS, of, rendered, workloads
 
 from producer.settings import PREFIX, Settings, load
 
-OURS = ("workers", "doors", "flower")
+OURS = ("workers", "api", "flower")
 SECRET = manifests.new_secret()["stringData"]
 SETTINGS_ENV = FOLDER / "base" / "settings.env"
 # What each of ours is given of the Secret, as files.
-GIVEN = {"workers": {"redis-url", "relays"}, "doors": {"redis-url", "api-keys"}, "flower": {"redis-url"}}
+GIVEN = {"workers": {"redis-url", "relays"}, "api": {"redis-url", "api-keys"}, "flower": {"redis-url"}}
 
 every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
 
@@ -37,7 +37,7 @@ def test_what_a_container_is_told_are_settings_that_are_taken(overlay: str, name
     assert in_force.redis_url == SECRET["redis-url"]
     if name == "workers":
         assert [relay.masked() for relay in in_force.relays] == ["smtp://mailpit:1025"]
-    if name == "doors":
+    if name == "api":
         assert SECRET["metrics-key"] in in_force.api_keys
         assert in_force.allow_plaintext
 

@@ -140,7 +140,7 @@ def test_the_dashboard_asks_for_variables_and_not_for_one_installation() -> None
 def test_jobs_that_rules_go_by_are_those_that_are_scraped() -> None:
     configuration = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text("utf-8"))
     jobs = {job["job_name"] for job in configuration["scrape_configs"]}
-    assert jobs == {"verify-worker", "verify-doors"}
+    assert jobs == {"verify-worker", "verify-api"}
     exprs = [rule.expr for rule in rules()] + [t["expr"] for panel in panels() for t in panel["targets"]]
     for found in re.findall(r'job=~?"([^"]+)"', " ".join(exprs)):
         assert [job for job in jobs if re.fullmatch(found, job)]
