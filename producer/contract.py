@@ -1,8 +1,8 @@
-"""The wire contract: names, formats and error codes that callers in any language rely on. Standard library only.
+"""The wire contract: names, message formats and error codes that callers in any language rely on.
 
-The envelope is a Celery task message, protocol 2, in kombu's virtual-transport form
-(https://docs.celeryq.dev/en/stable/internals/protocol.html); `message()` builds the smallest one that any Celery worker
-accepts, so that a plain Redis client can do the same by hand.
+A message is a Celery task message, protocol 2, in kombu's virtual-transport envelope
+(https://docs.celeryq.dev/en/stable/internals/protocol.html). `VerifyRequest.message` builds the smallest envelope that
+any Celery worker accepts; a plain Redis client can build the same. Standard library only.
 """
 
 from __future__ import annotations
@@ -16,48 +16,117 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from json.encoder import encode_basestring_ascii
-from typing import Any, Final
+from typing import Any, Final, Self
 
 TASK = "verification.send_code"
 DEFAULT_QUEUE = "verification"
 DEAD_LETTERS = "verification.dead"  # a Redis list in the broker database
 DEFAULT_PURPOSE = "default"
 PURPOSE_PATTERN = re.compile(r"[a-z0-9_-]{1,32}")
-REPLY_KEY_PREFIX = (
-    "celery-task-meta-"  # Celery's own; both the key of a stored reply and the channel it is published on
-)
-LONGEST_ID = 255  # bytes of a request id in UTF-8; a message with a longer one becomes a dead letter
-REPLY_TTL = 3600  # seconds a reply is kept, and a request id remembered
+REPLY_KEY_PREFIX = "celery-task-meta-"  # Celery's; the key of a stored reply, and the channel it is published on
+LONGEST_ID = 255  # bytes of a request id in UTF-8; a message with a longer one is dead-lettered
+REPLY_TTL = 3600  # seconds that a reply is kept and a request id is remembered
 
 
 class ErrorCode(IntEnum):
-    """What a reply says; a JSON number on the wire. GateServer owns 1001-1011, new codes of ours stay below 1000."""
+    """What a reply says; a JSON number on the wire.
 
-    SUCCESS = 0
-    REDIS_ERR = 1
-    EXCEPTION = 2
-    INVALID_ADDRESS = 3
-    TOO_MANY_REQUESTS = 4
-    MAIL_REJECTED = 5
-    TIMEOUT = 6
-    ERROR_JSON = 1001
-    VARIFY_EXPIRED = 1003
-    VARIFY_CODE_ERR = 1004
+    Each row is everything the project knows of one code: its number, the name that documentation uses, what it means,
+    what the caller should do, and whether it is a failure of the service rather than an answer. The command line,
+    OpenAPI, traces, the demo page and the docs read it from here. GateServer owns 1001 to 1011; new codes of ours stay
+    below 1000.
+    """
 
-    @property
-    def title(self) -> str:
-        """The name that contract and documentation use: `RedisErr`, `Error_Json`."""
-        if self is ErrorCode.ERROR_JSON:
-            return "Error_Json"
-        return "".join(word.capitalize() for word in self.name.split("_"))
+    SUCCESS = (
+        0,
+        "Success",
+        "A relay accepted the mail, now or within the cooldown; of a check: the code is right.",
+        "Nothing; a right code is used up.",
+        False,
+    )
+    REDIS_ERR = (
+        1,
+        "RedisErr",
+        "Redis cannot be reached, or it refused the login or a command.",
+        "Check that Redis is up and that VERIFY_REDIS_URL is right, then ask again.",
+        True,
+    )
+    EXCEPTION = (
+        2,
+        "Exception",
+        "An unforeseen error, a malformed purpose, or a message that killed its worker four times.",
+        "Look for the request id in the worker's log.",
+        True,
+    )
+    INVALID_ADDRESS = (
+        3,
+        "InvalidAddress",
+        "The address is empty, not an email address, or one that no relay can take.",
+        "Let the user correct the address.",
+        False,
+    )
+    TOO_MANY_REQUESTS = (
+        4,
+        "TooManyRequests",
+        "The address has used up its mails for now, or the queue is full.",
+        "Wait and ask again; VERIFY_MAX_SENDS_PER_HOUR and VERIFY_MAX_QUEUE set the limits.",
+        False,
+    )
+    MAIL_REJECTED = (
+        5,
+        "MailRejected",
+        "The mailbox was refused for good, or every relay refused the mail.",
+        "Let the user check the spelling; if the address is right, look in the worker's log.",
+        False,
+    )
+    TIMEOUT = (
+        6,
+        "Timeout",
+        "The outcome is unknown: no reply in time, no relay can be reached, or the request expired.",
+        "Ask again; the mail may still arrive. If it stays so, check that a worker and a relay are up.",
+        True,
+    )
+    ERROR_JSON = (
+        1001,
+        "Error_Json",
+        "HTTP only: the body is not a JSON object, or a field is missing or malformed.",
+        "Correct the request; `detail` names the field.",
+        False,
+    )
+    VARIFY_EXPIRED = (
+        1003,
+        "VarifyExpired",
+        "Check only: no live code. It expired, was used, or had too many wrong checks.",
+        "Ask for a new code.",
+        False,
+    )
+    VARIFY_CODE_ERR = (
+        1004,
+        "VarifyCodeErr",
+        "Check only: the code is wrong.",
+        "Let the user try again; VERIFY_MAX_ATTEMPTS wrong checks drop the code.",
+        False,
+    )
+
+    title: str
+    meaning: str
+    advice: str
+    failure: bool
+
+    def __new__(cls, number: int, title: str = "", meaning: str = "", advice: str = "", failure: bool = False) -> Self:
+        """One row. The defaults are for type checkers, which take `ErrorCode(6)` for a call of this."""
+        code = int.__new__(cls, number)
+        code._value_ = number
+        code.title, code.meaning, code.advice, code.failure = title, meaning, advice, failure
+        return code
 
 
 _KNOWN: Final = {int(error): error for error in ErrorCode}
-_parse: Final = json.JSONDecoder().decode  # json.loads also guesses an encoding, which costs half as much again
+_parse: Final = json.JSONDecoder().decode  # json.loads also detects the encoding and takes half as long again
 
 
 def _template(**headers: str) -> str:
-    """An envelope as JSON, with %(name)s for each value that differs from message to message."""
+    """The envelope as JSON, with a `%(name)s` placeholder for each value that changes from message to message."""
     envelope = {
         "body": "%(body)s",
         "content-encoding": "utf-8",
@@ -67,7 +136,7 @@ def _template(**headers: str) -> str:
             "task": TASK,
             "id": "%(id)s",
             "root_id": "%(id)s",
-            # Celery shows these instead of the arguments, in Flower, events and logs.
+            # Flower, events and logs show these in place of the arguments.
             "argsrepr": "()",
             "kwargsrepr": "{}",
             **headers,
@@ -84,7 +153,7 @@ def _template(**headers: str) -> str:
     return re.sub(r'"(%\(\w+\)s)"', r"\1", json.dumps(envelope))
 
 
-# Filled in, an envelope is what json.dumps would make of the whole, for a third of the time.
+# Filling in a template gives the same bytes as json.dumps in a third of the time.
 _ENVELOPE: Final = _template()
 _TIMED_ENVELOPE: Final = _template(enqueued_at="%(time)s")
 _traced_envelope: Final = functools.cache(
@@ -95,7 +164,7 @@ _BODY: Final = '[[], {%s}, {"callbacks": null, "errbacks": null, "chain": null, 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The answer to one request: the address as the caller gave it, and how it went."""
+    """The reply to one request: the address exactly as the caller gave it, and the error code."""
 
     email: Any
     error: ErrorCode
@@ -103,7 +172,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """The answer to one check: SUCCESS, VARIFY_EXPIRED, VARIFY_CODE_ERR or REDIS_ERR."""
+    """The result of one check: SUCCESS, VARIFY_EXPIRED, VARIFY_CODE_ERR or REDIS_ERR."""
 
     email: str
     error: ErrorCode
@@ -111,7 +180,7 @@ class CheckResult:
 
 @dataclass(frozen=True, slots=True)
 class VerifyRequest:
-    """One request for a code. `email` stays as the caller gave it, byte for byte; the worker judges it."""
+    """One request for a code. `email` stays as the caller gave it, byte for byte; the worker validates it."""
 
     email: Any
     purpose: Any = DEFAULT_PURPOSE
@@ -125,9 +194,10 @@ class VerifyRequest:
         enqueued_at: float | None = None,
         trace: Mapping[str, str] | None = None,
     ) -> bytes:
-        """The envelope to LPUSH onto `queue`. `enqueued_at`: Unix seconds, from which the request's age counts.
+        """The envelope to LPUSH onto `queue`.
 
-        `trace`: W3C trace context, as headers; taken only with `enqueued_at`.
+        `enqueued_at`: Unix seconds, from which the request's age counts. `trace`: W3C trace context headers; ignored
+        without `enqueued_at`.
         """
         kwargs = f'"email": {_as_json(self.email)}'
         if self.purpose != DEFAULT_PURPOSE:
@@ -136,7 +206,7 @@ class VerifyRequest:
             kwargs += f', "locale": {_as_json(self.locale)}'
         body = b2a_base64((_BODY % kwargs).encode(), newline=False).decode()
         envelope = _ENVELOPE if enqueued_at is None else _TIMED_ENVELOPE
-        words = {
+        values = {
             "body": f'"{body}"',
             "id": _as_json(request_id),
             "queue": _as_json(queue),
@@ -145,12 +215,12 @@ class VerifyRequest:
         }
         if trace and enqueued_at is not None:
             envelope = _traced_envelope(*trace)
-            words |= {name: _as_json(value) for name, value in trace.items()}
-        return (envelope % words).encode()
+            values |= {name: _as_json(value) for name, value in trace.items()}
+        return (envelope % values).encode()
 
 
 def code_key(email: str, purpose: str = DEFAULT_PURPOSE) -> str:
-    """The Redis key of a code. GateServer reads `code_<email>`; other purposes have keys that it cannot build."""
+    """The Redis key of a code. GateServer reads `code_<email>`; it cannot build the keys of other purposes."""
     return f"code_{email}" if purpose == DEFAULT_PURPOSE else f"code:{purpose}:{email}"
 
 
@@ -160,35 +230,35 @@ def is_purpose(value: object) -> bool:
 
 
 def new_uuid() -> str:
-    """A random UUID, version 4; `str(uuid.uuid4())` takes more than twice as long."""
+    """A random version 4 UUID; `str(uuid.uuid4())` takes more than twice as long."""
     digits = os.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
 
 
 def reply_key(request_id: str) -> str:
-    """Where the reply to a request is stored, and the channel on which it is published."""
+    """The key under which a request's reply is stored, and the channel on which it is published."""
     return REPLY_KEY_PREFIX + request_id
 
 
 def read_reply(payload: str | bytes) -> Reply:
-    """The reply in a stored or published result.
+    """Read the reply in a stored or published Celery result.
 
-    Raises `ValueError` for what is no reply to `verification.send_code`.
+    Raises `ValueError` if it is not a reply to `verification.send_code`.
     """
     meta = _parse(payload if isinstance(payload, str) else payload.decode())
     try:
         result = meta["result"]
         email, error = result["email"], result["error"]
     except (TypeError, KeyError, IndexError) as exc:
-        raise ValueError("the stored result is no reply to a verification request") from exc
+        raise ValueError("the stored result is not a reply to a verification request") from exc
     if type(error) is not int:
-        raise ValueError("the stored result's error is no number")
+        raise ValueError("the error in the stored result is not a number")
     return Reply(email, known_error(error))
 
 
 def known_error(number: int) -> ErrorCode:
-    """The error of this number; `EXCEPTION` for one that we do not know, as a newer worker may write it."""
+    """The error with this number; `EXCEPTION` for an unknown one, which a newer worker may have written."""
     return _KNOWN.get(number, ErrorCode.EXCEPTION)
 
 

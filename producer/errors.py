@@ -1,25 +1,25 @@
-"""What can go wrong on our side: one root, few kinds. A kind's docstring is its message."""
+"""The exceptions that VerifyServer raises. A class's docstring is its default message."""
 
 from __future__ import annotations
 
 
 class VerifyError(Exception):
-    """VerifyServer met an error."""
+    """VerifyServer failed."""
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message or (type(self).__doc__ or "").strip())
 
 
 class BadSetting(VerifyError, ValueError):
-    """A setting has a value that is not allowed."""
+    """A setting has an invalid value."""
 
 
 class InvalidAddress(VerifyError, ValueError):
-    """The address is not an email address."""
+    """The text is not an email address."""
 
 
 class RedisUnavailable(VerifyError, ConnectionError):
-    """Redis could not be reached or answered an error."""
+    """Redis cannot be reached, or it answered with an error."""
 
 
 class ServerTooOld(VerifyError):
@@ -27,4 +27,4 @@ class ServerTooOld(VerifyError):
 
 
 class QueueFull(VerifyError):
-    """More requests wait in the queue than is allowed."""
+    """The queue already holds as many requests as VERIFY_MAX_QUEUE allows."""

@@ -1,4 +1,4 @@
-"""What goes over the wire, in the words of the contract."""
+"""Messages, replies, keys and error codes are those of the contract."""
 
 from __future__ import annotations
 
@@ -19,23 +19,30 @@ from producer import contract
 from producer.contract import ErrorCode, Reply, VerifyRequest
 
 
-@pytest.mark.parametrize(
-    ("number", "title"),
-    [
-        (0, "Success"),
-        (1, "RedisErr"),
-        (2, "Exception"),
-        (3, "InvalidAddress"),
-        (4, "TooManyRequests"),
-        (5, "MailRejected"),
-        (6, "Timeout"),
-        (1001, "Error_Json"),
-        (1003, "VarifyExpired"),
-        (1004, "VarifyCodeErr"),
-    ],
-)
-def test_each_error_has_its_number_and_its_name(number: int, title: str) -> None:
-    assert ErrorCode(number).title == title
+def test_each_error_code_has_its_number_and_name() -> None:
+    assert {int(error): error.title for error in ErrorCode} == {
+        0: "Success",
+        1: "RedisErr",
+        2: "Exception",
+        3: "InvalidAddress",
+        4: "TooManyRequests",
+        5: "MailRejected",
+        6: "Timeout",
+        1001: "Error_Json",
+        1003: "VarifyExpired",
+        1004: "VarifyCodeErr",
+    }
+
+
+def test_each_error_code_says_what_it_means_and_what_to_do() -> None:
+    for error in ErrorCode:
+        assert error.meaning.endswith(".")
+        assert error.advice.endswith(".")
+    assert {error for error in ErrorCode if error.failure} == {
+        ErrorCode.REDIS_ERR,
+        ErrorCode.EXCEPTION,
+        ErrorCode.TIMEOUT,
+    }
 
 
 def test_an_error_is_a_number_in_json() -> None:
@@ -50,7 +57,7 @@ def _as_celery_reads_it(envelope: bytes, app: celery.Celery) -> Any:
 
 @pytest.fixture(scope="module")
 def app() -> celery.Celery:
-    """A Celery app that has the task and nothing of ours."""
+    """A plain Celery app with a task of that name."""
     app = celery.Celery("plain", broker="memory://", set_as_current=False)
 
     @app.task(name=contract.TASK)  # type: ignore[untyped-decorator]  # Celery has no types
@@ -61,7 +68,7 @@ def app() -> celery.Celery:
     return app
 
 
-def test_celery_takes_the_message_for_the_task_with_its_arguments(app: celery.Celery) -> None:
+def test_celery_reads_task_and_arguments_from_our_message(app: celery.Celery) -> None:
     request = VerifyRequest("a@example.com", purpose="reset", locale="en")
     received = _as_celery_reads_it(request.message("an-id"), app)
     assert (received.id, received.name, received.args) == ("an-id", contract.TASK, [])
@@ -69,7 +76,7 @@ def test_celery_takes_the_message_for_the_task_with_its_arguments(app: celery.Ce
     assert received.correlation_id == "an-id"
 
 
-def test_celery_takes_the_minimal_message_of_the_contract(app: celery.Celery) -> None:
+def test_celery_reads_the_minimal_message_of_the_contract(app: celery.Celery) -> None:
     body = base64.b64encode(b'[[], {"email": "a@example.com"}, {}]').decode()
     envelope = {
         "body": body,
@@ -90,7 +97,7 @@ def test_celery_shows_no_argument_of_the_message(app: celery.Celery) -> None:
     assert "anna" not in repr(received) + str(received) + json.dumps(received.info(safe=True), default=str)
 
 
-def test_what_is_the_default_is_left_out_so_that_an_old_worker_understands() -> None:
+def test_defaults_are_left_out_so_that_an_old_worker_understands() -> None:
     envelope = json.loads(VerifyRequest("a@example.com").message("an-id"))
     assert json.loads(base64.b64decode(envelope["body"]))[:2] == [[], {"email": "a@example.com"}]
 
@@ -98,12 +105,12 @@ def test_what_is_the_default_is_left_out_so_that_an_old_worker_understands() -> 
 @pytest.mark.parametrize(
     "email", ["用户@例子.中国", " a@example.com ", "a\r\nb", "\ud800", "", "x" * 10_000, 7, None, []]
 )
-def test_the_address_arrives_as_it_was_given_whatever_it_is(email: object) -> None:
+def test_the_address_arrives_unchanged_whatever_it_is(email: object) -> None:
     envelope = json.loads(VerifyRequest(email).message("an-id"))
     assert json.loads(base64.b64decode(envelope["body"]))[1] == {"email": email}
 
 
-def test_the_message_names_its_queue_and_the_time_it_was_sent() -> None:
+def test_the_message_carries_its_queue_and_send_time() -> None:
     envelope = json.loads(VerifyRequest("a@example.com").message("an-id", queue="other", enqueued_at=1700000000.5))
     assert envelope["properties"]["delivery_info"]["routing_key"] == "other"
     assert envelope["headers"]["enqueued_at"] == 1700000000.5
@@ -124,7 +131,7 @@ JSON = st.recursive(
     queue=st.text(),
     enqueued_at=st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(0, 2**40),
 )
-def test_the_message_is_what_json_makes_of_the_envelope(
+def test_the_message_equals_json_dumps_of_the_envelope(
     email: Any, purpose: Any, locale: str | None, request_id: str, queue: str, enqueued_at: float | None
 ) -> None:
     raw = VerifyRequest(email, purpose, locale).message(request_id, queue=queue, enqueued_at=enqueued_at)
@@ -154,7 +161,7 @@ def test_the_message_is_what_json_makes_of_the_envelope(
     assert raw == json.dumps(envelope).encode()
 
 
-def test_a_new_uuid_is_one_of_version_4_in_all_its_variants() -> None:
+def test_new_uuid_makes_version_4_uuids_of_every_variant() -> None:
     made = [contract.new_uuid() for _ in range(1000)]
     assert len(set(made)) == 1000
     for each in made:
@@ -163,28 +170,28 @@ def test_a_new_uuid_is_one_of_version_4_in_all_its_variants() -> None:
     assert {each[19] for each in made} == set("89ab")
 
 
-def test_each_message_has_a_delivery_tag_of_its_own() -> None:
+def test_each_message_has_its_own_delivery_tag() -> None:
     request = VerifyRequest("a@example.com")
     tags = {json.loads(request.message("an-id"))["properties"]["delivery_tag"] for _ in range(100)}
     assert len(tags) == 100
 
 
-def test_the_code_of_the_default_purpose_is_where_gate_server_reads_it() -> None:
+def test_the_default_purpose_uses_the_key_that_gateserver_reads() -> None:
     assert contract.code_key(" A@example.com") == "code_ A@example.com"
 
 
-def test_no_address_makes_the_default_key_of_one_purpose_the_key_of_another() -> None:
+def test_no_address_can_reach_the_key_of_another_purpose() -> None:
     assert contract.code_key("a@example.com", "reset") == "code:reset:a@example.com"
     assert contract.code_key("reset:a@example.com", "default") != contract.code_key("a@example.com", "reset")
 
 
 @pytest.mark.parametrize("purpose", ["default", "reset", "a", "0", "_-", "a" * 32])
-def test_these_are_purposes(purpose: str) -> None:
+def test_valid_purposes(purpose: str) -> None:
     assert contract.is_purpose(purpose)
 
 
 @pytest.mark.parametrize("purpose", ["", "a" * 33, "Reset", "a b", "a:b", "reset\n", "\u0661", "é", None, 1, ["reset"]])
-def test_these_are_no_purposes(purpose: object) -> None:
+def test_invalid_purposes(purpose: object) -> None:
     assert not contract.is_purpose(purpose)
 
 
@@ -220,17 +227,17 @@ def test_a_stored_reply_is_read(error: ErrorCode) -> None:
         b'{"result": {"email": "a@example.com", "error": {}}}',
     ],
 )
-def test_what_is_no_reply_is_said_to_be_none(stored: bytes) -> None:
+def test_anything_but_a_reply_is_refused(stored: bytes) -> None:
     with pytest.raises(ValueError, match=r".+"):
         contract.read_reply(stored)
 
 
-def test_an_error_that_only_a_newer_worker_knows_reads_as_an_exception() -> None:
+def test_an_unknown_error_number_reads_as_exception() -> None:
     reply = contract.read_reply(b'{"result": {"email": "a@example.com", "error": 7}}')
     assert reply == contract.Reply("a@example.com", contract.ErrorCode.EXCEPTION)
 
 
-def test_a_trace_context_is_two_more_headers_and_nothing_else() -> None:
+def test_a_trace_context_adds_two_headers_and_nothing_else() -> None:
     trace = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "tracestate": 'k="%(id)s",other=%s'}
 
     def made(trace: dict[str, str] | None) -> dict[str, Any]:
