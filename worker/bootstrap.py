@@ -71,6 +71,7 @@ class Worker:
             celery_side,
             counters,
             prefetch,
+            lambda: not all(relay.unhealthy for relay in self._mailer.statuses()),
             _recorder(traces, settings.queue),
         )
         self._traces = traces

@@ -157,9 +157,11 @@ class Fetcher:
         celery_side: CelerySide,
         counters: Counters,
         prefetch: Prefetch,
+        relay_healthy: Callable[[], bool],
         recorder: Recorder | None = None,
     ) -> None:
         """`waiter`: a connection that may block. `recorder`: None: nothing is traced."""
+        self._relay_healthy = relay_healthy
         self._broker = broker
         self._wakeup = Wakeup(waiter, queue)
         self.queue = queue
@@ -187,7 +189,8 @@ class Fetcher:
         """Begin to tend; messages are taken once `consume` was called."""
         self._taking = asyncio.create_task(self._take())
         parts = (self._broker, self.queue, self._service, self._settler, self._counters)
-        tender = Maintenance(*parts, lambda: [*self.held, *self._at_celery], self._on_maintained)
+        tags = lambda: [*self.held, *self._at_celery]  # noqa: E731
+        tender = Maintenance(*parts, tags, self._on_maintained, self._relay_healthy)
         self._maintenance = asyncio.create_task(tender.run())
 
     def _on_maintained(self, result: MaintenanceResult) -> None:

@@ -34,6 +34,7 @@ class Maintenance:
         counters: Counters,
         mine: Callable[[], list[str]],
         on_result: Callable[[MaintenanceResult], None],
+        relay_healthy: Callable[[], bool],
     ) -> None:
         self._broker = broker
         self._queue = queue
@@ -42,6 +43,7 @@ class Maintenance:
         self._counters = counters
         self._mine = mine
         self._on_maintained = on_result
+        self._relay_healthy = relay_healthy
         self._in_touch_since: float | None = None
 
     async def run(self) -> None:
@@ -61,7 +63,9 @@ class Maintenance:
 
     async def _round(self, now: float) -> None:
         since = now if self._in_touch_since is None else self._in_touch_since
-        [answer] = await self._broker.run([self._queue.maintain(self._mine(), restore=now - since >= SETTLED)])
+        restore = now - since >= SETTLED
+        command = self._queue.maintain(self._mine(), restore=restore, relay_healthy=self._relay_healthy())
+        [answer] = await self._broker.run([command])
         raise_errors([answer])
         if self._in_touch_since is None:
             logger.info("in touch with the broker database")

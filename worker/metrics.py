@@ -178,7 +178,7 @@ class WorkerMetrics(Collector):
 
     def _stock(self) -> Iterator[Metric]:
         stood = self._backlog
-        queued, parked, suspects, dead, workers, oldest = stood or (_UNKNOWN,) * 6
+        queued, parked, suspects, dead, workers, oldest = (stood or (_UNKNOWN,) * 6)[:6]
         oldest = oldest or 0.0
         yield _gauge("worker_requests_held", "Requests in this worker's hands.", self._held())
         # The doors show these too, under the same names. They are the whole queue's: max() over instances, not sum().

@@ -95,7 +95,7 @@ class ApiMetrics(Collector):
 
     def _queue(self) -> Iterator[Metric]:
         # Workers show these too, under the same names. They are the whole queue's: max() over instances, not sum().
-        queued, parked, suspects, dead, workers, oldest = self._backlog or _UNKNOWN
+        queued, parked, suspects, dead, workers, oldest = (self._backlog or _UNKNOWN)[:6]
         yield _gauge("queue_requests", "Requests in the queue, without the parked ones.", queued)
         yield _gauge("queue_parked_requests", "Requests that wait for a retry, or for another's send.", parked)
         yield _gauge("queue_suspect_requests", "Requests whose worker died twice.", suspects)

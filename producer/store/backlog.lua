@@ -6,10 +6,12 @@ KEYS 1 queue       list
      3 suspects    list
      4 dead        list   dead letters
      5 workers     zset   worker by its last sign of life (s, this server's)
+     6 unhealthy   zset   the same, of workers none of whose relays is healthy
 ARGV 1 silence     s      after which a worker counts as gone
 
-Returns {queued, parked, suspects, dead, workers alive, age of the queue's oldest request (ms)}. The age is that of the
-oldest message that says when it was made, for not everyone's do; -1 if none of the oldest LOOKED_AT says it.
+Returns {queued, parked, suspects, dead, workers alive, age of the queue's oldest request (ms), workers alive without a
+healthy relay}. The age is that of the oldest message that says when it was made, for not everyone's do; -1 if none of the
+oldest LOOKED_AT says it.
 ]]
 local LOOKED_AT = 16
 
@@ -31,4 +33,5 @@ return {
     redis.call('LLEN', KEYS[4]),
     redis.call('ZCOUNT', KEYS[5], seconds - ARGV[1], '+inf'),
     made and math.max(0, math.floor((seconds - made) * 1000)) or -1,
+    redis.call('ZCOUNT', KEYS[6], seconds - ARGV[1], '+inf'),
 }

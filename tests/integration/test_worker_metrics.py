@@ -17,6 +17,9 @@ from support.rig import Rig
 from support.smtp_server import HOST, Drop, Held, ScriptedServer
 from support.worker_process import WorkerProcess, eventually
 
+from demo.redis import ask as ask_redis
+from producer.store.backlog import backlog, read_backlog
+
 Page = dict[str, float]  # by name and labels, as Prometheus writes them
 # What moves by itself.
 _RESTLESS = re.compile(r"process_|verify_queue_oldest_age|_seconds_sum|_seconds_bucket")
@@ -304,6 +307,24 @@ def test_a_sick_relay_and_an_empty_bucket(new_rig: Callable[..., Rig]) -> None:
     assert page["verify_worker_bucket_hits_total"] == 1
     assert page["verify_worker_replies_total{error=4}"] == 1
     assert not [key for key in page if "anna" in key or "secret" in key]
+
+
+def test_the_sign_of_life_says_whether_any_relay_is_healthy(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(relay=ScriptedServer({"banner": Drop()}))
+    rig.add_worker()
+    eventually(lambda: backlog_of(rig) == (0, 1, 0))  # a relay never tried counts as healthy
+    request_id = rig.caller.request(address())
+    eventually(lambda: backlog_of(rig) == (0, 1, 1))
+    assert 0 < rig.broker.ttl("verification.unhealthy_workers") <= 60
+    del rig.relay.script["banner"]
+    assert rig.caller.reply(request_id, within=60)["error"] == 0
+    eventually(lambda: backlog_of(rig) == (0, 1, 0))
+
+
+def backlog_of(rig: Rig) -> tuple[int, int, int]:
+    """Requests in the queue, living workers, and those of them without a healthy relay."""
+    found = read_backlog(ask_redis(rig.url("BROKER", 1), backlog("verification"))[0])
+    return found.queued, found.workers, found.unhealthy_workers
 
 
 def test_without_redis_the_page_still_comes_and_shows_no_stale_figures(new_rig: Callable[..., Rig]) -> None:

@@ -120,7 +120,7 @@ class Rig:
     def settled(self, within: float = 10.0) -> None:
         """Nothing waits, nothing is parked, nothing is in a worker's hands."""
         # Notes for a request about to be parked and counters of died workers go by themselves, by their TTL.
-        kept = re.compile(rb".+\.(dead$|workers$|woken:|deaths:)|_kombu\.|.*\.pidbox|celeryev")
+        kept = re.compile(rb".+\.(dead$|(unhealthy_)?workers$|woken:|deaths:)|_kombu\.|.*\.pidbox|celeryev")
         eventually(lambda: [key for key in self.broker.scan_iter() if not kept.match(key)] == [], within)
 
     def assert_ttls(self) -> None:

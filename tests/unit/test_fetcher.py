@@ -37,7 +37,7 @@ class Play:
         self._tags = itertools.count()
         queue = RequestQueue("verification", visibility_timeout=30)
         us, waiter = cast(Any, self), cast(Any, _Waiter(self))  # of each part, the intake uses what is here
-        self.fetcher = Fetcher(us, waiter, queue, us, us, _World(self), Counters(), self.prefetch)
+        self.fetcher = Fetcher(us, waiter, queue, us, us, _World(self), Counters(), self.prefetch, lambda: True)
 
     def push(self, count: int, **options: Any) -> None:
         """So many messages more."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from producer.contract import DEAD_LETTERS, REPLY_TTL, TASK
 from producer.redis.scripts import Command, Script
-from producer.store.backlog import PARKED, SUSPECTS, WORKERS
+from producer.store.backlog import PARKED, SUSPECTS, UNHEALTHY_WORKERS, WORKERS
 
 _LUA = Path(__file__).parent
 _RESERVE, _MAINTAIN, _ACK, _DELAY, _WAKE, _DEAD_LETTER, _RELEASE = (
@@ -64,7 +64,7 @@ class RequestQueue:
         self._owner = uuid.uuid4().hex
         self._calls = itertools.count()
         self._due, self._ready = f"{name}.parked.due", f"{name}.parked.ready"
-        self._parked, self._suspects, self._workers = name + PARKED, name + SUSPECTS, name + WORKERS
+        self._parked, self._suspects = name + PARKED, name + SUSPECTS
         self._woken, self._deaths = f"{name}.woken:", f"{name}.deaths:"
 
     def _prefix(self) -> str:
@@ -93,11 +93,16 @@ class RequestQueue:
         """Block until the queue has a message, and leave it there: from its end to its end."""
         return ("BLMOVE", self.name, self.name, "RIGHT", "RIGHT", seconds)
 
-    def maintain(self, tags: list[str], *, restore: bool) -> Command:
-        """Give a sign of life, renew what is held, bring back what the dead held and what is due; see `read_tend`."""
-        keys = [INDEX, UNACKED, self.name, self._suspects, self._due, self._ready, self._parked, self._workers]
+    def maintain(self, tags: list[str], *, restore: bool, relay_healthy: bool) -> Command:
+        """Give a sign of life, renew what is held, restore what dead workers held and what is due.
+
+        `relay_healthy`: whether this worker has a healthy relay. Read the answer with `read_maintain`.
+        """
+        keys = [INDEX, UNACKED, self.name, self._suspects, self._due, self._ready, self._parked]
+        keys += [self.name + WORKERS, self.name + UNHEALTHY_WORKERS]
         visibility = self._visibility_timeout if restore else 0
-        return _MAINTAIN(keys, [visibility, MOVES, self._prefix(), self._deaths, REPLY_TTL, DEADLY, self._owner, *tags])
+        arguments = [visibility, MOVES, self._prefix(), self._deaths, REPLY_TTL, DEADLY, self._owner]
+        return _MAINTAIN(keys, [*arguments, int(relay_healthy), *tags])
 
     @staticmethod
     def read_maintain(answer: list[Any]) -> MaintenanceResult:

@@ -10,6 +10,7 @@ KEYS 1 index       zset
      6 ready       zset   id by birth (ms)
      7 parked      hash   id -> birth (ms), a space, message
      8 workers     zset   worker by its last sign of life (s)
+     9 unhealthy   zset   the same, of workers none of whose relays is healthy
 ARGV 1 visibility  s      0: only renew, restore nothing
      2 most        int    to move in one call
      3 tag prefix  string for messages that are taken here
@@ -17,7 +18,8 @@ ARGV 1 visibility  s      0: only renew, restore nothing
      5 remember    s      life of such a counter
      6 deadly      int    deaths after which a message is not tried again
      7 worker      string this one's name, unique to its process
-     8 ...                tags that it holds
+     8 healthy     1 or 0 whether it has a healthy relay
+     9 ...                tags that it holds
 
 Returns {ready, suspects, restored, tag, message ...}: the messages are reserved by this call because they killed `deadly`
 workers; they want an answer and a grave.
@@ -25,7 +27,7 @@ workers; they want an answer and a grave.
 local time = redis.call('TIME')
 local seconds = time[1] + time[2] / 1000000
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-for i = 8, #ARGV do
+for i = 9, #ARGV do
     redis.call('ZADD', KEYS[1], 'XX', seconds, ARGV[i])
 end
 
@@ -75,8 +77,15 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', now, 'LIMIT', 0
 end
 -- Last, and whatever becomes of it: a full server may refuse it, and must not refuse the rest.
 redis.pcall('ZADD', KEYS[8], seconds, ARGV[7])
-redis.pcall('ZREMRANGEBYSCORE', KEYS[8], '-inf', seconds - 60)
-redis.pcall('EXPIRE', KEYS[8], 60)
+if ARGV[8] == '1' then
+    redis.pcall('ZREM', KEYS[9], ARGV[7])
+else
+    redis.pcall('ZADD', KEYS[9], seconds, ARGV[7])
+end
+for i = 8, 9 do
+    redis.pcall('ZREMRANGEBYSCORE', KEYS[i], '-inf', seconds - 60)
+    redis.pcall('EXPIRE', KEYS[i], 60)
+end
 result[1] = redis.call('ZCARD', KEYS[6])
 result[2] = redis.call('LLEN', KEYS[4])
 return result
