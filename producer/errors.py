@@ -22,6 +22,10 @@ class RedisUnavailable(VerifyError, ConnectionError):
     """Redis cannot be reached, or it answered with an error."""
 
 
+class RedisLoginRefused(RedisUnavailable):
+    """Redis refused the login: check the user and password in VERIFY_REDIS_URL."""
+
+
 class ServerTooOld(VerifyError):
     """The Redis server is older than 6.2."""
 

@@ -9,9 +9,13 @@ from typing import Any
 
 import structlog
 
-# What might be an address, in any library's line: shaped so that masking too much is possible, too little is not.
-# A terminal's colour stays as it is, so that it is not taken for the beginning of the address that it colours.
-_ADDRESS = re.compile(r"((?:\x1b\[[\d;]*m)*)([^\s@\"'<>()\[\]{},:;=\x1b]+@[^\s@\"'<>()\[\]{},:;=\\/\x1b]+)")
+# User and password of a URL, or what might be an address, in any library's line: it may mask too much, not too little.
+# A terminal's colour codes are matched apart, so that they are not taken for the beginning of the address they colour.
+_PRIVATE = re.compile(
+    r"://(?P<user>[^\s\"'<>/?#\x1b]*@)?"
+    r"|(?P<colour>(?:\x1b\[[\d;]*m)*)"
+    r"(?P<address>[^\s@\"'<>()\[\]{},:;=\x1b]+@[^\s@\"'<>()\[\]{},:;=\\/\x1b]+)"
+)
 # What our own lines carry beside their text. Others' extras stay out: Celery's hold arguments and results.
 _EXTRAS = ("count", "email", "error", "kind", "next_try_in", "reply", "request_id", "seconds")
 
@@ -32,12 +36,15 @@ _names: set[str] = set()
 
 
 def mask_text(text: str) -> str:
-    """`text` with everything that looks like an address masked, but for this process' own name."""
+    """`text` with all addresses and the users of all URLs masked, but for this process' own name."""
 
     def masked(found: re.Match[str]) -> str:
-        return found[0] if found[2] in _names else found[1] + mask_email(found[2])
+        address = found["address"]
+        if address is None:
+            return "://***@" if found["user"] else "://"
+        return found[0] if address in _names else found["colour"] + mask_email(address)
 
-    return _ADDRESS.sub(masked, text) if "@" in text else text
+    return _PRIVATE.sub(masked, text) if "@" in text else text
 
 
 def this_process_is(name: str) -> None:

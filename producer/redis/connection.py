@@ -15,7 +15,7 @@ import hiredis
 from redis.asyncio.connection import SSLConnection, parse_url
 
 from producer.errors import RedisUnavailable, ServerTooOld
-from producer.redis.protocol import Protocol, auth, kind_of, pack, packed
+from producer.redis.protocol import Protocol, auth, kind_of, pack, packed, refused
 from producer.redis.scripts import Command, in_full, load_all
 from producer.redis.sentinel import Address, PrimaryFinder
 from producer.setting_types import SentinelURL, is_sentinel
@@ -102,7 +102,7 @@ class Connector:
         for i, reply in enumerate(replies):
             # A user without the right to load may still have that to run.
             if isinstance(reply, hiredis.ReplyError) and (i < len(greeting) or kind_of(reply) in AWAY):
-                raise RedisUnavailable(f"Redis refused the connection ({kind_of(reply)})")
+                raise refused(reply)
 
 
 def _require_primary(role: Any) -> None:
@@ -296,10 +296,10 @@ def _has_error(replies: list[Any]) -> bool:
 
 
 def raise_errors(replies: list[Any]) -> list[Any]:
-    """`replies`, if none is an error. Raises `RedisUnavailable` with the kind of the first that is."""
+    """`replies`, if none of them is an error. Raises `RedisUnavailable`, with the kind of the first error."""
     for reply in replies:
         if isinstance(reply, ServerError):
-            raise RedisUnavailable(f"Redis answered an error ({kind_of(reply)})")
+            raise refused(reply)
     return replies
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import hiredis
 
-from producer.errors import RedisUnavailable
+from producer.errors import RedisLoginRefused, RedisUnavailable
 from producer.redis.scripts import Command
 
 BUFFER = 65536  # bytes
@@ -142,3 +142,16 @@ def auth(user: str | None, password: str | None) -> list[Command]:
 def kind_of(error: Exception) -> str:
     """The first word of an error reply: the rest may quote keys."""
     return str(error).partition(" ")[0]
+
+
+def refused(error: Exception, who: str = "Redis", settings: str = "the user and password") -> RedisUnavailable:
+    """The exception for an error reply: `RedisLoginRefused` if the server does not accept this user.
+
+    `who` refused, and `settings` in VERIFY_REDIS_URL are to be checked then.
+    """
+    kind = kind_of(error)
+    if kind in {"WRONGPASS", "NOAUTH"}:
+        return RedisLoginRefused(f"{who} refused the login ({kind}): check {settings} in VERIFY_REDIS_URL")
+    if kind == "NOPERM":
+        return RedisLoginRefused(f"{who} denied a command to its user ({kind}): check that user's ACL")
+    return RedisUnavailable(f"{who} answered an error ({kind})")

@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 import hiredis
 
 from producer.errors import RedisUnavailable
-from producer.redis.protocol import Protocol, auth, kind_of, packed
+from producer.redis.protocol import Protocol, auth, packed, refused
 from producer.redis.scripts import Command
 from producer.setting_types import SentinelURL
 
@@ -53,7 +53,7 @@ class PrimaryFinder:
 
     async def find(self, connect: Dial) -> Protocol:
         """What `connect` makes of the primary's address. Raises `RedisUnavailable`; has no time limit of its own."""
-        why = "no sentinel answers"
+        failure = RedisUnavailable("no sentinel answers")
         tried: set[Address] = set()
         late: list[tuple[Address, _Word]] = []
         share = max(ASK_TIMEOUT, FIND_TIMEOUT / len(self._sentinels))
@@ -61,7 +61,7 @@ class PrimaryFinder:
             try:
                 word = await self._ask(sentinel, share)
             except (OSError, UnicodeError) as exc:
-                why = str(exc) if isinstance(exc, RedisUnavailable) else why
+                failure = exc if isinstance(exc, RedisUnavailable) else failure
                 # Or those after a few silent ones would never be asked: the time of a connection is over before.
                 self._ask_last(sentinel)
                 continue
@@ -72,12 +72,12 @@ class PrimaryFinder:
                 try:
                     return await self._try(sentinel, word, connect)
                 except RedisUnavailable as exc:
-                    why = str(exc)
+                    failure = exc
         # All that answer know less than we do: they may have been set up anew.
         for sentinel, word in sorted(late, key=lambda each: -each[1].epoch):
             if word.address not in tried:
                 return await self._try(sentinel, word, connect)
-        raise RedisUnavailable(why)
+        raise failure
 
     async def _try(self, sentinel: Address, word: _Word, connect: Dial) -> Protocol:
         # Unless what it says proves right, it is asked last; also if our time ends meanwhile.
@@ -140,7 +140,7 @@ class PrimaryFinder:
             finally:
                 protocol.transport.abort()
         if isinstance(address, hiredis.ReplyError):
-            raise RedisUnavailable(f"a sentinel refused to answer ({kind_of(address)})")
+            raise refused(address, "a sentinel", "sentinel_username and sentinel_password")
         if address is None:
             raise RedisUnavailable(f"the sentinels watch no {self._service.service!r}")
         try:

@@ -22,7 +22,7 @@ from support.tcp_proxy import TcpProxy
 
 from producer.client import VerificationClient
 from producer.contract import CheckResult, ErrorCode, Reply
-from producer.errors import RedisUnavailable, ServerTooOld
+from producer.errors import RedisLoginRefused, RedisUnavailable, ServerTooOld
 from producer.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("redis")  # the shared server is empty at first
@@ -232,10 +232,17 @@ class TestRedisAway:
         with redis_server.client(1) as broker:
             assert broker.llen("verification") == 0
 
-    def test_a_redis_that_answers_errors_is_as_good_as_down(self, new_redis_server: NewServer) -> None:
+    def test_a_refused_login_is_redis_err_and_the_log_says_why(
+        self, new_redis_server: NewServer, caplog: pytest.LogCaptureFixture
+    ) -> None:
         server = new_redis_server(password="right")
         with VerificationClient(Settings(redis_url=f"redis://:wrong@127.0.0.1:{server.port}")) as client:
-            assert_redis_err(all_verbs(client))
+            outcomes = all_verbs(client)
+        assert_redis_err(outcomes)
+        assert isinstance(outcomes[1][0], RedisLoginRefused)
+        lines = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+        assert len(lines) == 2  # of `request` and `check`; `enqueue` raises
+        assert all("refused the login (WRONGPASS): check the user and password" in line for line in lines)
 
     def test_too_old_is_said_loudly(self, client: VerificationClient, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("producer.redis.connection.OLDEST", (99, 0))

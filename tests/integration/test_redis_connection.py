@@ -14,7 +14,7 @@ import redis as redis_py
 from support.redis_server import RedisServer
 from support.tls_front import context_for, tls_in_front_of
 
-from producer.errors import RedisUnavailable, ServerTooOld
+from producer.errors import RedisLoginRefused, RedisUnavailable, ServerTooOld
 from producer.redis import protocol as wire
 from producer.redis.connection import RedisConnection, ServerError, raise_errors, require_version
 from producer.redis.scripts import Script
@@ -375,14 +375,24 @@ def test_it_logs_in_as_the_user_of_the_url(redis: redis_py.Redis, redis_server: 
     assert isinstance(refused, ServerError)
 
 
-@pytest.mark.parametrize("who", ["", ":wrong-secret@", "nobody:wrong-secret@"])
-def test_a_wrong_login_is_told_without_the_password(who: str, new_redis_server: Callable[..., RedisServer]) -> None:
+@pytest.mark.parametrize(
+    ("user", "kind"), [("", "NOAUTH"), (":wrong-secret@", "WRONGPASS"), ("nobody:wrong-secret@", "WRONGPASS")]
+)
+def test_a_refused_login_is_told_apart_without_the_password(
+    user: str, kind: str, new_redis_server: Callable[..., RedisServer]
+) -> None:
     server = new_redis_server(password="right-secret")
-    url = f"redis://{who}127.0.0.1:{server.port}"
-    seconds, said = using(url, lambda link: fails(link.run([("PING",)])))
-    assert seconds < BOUND
-    assert "secret" not in said
-    assert "refused" in said
+    with pytest.raises(RedisLoginRefused) as caught:
+        using(f"redis://{user}127.0.0.1:{server.port}", lambda link: link.run([("PING",)]))
+    assert str(caught.value) == (f"Redis refused the login ({kind}): check the user and password in VERIFY_REDIS_URL")
+
+
+def test_a_denied_command_is_told_apart(redis: redis_py.Redis, redis_server: RedisServer) -> None:
+    redis.acl_setuser("anna", enabled=True, passwords=["+secret"], commands=["+select"])
+    [denied] = using(f"redis://anna:secret@127.0.0.1:{redis_server.port}", lambda link: link.run([("GET", "key")]))
+    redis.acl_deluser("anna")
+    with pytest.raises(RedisLoginRefused, match="NOPERM"):
+        raise_errors([denied])
 
 
 def test_what_is_pushed_goes_to_its_listener_and_empty_replies_do_not(

@@ -12,6 +12,7 @@ import pytest
 import structlog
 
 from producer import logs
+from producer.setting_types import mask_url
 
 PERSON = "anna.secret@example.com"
 MASKED = "a***@example.com"
@@ -168,7 +169,8 @@ def test_a_masked_address_keeps_its_first_character_and_its_domain(email: object
         (f'{{"email": "{PERSON}"}}', f'{{"email": "{MASKED}"}}'),
         (f"code_{PERSON}", "c***@example.com"),
         (f"code:reset:{PERSON}", f"code:reset:{MASKED}"),
-        ("redis://user:password@redis.example.com:6379/0", "redis://user:p***@redis.example.com:6379/0"),
+        (f"https://example.com/{PERSON}", "https://e***@example.com"),
+        (f"https://example.com/?to={PERSON}", f"https://example.com/?to={MASKED}"),
         (f"one\\n{PERSON}", "o***@example.com"),
         (MASKED, MASKED),
         ("no address here", "no address here"),
@@ -176,3 +178,15 @@ def test_a_masked_address_keeps_its_first_character_and_its_domain(email: object
 )
 def test_in_a_text_every_address_is_masked_and_the_rest_stays(text: str, masked: str) -> None:
     assert logs.mask_text(text) == masked
+
+
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "redis+sentinel", "smtp", "smtps"])
+@pytest.mark.parametrize("user", ["", "user:p@ss:w0rd@", ":pass@", "user@", "***@"])
+def test_a_url_is_masked_once_and_for_all(scheme: str, user: str, stderr: _Stderr, stdlib: logging.Logger) -> None:
+    url = f"{scheme}://{user}one.example:25,two.example/0"
+    masked = f"{scheme}://{'***@' if user else ''}one.example:25,two.example/0"
+    assert mask_url(url) == masked
+    assert logs.mask_text(url) == logs.mask_text(masked) == masked
+    stdlib.warning("%s is down", url)
+    stdlib.warning("%s is down", mask_url(url))
+    assert stderr.getvalue().count(f"{masked} is down") == 2
