@@ -1,4 +1,4 @@
-"""Every metric that rules, dashboard and docs/operators.md name is in what a real worker and real doors show."""
+"""Every metric that rules, dashboard and docs/operations.md name is in what a real worker and real doors show."""
 
 from __future__ import annotations
 

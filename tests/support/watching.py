@@ -13,7 +13,7 @@ ROOT: Final = Path(__file__).parents[2]
 PROMETHEUS: Final = ROOT / "deploy" / "prometheus"
 RULES: Final = ("recording.rules.yml", "alerts.rules.yml")
 DASHBOARD: Final = ROOT / "deploy" / "grafana" / "verifyserver.json"
-OPERATORS: Final = ROOT / "docs" / "operators.md"
+OPERATORS: Final = ROOT / "docs" / "operations.md"
 
 # What Prometheus adds to all it scrapes, and makes by itself.
 OF_TARGETS: Final = frozenset({"job", "instance"})
