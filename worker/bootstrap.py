@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from producer.errors import RedisUnavailable, ServerTooOld
+from producer.metrics import MetricsServer
 from producer.redis.connection import RedisConnection, require_version
 from producer.settings import Settings
 from producer.store.codes import CodePolicy, CodeStore
@@ -17,7 +18,7 @@ from worker.job import Finished
 from worker.mail.failover import Failover
 from worker.mail.pool import Relay
 from worker.mail.render import Renderer
-from worker.metrics import Counters, MetricsServer, WorkerMetrics
+from worker.metrics import Counters, WorkerMetrics
 from worker.queue.commands import RequestQueue
 from worker.service import Service
 from worker.settler import Settler
@@ -79,7 +80,7 @@ class Worker:
         self._metrics = MetricsServer(
             WorkerMetrics(
                 counters, self._mailer.statuses, lambda: self.fetcher.load, self._databases.broker, settings.queue
-            )
+            ).page
         )
         self._metrics_bind = settings.metrics_bind
         self._celery_side = celery_side

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
-from itertools import accumulate
 from typing import Final
 
-from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 
 from producer.contract import ErrorCode
 from producer.errors import RedisUnavailable
+from producer.metrics import (
+    Histogram,
+    ProcessMetrics,
+    counter,
+    gauge,
+    histogram,
+    labelled_counter,
+    labelled_gauge,
+)
 from producer.redis.connection import ServerError
-from producer.setting_types import Bind
 from producer.store.backlog import Backlog, backlog, read_backlog
 from producer.store.codes import BUCKET_HIT, COOLDOWN_HIT
 from worker.databases import Database
@@ -52,26 +52,6 @@ OTHER: Final = "other"
 REASONS: Final = (*dict.fromkeys(_REASONS.values()), OTHER)
 
 
-class Durations:
-    """A histogram of seconds."""
-
-    __slots__ = ("counts", "total")
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(BOUNDS) + 1)  # not cumulative; the last one is what is beyond all bounds
-        self.total = 0.0
-
-    def since(self, moment: float | None) -> None:
-        """Count the time since `moment` (Unix seconds by whoever wrote it down; None: nobody did)."""
-        if moment is not None:
-            # Another host's clock may be ahead, and a message may say anything.
-            seconds = time.time() - moment
-            if not 0.0 <= seconds <= _LONGEST:
-                seconds = 0.0 if seconds < 0.0 else _LONGEST
-            self.counts[bisect_left(BOUNDS, seconds)] += 1
-            self.total += seconds
-
-
 class Counters:
     """One worker's numbers since its start."""
 
@@ -79,8 +59,8 @@ class Counters:
         self.taken = 0  # requests that were taken from the queue, each time they were
         self.through_celery = 0  # of these, what needed Celery's own machinery
         self.replies = dict.fromkeys((error for error in ErrorCode if error < 1000), 0)
-        self.until_reply = Durations()  # from `enqueued_at`
-        self.until_accepted = Durations()
+        self.until_reply = Histogram(BOUNDS)  # from `enqueued_at`
+        self.until_accepted = Histogram(BOUNDS)
         self.retries = 0
         self.joins = 0
         self.hits = dict.fromkeys((COOLDOWN_HIT, BUCKET_HIT), 0)
@@ -90,7 +70,11 @@ class Counters:
     def replied(self, error: ErrorCode, enqueued_at: float | None) -> None:
         """A request has its answer."""
         self.replies[error] += 1
-        self.until_reply.since(enqueued_at)
+        _observe_age(self.until_reply, enqueued_at)
+
+    def accepted(self, enqueued_at: float | None) -> None:
+        """A relay accepted the mail of a request."""
+        _observe_age(self.until_accepted, enqueued_at)
 
     def dead_lettered(self, reason: str) -> None:
         """A message became a dead letter."""
@@ -98,15 +82,15 @@ class Counters:
         self.dead[next(found, OTHER)] += 1
 
 
-logger = logging.getLogger(__name__)
+def _observe_age(ages: Histogram, enqueued_at: float | None) -> None:
+    """Count the seconds since `enqueued_at` (Unix time), if the message had one."""
+    if enqueued_at is not None:
+        # Another host's clock may be ahead of ours, and a message may contain any number.
+        ages.observe(min(max(0.0, time.time() - enqueued_at), _LONGEST))
 
-TIMEOUT: Final = 5.0  # seconds for a scraper to say what it wants, and to take it
-_LONGEST_HEAD: Final = 16 * 1024  # bytes of a request's head
-_UNKNOWN: Final = float("nan")
 
-
-class WorkerMetrics(Collector):
-    """Reads what there is at each scrape, so that counting itself costs next to nothing."""
+class WorkerMetrics(ProcessMetrics):
+    """One worker's metrics."""
 
     def __init__(
         self,
@@ -116,136 +100,57 @@ class WorkerMetrics(Collector):
         broker: Database,
         queue: str,
     ) -> None:
+        super().__init__()
         self._counters = counters
         self._relays = relays
         self._held = held
         self._broker = broker
         self._queue = queue
-        self._backlog: Backlog | None = None
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self)
-        ProcessCollector(registry=self._registry)
 
     async def page(self) -> bytes:
-        """All of it, in Prometheus' text format."""
-        self._backlog = await self._ask_backlog()
-        return generate_latest(self._registry)
+        """The whole page in Prometheus' text format."""
+        return self.render(await self._read_backlog())
 
-    async def _ask_backlog(self) -> Backlog | None:
-        """How the queue stands now; None: the broker does not answer, and what it said before would be stale."""
+    async def _read_backlog(self) -> Backlog | None:
+        """The queue's figures now; None if the broker does not answer, as old figures would mislead."""
         try:
             [answer] = await self._broker.run([backlog(self._queue)])
         except RedisUnavailable:
             return None
         return None if isinstance(answer, ServerError) else read_backlog(answer)
 
-    def collect(self) -> Iterator[Metric]:
-        """For the registry."""
+    def own_metrics(self) -> Iterator[Metric]:
+        """Requests, replies, sends and relays."""
         yield from self._requests()
         yield from self._sends()
-        yield from self._stock()
+        yield gauge("worker_requests_held", "Requests that this worker has taken and not settled.", self._held())
 
     def _requests(self) -> Iterator[Metric]:
         counters = self._counters
-        paths = {"fast": counters.taken - counters.through_celery, "celery": counters.through_celery}
-        replies = {str(int(error)): count for error, count in counters.replies.items()}
-        yield _counter("worker_requests_taken", "Requests taken from the queue, retries too.", "path", paths)
-        yield _counter("worker_replies", "Replies, by their error code.", "error", replies)
-        yield _histogram("worker_reply_seconds", "From a request's enqueued_at to its reply.", counters.until_reply)
-        yield _histogram("worker_accepted_seconds", "From a request's enqueued_at to the 250.", counters.until_accepted)
-        yield _plain("worker_retries", "Sends that failed for now; their request was parked.", counters.retries)
-        yield _plain("worker_joins", "Requests that met another's mail on the wire, and wait.", counters.joins)
+        taken = {("fast",): counters.taken - counters.through_celery, ("celery",): counters.through_celery}
+        replies = {(str(int(error)),): count for error, count in counters.replies.items()}
+        reasons = {(reason,): count for reason, count in counters.dead.items()}
+        to_reply, to_accepted = {(): counters.until_reply}, {(): counters.until_accepted}
         hits = counters.hits
-        yield _plain("worker_cooldown_hits", "Requests answered Success without another mail.", hits["cooldown"])
-        yield _plain("worker_bucket_hits", "Requests whose address had its mails for now.", hits["bucket"])
-        yield _plain("worker_redeliveries", "Requests of dead workers that this one brought back.", counters.restored)
-        yield _counter("worker_dead_letters", "Messages that this worker buried.", "reason", counters.dead)
+        yield labelled_counter("worker_requests_taken", "Requests taken from the queue, with retries.", ["path"], taken)
+        yield labelled_counter("worker_replies", "Replies by error code.", ["error"], replies)
+        yield histogram("worker_reply_seconds", "From a request's enqueued_at to its reply.", (), to_reply)
+        yield histogram("worker_accepted_seconds", "From a request's enqueued_at to the relay's 250.", (), to_accepted)
+        yield counter("worker_retries", "Failed sends whose request was scheduled for a retry.", counters.retries)
+        yield counter("worker_joins", "Requests that wait for another request's send.", counters.joins)
+        yield counter("worker_cooldown_hits", "Requests answered Success without another mail.", hits["cooldown"])
+        yield counter("worker_rate_limited", "Requests of an address that had too many mails.", hits["bucket"])
+        yield counter("worker_redeliveries", "Requests of dead workers that this one restored.", counters.restored)
+        yield labelled_counter("worker_dead_letters", "Messages that this worker dead-lettered.", ["reason"], reasons)
 
     def _sends(self) -> Iterator[Metric]:
-        sends = CounterMetricFamily(
-            "verify_worker_sends", "Tries to send a mail through a relay.", labels=("relay", "outcome")
-        )
-        opened = GaugeMetricFamily("verify_worker_relay_connections", "Connections to a relay.", labels=("relay",))
-        unhealthy = GaugeMetricFamily(
-            "verify_worker_relay_sick", "1: the relay is skipped for a while.", labels=("relay",)
-        )
-        for relay, status in _by_name(self._relays()).items():
-            for outcome, count in status.sends.items():
-                sends.add_metric((relay, outcome), count)
-            opened.add_metric((relay,), status.connections)
-            unhealthy.add_metric((relay,), status.unhealthy)
-        yield from (sends, opened, unhealthy)
-
-    def _stock(self) -> Iterator[Metric]:
-        stood = self._backlog
-        queued, parked, suspects, dead, workers, oldest = (stood or (_UNKNOWN,) * 6)[:6]
-        oldest = oldest or 0.0
-        yield _gauge("worker_requests_held", "Requests in this worker's hands.", self._held())
-        # The doors show these too, under the same names. They are the whole queue's: max() over instances, not sum().
-        yield _gauge("queue_requests", "Requests in the queue, without the parked ones.", queued)
-        yield _gauge("queue_parked_requests", "Requests that wait for a retry, or for another's send.", parked)
-        yield _gauge("queue_suspect_requests", "Requests whose worker died twice.", suspects)
-        yield _gauge("dead_letters", "Messages in the list of dead letters.", dead)
-        yield _gauge("queue_oldest_age_seconds", "Age of the oldest request in the queue.", oldest)
-        yield _gauge("workers", "Workers that gave a sign of life within 5 s.", workers)
-        yield _gauge("broker_up", "1: the broker answered, and the queue's figures are of now.", stood is not None)
-
-
-class MetricsServer:
-    """Serves `/metrics` on the service's loop."""
-
-    def __init__(self, metrics: WorkerMetrics) -> None:
-        self._metrics = metrics
-        self._server: asyncio.Server | None = None
-
-    async def open(self, bind: Bind) -> None:
-        """Listen; if that is not possible say so, and go on without."""
-        try:
-            self._server = await asyncio.start_server(self._serve, bind.host, bind.port, limit=_LONGEST_HEAD)
-        except OSError as exc:
-            logger.warning(
-                "VERIFY_METRICS_BIND: cannot listen on %s (%s); this worker goes on without metrics."
-                " Port 0 picks a free one",
-                bind,
-                exc.strerror or type(exc).__name__,
-            )
-            return
-        where = Bind(bind.host, self._server.sockets[0].getsockname()[1])
-        logger.info("metrics are at http://%s/metrics", where)
-
-    async def close(self) -> None:
-        """Listen no more."""
-        if self._server is not None:
-            self._server.close()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One request, one answer."""
-        try:
-            async with asyncio.timeout(TIMEOUT):
-                head = await reader.readuntil(b"\r\n\r\n")
-                writer.write(await self._answer(head.split(b"\r\n", 1)[0].split(b" ")))
-                writer.close()
-                await writer.wait_closed()
-        except (OSError, EOFError, asyncio.LimitOverrunError):
-            pass  # it left, or is too slow, or no HTTP client
-        except Exception as exc:  # noqa: BLE001 - whatever it is, requests are served
-            logger.error("unforeseen error in the metrics", extra={"kind": type(exc).__name__})
-        finally:
-            writer.transport.abort()
-
-    async def _answer(self, request: list[bytes]) -> bytes:
-        method, target = (*request, b"", b"")[:2]
-        if method not in {b"GET", b"HEAD"}:
-            return _response("405 Method Not Allowed", b"GET /metrics\n", "Allow: GET, HEAD\r\n")
-        if target.partition(b"?")[0] != b"/metrics":
-            return _response("404 Not Found", b"GET /metrics\n")
-        page = _response("200 OK", await self._metrics.page(), content_type=CONTENT_TYPE_LATEST)
-        return page if method == b"GET" else page.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
-
-
-def _response(status: str, body: bytes, more: str = "", *, content_type: str = "text/plain") -> bytes:
-    head = f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n{more}"
-    return f"{head}Connection: close\r\n\r\n".encode() + body
+        relays = _by_name(self._relays())
+        sends = {(name, outcome): count for name, each in relays.items() for outcome, count in each.sends.items()}
+        connections = {(name,): each.connections for name, each in relays.items()}
+        unhealthy = {(name,): each.unhealthy for name, each in relays.items()}
+        yield labelled_counter("worker_sends", "Attempts to send a mail.", ["relay", "outcome"], sends)
+        yield labelled_gauge("worker_relay_connections", "Connections to a relay.", ["relay"], connections)
+        yield labelled_gauge("worker_relay_unhealthy", "1: the relay is skipped for a while.", ["relay"], unhealthy)
 
 
 def _by_name(relays: Iterable[RelayStatus]) -> dict[str, RelayStatus]:
@@ -259,24 +164,3 @@ def _by_name(relays: Iterable[RelayStatus]) -> dict[str, RelayStatus]:
 def _both(one: RelayStatus, other: RelayStatus) -> RelayStatus:
     sends = {outcome: count + other.sends[outcome] for outcome, count in one.sends.items()}
     return RelayStatus(one.relay, sends, one.connections + other.connections, one.unhealthy or other.unhealthy)
-
-
-def _plain(name: str, text: str, value: int) -> Metric:
-    return CounterMetricFamily(f"verify_{name}", text, value=value)
-
-
-def _counter(name: str, text: str, label: str, values: dict[str, int]) -> Metric:
-    family = CounterMetricFamily(f"verify_{name}", text, labels=(label,))
-    for value, count in values.items():
-        family.add_metric((value,), count)
-    return family
-
-
-def _gauge(name: str, text: str, value: float) -> Metric:
-    return GaugeMetricFamily(f"verify_{name}", text, value=value)
-
-
-def _histogram(name: str, text: str, durations: Durations) -> Metric:
-    counts = accumulate(durations.counts)
-    buckets = [(str(bound), float(count)) for bound, count in zip((*BOUNDS, "+Inf"), counts, strict=True)]
-    return HistogramMetricFamily(f"verify_{name}", text, buckets=buckets, sum_value=durations.total)

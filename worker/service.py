@@ -184,7 +184,7 @@ class Service:
         self._leased.pop(job.tag, None)
         if error is None:
             self._prefetch.sent()
-            self._counters.until_accepted.since(job.enqueued_at)
+            self._counters.accepted(job.enqueued_at)
             self._settler.answer(job, ErrorCode.SUCCESS, mark=True)
         elif isinstance(error, RecipientRejected | MessageRejected):
             logger.info("mail rejected", extra={"reply": str(error)})

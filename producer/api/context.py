@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
 from producer.aio import AsyncVerificationClient
-from producer.api.metrics import ApiMetrics, Door, Verb
+from producer.api.metrics import ApiMetrics, Protocol, Verb
 from producer.api.readiness import Readiness
 from producer.contract import DEFAULT_PURPOSE, CheckResult, ErrorCode, Reply
 from producer.core.requests import RequestObserver
@@ -37,7 +37,7 @@ class Api:
 
     async def request(
         self,
-        door: Door,
+        protocol: Protocol,
         email: str,
         *,
         purpose: str = DEFAULT_PURPOSE,
@@ -46,11 +46,11 @@ class Api:
     ) -> ErrorCode:
         """Ask for a code, within the reply timeout; whatever happens is an error code."""
         asking = self.client.request(email, purpose=purpose, locale=locale, observer=observer)
-        return await self._answer(door, "request", asking)
+        return await self._answer(protocol, "request", asking)
 
-    async def check(self, door: Door, email: str, code: str, *, purpose: str = DEFAULT_PURPOSE) -> ErrorCode:
+    async def check(self, protocol: Protocol, email: str, code: str, *, purpose: str = DEFAULT_PURPOSE) -> ErrorCode:
         """Check a code, within 3 s; whatever happens is an error code."""
-        return await self._answer(door, "check", self.client.check(email, code, purpose=purpose))
+        return await self._answer(protocol, "check", self.client.check(email, code, purpose=purpose))
 
     async def close(self) -> None:
         """Who still waits is answered `TIMEOUT`."""
@@ -59,8 +59,8 @@ class Api:
         for close in self.closing:
             await close()
 
-    async def _answer(self, door: Door, verb: Verb, work: Awaitable[Reply | CheckResult]) -> ErrorCode:
-        counts = self.metrics.counts[door, verb]
+    async def _answer(self, protocol: Protocol, verb: Verb, work: Awaitable[Reply | CheckResult]) -> ErrorCode:
+        counts = self.metrics.counts[protocol, verb]
         counts.in_flight += 1
         began = perf_counter()
         try:
@@ -70,7 +70,7 @@ class Api:
             error = ErrorCode.REDIS_ERR
         except Exception as exc:  # noqa: BLE001 - whatever it is, the caller gets an answer
             # Without its text, which may quote what the caller sent.
-            logger.error("unforeseen error at the %s door", door, extra={"kind": type(exc).__name__})
+            logger.error("unexpected error in a %s request", protocol, extra={"kind": type(exc).__name__})
             error = ErrorCode.EXCEPTION
         finally:
             counts.in_flight -= 1

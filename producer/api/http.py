@@ -17,8 +17,8 @@ from producer.api import docs as pages
 from producer.api.body import NotOurs, purpose_in, read, text_in
 from producer.api.connection import refusal
 from producer.api.context import Api
-from producer.api.metrics import CONTENT_TYPE
 from producer.contract import ErrorCode
+from producer.metrics import CONTENT_TYPE
 
 if TYPE_CHECKING:
     from producer.tracing.spans import Traces
@@ -96,7 +96,7 @@ def _add_looks(app: FastAPI, api: Api) -> None:
 
     async def metrics() -> Response:
         """Prometheus metrics."""
-        return Response(api.metrics.show((await api.readiness.find()).backlog), media_type=CONTENT_TYPE)
+        return Response(api.metrics.render((await api.readiness.find()).backlog), media_type=CONTENT_TYPE)
 
     async def docs(request: Request) -> Response:
         """This description, for people; it needs nothing from elsewhere."""

@@ -82,7 +82,7 @@ class TestTheWay:
         rig.script("gone@example.com", dot=held)
         with doors.http.stream("POST", "/demo/request", content=b'{"email": "gone@example.com"}'):
             assert held.reached.wait(10)
-        eventually(lambda: doors.metric("verify_door_requests_in_flight", door="http") == 0)
+        eventually(lambda: doors.metric("verify_api_requests_in_flight", protocol="http") == 0)
         held.release.set()
         assert ask(doors, "next@example.com")[-1]["error"] == 0
 

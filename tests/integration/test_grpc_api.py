@@ -35,7 +35,7 @@ def doors(redis_server: RedisServer) -> Iterator[Doors]:
 
 
 def in_flight(doors: Doors) -> float:
-    return doors.metric("verify_door_requests_in_flight", door="grpc")
+    return doors.metric("verify_api_requests_in_flight", protocol="grpc")
 
 
 def compiled(directory: Path) -> descriptor_pb2.FileDescriptorProto:

@@ -249,25 +249,25 @@ class TestLooking:
         assert doors.http.head("/readyz").status_code == 200
 
     def test_metrics(self, doors: Doors, redis_server: RedisServer) -> None:
-        before = doors.metric("verify_door_requests_total", door="http", error="5", verb="request")
+        before = doors.metric("verify_api_requests_total", protocol="http", error="5", verb="request")
         with FakeWorker(redis_server, error=lambda _: 5):
             doors.get_code(A)
-        assert doors.metric("verify_door_requests_total", door="http", error="5", verb="request") == before + 1
-        refused = doors.metric("verify_door_refusals_total", status="404")
+        assert doors.metric("verify_api_requests_total", protocol="http", error="5", verb="request") == before + 1
+        refused = doors.metric("verify_api_refusals_total", status="404")
         doors.http.get("/nothing")
-        assert doors.metric("verify_door_refusals_total", status="404") == refused + 1
+        assert doors.metric("verify_api_refusals_total", status="404") == refused + 1
         with redis_server.client(1) as broker:
             says_when = json.dumps({"headers": {"enqueued_at": time.time() - 30}})
             broker.lpush("verification", "the oldest does not say when", says_when)
             broker.hset("verification.parked", "id", "1 x")
             broker.rpush("verification.dead", "x", "x", "x")
             time.sleep(0.3)
-            figures = ("queue_requests", "queue_parked_requests", "dead_letters", "workers", "broker_up")
+            figures = ("queue_requests", "queue_delayed_requests", "dead_letters", "workers", "broker_up")
             assert [doors.metric(f"verify_{name}") for name in figures] == [2, 1, 3, 0, 1]
             assert 29 < doors.metric("verify_queue_oldest_age_seconds") < 40
         text = doors.http.get("/metrics").text
         assert "@" not in text
-        assert "verify_door_request_seconds_bucket" in text
+        assert "verify_api_request_seconds_bucket" in text
         assert "process_open_fds" in text
 
     def test_the_description(self, doors: Doors) -> None:
@@ -369,7 +369,7 @@ class TestSlowClients:
     def test_a_client_that_goes_away(self, doors: Doors) -> None:
         for _ in range(20):
             doors.knock(request_bytes(ASK, json.dumps({"email": A}).encode())).close()
-        eventually(lambda: doors.metric("verify_door_requests_in_flight", door="http") == 0, 5)
+        eventually(lambda: doors.metric("verify_api_requests_in_flight", protocol="http") == 0, 5)
 
     def test_requests_in_a_pipeline(self, doors: Doors, redis_server: RedisServer) -> None:
         one = request_bytes(ASK, json.dumps({"email": A}).encode())

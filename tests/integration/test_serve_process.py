@@ -205,7 +205,7 @@ class TestStopping:
             assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
             idle = [doors.knock(), doors.knock(b"POST /get"), doors.knock(port=doors.grpc_port)]
             eventually(
-                lambda: sum(doors.metric("verify_door_requests_in_flight", door=d) for d in ("http", "grpc")) == 40
+                lambda: sum(doors.metric("verify_api_requests_in_flight", protocol=d) for d in ("http", "grpc")) == 40
             )
             doors.signal(number)
             assert next(watching).status == health_pb2.HealthCheckResponse.NOT_SERVING
@@ -226,8 +226,8 @@ class TestStopping:
         with Doors({**settings, "VERIFY_REPLY_TIMEOUT": "60"}) as doors, ThreadPoolExecutor(4) as pool:
             asked = pool.submit(doors.get_code, A), pool.submit(lambda: doors.call(A).error)
             half = doors.knock(request_bytes(ASK, b"x" * 100)[:-50])
-            eventually(lambda: doors.metric("verify_door_requests_in_flight", door="http") == 1)
-            eventually(lambda: doors.metric("verify_door_requests_in_flight", door="grpc") == 1)
+            eventually(lambda: doors.metric("verify_api_requests_in_flight", protocol="http") == 1)
+            eventually(lambda: doors.metric("verify_api_requests_in_flight", protocol="grpc") == 1)
             began = time.monotonic()
             doors.signal(signal.SIGTERM)
             assert answer_of(half)[0] == 408
@@ -250,7 +250,7 @@ class TestStopping:
     def test_a_second_signal_ends_it_at_once(self, settings: dict[str, str]) -> None:
         with Doors({**settings, "VERIFY_REPLY_TIMEOUT": "60"}) as doors:
             call = doors.stub.future(GetVarifyReq(email=A))
-            eventually(lambda: doors.metric("verify_door_requests_in_flight", door="grpc") == 1)
+            eventually(lambda: doors.metric("verify_api_requests_in_flight", protocol="grpc") == 1)
             doors.signal(signal.SIGTERM)
             eventually(lambda: "closing" in doors.log)
             began = time.monotonic()
@@ -295,7 +295,7 @@ def test_the_door_is_not_the_bottleneck_of_a_slow_client(settings: dict[str, str
     one = request_bytes(ASK, json.dumps({"email": A}).encode())
     with FakeWorker(redis_server), Doors(settings) as doors:
         unread = [doors.knock(one) for _ in range(300)]
-        eventually(lambda: doors.metric("verify_door_requests_total", door="http", error="0", verb="request") == 300)
+        eventually(lambda: doors.metric("verify_api_requests_total", protocol="http", error="0", verb="request") == 300)
         assert httpx.get(f"http://127.0.0.1:{doors.http_port}/healthz", trust_env=False).status_code == 200
         for each in unread:
             each.close()

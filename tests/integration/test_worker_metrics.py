@@ -189,7 +189,7 @@ def test_joins_held_parked_and_connections(rig: Rig) -> None:
         >= {
             "worker_requests_held": 1,
             "worker_joins_total": 3,
-            "queue_parked_requests": 3,
+            "queue_delayed_requests": 3,
             TAKEN % "fast": 4,
         }.items()
     )
@@ -299,12 +299,12 @@ def test_a_sick_relay_and_an_empty_bucket(new_rig: Callable[..., Rig]) -> None:
         assert [asked(rig, email), asked(rig, email)] == [0, 4]
         page = scrape(worker)
     unhealthy, well = f"smtp://***@{HOST}:{away.port}", f"smtp://{HOST}:{rig.relay.port}"
-    assert page[f"verify_worker_relay_sick{{relay={unhealthy}}}"] == 1
-    assert page[f"verify_worker_relay_sick{{relay={well}}}"] == 0
+    assert page[f"verify_worker_relay_unhealthy{{relay={unhealthy}}}"] == 1
+    assert page[f"verify_worker_relay_unhealthy{{relay={well}}}"] == 0
     assert page[f"verify_worker_sends_total{{outcome=unavailable,relay={unhealthy}}}"] == 1
     assert page[f"verify_worker_sends_total{{outcome=accepted,relay={well}}}"] == 1
     assert page[f"verify_worker_relay_connections{{relay={unhealthy}}}"] == 0
-    assert page["verify_worker_bucket_hits_total"] == 1
+    assert page["verify_worker_rate_limited_total"] == 1
     assert page["verify_worker_replies_total{error=4}"] == 1
     assert not [key for key in page if "anna" in key or "secret" in key]
 

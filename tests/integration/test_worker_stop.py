@@ -91,7 +91,7 @@ def test_parked_requests_stay_for_the_next_worker(new_rig: NewRig) -> None:
 
 
 @pytest.mark.slow
-def test_a_send_that_does_not_end_is_called_off_within_15_seconds(new_rig: NewRig) -> None:
+def test_a_send_that_does_not_end_is_cancelled_within_15_seconds(new_rig: NewRig) -> None:
     rig = new_rig(send_timeout=60)
     rig.add_worker()
     email, hold = address(), Held("250 ok")

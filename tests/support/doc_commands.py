@@ -215,7 +215,7 @@ WAYS: Final[dict[str, Way]] = {
     ),
     f"{DOOR}/readyz": Here(r'"ready": ?true', ASKED),
     f"{DOOR}/healthz": Here("ok", ("doors",)),
-    f"{DOOR}/metrics | grep '^verify_door_requests_total'": Here(r'error="0"', ("asked",)),
+    f"{DOOR}/metrics | grep '^verify_api_requests_total'": Here(r'error="0"', ("asked",)),
     f"{METRICS} -E '^verify_(workers|broker_up|queue_|dead_letters|worker_relay_sick)'": Here(
         r"verify_workers 1\.0", ("worker",)
     ),
@@ -224,8 +224,8 @@ WAYS: Final[dict[str, Way]] = {
         r"worker_redeliveries_total 0(?s:.*)queue_suspect_requests 0", ("worker",)
     ),
     f"{METRICS} '^verify_worker_replies_total'": Here(r'error="0"', ("code",)),
-    f"{METRICS} -E '^verify_(queue_requests|queue_parked_requests|worker_requests_held)'": Here(
-        r"queue_requests 0(?s:.*)queue_parked_requests 0", ("worker",)
+    f"{METRICS} -E '^verify_(queue_requests|queue_delayed_requests|worker_requests_held)'": Here(
+        r"queue_requests 0(?s:.*)queue_delayed_requests 0", ("worker",)
     ),
     ".venv/bin/python -m producer settings | grep -E 'REDIS|BROKER|CODES|RESULTS'": Here(r"VERIFY_BROKER_URL=redis://"),
     ".venv/bin/celery -A worker.app inspect ping": Here(r"pong\s+1 node online", ("worker",)),

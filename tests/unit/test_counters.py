@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from producer.contract import ErrorCode
-from worker.metrics import BOUNDS, OTHER, REASONS, Counters, Durations
+from worker.metrics import BOUNDS, OTHER, REASONS, Counters
 
 WORKER = Path(__file__).parents[2] / "worker"
 # As they stand in the code; what is filled in is at no reason's beginning but one.
@@ -45,8 +45,9 @@ def test_all_classes_are_in_use_and_any_other_reason_is_counted() -> None:
     ("ago", "counted"), [(0.02, 0.025), (7, 10.0), (-3600, BOUNDS[0]), (10**10, BOUNDS[-1]), (-(10**10), BOUNDS[0])]
 )
 def test_a_duration_falls_into_its_bucket_whatever_the_message_says(ago: float, counted: float) -> None:
-    durations = Durations()
-    durations.since(time.time() - ago)
+    counters = Counters()
+    counters.accepted(time.time() - ago)
+    durations = counters.until_accepted
     assert durations.counts[BOUNDS.index(counted)] == 1
     assert 0 <= durations.total <= BOUNDS[-1]
 

@@ -41,7 +41,7 @@ _OUTCOMES: Final[dict[type[Exception], str]] = {
     AcceptanceUnknown: "unknown",
     Smtputf8Unsupported: "no_smtputf8",
     SendWithheld: "withheld",
-    SendCancelled: "called_off",
+    SendCancelled: "cancelled",
 }
 # What no other relay is asked about.
 _FINAL: Final = (RecipientRejected, AcceptanceUnknown, SendWithheld, SendCancelled)
