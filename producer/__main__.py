@@ -1,4 +1,4 @@
-"""`python -m producer`: the command line, which needs the extra `cli`."""
+"""`python -m producer`: the command line. It needs the extra `cli`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import sys
 
 
 def main() -> None:
-    """Run the command line, or say what is missing for it."""
+    """Run the command line, or name the package that it lacks."""
     try:
-        from producer.cli import app  # noqa: PLC0415 - needs what a mere caller does not install
+        from producer.cli import app  # noqa: PLC0415 - needs the extra `cli`
     except ModuleNotFoundError as exc:
         missing = (exc.name or "").partition(".")[0]
         if missing not in {"typer", "rich"}:

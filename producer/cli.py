@@ -1,11 +1,11 @@
-"""`send`, `check`, `settings` and `serve` at a terminal."""
+"""The command line: `send`, `check`, `settings` and `serve`."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Annotated, Final
@@ -23,27 +23,26 @@ from producer.settings import Settings, load_or_exit
 
 INTERRUPTED: Final = 130  # exit status of a program that Ctrl-C ended
 
-EPILOG: Final = (
-    "Exit status: 0 only on Success; 1 any other answer; 2 wrong usage or a bad setting; 130 Ctrl-C.\n\n"
-    "Answers: 0 Success, 1 RedisErr, 2 Exception, 3 InvalidAddress, 4 TooManyRequests, 5 MailRejected, 6 Timeout"
-    " (unknown, ask again), 1003 VarifyExpired (no live code), 1004 VarifyCodeErr (wrong code).\n\n"
-    "Environment, or .env: VERIFY_REDIS_URL (default redis://127.0.0.1:6379), VERIFY_CODES_URL, VERIFY_BROKER_URL,"
-    " VERIFY_RESULTS_URL, VERIFY_QUEUE, VERIFY_REPLY_TIMEOUT (seconds), VERIFY_CONFIG (an old config.json); any of"
-    " them as NAME_FILE for a secret file. `python -m producer settings` shows all that are in force."
+_REDIS_SETTINGS: Final = (
+    "VERIFY_REDIS_URL (default redis://127.0.0.1:6379), VERIFY_CODES_URL, VERIFY_BROKER_URL, VERIFY_RESULTS_URL,"
+    " VERIFY_QUEUE, VERIFY_REPLY_TIMEOUT (seconds), VERIFY_CONFIG (a config.json of the Node server)"
 )
-
+_SETTINGS_END: Final = "Each also as NAME_FILE for a secret file. `python -m producer settings` shows all settings."
+EPILOG: Final = (
+    "Exit status: 0 on Success; 1 on any other error code; 2 on wrong usage or a bad setting; 130 on Ctrl-C.\n\n"
+    f"Error codes: {', '.join(f'{int(e)} {e.title}' for e in ErrorCode if e is not ErrorCode.ERROR_JSON)}.\n\n"
+    f"Settings, from the environment or .env: {_REDIS_SETTINGS}. {_SETTINGS_END}"
+)
 SERVE_EPILOG: Final = (
-    "Stops at SIGTERM or Ctrl-C: what was accepted is answered, within 10 s; a second one stops at once. Exit status: 0"
-    " stopped so; 2 a bad setting, a place where it may not listen, or a busy port.\n\n"
+    "SIGTERM or Ctrl-C stops the API once it has answered what it accepted, within 10 s; a second one stops it at once."
+    " Exit status: 0 after such a stop; 2 on a bad setting, an address where it may not listen, or a busy port.\n\n"
     "HTTP: POST /get_varifycode, POST /check_varifycode, GET /healthz, /readyz, /metrics, /docs. gRPC:"
     " message.VarifyService/GetVarifyCode, health, reflection.\n\n"
-    "Environment, or .env: VERIFY_HTTP_BIND (default 127.0.0.1:8081), VERIFY_GRPC_BIND (127.0.0.1:50051),"
-    " VERIFY_API_KEYS (comma-separated; the HTTP door then asks for one), VERIFY_ALLOW_PLAINTEXT (1: listen beyond"
-    " loopback without TLS or keys), VERIFY_MAX_QUEUE (100000; with more requests waiting the answer is"
-    " TooManyRequests), VERIFY_REPLY_TIMEOUT (5 s), VERIFY_REDIS_URL (redis://127.0.0.1:6379), VERIFY_CODES_URL,"
-    " VERIFY_BROKER_URL, VERIFY_RESULTS_URL, VERIFY_QUEUE, VERIFY_MAX_ATTEMPTS (5), VERIFY_CONFIG (an old config.json);"
-    " any of them as NAME_FILE for a secret file. OTEL_TRACES_EXPORTER (none; otlp or console) turns traces on."
-    " `python -m producer settings` shows all that are in force."
+    "Settings, from the environment or .env: VERIFY_HTTP_BIND (default 127.0.0.1:8081), VERIFY_GRPC_BIND"
+    " (127.0.0.1:50051), VERIFY_API_KEYS (comma-separated; HTTP then asks for one), VERIFY_ALLOW_PLAINTEXT (1: listen"
+    " beyond loopback without TLS or keys), VERIFY_MAX_QUEUE (100000; beyond it the API answers TooManyRequests),"
+    f" VERIFY_MAX_ATTEMPTS (5), {_REDIS_SETTINGS}. OTEL_TRACES_EXPORTER (otlp or console) turns traces on."
+    f" {_SETTINGS_END}"
 )
 
 app = typer.Typer(
@@ -57,14 +56,12 @@ app = typer.Typer(
 
 def _purpose(value: str) -> str:
     if not is_purpose(value):
-        raise typer.BadParameter(f"a purpose is {PURPOSE_PATTERN.pattern}")
+        raise typer.BadParameter(f"a purpose matches {PURPOSE_PATTERN.pattern}")
     return value
 
 
-Purpose = Annotated[
-    str, typer.Option(callback=_purpose, help="What the code is for; a code counts for its purpose only.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Purpose = Annotated[str, typer.Option(callback=_purpose, help="What the code is for. A code is valid for its purpose.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command(epilog=EPILOG)
@@ -72,32 +69,38 @@ def send(
     email: Annotated[str, typer.Argument(help="The address that gets the code.")],
     purpose: Purpose = DEFAULT_PURPOSE,
     locale: Annotated[
-        str | None, typer.Option(help="Language of the mail: zh-CN or en.", show_default="VERIFY_LOCALE")
+        str | None, typer.Option(help="Language of the mail, such as en or zh-CN.", show_default="VERIFY_LOCALE")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask a worker to send a code to EMAIL, and wait for its reply."""
-    with _client() as (client, settings):
-        reply = client.request(email, purpose=purpose, locale=locale)
-    _answer(email, reply.error, _SEND.get(reply.error, _unforeseen)(settings), as_json=as_json)
+    """Send a code to EMAIL and wait for the worker's reply."""
+    with _client() as (client, settings, warnings):
+        error = client.request(email, purpose=purpose, locale=locale).error
+    details = {
+        ErrorCode.REDIS_ERR: _servers(settings.broker_url, settings.results_url),
+        ErrorCode.TIMEOUT: f"Waited {settings.reply_timeout:g} s (VERIFY_REPLY_TIMEOUT) for a worker on queue"
+        f" {settings.queue!r}; `celery -A worker.app worker` starts one.",
+    }
+    _answer(email, error, [*warnings, details.get(error, "")], as_json=as_json)
 
 
 @app.command(epilog=EPILOG)
 def check(
     email: Annotated[str, typer.Argument(help="The address, written as it was for `send`.")],
-    code: Annotated[str, typer.Argument(help="The code from the mail. A right one is consumed.")],
+    code: Annotated[str, typer.Argument(help="The code from the mail. The right one works once.")],
     purpose: Purpose = DEFAULT_PURPOSE,
     as_json: AsJson = False,
 ) -> None:
-    """Check the CODE that EMAIL got. The right one works once; each check is an attempt."""
-    with _client() as (client, settings):
-        result = client.check(email, code, purpose=purpose)
-    _answer(email, result.error, _CHECK.get(result.error, _unforeseen)(settings), as_json=as_json)
+    """Check the CODE that EMAIL received. Each wrong check counts as an attempt."""
+    with _client() as (client, settings, warnings):
+        error = client.check(email, code, purpose=purpose).error
+    details = {ErrorCode.REDIS_ERR: _servers(settings.codes_url)}
+    _answer(email, error, [*warnings, details.get(error, "")], as_json=as_json)
 
 
 @app.command()
 def settings(as_json: AsJson = False) -> None:
-    """Show every setting in force by its environment name, secrets masked."""
+    """Show every setting in force under its environment name, with secrets masked."""
     shown = load_or_exit().shown()
     if as_json:
         typer.echo(json.dumps(shown, ensure_ascii=False, indent=2))
@@ -119,43 +122,54 @@ class LogLevel(StrEnum):
 def serve(
     http_bind: Annotated[
         str | None,
-        typer.Option(help="Where the HTTP door listens.", metavar="HOST:PORT", show_default="VERIFY_HTTP_BIND"),
+        typer.Option(help="Where the HTTP API listens.", metavar="HOST:PORT", show_default="VERIFY_HTTP_BIND"),
     ] = None,
     grpc_bind: Annotated[
         str | None,
-        typer.Option(help="Where the gRPC door listens.", metavar="HOST:PORT", show_default="VERIFY_GRPC_BIND"),
+        typer.Option(help="Where the gRPC API listens.", metavar="HOST:PORT", show_default="VERIFY_GRPC_BIND"),
     ] = None,
     log_level: Annotated[
-        LogLevel, typer.Option(help="How much is logged, on stderr; never a code or a whole address.")
+        LogLevel, typer.Option(help="How much to log to stderr. No level logs a code or a whole address.")
     ] = LogLevel.INFO,
 ) -> None:
-    """Open the doors: HTTP and gRPC in front of the queue."""
+    """Run the API: HTTP and gRPC in front of the queue."""
     for name, value in (("VERIFY_HTTP_BIND", http_bind), ("VERIFY_GRPC_BIND", grpc_bind)):
         if value is not None:
             os.environ.pop(f"{name}_FILE", None)
             os.environ[name] = value
     in_force = load_or_exit()
     try:
-        from producer.api import server as doors  # noqa: PLC0415 - needs what a mere caller does not install
+        from producer.api import server  # noqa: PLC0415 - needs the extra `api`
     except ModuleNotFoundError as exc:
-        typer.echo(f"The doors need {exc.name}: pip install 'verifyserver[api]'", err=True)
+        typer.echo(f"The API needs {exc.name}: pip install 'verifyserver[api]'", err=True)
         raise typer.Exit(2) from None
     logs.configure(log_level.upper())
     try:
-        doors.serve(in_force)
+        server.serve(in_force)
     except VerifyError as exc:
         typer.echo(str(exc), err=True)
         raise typer.Exit(2) from None
 
 
+class _Warnings(logging.Handler):
+    """Collects what the client logs, which says why a reply is RedisErr."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(logs.mask_text(record.getMessage()))
+
+
 @contextmanager
-def _client() -> Iterator[tuple[VerificationClient, Settings]]:
+def _client() -> Iterator[tuple[VerificationClient, Settings, list[str]]]:
     settings = load_or_exit()
-    # The answer says what the library's log lines would: without a handler they would appear on stderr beside it.
-    logging.getLogger("producer").addHandler(logging.NullHandler())
+    warnings = _Warnings()
+    logging.getLogger("producer").addHandler(warnings)
     try:
         with VerificationClient(settings) as client:
-            yield client, settings
+            yield client, settings, warnings.lines
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     except VerifyError as exc:
@@ -163,13 +177,14 @@ def _client() -> Iterator[tuple[VerificationClient, Settings]]:
         raise typer.Exit(1) from None
 
 
-def _answer(email: str, error: ErrorCode, said: str, *, as_json: bool) -> None:
+def _answer(email: str, error: ErrorCode, details: list[str], *, as_json: bool) -> None:
+    said = [error.meaning, *filter(None, details), error.advice]
     if as_json:
-        typer.echo(json.dumps({"email": email, "error": int(error), "name": error.title, "meaning": said}))
+        typer.echo(json.dumps({"email": email, "error": int(error), "name": error.title, "meaning": " ".join(said)}))
     else:
         style = "bold green" if error is ErrorCode.SUCCESS else "bold red"
-        shown = email.encode(errors="backslashreplace").decode()  # an argument may hold bytes that are no text
-        _print(Text.assemble((error.title, style), f" ({int(error)})  {shown}\n{said}"))
+        shown = email.encode(errors="backslashreplace").decode()  # an argument may hold bytes that are not UTF-8
+        _print(Text.assemble((error.title, style), f" ({int(error)})  {shown}\n", "\n".join(said)))
     raise typer.Exit(0 if error is ErrorCode.SUCCESS else 1)
 
 
@@ -177,39 +192,5 @@ def _print(text: Text) -> None:
     Console(soft_wrap=True, highlight=False).print(text)
 
 
-_SEND: Final[dict[ErrorCode, Callable[[Settings], str]]] = {
-    ErrorCode.SUCCESS: lambda _: "A relay accepted the mail, now or within the cooldown.",
-    ErrorCode.REDIS_ERR: lambda s: (
-        f"Redis at {_servers(s.broker_url, s.results_url)} cannot be reached, or refused, or the worker's cannot."
-        " Is it up? See VERIFY_REDIS_URL."
-    ),
-    ErrorCode.EXCEPTION: lambda _: "Something unforeseen went wrong in the worker; its log says what.",
-    ErrorCode.INVALID_ADDRESS: lambda _: "That is not an email address, or no relay can take its characters.",
-    ErrorCode.TOO_MANY_REQUESTS: lambda s: (
-        f"This address had its {s.max_sends_per_hour} mails, or the queue is full. Wait, or see"
-        " VERIFY_MAX_SENDS_PER_HOUR."
-    ),
-    ErrorCode.MAIL_REJECTED: lambda _: "The mail was refused for good. Is the mailbox spelt right, does it exist?",
-    ErrorCode.TIMEOUT: lambda s: (
-        f"No reply within {s.reply_timeout:g} s, or given up; the mail may still arrive. Is a worker running"
-        f" (celery -A worker.app worker) on queue {s.queue!r}, and a relay up? Then ask again."
-    ),
-}
-_CHECK: Final[dict[ErrorCode, Callable[[Settings], str]]] = {
-    ErrorCode.SUCCESS: lambda _: "The code was right, and is consumed.",
-    ErrorCode.REDIS_ERR: lambda s: (
-        f"Redis at {_servers(s.codes_url)} cannot be reached, or refused. Is it up? See VERIFY_REDIS_URL."
-    ),
-    ErrorCode.VARIFY_EXPIRED: lambda _: (
-        "No live code for this address and purpose: expired, used, or dropped after too many attempts. Send a new one."
-    ),
-    ErrorCode.VARIFY_CODE_ERR: lambda s: f"Wrong code. {s.max_attempts} wrong checks drop a code.",
-}
-
-
-def _unforeseen(_settings: Settings) -> str:
-    return "A newer worker may know what this means."
-
-
 def _servers(*urls: str) -> str:
-    return " and ".join(dict.fromkeys(mask_url(url) for url in urls))
+    return f"Redis: {' and '.join(dict.fromkeys(mask_url(url) for url in urls))}"

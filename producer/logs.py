@@ -1,4 +1,4 @@
-"""Structured logging in which no address can appear whole, whoever wrote the line."""
+"""Structured logging that masks every email address, whichever library wrote the line."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ _PRIVATE = re.compile(
     r"|(?P<colour>(?:\x1b\[[\d;]*m)*)"
     r"(?P<address>[^\s@\"'<>()\[\]{},:;=\x1b]+@[^\s@\"'<>()\[\]{},:;=\\/\x1b]+)"
 )
-# What our own lines carry beside their text. Others' extras stay out: Celery's hold arguments and results.
+# The extra fields of our own lines. Other libraries' extras stay out: Celery's hold arguments and results.
 _EXTRAS = ("count", "email", "error", "kind", "next_try_in", "reply", "request_id", "seconds")
 
 
-LONGEST_DOMAIN = 253  # characters, by RFC 1035, 2.3.4; what is longer is no domain, and not worth a log's room
+LONGEST_DOMAIN = 253  # characters, RFC 1035, 2.3.4; a longer one is cut
 
 
 def mask_email(email: object) -> str:
-    """`a***@example.com`: the first character, and the domain; `***` for what is no address."""
+    """`a***@example.com`: the first character and the domain. Anything without an @ becomes `***`."""
     if not isinstance(email, str) or "@" not in email:
         return "***"
     local, _, domain = email.strip().rpartition("@")
     return f"{local[:1]}***@{domain[:LONGEST_DOMAIN]}"
 
 
-# Names that look like addresses and are none: the worker's own, which Celery says often.
-_names: set[str] = set()
+# Names that look like addresses but are not: Celery logs the worker's own node name often.
+_node_names: set[str] = set()
 
 
 def mask_text(text: str) -> str:
+<<<<<<< HEAD
     """`text` with all addresses and the users of all URLs masked, but for this process' own name."""
 
     def masked(found: re.Match[str]) -> str:
@@ -43,13 +44,19 @@ def mask_text(text: str) -> str:
         if address is None:
             return "://***@" if found["user"] else "://"
         return found[0] if address in _names else found["colour"] + mask_email(address)
+=======
+    """`text` with everything that looks like an address masked, except this process's node name."""
+
+    def masked(found: re.Match[str]) -> str:
+        return found[0] if found[2] in _node_names else found[1] + mask_email(found[2])
+>>>>>>> 07c2aec (The command line says why Redis refused, and takes its words from the table of error codes)
 
     return _PRIVATE.sub(masked, text) if "@" in text else text
 
 
-def this_process_is(name: str) -> None:
-    """Leave `name` readable in logs: a worker is called `celery@host`."""
-    _names.add(name)
+def allow_node_name(name: str) -> None:
+    """Leave this node name (`celery@host`) readable in logs."""
+    _node_names.add(name)
 
 
 def _mask_event(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
@@ -57,14 +64,14 @@ def _mask_event(_logger: Any, _method: str, event: structlog.typing.EventDict) -
 
 
 class _MaskingFormatter(structlog.stdlib.ProcessorFormatter):
-    """Masks the finished line, tracebacks and the `repr` of any object in it included."""
+    """Masks the finished line, including tracebacks and the `repr` of any object in it."""
 
     def format(self, record: logging.LogRecord) -> str:
         return mask_text(super().format(record))
 
 
 def configure(level: int | str = logging.INFO) -> None:
-    """Send all logging of this process, other libraries' too, to stderr: coloured for a terminal, else JSON lines."""
+    """Log to stderr for the whole process, other libraries included: coloured on a terminal, else as JSON lines."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.ExtraAdder(_EXTRAS),
@@ -76,7 +83,7 @@ def configure(level: int | str = logging.INFO) -> None:
     if sys.stderr.isatty():
         final = [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]  # no locals
     else:
-        # Not as ASCII: behind \\u escapes an address would look like something else.
+        # Not as ASCII: an address in \\u escapes would escape the mask.
         json_lines = structlog.processors.JSONRenderer(ensure_ascii=False)
         final = [structlog.processors.format_exc_info, _mask_event, json_lines]
     handler = logging.StreamHandler(sys.stderr)

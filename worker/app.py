@@ -40,7 +40,7 @@ def _configure_logs(loglevel: int | str | None = None, **_: Any) -> None:
 
 @signals.celeryd_init.connect  # type: ignore[untyped-decorator]
 def _before_start(sender: str, options: dict[str, Any] | None = None, **_: Any) -> None:
-    logs.this_process_is(sender)
+    logs.allow_node_name(sender)
     # The service runs on one loop in the worker's own process; a forked or green pool has no part in it.
     pool = (options or {}).get("pool")
     if pool is not None and pool.__module__ not in {"celery.concurrency.thread", "celery.concurrency.solo"}:

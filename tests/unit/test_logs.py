@@ -1,4 +1,4 @@
-"""No whole address in any line, whoever logs it and however it came into it."""
+"""No log line shows a whole address, whichever library writes it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Stderr(io.StringIO):
 
 @pytest.fixture(params=[False, True], ids=["json", "terminal"])
 def stderr(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Stderr]:
-    """Logging at DEBUG as a process of ours sets it up; afterwards as it was."""
+    """Logging at DEBUG as our processes configure it; restored afterwards."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     captured = _Stderr(terminal=request.param)
@@ -44,7 +44,7 @@ def stderr(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 @pytest.fixture
 def stdlib() -> logging.Logger:
-    """A logger of some library."""
+    """Some library's logger."""
     return logging.getLogger("some.library")
 
 
@@ -114,9 +114,7 @@ def test_an_address_in_a_bound_context_is_masked(stderr: _Stderr, stdlib: loggin
     _is_masked(stderr)
 
 
-def test_of_an_international_address_too_only_the_first_character_is_shown(
-    stderr: _Stderr, stdlib: logging.Logger
-) -> None:
+def test_only_the_first_character_of_an_international_address_is_shown(stderr: _Stderr, stdlib: logging.Logger) -> None:
     stdlib.info("to %s", UNICODE_PERSON)
     structlog.get_logger().info("sent", email=UNICODE_PERSON, nested=[UNICODE_PERSON], escaped=ascii(UNICODE_PERSON))
     text = stderr.getvalue()
@@ -125,7 +123,7 @@ def test_of_an_international_address_too_only_the_first_character_is_shown(
         assert ascii(character).strip("'") not in text
 
 
-def test_off_a_terminal_each_line_is_one_json_object(stderr: _Stderr, stdlib: logging.Logger) -> None:
+def test_without_a_terminal_each_line_is_one_json_object(stderr: _Stderr, stdlib: logging.Logger) -> None:
     stdlib.info("to %s", PERSON)
     structlog.get_logger("ours").warning("sent", email=PERSON, tries=2)
     if stderr.terminal:
@@ -137,7 +135,7 @@ def test_off_a_terminal_each_line_is_one_json_object(stderr: _Stderr, stdlib: lo
     assert second["timestamp"].endswith("Z")
 
 
-def test_what_is_below_the_level_is_not_written(stderr: _Stderr, stdlib: logging.Logger) -> None:
+def test_lines_below_the_level_are_not_written(stderr: _Stderr, stdlib: logging.Logger) -> None:
     logs.configure(logging.WARNING)
     stdlib.info("quiet")
     structlog.get_logger().info("quiet")
@@ -176,7 +174,7 @@ def test_a_masked_address_keeps_its_first_character_and_its_domain(email: object
         ("no address here", "no address here"),
     ],
 )
-def test_in_a_text_every_address_is_masked_and_the_rest_stays(text: str, masked: str) -> None:
+def test_every_address_in_a_text_is_masked_and_the_rest_stays(text: str, masked: str) -> None:
     assert logs.mask_text(text) == masked
 
 
