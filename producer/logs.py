@@ -36,20 +36,13 @@ _node_names: set[str] = set()
 
 
 def mask_text(text: str) -> str:
-<<<<<<< HEAD
-    """`text` with all addresses and the users of all URLs masked, but for this process' own name."""
+    """`text` with every address and every URL's login masked, except this process's node name."""
 
     def masked(found: re.Match[str]) -> str:
         address = found["address"]
         if address is None:
             return "://***@" if found["user"] else "://"
-        return found[0] if address in _names else found["colour"] + mask_email(address)
-=======
-    """`text` with everything that looks like an address masked, except this process's node name."""
-
-    def masked(found: re.Match[str]) -> str:
-        return found[0] if found[2] in _node_names else found[1] + mask_email(found[2])
->>>>>>> 07c2aec (The command line says why Redis refused, and takes its words from the table of error codes)
+        return found[0] if address in _node_names else found["colour"] + mask_email(address)
 
     return _PRIVATE.sub(masked, text) if "@" in text else text
 

@@ -74,15 +74,14 @@ def test_send_without_a_worker_says_how_to_start_one(redis_server: RedisServer, 
 def test_a_refused_redis_login_is_told_apart_from_a_server_that_is_down(
     new_redis_server: Callable[..., RedisServer], tmp_path: Path
 ) -> None:
-    with new_redis_server(password="right") as server:
-        url = server.url().replace(":right@", ":wrong@")
-        for words in (("send", A), ("check", A, "123456")):
-            refused = run(*words, directory=tmp_path, VERIFY_REDIS_URL=url)
-            assert "RedisErr (1)" in refused.stdout
-            assert "refused the login" in refused.stdout
-            assert "wrong" not in refused.stdout + refused.stderr
-            down = run(*words, directory=tmp_path, VERIFY_REDIS_URL=NOBODY)
-            assert "refused the login" not in down.stdout
+    url = new_redis_server(password="right").url().replace(":right@", ":wrong@")
+    for words in (("send", A), ("check", A, "123456")):
+        refused = run(*words, directory=tmp_path, VERIFY_REDIS_URL=url)
+        assert "RedisErr (1)" in refused.stdout
+        assert "refused the login" in refused.stdout
+        assert "wrong" not in refused.stdout + refused.stderr
+        down = run(*words, directory=tmp_path, VERIFY_REDIS_URL=NOBODY)
+        assert "refused the login" not in down.stdout
 
 
 def test_redis_down_is_reported_with_its_url_without_the_password(tmp_path: Path) -> None:

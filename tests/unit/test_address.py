@@ -186,7 +186,7 @@ def test_the_local_part_is_sent_as_it_was_written() -> None:
         ("POSTMASTER@example.com", "postmaster@example.com"),
     ],
 )
-def test_spellings_of_one_mailbox_count_as_one(one: str, other: str) -> None:
+def test_spellings_of_one_mailbox_are_equal(one: str, other: str) -> None:
     assert address.parse(one).canonical == address.parse(other).canonical
 
 
@@ -203,7 +203,7 @@ def test_dots_and_plus_tags_make_another_address(one: str, other: str) -> None:
 
 
 @given(st.text(min_size=1, max_size=20).map(lambda local: f"{local}@example.com"))
-def test_the_canonical_form_of_a_canonical_form_is_itself(text: str) -> None:
+def test_the_canonical_form_is_stable(text: str) -> None:
     try:
         found = address.parse(text)
     except InvalidAddress:
@@ -218,7 +218,7 @@ def test_the_canonical_form_of_a_canonical_form_is_itself(text: str) -> None:
     | st.none()
     | st.binary()
 )
-def test_what_is_an_address_is_what_can_be_parsed(raw: object) -> None:
+def test_is_address_agrees_with_parse(raw: object) -> None:
     try:
         address.parse(raw)
     except InvalidAddress:
@@ -230,7 +230,7 @@ def test_what_is_an_address_is_what_can_be_parsed(raw: object) -> None:
 @pytest.mark.parametrize(
     "raw", [" a@example.com ", "a@example.com\n", "a" * 250 + "@b.example", "用户@例子.中国", "", 7]
 )
-def test_it_is_judged_whole(raw: object) -> None:
+def test_is_address_reads_the_whole_string(raw: object) -> None:
     try:
         expected = bool(address.parse(raw))
     except InvalidAddress:
