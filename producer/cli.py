@@ -81,7 +81,7 @@ def send(
         ErrorCode.TIMEOUT: f"Waited {settings.reply_timeout:g} s (VERIFY_REPLY_TIMEOUT) for a worker on queue"
         f" {settings.queue!r}; `celery -A worker.app worker` starts one.",
     }
-    _answer(email, error, [*warnings, details.get(error, "")], as_json=as_json)
+    _answer(email, error, warnings, details.get(error), as_json=as_json)
 
 
 @app.command(epilog=EPILOG)
@@ -95,7 +95,7 @@ def check(
     with _client() as (client, settings, warnings):
         error = client.check(email, code, purpose=purpose).error
     details = {ErrorCode.REDIS_ERR: _servers(settings.codes_url)}
-    _answer(email, error, [*warnings, details.get(error, "")], as_json=as_json)
+    _answer(email, error, warnings, details.get(error), as_json=as_json)
 
 
 @app.command()
@@ -177,8 +177,9 @@ def _client() -> Iterator[tuple[VerificationClient, Settings, list[str]]]:
         raise typer.Exit(1) from None
 
 
-def _answer(email: str, error: ErrorCode, details: list[str], *, as_json: bool) -> None:
-    said = [error.meaning, *filter(None, details), error.advice]
+def _answer(email: str, error: ErrorCode, warnings: list[str], detail: str | None, *, as_json: bool) -> None:
+    # What the client logged is more precise than the table.
+    said = [*(warnings or [error.meaning]), *([detail] if detail else []), error.advice]
     if as_json:
         typer.echo(json.dumps({"email": email, "error": int(error), "name": error.title, "meaning": " ".join(said)}))
     else:
