@@ -1,41 +1,52 @@
-"""The asyncio client."""
+"""The asyncio client. Each verb is declared here, once; `producer.client` offers the same verbs to threads."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from producer.contract import DEFAULT_PURPOSE, CheckResult, Reply
-from producer.core.requests import ClientCore, RequestObserver, build_request
+from producer.contract import DEFAULT_PURPOSE, CheckResult, ErrorCode, Reply, is_purpose
+from producer.core.deadlines import Deadlines
+from producer.core.publisher import Publisher
+from producer.core.replies import Replies
+from producer.core.requests import RequestObserver, build_request, certain_error, encode, is_text, require_request_id
+from producer.errors import QueueFull, RedisUnavailable
+from producer.redis.connection import REDIS_TIMEOUT, TOO_LATE, RedisConnection, check_version, raise_errors
 from producer.settings import Settings, load
+from producer.store.codes import CodePolicy, CodeStore
+from producer.tracing.setup import of_application
 
 if TYPE_CHECKING:
-    from producer.tracing.spans import Traces
+    from producer.tracing.spans import Sending, Traces
+
+logger = logging.getLogger(__name__)
 
 
 class AsyncVerificationClient:
-    """Asks for verification codes and checks them, for thousands of tasks at once over one connection each way.
+    """Asks for verification codes and checks them: thousands of tasks at once over one connection each way.
 
-    Opens its connections at the first use, on the loop that runs then; on another loop, or in a forked process, it
-    opens its own. Use it as `async with`, or `close()` it. Not safe for threads: see `producer.client` for those.
-    Every verb may raise `ServerTooOld`, and `RuntimeError` once the client is closed.
+    Connects at the first use, on the loop that runs then; on another loop, or in a forked process, it connects anew.
+    Use it with `async with`, or `close()` it. Not thread-safe: threads use `producer.client`. A task may be cancelled
+    at any time. Every verb may raise `ServerTooOld`, and `RuntimeError` once the client is closed.
     """
 
     def __init__(
         self, settings: Settings | None = None, *, max_queue: int | None = None, traces: Traces | None = None
     ) -> None:
-        """`settings`: what is in force; read from the environment if not given, which may raise `BadSetting`.
+        """`settings`: by default read from the environment, which may raise `BadSetting`.
 
-        `max_queue`: with more requests waiting in the queue, `request` answers `TOO_MANY_REQUESTS` and `enqueue` raises
-        `QueueFull`; None: the queue may grow. `traces`: None: those of the application, if it has set up OpenTelemetry
-        before the first use.
+        `max_queue`: while more requests than this wait in the queue, `request` answers `TOO_MANY_REQUESTS` and
+        `enqueue` raises `QueueFull`; by default the queue may grow without limit. `traces`: by default those of the
+        application, if it has set up OpenTelemetry before the first use.
         """
         self._settings = settings or load()
+        self._store = CodeStore(CodePolicy.of(self._settings))
         self._max_queue = max_queue
         self._traces = traces
-        self._asker: ClientCore | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._on_loop: _OnLoop | None = None
         self._closed = False
 
     async def request(
@@ -46,50 +57,108 @@ class AsyncVerificationClient:
         locale: str | None = None,
         observer: RequestObserver | None = None,
     ) -> Reply:
-        """Ask for a code and wait until a relay accepted the mail or it is certain that none will.
+        """Ask for a code. Waits until a relay has accepted the mail, or it is certain that none will.
 
-        Answers within `VERIFY_REPLY_TIMEOUT` seconds (`TIMEOUT`: unknown, ask again), and within 3 s with `REDIS_ERR`
-        if Redis cannot be reached; for neither does it raise. What is no address or no purpose is answered at once.
-        A locale that is unknown, or not a string, means the worker's own. `email` comes back as it was given.
-        A `follower` is told of the request on its way out.
+        Answers within `VERIFY_REPLY_TIMEOUT` seconds (`TIMEOUT`: the outcome is unknown, ask again), and within 3 s
+        with `REDIS_ERR` if Redis cannot be reached; it raises for neither. An invalid address or purpose is answered
+        at once. With an unknown locale, or one that is not a string, the worker uses its own. `email` comes back as
+        given. `observer` is called while the request is being put on the queue.
         """
-        return await self._here().request(build_request(email, purpose, locale), observer)
+        here = self._here()
+        request = build_request(email, purpose, locale)
+        if (error := certain_error(request)) is not None:
+            return Reply(email, error)
+        request_id = here.replies.ids.new()
+        span = here.start_span(request_id)
+        message = encode(request, request_id, here.queue, None if span is None else span.headers)
+        if observer is not None:
+            observer.on_publish(request_id)
+        reply = here.replies.expect(request_id)
+        here.deadlines.watch(reply)
+        here.publisher.expect(reply)
+        try:
+            # One future for the whole way: whatever goes wrong before the reply arrives is set on it.
+            if not here.replies.listening:
+                await here.replies.listen(reply)
+            here.publisher.post(message, reply, _confirmed(span, observer))
+            return Reply(email, await reply)
+        except QueueFull as exc:
+            if span is not None:
+                span.end(exc)
+            return Reply(email, ErrorCode.TOO_MANY_REQUESTS)
+        except OSError as exc:  # RedisUnavailable is one
+            logger.warning("request %s was not put on the queue: %s", request_id, exc)
+            if span is not None:
+                span.end(exc)
+            return Reply(email, ErrorCode.REDIS_ERR)
+        finally:
+            here.replies.forget(request_id)
+            here.publisher.forget(reply)
+            here.deadlines.forget(reply)
+            if span is not None:
+                span.end()
 
     async def enqueue(
         self, email: Any, *, purpose: str = DEFAULT_PURPOSE, locale: str | None = None, request_id: str | None = None
     ) -> str:
         """Ask for a code without waiting for the reply. Returns the request id once Redis has the request.
 
-        The same `request_id` sent again is the same request: it brings no second mail. Raises `RedisUnavailable`
-        within 3 s; the request may then be on the queue or not, and can be sent again with the same id. Raises
-        `ValueError` for a `request_id` that is no printable string of 1 to 255 bytes, `TypeError` for an email that
-        JSON cannot say.
+        The same `request_id` sent again is the same request: there is no second mail. Raises `RedisUnavailable` within
+        3 s: the request may be on the queue or not, and can be sent again with the same id. Raises `ValueError` unless
+        `request_id` is a printable string of 1 to 255 bytes, `TypeError` for an email that JSON cannot hold.
         """
-        return await self._here().enqueue(build_request(email, purpose, locale), request_id)
+        here = self._here()
+        if request_id is None:
+            request_id = here.replies.ids.new()
+        else:
+            require_request_id(request_id)
+        request = build_request(email, purpose, locale)
+        span = here.start_span(request_id)
+        try:
+            message = encode(request, request_id, here.queue, None if span is None else span.headers)
+            await here.publisher.publish(message)
+        except Exception as exc:
+            if span is not None:
+                span.end(exc)
+            raise
+        finally:
+            if span is not None:
+                span.end()
+        return request_id
 
     async def check(self, email: str, code: str, *, purpose: str = DEFAULT_PURPOSE) -> CheckResult:
-        """Whether `code` is the live one: `SUCCESS` (and it is consumed), `VARIFY_CODE_ERR` or `VARIFY_EXPIRED`.
+        """Check a code: `SUCCESS` (it is consumed now), `VARIFY_CODE_ERR` or `VARIFY_EXPIRED`.
 
-        `REDIS_ERR` within 3 s if Redis cannot be reached; the code may then be consumed or not.
+        `REDIS_ERR` within 3 s if Redis cannot be reached: the code may be consumed or not. Each check counts as an
+        attempt, so the client never repeats one by itself.
         """
-        return await self._here().check(email, code, purpose)
+        here = self._here()
+        if not is_text(email) or not is_purpose(purpose):  # no code is ever stored for such a pair
+            return CheckResult(email, ErrorCode.VARIFY_EXPIRED)
+        if not is_text(code):
+            return CheckResult(email, ErrorCode.VARIFY_CODE_ERR)
+        try:
+            async with asyncio.timeout(REDIS_TIMEOUT):
+                [answer] = raise_errors(await here.codes.run([self._store.check(email, code, purpose)]))
+        except OSError as exc:
+            logger.warning("a code could not be checked: %s", str(exc) or TOO_LATE)
+            return CheckResult(email, ErrorCode.REDIS_ERR)
+        return self._store.read_check(email, answer)
 
     async def close(self) -> None:
         """Close the connections. Requests that still wait are answered `TIMEOUT`."""
         self._closed = True
-        asker, self._asker = self._asker, None
-        if asker is not None and self._loop is asyncio.get_running_loop():
-            await asker.close()
+        here, self._on_loop = self._on_loop, None
+        if here is not None and here.loop is asyncio.get_running_loop():
+            await here.close()
 
-    def _here(self) -> ClientCore:
+    def _here(self) -> _OnLoop:
         if self._closed:
             raise RuntimeError("the client is closed")
-        loop = asyncio.get_running_loop()
-        if self._asker is None or self._loop is not loop:
-            # The former loop's connections died with it.
-            self._asker = ClientCore(self._settings, max_queue=self._max_queue, traces=self._traces)
-            self._loop = loop
-        return self._asker
+        here = self._on_loop
+        if here is None or here.loop is not asyncio.get_running_loop():  # the other loop's connections died with it
+            here = self._on_loop = _OnLoop(self._settings, self._max_queue, self._traces or of_application())
+        return here
 
     async def __aenter__(self) -> Self:
         return self
@@ -98,3 +167,50 @@ class AsyncVerificationClient:
         self, _kind: type[BaseException] | None, _exc: BaseException | None, _tb: TracebackType | None
     ) -> None:
         await self.close()
+
+
+class _OnLoop:
+    """The part of a client that belongs to one event loop."""
+
+    def __init__(self, settings: Settings, max_queue: int | None, traces: Traces | None) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.queue = settings.queue
+        self.publisher = Publisher(settings.broker_url, settings.queue, limit=max_queue)
+        self.replies = Replies(settings.results_url)
+        self.codes = RedisConnection(settings.codes_url, on_open=check_version)
+        self.deadlines = Deadlines(settings.reply_timeout, self._expire)
+        self._traces = traces
+
+    @property
+    def pending(self) -> int:
+        """How many messages are on their way out, plus how many replies are awaited."""
+        return len(self.publisher) + len(self.replies)
+
+    def start_span(self, request_id: str) -> Sending | None:
+        return None if self._traces is None else self._traces.sending(self.queue, request_id)
+
+    async def close(self) -> None:
+        await self.publisher.close()
+        await self.replies.close()
+        await self.codes.close()
+        self.deadlines.close()
+
+    def _expire(self, reply: asyncio.Future[ErrorCode]) -> None:
+        if self.publisher.unconfirmed(reply):
+            reply.set_exception(RedisUnavailable(TOO_LATE))
+        else:
+            reply.set_result(ErrorCode.TIMEOUT)
+
+
+def _confirmed(span: Sending | None, observer: RequestObserver | None) -> Callable[[], None] | None:
+    """What to call once Redis has the message."""
+    if span is None:
+        return None if observer is None else observer.on_confirmed
+    if observer is None:
+        return span.end
+
+    def both() -> None:
+        span.end()
+        observer.on_confirmed()
+
+    return both

@@ -1,14 +1,15 @@
-"""The blocking client, for threads: hands everything to one event loop on a thread of its own.
+"""The blocking client, for threads: runs the asyncio client on one event loop, on a thread of its own.
 
-A blocking socket bounds each read, not the whole: a connection that trickles, or a slow name server, would break the
-3 s in which "Redis cannot be reached" is promised. On a loop everything has one deadline, and many threads share one
-connection each way.
+A blocking socket limits the time of each read but not of the whole answer: a server that trickles, or a slow name
+server, would break the promise that "Redis cannot be reached" is said within 3 s. An event loop limits the whole, and
+many threads share one connection each way.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import selectors
 import threading
@@ -16,61 +17,53 @@ import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from producer.contract import DEFAULT_PURPOSE, CheckResult, Reply
-from producer.core.requests import ClientCore, build_request
+from producer.aio import AsyncVerificationClient
 from producer.settings import Settings, load
 
-CLOSE_TIMEOUT = 1.0  # seconds in which those who still wait at close() are told so
+CLOSE_TIMEOUT = 1.0  # seconds in which close() gets its answer to those who still wait
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class VerificationClient:
-    """Asks for verification codes and checks them. One for the whole process; threads may share it, and wait at once.
+def blocking(
+    verb: Callable[Concatenate[AsyncVerificationClient, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[VerificationClient, P], T]:
+    """The same verb for the blocking client: signature and documentation stay, and the caller waits."""
 
-    Opens its connections and its thread at the first use; a forked process opens its own. Use it as `with`, or
-    `close()` it; one that is forgotten closes itself when it is collected. Every verb may raise `ServerTooOld`, and
+    @functools.wraps(verb)
+    def wait(self: VerificationClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        future = self._start(lambda client: verb(client, *args, **kwargs))
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # an interrupted caller leaves nothing behind; a future that is done stays done
+
+    return wait
+
+
+class VerificationClient:
+    """Asks for verification codes and checks them. Make one for the whole process: all threads may share it.
+
+    Opens its connections and its thread at the first use; a forked process opens its own. Use it with `with`, or
+    `close()` it; a client that is garbage-collected closes itself. Every verb may raise `ServerTooOld`, and
     `RuntimeError` once the client is closed.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
-        """`settings`: what is in force; read from the environment if not given, which may raise `BadSetting`."""
+        """`settings`: by default read from the environment, which may raise `BadSetting`."""
         self._settings = settings or load()
         self._lock = threading.Lock()
         self._thread: _LoopThread | None = None
-        self._stop: Callable[[], object] = _nothing
+        self._stop: Callable[[], object] = _do_nothing
         self._closed = False
         _clients.add(self)
 
-    def request(self, email: Any, *, purpose: str = DEFAULT_PURPOSE, locale: str | None = None) -> Reply:
-        """Ask for a code and wait until a relay accepted the mail or it is certain that none will.
-
-        Answers within `VERIFY_REPLY_TIMEOUT` seconds (`TIMEOUT`: unknown, ask again), and within 3 s with `REDIS_ERR`
-        if Redis cannot be reached; for neither does it raise. What is no address or no purpose is answered at once.
-        A locale that is unknown, or not a string, means the worker's own. `email` comes back as it was given.
-        """
-        return self._run(lambda asker: asker.request(build_request(email, purpose, locale)))
-
-    def enqueue(
-        self, email: Any, *, purpose: str = DEFAULT_PURPOSE, locale: str | None = None, request_id: str | None = None
-    ) -> str:
-        """Ask for a code without waiting for the reply. Returns the request id once Redis has the request.
-
-        The same `request_id` sent again is the same request: it brings no second mail. Raises `RedisUnavailable`
-        within 3 s; the request may then be on the queue or not, and can be sent again with the same id. Raises
-        `ValueError` for a `request_id` that is no printable string of 1 to 255 bytes, `TypeError` for an email that
-        JSON cannot say.
-        """
-        return self._run(lambda asker: asker.enqueue(build_request(email, purpose, locale), request_id))
-
-    def check(self, email: str, code: str, *, purpose: str = DEFAULT_PURPOSE) -> CheckResult:
-        """Whether `code` is the live one: `SUCCESS` (and it is consumed), `VARIFY_CODE_ERR` or `VARIFY_EXPIRED`.
-
-        `REDIS_ERR` within 3 s if Redis cannot be reached; the code may then be consumed or not.
-        """
-        return self._run(lambda asker: asker.check(email, code, purpose))
+    request = blocking(AsyncVerificationClient.request)
+    enqueue = blocking(AsyncVerificationClient.enqueue)
+    check = blocking(AsyncVerificationClient.check)
 
     def close(self) -> None:
         """Close the connections and end the thread. Requests that still wait are answered `TIMEOUT`."""
@@ -79,18 +72,14 @@ class VerificationClient:
             self._thread = None
         self._stop()
 
-    def _run(self, verb: Callable[[ClientCore], Coroutine[Any, Any, T]]) -> T:
+    def _start(self, verb: Callable[[AsyncVerificationClient], Coroutine[Any, Any, T]]) -> Future[T]:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the client is closed")
             if self._thread is None:
                 self._thread = _LoopThread(self._settings)
                 self._stop = weakref.finalize(self, self._thread.stop)
-            future = self._thread.submit(verb)
-        try:
-            return future.result()
-        finally:
-            future.cancel()  # a caller that was interrupted leaves nothing; what is done stays done
+            return self._thread.submit(verb)
 
     def _after_fork(self) -> None:
         # The lock may be held by a thread that does not exist here, and the loop belongs to the parent.
@@ -98,7 +87,7 @@ class VerificationClient:
         if self._thread is not None:
             self._thread.disown()
             self._thread = None
-            self._stop = _nothing
+            self._stop = _do_nothing
 
     def __enter__(self) -> Self:
         return self
@@ -110,25 +99,19 @@ class VerificationClient:
 
 
 class _LoopThread:
-    """An event loop on a daemon thread. Knows no client, so that a forgotten client can be collected."""
+    """An event loop on a daemon thread. It does not refer to its client, so that the client can be collected."""
 
     def __init__(self, settings: Settings) -> None:
         self._process = os.getpid()
         self._selector = selectors.DefaultSelector()
         self._loop = asyncio.SelectorEventLoop(self._selector)
-        self._settings = settings
-        self._asker: ClientCore | None = None
+        self.client = AsyncVerificationClient(settings)
         self._thread = threading.Thread(target=self._serve, name="verification-client", daemon=True)
         self._thread.start()
 
-    def submit(self, verb: Callable[[ClientCore], Coroutine[Any, Any, T]]) -> Future[T]:
-        """Start the verb on the loop; a future of its outcome."""
-        return asyncio.run_coroutine_threadsafe(self._with_asker(verb), self._loop)
-
-    async def _with_asker(self, verb: Callable[[ClientCore], Coroutine[Any, Any, T]]) -> T:
-        if self._asker is None:
-            self._asker = ClientCore(self._settings)
-        return await verb(self._asker)
+    def submit(self, verb: Callable[[AsyncVerificationClient], Coroutine[Any, Any, T]]) -> Future[T]:
+        """Start the verb on the loop."""
+        return asyncio.run_coroutine_threadsafe(verb(self.client), self._loop)
 
     def _serve(self) -> None:
         try:
@@ -137,17 +120,16 @@ class _LoopThread:
             self._loop.close()
 
     def stop(self) -> None:
-        """Tell those who still wait, close the connections, end the thread."""
+        """Answer those who still wait, close the connections, end the thread."""
         if os.getpid() != self._process or not self._thread.is_alive():
             return
         asyncio.run_coroutine_threadsafe(self._end(), self._loop)
-        if threading.current_thread() is not self._thread:  # a collector may run anywhere
+        if threading.current_thread() is not self._thread:  # the garbage collector may run on any thread
             self._thread.join(2 * CLOSE_TIMEOUT)
 
     async def _end(self) -> None:
         try:
-            if self._asker is not None:
-                await self._asker.close()
+            await self.client.close()
             others = asyncio.all_tasks() - {asyncio.current_task()}
             if others:
                 await asyncio.wait(others, timeout=CLOSE_TIMEOUT)
@@ -155,10 +137,10 @@ class _LoopThread:
             self._loop.stop()
 
     def disown(self) -> None:
-        """In a forked process: let go of the parent's sockets, without a word to the server or to the shared selector.
+        """In a forked process: let go of the parent's sockets without disturbing its connections or its selector.
 
-        An inherited socket would keep the parent's connection open after the parent closed it. Each descriptor is
-        pointed elsewhere rather than closed: its number stays taken for the Python object that will close it.
+        An inherited socket would keep the parent's connection open after the parent has closed it. Each descriptor is
+        redirected rather than closed: its number stays taken until the Python object that owns it closes it.
         """
         nowhere = os.open(os.devnull, os.O_RDWR)
         numbers = [key.fd for key in list(self._selector.get_map().values())]
@@ -170,11 +152,11 @@ class _LoopThread:
         os.close(nowhere)
 
 
-def _nothing() -> None:
-    """What there is to stop before the first use."""
+def _do_nothing() -> None:
+    """Stops a client that was never used."""
 
 
-_clients: weakref.WeakSet[VerificationClient] = weakref.WeakSet()
+_clients: weakref.WeakSet[VerificationClient] = weakref.WeakSet()  # a fork concerns all clients of the process
 
 
 def _after_fork() -> None:

@@ -1,1 +1,1 @@
-"""What both clients are made of."""
+"""The parts of the client: requests, the publisher, replies and deadlines."""

@@ -1,6 +1,6 @@
-"""The way out: what arrives while a push is under way leaves together with the next, each request its own message.
+"""Pushes requests onto the queue. While one push is under way, further requests gather and leave with the next.
 
-There is no timer, so a lone request never waits, and a crowd shares the cost.
+There is no timer, so a lone request never waits, and a crowd shares the cost. Each request stays its own message.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from producer.errors import QueueFull, RedisUnavailable, VerifyError
 from producer.redis.connection import REDIS_TIMEOUT, TOO_LATE, RedisConnection, check_version, raise_errors
 from producer.store import backlog
 
-MOST_IN_A_PUSH = 500  # messages of some 800 bytes: a crowd's first reply need not wait for its last push
+MAX_PUSH = 500  # messages of about 800 bytes: the first reply of a crowd need not wait for the crowd's last message
 
-Outcome = asyncio.Future[Any]  # what becomes of a message, for whoever sends it
+Outcome = asyncio.Future[Any]  # what becomes of one message
 
 
 class Publisher:
     """Messages on their way to the queue, on one event loop."""
 
     def __init__(self, url: str, queue: str, *, limit: int | None = None) -> None:
-        """`limit`: with more requests waiting in the queue than this, nothing is added to it."""
+        """`limit`: while more requests than this wait in the queue, nothing is added to it."""
         self._queue = queue
         self._limit = limit
-        self._link = RedisConnection(url, on_open=check_version)
+        self._connection = RedisConnection(url, on_open=check_version)
         self._waiting: dict[Outcome, bytes] = {}
-        self._on_confirmed: dict[Outcome, Callable[[], None]] = {}  # called once Redis has the message
+        self._on_confirmed: dict[Outcome, Callable[[], None]] = {}
         self._deadlines = Deadlines(REDIS_TIMEOUT, lambda outcome: outcome.set_exception(RedisUnavailable(TOO_LATE)))
         self._pusher: asyncio.Task[None] | None = None
         self._closed = False
@@ -38,15 +38,15 @@ class Publisher:
         return len(self._waiting)
 
     def expect(self, outcome: Outcome) -> None:
-        """A message will be posted: from now on it has `REDIS_PATIENCE` seconds to arrive."""
+        """A message will be posted: from now on it has `REDIS_TIMEOUT` seconds to reach Redis."""
         self._deadlines.watch(outcome)
 
     def post(self, message: bytes, outcome: Outcome, on_confirmed: Callable[[], None] | None = None) -> None:
-        """Send it with the next push, unless `outcome` is known by then.
+        """Send the message with the next push, unless `outcome` is done by then.
 
-        If Redis does not confirm it, `outcome` fails: with `RedisUnavailable`, and Redis may have the message even so;
-        with `QueueFull`; or with `ServerTooOld`. Redis may also have it twice. `herald` is called once Redis confirms
-        it, unless `outcome` is known before.
+        Calls `on_confirmed` once Redis has the message, unless `outcome` is done before. If Redis does not confirm,
+        `outcome` fails with `RedisUnavailable` (Redis may have the message even so, once or twice), `QueueFull` or
+        `ServerTooOld`.
         """
         if outcome.done():
             return
@@ -60,17 +60,17 @@ class Publisher:
             self._pusher = asyncio.create_task(self._push_all())
 
     def forget(self, outcome: Outcome) -> None:
-        """Nobody waits for it any more; a message that did not leave yet never will."""
+        """Nobody waits for the outcome any more: do not send the message if it is not sent yet."""
         self._waiting.pop(outcome, None)
         self._on_confirmed.pop(outcome, None)
         self._deadlines.forget(outcome)
 
-    def owes(self, outcome: Outcome) -> bool:
-        """Whether Redis has not confirmed the message."""
+    def unconfirmed(self, outcome: Outcome) -> bool:
+        """Whether Redis has not confirmed the message yet."""
         return outcome in self._deadlines
 
-    async def push(self, message: bytes) -> None:
-        """Wait until Redis has the message; fails as `post` does."""
+    async def publish(self, message: bytes) -> None:
+        """Send the message and wait until Redis has it. Raises what `post` sets on its outcome."""
         sent = asyncio.get_running_loop().create_future()
         self.expect(sent)
         self.post(message, sent, lambda: sent.set_result(None))
@@ -80,7 +80,7 @@ class Publisher:
             self.forget(sent)
 
     async def close(self) -> None:
-        """Drop the connection; what is on its way fails."""
+        """Close the connection. What is not confirmed fails."""
         self._closed = True
         if self._pusher is not None:
             self._pusher.cancel()
@@ -88,11 +88,11 @@ class Publisher:
             if not outcome.done():
                 outcome.set_exception(RedisUnavailable("the client was closed"))
         self._deadlines.close()
-        await self._link.close()
+        await self._connection.close()
 
     async def _push_all(self) -> None:
         try:
-            while batch := dict(islice(self._waiting.items(), MOST_IN_A_PUSH)):
+            while batch := dict(islice(self._waiting.items(), MAX_PUSH)):
                 failure: VerifyError | None = None
                 refused: list[Outcome] = []
                 try:
@@ -108,7 +108,7 @@ class Publisher:
                     if outcome.done():
                         continue
                     if failure is not None:
-                        # An exception object collects the traceback of each that raises it: one for each.
+                        # A copy for each: an exception object collects the traceback of everyone who raises it.
                         outcome.set_exception(type(failure)(str(failure)))
                     elif on_confirmed is not None:
                         on_confirmed()
@@ -116,13 +116,13 @@ class Publisher:
             self._pusher = None
 
     async def _push_batch(self, batch: dict[Outcome, bytes]) -> list[Outcome]:
-        """Push what is still wanted. Returns those for which the queue has no room."""
+        """Push what is still wanted. Returns the outcomes of messages for which the queue has no room."""
         wanted = [outcome for outcome in batch if not outcome.done()]
         try:
             replies = await self._push(wanted, batch)
         except RedisUnavailable:
-            # Perhaps only this connection was lost. A message that arrived twice has the same id twice, so it is still
-            # one request.
+            # Perhaps only this connection was lost. A message that arrives twice has the same id, so it stays one
+            # request.
             wanted = [outcome for outcome in wanted if not outcome.done()]
             if not wanted:
                 return []
@@ -132,4 +132,4 @@ class Publisher:
 
     async def _push(self, wanted: list[Outcome], batch: dict[Outcome, bytes]) -> list[Any]:
         messages = [batch[outcome] for outcome in wanted]
-        return await self._link.run([backlog.push(self._queue, messages, limit=self._limit)])
+        return await self._connection.run([backlog.push(self._queue, messages, limit=self._limit)])

@@ -1,4 +1,4 @@
-"""The way back: one subscription hears the replies to all ids that share its beginning; futures by id."""
+"""Receives replies: all request ids of a client share a prefix, so one subscription hears every reply."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 from producer.contract import REPLY_KEY_PREFIX, ErrorCode, new_uuid, read_reply, reply_key
 from producer.errors import RedisUnavailable, VerifyError
-from producer.redis.connection import RedisConnection, judge_version, raise_errors
+from producer.redis.connection import RedisConnection, raise_errors, require_version
 
 logger = logging.getLogger(__name__)
 
-PING_EVERY = 0.5  # seconds; how old the connection's last sign of life may be while someone waits
+PING_EVERY = 0.5  # seconds; while someone waits, the connection's last sign of life may be this old
 _PREFIX = len(REPLY_KEY_PREFIX)
-_SHARED = len("xxxxxxxx-xxxx-4xxx-")  # 60 random bits of a UUID that all ids of one inbox share; 62 are the request's
+_SHARED = len("xxxxxxxx-xxxx-4xxx-")  # 60 random bits of the UUID are the client's; the other 62 are the request's
 
 
 class RequestIds:
-    """Request ids: UUIDs (version 4) with one random beginning, so that one pattern hears the replies to them all."""
+    """Request ids: UUIDs (version 4) with one random prefix, so that one pattern matches the replies to them all."""
 
     def __init__(self) -> None:
         self._shared = new_uuid()[:_SHARED]
@@ -30,14 +30,14 @@ class RequestIds:
         return self._shared + new_uuid()[_SHARED:]
 
 
-class Inbox:
-    """Replies that are waited for, on one event loop."""
+class Replies:
+    """Replies that someone waits for, on one event loop."""
 
     def __init__(self, url: str) -> None:
         self.ids = RequestIds()
         self._loop = asyncio.get_running_loop()
-        self._link = RedisConnection(url, on_push=self._hear, on_open=self._subscribe)
-        # A subscribed connection takes no other commands, so what was missed is read over one of its own.
+        self._connection = RedisConnection(url, on_push=self._receive, on_open=self._subscribe)
+        # A subscribed connection takes no other commands, so missed replies are read over a second one.
         self._missed = RedisConnection(url)
         self._waiting: dict[str, asyncio.Future[ErrorCode]] = {}
         self._heard = -math.inf  # loop time of the connection's last sign of life
@@ -51,55 +51,55 @@ class Inbox:
     @property
     def listening(self) -> bool:
         """Whether it is subscribed, on a connection that gave a sign of life just now."""
-        return self._link.connected and self._loop.time() - self._heard < PING_EVERY
+        return self._connection.connected and self._loop.time() - self._heard < PING_EVERY
 
     async def listen(self, reply: asyncio.Future[ErrorCode]) -> None:
-        """Be listening, unless `reply` is known before. If that is not possible, `reply` fails."""
-        ping = self._be_sure()
+        """Wait until it is listening or `reply` is done. If it cannot listen, `reply` fails."""
+        ping = self._shared_ping()
         either: list[asyncio.Future[Any]] = [ping, reply]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not reply.done() and (failure := ping.exception()) is not None:
-            # An exception object collects the traceback of each that raises it: one for each.
+            # A copy for each: an exception object collects the traceback of everyone who raises it.
             reply.set_exception(type(failure)(*failure.args))
 
     def expect(self, request_id: str) -> asyncio.Future[ErrorCode]:
-        """The future reply to a request that is pushed after this."""
+        """The future reply to a request that is about to be pushed."""
         reply = self._waiting[request_id] = self._loop.create_future()
         if self._keeper is None:
             self._keeper = asyncio.create_task(self._keep_listening())
         return reply
 
     def forget(self, request_id: str) -> None:
-        """Nobody waits for its reply any more."""
+        """Nobody waits for this reply any more."""
         self._waiting.pop(request_id, None)
 
     async def close(self) -> None:
-        """Drop the connections; the outcome of what is waited for is unknown."""
+        """Close the connections. Replies that are still missing become `TIMEOUT`."""
         self._closed = True
         if self._keeper is not None:
             self._keeper.cancel()
         for reply in self._waiting.values():
             if not reply.done():
                 reply.set_result(ErrorCode.TIMEOUT)
-        await self._link.close()
+        await self._connection.close()
         await self._missed.close()
 
-    def _be_sure(self) -> asyncio.Task[None]:
-        """Ends when it is listening, or fails. One for all: who waits for it does not cancel it."""
+    def _shared_ping(self) -> asyncio.Task[None]:
+        """A task that ends once it is listening, or fails. All callers share it, and none cancels it."""
         if self._ping is None:
             self._ping = asyncio.create_task(self._ping_once())
-            self._ping.add_done_callback(_seen)
+            self._ping.add_done_callback(_retrieve_exception)
         return self._ping
 
     async def _ping_once(self) -> None:
         try:
             if self._closed:
                 raise RedisUnavailable("the client was closed")
-            # Commands are answered in order, and a new connection's first one subscribes: the answer means both.
+            # A new connection subscribes before it takes this command, so the answer proves the subscription too.
             try:
-                await self._link.run([("PING",)])
+                await self._connection.run([("PING",)])
             except RedisUnavailable:
-                await self._link.run([("PING",)])  # perhaps only that connection was lost
+                await self._connection.run([("PING",)])  # perhaps only that connection was lost
             self._heard = self._loop.time()
         finally:
             self._ping = None
@@ -111,18 +111,17 @@ class Inbox:
                 await asyncio.sleep(PING_EVERY)
                 if not self.listening:
                     try:
-                        await asyncio.shield(self._be_sure())
+                        await asyncio.shield(self._shared_ping())
                     except VerifyError as exc:
-                        logger.warning("replies cannot be heard: %s", exc)
+                        logger.warning("cannot listen for replies: %s", exc)
         finally:
             self._keeper = None
 
-    async def _subscribe(self, link: RedisConnection) -> None:
-        info, subscribed = await link.run([("INFO", "server"), ("PSUBSCRIBE", self.ids.pattern)])
-        judge_version(info)
+    async def _subscribe(self, connection: RedisConnection) -> None:
+        info, subscribed = await connection.run([("INFO", "server"), ("PSUBSCRIBE", self.ids.pattern)])
+        require_version(info)
         raise_errors([subscribed])
-        # What was published while nobody listened is stored; what is published from now on is heard. Before the first
-        # subscription nothing was asked.
+        # What was published while the connection was away is stored. Before the first subscription, nothing was asked.
         ids = list(self._waiting) if math.isfinite(self._heard) else []
         if ids:
             try:
@@ -133,7 +132,7 @@ class Inbox:
                 if payload is not None:
                     self._resolve(request_id, payload)
 
-    def _hear(self, push: list[bytes]) -> None:
+    def _receive(self, push: list[bytes]) -> None:
         self._heard = self._loop.time()
         channel, payload = push[-2:]
         self._resolve(channel[_PREFIX:].decode(errors="replace"), payload)
@@ -145,11 +144,11 @@ class Inbox:
         try:
             reply.set_result(read_reply(payload).error)
         except (ValueError, RecursionError):
-            # Anyone may publish on the channel; the true reply may still come.
-            logger.warning("what was published as the reply to request %s is none", request_id)
+            # Anyone may publish on the channel; the real reply may still come.
+            logger.warning("ignored an invalid reply to request %s", request_id)
 
 
-def _seen(task: asyncio.Task[None]) -> None:
-    """A failure was told to those who waited; if all of them went, to nobody."""
+def _retrieve_exception(task: asyncio.Task[None]) -> None:
+    """Keep asyncio from logging a failure that nobody waits for any more."""
     if not task.cancelled():
         task.exception()

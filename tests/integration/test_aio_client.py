@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import redis as redis_py
-from support.fake_worker import FakeWorker, Taken, connections, read, settings
+from support.fake_worker import FakeWorker, Taken, connections, pending, read, settings
 from support.redis_server import RedisServer
 from support.tcp_proxy import TcpProxy
 
@@ -31,11 +31,7 @@ NewServer = Callable[..., RedisServer]
 async def opened(server: RedisServer, **more: Any) -> AsyncIterator[AsyncVerificationClient]:
     async with AsyncVerificationClient(settings(server, **more)) as client:
         yield client
-        assert waiting(client) == 0
-
-
-def waiting(client: AsyncVerificationClient) -> int:
-    return client._asker.waiting if client._asker is not None else 0
+        assert pending(client) == 0
 
 
 async def eventually(true: Callable[[], bool], within: float = 5.0) -> bool:
@@ -146,11 +142,11 @@ class TestACrowd:
             async with opened(redis_server) as client:
                 tasks = [asyncio.create_task(client.request(A)) for _ in range(100)]
                 await asyncio.sleep(0.1)
-                assert waiting(client) == 100
+                assert pending(client) == 100
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-                assert waiting(client) == 0
+                assert pending(client) == 0
 
         asyncio.run(work())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import subprocess
 import sys
@@ -16,10 +17,11 @@ from typing import Any
 
 import pytest
 import redis as redis_py
-from support.fake_worker import FakeWorker, Taken, connections, read, settings
+from support.fake_worker import FakeWorker, Taken, connections, pending, read, settings
 from support.redis_server import RedisServer
 from support.tcp_proxy import TcpProxy
 
+from producer.aio import AsyncVerificationClient
 from producer.client import VerificationClient
 from producer.contract import CheckResult, ErrorCode, Reply
 from producer.errors import RedisLoginRefused, RedisUnavailable, ServerTooOld
@@ -40,8 +42,7 @@ def client(redis_server: RedisServer) -> Iterator[VerificationClient]:
 
 
 def waiting(client: VerificationClient) -> int:
-    thread = client._thread
-    return thread._asker.waiting if thread is not None and thread._asker is not None else 0
+    return 0 if client._thread is None else pending(client._thread.client)
 
 
 def threads() -> int:
@@ -76,6 +77,14 @@ def assert_redis_err(outcomes: list[tuple[Any, float]]) -> None:
     assert isinstance(failure, RedisUnavailable)
     assert result == CheckResult(A, ErrorCode.REDIS_ERR)
     assert max(seconds for _, seconds in outcomes) < REDIS_BOUND
+
+
+@pytest.mark.parametrize("verb", ["request", "enqueue", "check"])
+def test_a_verb_has_the_signature_and_the_docs_of_the_asyncio_client(verb: str) -> None:
+    ours, theirs = getattr(VerificationClient, verb), getattr(AsyncVerificationClient, verb)
+    assert inspect.signature(ours) == inspect.signature(theirs)
+    assert ours.__doc__ == theirs.__doc__
+    assert not inspect.iscoroutinefunction(ours)
 
 
 def test_the_reply_comes_with_the_address_as_given(client: VerificationClient, redis_server: RedisServer) -> None:
@@ -397,6 +406,7 @@ class TestEnd:
     def test_an_interrupted_caller_leaves_nothing(self, redis_server: RedisServer) -> None:
         program = f"""
 import signal, sys, time, threading
+from producer.aio import AsyncVerificationClient
 from producer.client import VerificationClient
 from producer.settings import Settings
 client = VerificationClient(Settings(redis_url={redis_server.url()!r}, reply_timeout=60))
@@ -406,7 +416,7 @@ try:
     client.request({A!r})
 except KeyboardInterrupt:
     time.sleep(0.1)
-    sys.exit(client._thread._asker.waiting)
+    sys.exit(client._thread.client._on_loop.pending)
 sys.exit(9)
 """
         assert subprocess.run([sys.executable, "-c", program], cwd=_ROOT, timeout=20, check=False).returncode == 0

@@ -512,14 +512,13 @@ def test_urls_that_mean_one_server_and_one_user_are_known() -> None:
 
 @pytest.mark.parametrize("version", ["6.2.0", "6.10", "7.2.4", "255.255.255"])
 def test_these_servers_are_new_enough(version: str) -> None:
-    require_version(f"# Server\r\nredis_version:{version}\r\nserver_name:valkey\r\n")
-    require_version(f"# Server\r\nredis_version:{version}\r\n".encode())
+    require_version(f"# Server\r\nredis_version:{version}\r\nserver_name:valkey\r\n".encode())
 
 
 @pytest.mark.parametrize("version", ["2.8.0", "5.0.14", "6.0.16", "6.1.240"])
 def test_an_older_server_is_refused_by_name(version: str) -> None:
     with pytest.raises(ServerTooOld, match=rf"{version}.*6\.2"):
-        require_version(f"redis_version:{version}\r\n")
+        require_version(f"redis_version:{version}\r\n".encode())
 
 
 def test_the_server_under_test_is_new_enough(redis_server: RedisServer) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import redis
 
+from producer.aio import AsyncVerificationClient
 from producer.settings import Settings
 from support.redis_server import RedisServer
 
@@ -99,3 +100,8 @@ def connections(server: RedisServer) -> set[str]:
     with server.client() as client:
         own = str(client.client_id())
         return {entry["id"] for entry in client.client_list() if entry["name"] != NAME} - {own}
+
+
+def pending(client: AsyncVerificationClient) -> int:
+    """How many messages and replies of the client are on their way."""
+    return 0 if client._on_loop is None else client._on_loop.pending

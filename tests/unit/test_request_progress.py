@@ -58,9 +58,9 @@ def told(*happens: tuple[str, float] | float | str, error: int = 0, workers: tup
                 case float():
                     await asyncio.sleep(each)
                 case "asked":
-                    progress.asked(ID)
+                    progress.on_publish(ID)
                 case "queued":
-                    progress.queued()
+                    progress.on_confirmed()
                 case (kind, offset):
                     assert ears.hear
                     ears.hear(str(kind), time.time() + float(offset))

@@ -9,7 +9,7 @@ import pytest
 
 from producer.contract import ErrorCode, reply_key
 from producer.core.replies import RequestIds
-from producer.core.requests import build_request, refusal
+from producer.core.requests import build_request, certain_error
 
 
 def test_request_ids_are_uuids_of_version_4() -> None:
@@ -32,18 +32,18 @@ def test_one_pattern_hears_all_ids_of_one_maker_and_no_other() -> None:
     ["", "   ", "a", "a@", "@b.com", "a@b@c.com", "a\r\nb@c.com", "a" * 10_000 + "@example.com", None, 7, b"a@b.c"],
 )
 def test_what_is_no_address_is_refused_at_once(email: object) -> None:
-    assert refusal(build_request(email, "default", None)) is ErrorCode.INVALID_ADDRESS
+    assert certain_error(build_request(email, "default", None)) is ErrorCode.INVALID_ADDRESS
 
 
 @pytest.mark.parametrize("purpose", ["", "A", "a b", "ä", "a" * 33, None, 7, ["default"]])
 def test_a_malformed_purpose_is_an_exception_whatever_the_address(purpose: object) -> None:
-    assert refusal(build_request("a@example.com", purpose, None)) is ErrorCode.EXCEPTION
-    assert refusal(build_request("not an address", purpose, None)) is ErrorCode.EXCEPTION
+    assert certain_error(build_request("a@example.com", purpose, None)) is ErrorCode.EXCEPTION
+    assert certain_error(build_request("not an address", purpose, None)) is ErrorCode.EXCEPTION
 
 
 @pytest.mark.parametrize("email", ["a@example.com", " a@example.com ", "用户@例子.中国", "a@localhost.test"])
 def test_an_address_is_not_refused(email: str) -> None:
-    assert refusal(build_request(email, "password-reset", "xx")) is None
+    assert certain_error(build_request(email, "password-reset", "xx")) is None
 
 
 @pytest.mark.parametrize("locale", [None, "", 7, b"en", ["en"], object()])

@@ -25,7 +25,7 @@ Ask = Callable[["RequestProgress"], Awaitable[Answer]]
 
 
 class RequestProgress:
-    """Follows one request (a `Follower`). Its lines have `station` and `at`, seconds since the request came.
+    """Follows one request (a `RequestObserver`). Its lines have `station` and `at`, seconds since the request came.
 
     Stations are told once each, in their order, at times that never go back, whatever clock a worker has. A line with a
     `note` tells why the request is still where it is: `no worker`, or `again` when a try to send it failed for now. The
@@ -54,7 +54,7 @@ class RequestProgress:
             for task in tasks:
                 task.cancel()
 
-    def asked(self, request_id: str) -> None:
+    def on_publish(self, request_id: str) -> None:
         """It is about to be pushed, under this id."""
         self._request_id = request_id
         self._task_events.follow(request_id, self._hear)
@@ -63,7 +63,7 @@ class RequestProgress:
         """The reply is here; what is still to be found out about it takes none of its time."""
         self._answered = self._elapsed()
 
-    def queued(self) -> None:
+    def on_confirmed(self) -> None:
         """Redis has it."""
         self._reach("queue", self._elapsed())
 
