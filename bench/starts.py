@@ -55,7 +55,7 @@ async def _first_reply(rig: Rig) -> None:
 
 def _doors(rig: Rig, number: int) -> dict[str, float]:
     """From their start to the first Success through them; a worker is there."""
-    port = _free_port()
+    port = free_port()
     environment = rig.environment(HTTP_BIND=f"{HOST}:{port}", GRPC_BIND=f"{HOST}:0")
     began = time.monotonic()
     doors = Child("doors", [sys.executable, "-m", "producer", "serve"], rig.directory, environment)
@@ -79,7 +79,7 @@ def _doors(rig: Rig, number: int) -> dict[str, float]:
         doors.stop()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]

@@ -26,10 +26,11 @@ from typing import Any, Final
 
 import redis
 from support.caller import QUEUE, message
-from support.fault_proxy import MUTE, PASS
 from support.harness import Calling, Stage, eventually, held_in, new_address
+from support.process import ROOT
 from support.smtp_server import Act, Later, ScriptedServer
-from support.worker_process import ROOT, WorkerProcess
+from support.tcp_proxy import MUTE, PASS
+from support.worker_process import WorkerProcess
 
 VISIBILITY: Final = 5  # seconds; the same for both
 TIMEOUT: Final = VISIBILITY + 15.0  # seconds after the fault within which a reply counts as given

@@ -17,12 +17,12 @@ from typing import Final
 
 from support.caller import META, Listener
 from support.callers import Askers
-from support.fault_proxy import HOLE, Proxy
 from support.faults import Relay, unkept
 from support.harness import Stage
 from support.ledger import Ledger, Record
-from support.sentinel_servers import Watched, role
-from support.worker_process import eventually
+from support.process import eventually
+from support.sentinel_servers import SentinelServers, role
+from support.tcp_proxy import HOLE, TcpProxy
 
 from producer.settings import Settings
 
@@ -76,7 +76,7 @@ HEAD: Final = (
 class Failover:
     """One stage, one fault, one count."""
 
-    def __init__(self, watched: Watched, *, a_second: float = 100, workers: int = 2, seed: int = 1) -> None:
+    def __init__(self, watched: SentinelServers, *, a_second: float = 100, workers: int = 2, seed: int = 1) -> None:
         self.ledger = Ledger(GIVE_UP_AFTER)
         self.stage = Stage(
             watched=watched,
@@ -99,7 +99,7 @@ class Failover:
             self.close()
             raise
 
-    def run(self, fault: Callable[[Watched], object]) -> Outcome:
+    def run(self, fault: Callable[[SentinelServers], object]) -> Outcome:
         """Load, the fault, load again, silence; what came of it."""
         self.askers.start()
         time.sleep(BEFORE)
@@ -193,21 +193,21 @@ class Failover:
         self.stage.close()
 
 
-def killed(watched: Watched) -> None:
+def killed(watched: SentinelServers) -> None:
     """The primary dies."""
     watched.primary.kill()
 
 
-def cut_off(watched: Watched) -> None:
+def cut_off(watched: SentinelServers) -> None:
     """The primary's network goes half a second before itself: what it still acknowledges reaches no replica."""
     with watched.others[0].client() as replica:
-        assert replica.info("replication")["master_port"] == watched.way.port, "the sentinels have mended the way"
-    watched.way.mode = HOLE
+        assert replica.info("replication")["master_port"] == watched.proxy.port, "the sentinels have mended the way"
+    watched.proxy.mode = HOLE
     time.sleep(BEHIND)
     watched.primary.kill()
 
 
-def frozen(watched: Watched) -> None:
+def frozen(watched: SentinelServers) -> None:
     """The primary falls silent, its connections stay; after its replacement it comes back, and believes it is one."""
     primary = watched.primary
     primary.pause()
@@ -215,12 +215,12 @@ def frozen(watched: Watched) -> None:
     primary.resume()
 
 
-def planned(watched: Watched) -> None:
+def planned(watched: SentinelServers) -> None:
     """An operator has it replaced, as Redis' sentinels do it."""
     watched.fail_over()
 
 
-def coordinated(watched: Watched) -> None:
+def coordinated(watched: SentinelServers) -> None:
     """An operator has it replaced, as Valkey's sentinels can since 9.0: the primary itself hands over."""
     watched.fail_over("COORDINATED")
 
@@ -228,9 +228,11 @@ def coordinated(watched: Watched) -> None:
 FAULTS: Final = {each.__name__: each for each in (killed, cut_off, frozen, planned, coordinated)}
 
 
-def servers_for(fault: str, guard: tuple[str, ...] = ()) -> Watched:
+def servers_for(fault: str, guard: tuple[str, ...] = ()) -> SentinelServers:
     """What this fault wants to happen to."""
-    return Watched(replicas=2 if guard else 1, options=guard, way=Proxy if fault == cut_off.__name__ else None)
+    return SentinelServers(
+        replicas=2 if guard else 1, options=guard, proxy=TcpProxy if fault == cut_off.__name__ else None
+    )
 
 
 def main() -> int:

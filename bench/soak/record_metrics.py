@@ -10,12 +10,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, Self
 
-from support.api_process import Doors
+from support.api_process import ApiProcess
 from support.callers import Askers
 from support.faults import WORKERS
 from support.ledger import Ledger
-from support.prometheus_process import Prometheus
-from support.redis_server import _free_port
+from support.process import free_port
+from support.prometheus_process import PrometheusProcess
 from support.watching import concrete, panels
 
 STEP: Final = 2.0  # seconds between two points of a line
@@ -25,10 +25,10 @@ TIMEOUT: Final = 20.0  # seconds for a door to answer
 
 
 class Film:
-    """Doors beside a soak's workers, someone who asks at them, and Prometheus, which scrapes all every second."""
+    """ApiProcess beside a soak's workers, someone who asks at them, and Prometheus, which scrapes all every second."""
 
     def __init__(self) -> None:
-        self.binds = {f"worker {i}": f"127.0.0.1:{_free_port()}" for i in range(WORKERS)}
+        self.binds = {f"worker {i}": f"127.0.0.1:{free_port()}" for i in range(WORKERS)}
         self._stack = ExitStack()
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -36,12 +36,12 @@ class Film:
 
     def open(self, settings: dict[str, str], askers: Askers) -> None:
         """Start all of it."""
-        self._doors = self._stack.enter_context(Doors(settings))
+        self._doors = self._stack.enter_context(ApiProcess(settings))
         targets = {
             "verify-worker": list(self.binds.values()),
             "verify-api": [f"127.0.0.1:{self._doors.http_port}"],
         }
-        self._prometheus = self._stack.enter_context(Prometheus(targets))
+        self._prometheus = self._stack.enter_context(PrometheusProcess(targets))
         self._lead = time.time() - time.monotonic()
         self._threads = [threading.Thread(target=self._ask, args=(askers, door), daemon=True) for door in (True, False)]
 

@@ -24,11 +24,11 @@ from typing import Final, Self
 import redis
 from support.caller import META
 from support.callers import SHARES, Askers
-from support.fault_proxy import Proxy
 from support.faults import CALM, EVERY, MINUTE, WORKERS, Mischief, Planned, Relay, schedule, unkept
 from support.harness import Stage, held_in
 from support.ledger import KEPT, Ledger, Scanner
 from support.smtp_server import running
+from support.tcp_proxy import TcpProxy
 
 from bench.soak.record_metrics import Film
 from bench.soak.scenario import tour
@@ -83,7 +83,7 @@ class Soak:
         relays = [Relay(ledger), Relay(ledger)]
         for relay in relays:
             stack.enter_context(running(relay))
-        fronts = [stack.enter_context(Proxy(relay.port)) for relay in relays]
+        fronts = [stack.enter_context(TcpProxy(relay.port)) for relay in relays]
         self.stage.settings["VERIFY_RELAYS"] = ",".join(f"smtp://127.0.0.1:{front.port}" for front in fronts)
         self.stage._listener.heard = unkept(lambda heard: ledger.replied(*heard))
         self.stage._events.heard = unkept(lambda heard: self.scanner.scan_event(heard[1]))
@@ -100,7 +100,7 @@ class Soak:
         stack.callback(self.mischief.close)
         if self._film is not None:
             self.mischief.binds = self._film.binds
-        ways = [stack.enter_context(Proxy(self.stage.server.port)) for _ in range(WORKERS - 1)]
+        ways = [stack.enter_context(TcpProxy(self.stage.server.port)) for _ in range(WORKERS - 1)]
         self.mischief.start_workers(ways)
         if self._film is not None:
             own = {"VERIFY_REDIS_URL": self.stage.server.url()}

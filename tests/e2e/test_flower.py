@@ -14,10 +14,10 @@ import pytest
 from celery import Celery, group
 from support.caller import TASK, address, message
 from support.flower_process import FlowerProcess
+from support.process import eventually
 from support.redis_server import RedisServer
 from support.rig import Rig, code_in
 from support.smtp_server import Drop, Held, ScriptedServer
-from support.worker_process import eventually
 
 HUSH = "hush-hush"  # every password there is
 

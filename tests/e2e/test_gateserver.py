@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import redis
-from support.api_process import Doors
+from support.api_process import ApiProcess
 from support.caller import address
 from support.examples_run import BUILD_TIMEOUT, EXAMPLES, build, copied, fenced, lines_at_top, shell
-from support.redis_server import HOST, RedisServer
+from support.process import HOST
+from support.redis_server import RedisServer
 from support.rig import Rig, code_in
 
 pytestmark = [pytest.mark.tools, pytest.mark.timeout(2 * BUILD_TIMEOUT)]
@@ -46,8 +47,8 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
 
 
 @pytest.fixture(scope="module")
-def doors(rig: Rig) -> Iterator[Doors]:
-    with Doors(rig.settings) as doors:
+def doors(rig: Rig) -> Iterator[ApiProcess]:
+    with ApiProcess(rig.settings) as doors:
         yield doors
 
 
@@ -60,7 +61,7 @@ def gateserver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def run(gateserver: Path, doors: Doors, email: str, code: str = "") -> tuple[int, str]:
+def run(gateserver: Path, doors: ApiProcess, email: str, code: str = "") -> tuple[int, str]:
     """The last two of these lines: ask, or check."""
     ask, check = lines_at_top(gateserver / "client.cpp")[3:]
     line = check.replace("8081", str(doors.http_port)) if code else ask.replace("50051", str(doors.grpc_port))
@@ -69,7 +70,7 @@ def run(gateserver: Path, doors: Doors, email: str, code: str = "") -> tuple[int
     return exit_code, said
 
 
-def test_it_asks_and_reads_the_code_where_it_looks_for_it(rig: Rig, doors: Doors, gateserver: Path) -> None:
+def test_it_asks_and_reads_the_code_where_it_looks_for_it(rig: Rig, doors: ApiProcess, gateserver: Path) -> None:
     email = address()
     assert run(gateserver, doors, email) == (0, f"0 {email}\n")
     [mail] = rig.mails_to(email)
@@ -78,7 +79,7 @@ def test_it_asks_and_reads_the_code_where_it_looks_for_it(rig: Rig, doors: Doors
     assert run(gateserver, doors, "nonsense") == (1, "3 nonsense\n")
 
 
-def test_check_h_counts_and_consumes(rig: Rig, doors: Doors, gateserver: Path) -> None:
+def test_check_h_counts_and_consumes(rig: Rig, doors: ApiProcess, gateserver: Path) -> None:
     email = address()
     assert run(gateserver, doors, email, "123456") == (1, "1003\n")
     run(gateserver, doors, email)
@@ -88,7 +89,7 @@ def test_check_h_counts_and_consumes(rig: Rig, doors: Doors, gateserver: Path) -
     assert run(gateserver, doors, email, code_in(mail)) == (1, "1003\n")
 
 
-def test_the_fifth_wrong_code_drops_the_code(rig: Rig, doors: Doors, gateserver: Path) -> None:
+def test_the_fifth_wrong_code_drops_the_code(rig: Rig, doors: ApiProcess, gateserver: Path) -> None:
     email = address()
     run(gateserver, doors, email)
     [mail] = rig.mails_to(email)
@@ -102,7 +103,7 @@ def test_without_a_door_it_says_what_gateserver_says(gateserver: Path) -> None:
 
 
 def test_a_door_that_says_nothing_holds_the_check_up_for_4_seconds(rig: Rig, gateserver: Path) -> None:
-    with Doors(rig.settings) as frozen:
+    with ApiProcess(rig.settings) as frozen:
         frozen.signal(signal.SIGSTOP)
         thaw = threading.Timer(8, frozen.signal, [signal.SIGCONT])
         thaw.start()

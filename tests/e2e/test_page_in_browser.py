@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.api_process import Doors
+from support.api_process import ApiProcess
 from support.redis_server import RedisServer
 from support.rig import Rig
 
@@ -62,16 +62,16 @@ def settings(inbox: Inbox) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def doors(inbox: Inbox, settings: dict[str, str]) -> Iterator[Doors]:
+def doors(inbox: Inbox, settings: dict[str, str]) -> Iterator[ApiProcess]:
     """With a worker behind them."""
     with Rig(relays=inbox.catcher.url, code_length=6) as rig:
         rig.add_worker()
-        with Doors({**rig.settings, **settings}) as doors:
+        with ApiProcess({**rig.settings, **settings}) as doors:
             yield doors
         rig.worker.stop()
 
 
-def drive(driver: Path, doors: Doors, scenario: str, **options: object) -> dict[str, Any]:
+def drive(driver: Path, doors: ApiProcess, scenario: str, **options: object) -> dict[str, Any]:
     """What the scenario found; nothing may trouble the page meanwhile."""
     given = json.dumps({"chromium": shutil.which("chromium"), "shots": os.environ.get("VERIFY_SHOTS", ""), **options})
     done = subprocess.run(
@@ -98,7 +98,7 @@ def states(seen: dict[str, Any]) -> list[str]:
     (360, "light", "zh-CN"),
     (360, "dark", "en-US"),
 ])  # fmt: skip
-def test_ask_read_the_mail_type_the_code(driver: Path, doors: Doors, width: int, scheme: str, lang: str) -> None:
+def test_ask_read_the_mail_type_the_code(driver: Path, doors: ApiProcess, width: int, scheme: str, lang: str) -> None:
     email = f"a{width}{scheme}{lang[:2]}@example.com"
     found = drive(driver, doors, "signup", email=email, width=width, scheme=scheme, lang=lang)
     english = lang == "en-US"
@@ -118,14 +118,14 @@ def test_ask_read_the_mail_type_the_code(driver: Path, doors: Doors, width: int,
     assert found["end"]["focus"] == "confirmed-title"
 
 
-def test_a_keyboard_is_enough_and_the_focus_is_always_seen(driver: Path, doors: Doors) -> None:
+def test_a_keyboard_is_enough_and_the_focus_is_always_seen(driver: Path, doors: ApiProcess) -> None:
     found = drive(driver, doors, "keyboard", email="keys@example.com")
     assert (found["waiting"], found["confirmed"], found["again"]) == ("code", "confirmed-title", "email")
     assert found["row"]
     assert [each for each in found["path"] if not each["outline"]] == []
 
 
-def test_a_dropped_code_is_not_called_valid_and_full_width_digits_are_digits(driver: Path, doors: Doors) -> None:
+def test_a_dropped_code_is_not_called_valid_and_full_width_digits_are_digits(driver: Path, doors: ApiProcess) -> None:
     found = drive(driver, doors, "attempts", email="tries@example.com")
     assert found["tries"] == [1004] * 5 + [1003]
     assert found["dropped"]["life"] == ""
@@ -134,14 +134,14 @@ def test_a_dropped_code_is_not_called_valid_and_full_width_digits_are_digits(dri
     assert not found["wide"].isascii()
 
 
-def test_what_is_no_address_is_said_in_words(driver: Path, doors: Doors) -> None:
+def test_what_is_no_address_is_said_in_words(driver: Path, doors: ApiProcess) -> None:
     found = drive(driver, doors, "refused", email="not an address")["refused"]
     assert states(found) == ["done", *["skipped"] * 3, "bad"]
     assert "not an email address" in found["ask"]
     assert found["focus"] == "email"
 
 
-def test_both_languages_say_everything(driver: Path, doors: Doors) -> None:
+def test_both_languages_say_everything(driver: Path, doors: ApiProcess) -> None:
     found = drive(driver, doors, "words")
     assert found["en"] == found["zh"]
     assert {f"{name}:string" for name in found["wanted"]} <= set(found["en"])
@@ -151,7 +151,7 @@ def test_both_languages_say_everything(driver: Path, doors: Doors) -> None:
 def test_a_relay_that_is_down(driver: Path, settings: dict[str, str], new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(reply_timeout=3, give_up_after=4, relays="smtp://127.0.0.1:9")
     rig.add_worker()
-    with Doors({**rig.settings, **settings}) as doors:
+    with ApiProcess({**rig.settings, **settings}) as doors:
         found = drive(driver, doors, "stuck", email="down@example.com")
     assert states(found["stuck"]) == [*["done"] * 3, "stuck", "ahead"]
     assert "The relay has not taken the mail yet" in found["stuck"]["way"]
@@ -161,7 +161,7 @@ def test_a_relay_that_is_down(driver: Path, settings: dict[str, str], new_rig: C
 
 def test_no_worker(driver: Path, settings: dict[str, str], new_redis_server: Callable[..., RedisServer]) -> None:
     own = {"VERIFY_REDIS_URL": new_redis_server().url(), "VERIFY_REPLY_TIMEOUT": "3"}
-    with Doors({**settings, **own}) as doors:
+    with ApiProcess({**settings, **own}) as doors:
         found = drive(driver, doors, "stuck", email="alone@example.com")
     assert states(found["stuck"]) == ["done", "stuck", *["ahead"] * 3]
     assert "No worker is running" in found["stuck"]["way"]
@@ -169,8 +169,8 @@ def test_no_worker(driver: Path, settings: dict[str, str], new_redis_server: Cal
     assert "may still arrive" in found["late"]["ask"]
 
 
-def test_with_keys_it_asks_for_one(driver: Path, doors: Doors) -> None:
-    with Doors({**doors.environment, "VERIFY_API_KEYS": "k3y"}) as guarded:
+def test_with_keys_it_asks_for_one(driver: Path, doors: ApiProcess) -> None:
+    with ApiProcess({**doors.environment, "VERIFY_API_KEYS": "k3y"}) as guarded:
         found = drive(driver, guarded, "key", email="key@example.com", key="k3y")
     assert "missing or wrong" in found["wrong"]["key"]
     assert found["wrong"]["focus"] == "key"

@@ -25,8 +25,8 @@ import redis
 from prometheus_client.parser import text_string_to_metric_families
 from support import containers, manifests
 from support.manifests import SECRETS, Workload, of, workloads
-from support.redis_server import RedisServer, _free_port
-from support.worker_process import eventually
+from support.process import eventually, free_port
+from support.redis_server import RedisServer
 
 from demo.catcher import Catcher
 from producer.contract import ErrorCode
@@ -49,7 +49,7 @@ class Node:
         for name in containers.copied():
             containers.copy(name, self._image)
         (self._image / "venv").symlink_to(sys.prefix)
-        self.ports = {port: _free_port() for name in OURS for port in self.pods[name].ports.values()}
+        self.ports = {port: free_port() for name in OURS for port in self.pods[name].ports.values()}
         self._here = [
             (containers.HOME, str(self._image)),
             ("redis:6379", f"127.0.0.1:{server.port}"),

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 import pytest
 import redis
 from support.caller import address
+from support.process import eventually
 from support.redis_server import RedisServer
 from support.rig import letter
 from support.smtp_server import ScriptedServer, running
-from support.worker_process import WorkerProcess, eventually
+from support.worker_process import WorkerProcess
 
 
 @pytest.fixture(scope="module")

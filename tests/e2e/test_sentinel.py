@@ -12,13 +12,14 @@ from typing import Final
 
 import pytest
 from celery import Celery
-from support.api_process import Doors
+from support.api_process import ApiProcess
 from support.caller import QUEUE
 from support.flower_process import FlowerProcess
+from support.process import ROOT, eventually
 from support.rig import code_in
-from support.sentinel_servers import SERVICE, Watched, role
+from support.sentinel_servers import SERVICE, SentinelServers, role
 from support.smtp_server import ScriptedServer, running
-from support.worker_process import ROOT, WorkerProcess, eventually
+from support.worker_process import WorkerProcess
 
 from producer.aio import AsyncVerificationClient
 from producer.client import VerificationClient
@@ -31,7 +32,7 @@ SENTINELS_PASSWORD: Final = "hush/hush?2"
 class Everything:
     """Servers, sentinels, a relay and a worker."""
 
-    def __init__(self, watched: Watched, relay: ScriptedServer, worker: WorkerProcess) -> None:
+    def __init__(self, watched: SentinelServers, relay: ScriptedServer, worker: WorkerProcess) -> None:
         self.watched, self.relay, self.worker = watched, relay, worker
         given = {name: value for name, value in worker.environment.items() if name.startswith("VERIFY_")}
         self.settings: Settings = load(given, dotenv=None)
@@ -47,7 +48,7 @@ class Everything:
 @pytest.fixture(scope="module")
 def everything() -> Iterator[Everything]:
     # Nobody dies here, and a busy machine is no reason to believe it.
-    watched = Watched(password=PASSWORD, sentinel_password=SENTINELS_PASSWORD, down_after=30)
+    watched = SentinelServers(password=PASSWORD, sentinel_password=SENTINELS_PASSWORD, down_after=30)
     with watched, running(ScriptedServer()) as relay:
         settings = {
             "VERIFY_REDIS_URL": watched.url(),
@@ -74,7 +75,7 @@ def test_both_clients_ask_and_check(everything: Everything) -> None:
 
 def test_both_doors_serve(everything: Everything) -> None:
     environment = {k: v for k, v in everything.worker.environment.items() if k.startswith("VERIFY_")}
-    with Doors(environment) as doors:
+    with ApiProcess(environment) as doors:
         assert doors.get_code("http@example.com")["error"] == 0
         assert doors.call("grpc@example.com").error == 0
         assert doors.http.get("/readyz").status_code == 200

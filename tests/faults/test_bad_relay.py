@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import trustme
-from support.fault_proxy import HOLE, PASS, STALL, TRICKLE
 from support.harness import Stage, eventually, new_address
 from support.smtp_server import Act, Drop, Last, ScriptedServer, Silence, Slowly, running
+from support.tcp_proxy import HOLE, PASS, STALL, TRICKLE
 
 NewStage = Callable[..., Stage]
 SEND_TIMEOUT = 1.5

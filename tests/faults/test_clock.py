@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from support.harness import BACK, Stage, eventually, new_address
+from support.process import ROOT
 from support.smtp_server import Held
-from support.worker_process import ROOT
 
 NewStage = Callable[..., Stage]
 DAY = 86_400

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import pytest
 import redis
 from support.caller import QUEUE
-from support.fault_proxy import HOLE, MUTE, PASS, STALL, TRICKLE, Proxy
 from support.harness import Load, Stage, eventually, new_address
 from support.smtp_server import Later, ScriptedServer
+from support.tcp_proxy import HOLE, MUTE, PASS, STALL, TRICKLE, TcpProxy
 
 from producer.client import VerificationClient
 from producer.contract import ErrorCode
@@ -96,7 +96,7 @@ def test_a_caller_cut_off_from_redis_is_told_so_in_3_seconds_and_its_next_reques
     new_stage: NewStage, fault: str
 ) -> None:
     stage = new_stage()
-    with Proxy(stage.server.port) as proxy:
+    with TcpProxy(stage.server.port) as proxy:
         settings = Settings(redis_url=f"redis://127.0.0.1:{proxy.port}")
         with VerificationClient(settings) as client:
             first = new_address()
@@ -128,7 +128,7 @@ def test_a_caller_cut_off_from_redis_is_told_so_in_3_seconds_and_its_next_reques
 @pytest.mark.slow
 def test_a_caller_whose_way_to_redis_trickles_still_pushes_whole_messages(new_stage: NewStage) -> None:
     stage = new_stage()
-    with Proxy(stage.server.port) as proxy:
+    with TcpProxy(stage.server.port) as proxy:
         proxy.mode, proxy.seconds_a_byte = TRICKLE, 0.001
         with redis.Redis(port=proxy.port, db=1, socket_timeout=30) as client:
             stage.broker, direct = client, stage.broker

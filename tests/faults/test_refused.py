@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 from support.caller import QUEUE, address, message
+from support.process import eventually
 from support.redis_server import RedisServer
 from support.rig import Rig
 from support.smtp_server import Held
-from support.worker_process import eventually
 
 NewRig = Callable[..., Rig]
 NewServer = Callable[..., RedisServer]

@@ -12,9 +12,9 @@ from contextlib import ExitStack
 import pytest
 import redis
 from support.harness import Stage, eventually_empty, new_address
-from support.sentinel_servers import Watched, role
+from support.process import eventually
+from support.sentinel_servers import SentinelServers, role
 from support.smtp_server import Held
-from support.worker_process import eventually
 
 from bench.soak.failover import FAULTS, Failover, servers_for
 from producer.client import VerificationClient
@@ -28,7 +28,7 @@ SAID = 3.0  # seconds within which a client is told that Redis is away
 def new_failover() -> Iterator[Callable[..., Failover]]:
     with ExitStack() as stack:
 
-        def make(watched: Watched) -> Failover:
+        def make(watched: SentinelServers) -> Failover:
             failover = Failover(watched)
             stack.callback(failover.close)
             return failover
@@ -60,7 +60,7 @@ def assert_in_order(stage: Stage) -> None:
 
 @pytest.mark.slow
 def test_a_dead_primary_is_replaced_and_what_waited_is_served(new_stage: NewStage) -> None:
-    stage = new_stage(watched=Watched())
+    stage = new_stage(watched=SentinelServers())
     servers = stage.watched
     assert servers is not None
     with VerificationClient(Settings(redis_url=servers.url())) as client:
@@ -106,7 +106,7 @@ def test_under_load_nothing_is_lost_but_what_the_old_primary_did_not_hand_on(
 @pytest.mark.slow
 def test_a_primary_without_a_replica_that_must_have_one_costs_an_error_and_no_request(new_stage: NewStage) -> None:
     guard = ("--min-replicas-to-write", "1", "--min-replicas-max-lag", "1")
-    stage = new_stage(watched=Watched(options=guard))
+    stage = new_stage(watched=SentinelServers(options=guard))
     servers = stage.watched
     assert servers is not None
     [replica] = servers.others
@@ -123,7 +123,7 @@ def test_a_primary_without_a_replica_that_must_have_one_costs_an_error_and_no_re
 
 @pytest.mark.slow
 def test_one_sentinel_of_three_is_enough_to_start_with(new_stage: NewStage) -> None:
-    servers = Watched()
+    servers = SentinelServers()
     stage = new_stage(watched=servers, workers=0)
     servers.sentinels[0].kill()
     servers.sentinels[1].pause()

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.fault_proxy import HOLE, STALL, in_mode
 from support.harness import BACK, VISIBILITY, Calling, Stage, eventually, new_address
 from support.smtp_server import Held, Later
+from support.tcp_proxy import HOLE, STALL, in_mode
 from support.worker_process import WorkerProcess
 
 NewStage = Callable[..., Stage]

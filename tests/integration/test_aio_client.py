@@ -226,7 +226,7 @@ class TestRedisAway:
         async def work(proxy: TcpProxy, worker: FakeWorker) -> None:
             async with opened(redis_server, broker_url=proxy.url(1)) as client:
                 await client.enqueue(A)
-                proxy.stall()
+                proxy.mute_open()
                 await client.enqueue(A)
                 assert await eventually(lambda: len(worker.taken) == 3)
 
@@ -238,7 +238,7 @@ class TestRedisAway:
         async def work(proxy: TcpProxy) -> tuple[Reply, float]:
             async with opened(redis_server, broker_url=proxy.url(1)) as client:
                 await client.enqueue(A)
-                proxy.stall()
+                proxy.mute_open()
                 return await timed(client.request(A))
 
         with TcpProxy(redis_server.port) as proxy, FakeWorker(redis_server) as worker:
@@ -274,7 +274,7 @@ class TestReplies:
         async def work(proxy: TcpProxy) -> Reply:
             async with opened(redis_server, broker_url=proxy.url(1)) as client:
                 await client.enqueue(A)
-                proxy.refuse()
+                proxy.refuse(reset=False)
                 proxy.cut_after(b"LPUSH", seconds=1)
                 return await client.request(A)
 

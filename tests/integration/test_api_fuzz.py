@@ -17,7 +17,7 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis.checks import CHECKS, load_all_checks
 from schemathesis.core.result import Ok
 from schemathesis.generation import GenerationMode
-from support.api_process import Doors, answer_of, request_bytes
+from support.api_process import ApiProcess, answer_of, request_bytes
 from support.fake_worker import FakeWorker
 from support.redis_server import RedisServer
 
@@ -31,19 +31,19 @@ FUZZ = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list
 
 
 @pytest.fixture(scope="module")
-def doors(redis_server: RedisServer) -> Iterator[Doors]:
+def doors(redis_server: RedisServer) -> Iterator[ApiProcess]:
     with redis_server.client() as client:
         client.flushall()
     with (
         FakeWorker(redis_server),
-        Doors({"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_REPLY_TIMEOUT": "1"}) as doors,
+        ApiProcess({"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_REPLY_TIMEOUT": "1"}) as doors,
     ):
         yield doors
         assert doors.get_code("a@example.com")["error"] == 0
         assert doors.call("a@example.com").error == 0
 
 
-def test_the_description_holds(doors: Doors) -> None:
+def test_the_description_holds(doors: ApiProcess) -> None:
     # /readyz says 503 by right: there is no worker that would give a sign of life. And what the description does not
     # allow is answered 200 with error 1001, by contract.
     load_all_checks()
@@ -68,14 +68,14 @@ def test_the_description_holds(doors: Doors) -> None:
 
 @FUZZ
 @given(body=st.binary(max_size=300) | st.text().map(lambda text: f'{{"email": "{text}"}}'.encode(errors="replace")))
-def test_any_body_is_answered_in_json(doors: Doors, body: bytes) -> None:
+def test_any_body_is_answered_in_json(doors: ApiProcess, body: bytes) -> None:
     for path in ("/get_varifycode", "/check_varifycode"):
         answer = doors.http.post(path, content=body)
         assert answer.status_code == 200
         assert type(answer.json()["error"]) is int
 
 
-def test_broken_http(doors: Doors) -> None:
+def test_broken_http(doors: ApiProcess) -> None:
     chance = random.Random(7)
     whole = request_bytes("/get_varifycode", b'{"email": "a@example.com"}', "Connection: close")
     for i in range(300):
@@ -88,7 +88,7 @@ def test_broken_http(doors: Doors) -> None:
             assert status in {0, 200, 400, 401, 404, 405, 408, 413, 431, 501}
 
 
-def assert_grpc_answers(doors: Doors, message: bytes) -> None:
+def assert_grpc_answers(doors: ApiProcess, message: bytes) -> None:
     refusal = None
     try:
         doors.call_raw(message)
@@ -99,11 +99,11 @@ def assert_grpc_answers(doors: Doors, message: bytes) -> None:
 
 @FUZZ
 @given(message=st.binary(max_size=300))
-def test_any_grpc_message_is_answered(doors: Doors, message: bytes) -> None:
+def test_any_grpc_message_is_answered(doors: ApiProcess, message: bytes) -> None:
     assert_grpc_answers(doors, message)
 
 
-def test_mutated_grpc_messages(doors: Doors) -> None:
+def test_mutated_grpc_messages(doors: ApiProcess) -> None:
     chance = random.Random(7)
     whole = GetVarifyReq(email="a@example.com").SerializeToString()
     for _ in range(300):
@@ -113,7 +113,7 @@ def test_mutated_grpc_messages(doors: Doors) -> None:
         assert_grpc_answers(doors, bytes(data))
 
 
-def test_broken_http2(doors: Doors) -> None:
+def test_broken_http2(doors: ApiProcess) -> None:
     chance = random.Random(7)
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
     for i in range(200):

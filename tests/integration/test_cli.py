@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import redis as redis_py
 from support.fake_worker import FakeWorker
+from support.process import eventually
 from support.redis_server import RedisServer
-from support.worker_process import eventually
 
 pytestmark = pytest.mark.usefixtures("redis")  # the shared server is empty at first
 

@@ -19,7 +19,7 @@ import pytest
 import redis as redis_py
 from support.fake_worker import FakeWorker, Taken, connections, pending, read, settings
 from support.redis_server import RedisServer
-from support.tcp_proxy import TcpProxy
+from support.tcp_proxy import TRICKLE_ANSWERS, TcpProxy
 
 from producer.aio import AsyncVerificationClient
 from producer.client import VerificationClient
@@ -232,7 +232,7 @@ class TestRedisAway:
         ):
             client.enqueue(A)
             client.check(A, "1")
-            proxy.seconds_a_byte = 0.9
+            proxy.mode, proxy.seconds_a_byte = TRICKLE_ANSWERS, 0.9
             assert_redis_err(all_verbs(client))
 
     def test_results_down_means_that_nothing_is_asked(self, redis_server: RedisServer) -> None:
@@ -274,7 +274,7 @@ class TestReplies:
         with TcpProxy(redis_server.port) as proxy:
 
             def stall(_worker: FakeWorker, _taken: Taken) -> None:
-                proxy.stall()
+                proxy.mute_open()
 
             with (
                 VerificationClient(settings(redis_server, results_url=proxy.url(2))) as client,

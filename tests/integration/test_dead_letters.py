@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from support.caller import address, message
+from support.process import ROOT
 from support.rig import Rig
-from support.worker_process import ROOT
 from typer.testing import CliRunner, Result
 
 from worker.cli import app

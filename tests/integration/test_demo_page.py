@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from support.api_process import Doors
+from support.api_process import ApiProcess
+from support.process import eventually
 from support.redis_server import RedisServer
 from support.rig import Rig, code_in
 from support.smtp_server import Held
-from support.worker_process import eventually
 
 from demo.catcher import Catcher
 from demo.mailpit_api import Inbox
@@ -30,8 +30,8 @@ DEMO = {"VERIFY_DEMO": "1"}
 
 
 @pytest.fixture(scope="module")
-def doors(rig: Rig) -> Iterator[Doors]:
-    with Doors({**rig.settings, **DEMO}) as doors:
+def doors(rig: Rig) -> Iterator[ApiProcess]:
+    with ApiProcess({**rig.settings, **DEMO}) as doors:
         yield doors
 
 
@@ -41,7 +41,7 @@ def bare(redis_server: RedisServer) -> dict[str, str]:
     return {"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_REPLY_TIMEOUT": "2"}
 
 
-def ask(doors: Doors, email: str, **more: str) -> list[dict[str, Any]]:
+def ask(doors: ApiProcess, email: str, **more: str) -> list[dict[str, Any]]:
     """The whole stream."""
     answer = doors.http.post("/demo/request", content=json.dumps({"email": email, **more}).encode())
     assert answer.status_code == 200
@@ -54,7 +54,7 @@ def stations(lines: list[dict[str, Any]]) -> list[str]:
 
 
 class TestTheWay:
-    def test_all_stations_in_their_order_with_times_that_only_grow(self, doors: Doors, rig: Rig) -> None:
+    def test_all_stations_in_their_order_with_times_that_only_grow(self, doors: ApiProcess, rig: Rig) -> None:
         lines = ask(doors, "way@example.com")
         assert stations(lines) == STATIONS
         times = [line["at"] for line in lines]
@@ -67,7 +67,7 @@ class TestTheWay:
         assert code_in(mail) not in said
         assert "@" not in said
 
-    def test_it_is_told_while_it_happens(self, doors: Doors, rig: Rig) -> None:
+    def test_it_is_told_while_it_happens(self, doors: ApiProcess, rig: Rig) -> None:
         held = Held("250 OK")
         rig.script("held@example.com", dot=held)
         with doors.http.stream("POST", "/demo/request", content=b'{"email": "held@example.com"}') as answer:
@@ -77,7 +77,7 @@ class TestTheWay:
             held.release.set()
             assert json.loads(next(lines))["error"] == 0
 
-    def test_who_goes_away_in_the_middle_disturbs_nobody(self, doors: Doors, rig: Rig) -> None:
+    def test_who_goes_away_in_the_middle_disturbs_nobody(self, doors: ApiProcess, rig: Rig) -> None:
         held = Held("250 OK")
         rig.script("gone@example.com", dot=held)
         with doors.http.stream("POST", "/demo/request", content=b'{"email": "gone@example.com"}'):
@@ -89,29 +89,29 @@ class TestTheWay:
     def test_a_resend_tells_the_life_that_its_code_has_left(self, new_rig: Callable[..., Rig]) -> None:
         rig = new_rig(resend_cooldown=0)
         rig.add_worker()
-        with Doors({**rig.settings, **DEMO}) as doors:
+        with ApiProcess({**rig.settings, **DEMO}) as doors:
             first = ask(doors, "life@example.com")[-1]["life"]
             time.sleep(1.1)
             assert ask(doors, "life@example.com")[-1]["life"] <= first - 1
 
-    def test_the_mail_is_in_the_language_that_was_asked_for(self, doors: Doors, rig: Rig) -> None:
+    def test_the_mail_is_in_the_language_that_was_asked_for(self, doors: ApiProcess, rig: Rig) -> None:
         for locale, recipient in (("zh-CN", "zh@example.com"), ("en", "en@example.com")):
             assert ask(doors, recipient, locale=locale)[-1]["error"] == 0
             [mail] = rig.mails_to(recipient)
             assert (b"Subject: Your verification code" in mail.content) == (locale == "en")
 
-    def test_what_is_no_address_gets_no_further_than_the_door(self, doors: Doors) -> None:
+    def test_what_is_no_address_gets_no_further_than_the_door(self, doors: ApiProcess) -> None:
         lines = ask(doors, "nobody")
         assert stations(lines) == ["door", "reply"]
         assert lines[-1]["error"] == 3
 
-    def test_what_is_malformed_is_answered_in_the_same_form(self, doors: Doors) -> None:
+    def test_what_is_malformed_is_answered_in_the_same_form(self, doors: ApiProcess) -> None:
         for body in (b"", b"7", b'{"mail": "x"}', b'{"email": "a@example.com", "purpose": "No"}'):
             answer = doors.http.post("/demo/request", content=body)
             assert json.loads(answer.text)["error"] == 1001
         assert doors.http.post("/demo/request", content=b"x" * 20_000).status_code == 413
 
-    def test_a_relay_that_defers_is_told_at_the_relay(self, doors: Doors, rig: Rig) -> None:
+    def test_a_relay_that_defers_is_told_at_the_relay(self, doors: ApiProcess, rig: Rig) -> None:
         rig.script("later@example.com", rcpt=["451 later"])
         lines = ask(doors, "later@example.com")
         assert stations(lines) == STATIONS
@@ -121,14 +121,14 @@ class TestTheWay:
     def test_a_relay_that_is_away_is_a_timeout(self, new_rig: Callable[..., Rig]) -> None:
         rig = new_rig(reply_timeout=2, give_up_after=3, relays="smtp://127.0.0.1:9")
         rig.add_worker()
-        with Doors({**rig.settings, **DEMO}) as doors:
+        with ApiProcess({**rig.settings, **DEMO}) as doors:
             lines = ask(doors, "away@example.com")
         assert stations(lines) == STATIONS
         assert {line["station"] for line in lines if line.get("note") == "again"} == {"relay"}
         assert lines[-1]["error"] == 6
 
     def test_a_missing_worker_is_told_at_the_queue(self, bare: dict[str, str]) -> None:
-        with Doors({**bare, **DEMO}) as doors:
+        with ApiProcess({**bare, **DEMO}) as doors:
             lines = ask(doors, "alone@example.com")
         assert stations(lines) == ["door", "queue", "reply"]
         [note] = [line for line in lines if "note" in line]
@@ -136,10 +136,10 @@ class TestTheWay:
         assert lines[-1]["error"] == 6
 
     def test_without_redis_the_error_is_told(self) -> None:
-        with Doors({"VERIFY_REDIS_URL": "redis://127.0.0.1:1", **DEMO}) as doors:
+        with ApiProcess({"VERIFY_REDIS_URL": "redis://127.0.0.1:1", **DEMO}) as doors:
             assert ask(doors, "a@example.com")[-1]["error"] == 1
 
-    def test_stations_are_told_again_after_the_events_connection_was_lost(self, doors: Doors, rig: Rig) -> None:
+    def test_stations_are_told_again_after_the_events_connection_was_lost(self, doors: ApiProcess, rig: Rig) -> None:
         assert stations(ask(doors, "before@example.com")) == STATIONS
         ids = [each["id"] for each in rig.broker.client_list(_type="pubsub") if each["psub"] == "1"]
         assert ids
@@ -151,7 +151,7 @@ class TestTheWay:
     def test_an_event_with_an_impossible_time_is_passed_over(
         self, redis_server: RedisServer, bare: dict[str, str], stamp: object
     ) -> None:
-        with Doors({**bare, **DEMO}) as doors, redis_server.client(1) as broker:
+        with ApiProcess({**bare, **DEMO}) as doors, redis_server.client(1) as broker:
             body = b'{"email": "forged@example.com"}'
             with doors.http.stream("POST", "/demo/request", content=body) as answer:
                 lines = answer.iter_lines()
@@ -167,12 +167,12 @@ class TestTheWay:
 
 class TestThePage:
     def test_without_the_setting_there_is_none(self, bare: dict[str, str]) -> None:
-        with Doors(bare) as doors:
+        with ApiProcess(bare) as doors:
             for path in ("/", "/page/page.js", "/page/mail/x", "/demo/facts", "/demo/inbox", "/demo/inbox/x"):
                 assert doors.http.get(path).status_code == 404
             assert doors.http.post("/demo/request", content=b"{}").status_code == 404
 
-    def test_all_that_it_names_is_there_and_comes_from_here(self, doors: Doors) -> None:
+    def test_all_that_it_names_is_there_and_comes_from_here(self, doors: ApiProcess) -> None:
         page = doors.http.get("/")
         assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
         assert "://" not in page.text
@@ -187,23 +187,23 @@ class TestThePage:
             assert {url for url in re.findall(r"\w+://[\w.]+", part.text) if url != "http://www.w3.org"} == set()
         assert seen >= {f"/page/{name}" for name in ("style.css", "page.js", "words.js", "icon.svg")}
 
-    def test_nothing_in_it_is_inline_and_its_policy_allows_nothing_else(self, doors: Doors) -> None:
+    def test_nothing_in_it_is_inline_and_its_policy_allows_nothing_else(self, doors: ApiProcess) -> None:
         page = doors.http.get("/")
         assert re.findall(r"<style|\sstyle=|\son\w+=|<script(?![^>]* src=)", page.text) == []
         policy = page.headers["content-security-policy"]
         assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'")
         assert "unsafe" not in policy
 
-    def test_what_it_must_know(self, doors: Doors) -> None:
+    def test_what_it_must_know(self, doors: ApiProcess) -> None:
         facts = doors.http.get("/demo/facts").json()
         assert (facts["ttl"], facts["cooldown"], facts["inbox"], facts["flower"]) == (600, 10, False, None)
 
     @pytest.mark.parametrize("path", ["/page/", "/page/nothing", "/page/__init__.py", "/page/%2e%2e/routes.py"])
-    def test_nothing_else_is_served(self, doors: Doors, path: str) -> None:
+    def test_nothing_else_is_served(self, doors: ApiProcess, path: str) -> None:
         assert doors.http.get(path).status_code == 404
 
     def test_with_keys_the_page_is_open_and_what_it_asks_for_is_not(self, bare: dict[str, str]) -> None:
-        with Doors({**bare, **DEMO, "VERIFY_API_KEYS": "k3y"}) as doors:
+        with ApiProcess({**bare, **DEMO, "VERIFY_API_KEYS": "k3y"}) as doors:
             for path in ("/", "/page/page.js", "/page/style.css"):
                 assert doors.http.get(path).status_code == 200
             for path in ("/demo/facts", "/demo/inbox", "/demo/inbox/x", "/demo", "/pages", "/metrics", "/page"):
@@ -212,7 +212,7 @@ class TestThePage:
             assert doors.http.get("/demo/facts", headers={"Authorization": "Bearer k3y"}).json()["keys"] is True
 
     @pytest.mark.parametrize("path", ["/demo/facts", "/demo/inbox", "/demo/inbox/x", "/page/mail/x"])
-    def test_a_name_that_a_site_may_lead_here_reads_nothing(self, doors: Doors, path: str) -> None:
+    def test_a_name_that_a_site_may_lead_here_reads_nothing(self, doors: ApiProcess, path: str) -> None:
         for host in ("evil.example", "127.0.0.1.evil.example:8081", "localhost.evil.example", "localhost@evil.example"):
             answer = doors.http.get(path, headers={"Host": host})
             assert (answer.status_code, answer.json()["error"]) == (403, 1001)
@@ -224,20 +224,20 @@ class TestThePage:
         assert asked.status_code == 403
 
     def test_nor_does_it_where_a_container_binds_beyond_its_loopback(self, bare: dict[str, str]) -> None:
-        with Doors({**bare, **DEMO, "VERIFY_HTTP_BIND": "0.0.0.0:0", "VERIFY_ALLOW_PLAINTEXT": "1"}) as doors:
+        with ApiProcess({**bare, **DEMO, "VERIFY_HTTP_BIND": "0.0.0.0:0", "VERIFY_ALLOW_PLAINTEXT": "1"}) as doors:
             assert doors.http.get("/demo/facts", headers={"Host": "evil.example"}).status_code == 403
             assert doors.http.get("/demo/facts").status_code == 200
 
     def test_with_keys_any_name_may_lead_here(self, bare: dict[str, str]) -> None:
-        with Doors({**bare, **DEMO, "VERIFY_API_KEYS": "k3y"}) as doors:
+        with ApiProcess({**bare, **DEMO, "VERIFY_API_KEYS": "k3y"}) as doors:
             headers = {"Host": "demo.example.com", "Authorization": "Bearer k3y"}
             assert doors.http.get("/demo/facts", headers=headers).status_code == 200
 
     def test_beyond_loopback_a_line_says_who_can_read_the_inbox(self, bare: dict[str, str]) -> None:
         settings = {**bare, **DEMO, "VERIFY_API_KEYS": "k3y"}
-        with Doors({**settings, "VERIFY_HTTP_BIND": "0.0.0.0:0"}) as doors:
+        with ApiProcess({**settings, "VERIFY_HTTP_BIND": "0.0.0.0:0"}) as doors:
             assert doors.log.count("whoever opens the page") == 1
-        with Doors(settings) as doors:
+        with ApiProcess(settings) as doors:
             assert "whoever opens the page" not in doors.log
 
 
@@ -246,7 +246,9 @@ class TestTheInbox:
         with Catcher() as catcher, Inbox(catcher) as inbox:
             rig = new_rig(relays=catcher.url)
             rig.add_worker()
-            with Doors({**rig.settings, **DEMO, "VERIFY_DEMO_INBOX": inbox.url, "VERIFY_API_KEYS": "k3y"}) as doors:
+            with ApiProcess(
+                {**rig.settings, **DEMO, "VERIFY_DEMO_INBOX": inbox.url, "VERIFY_API_KEYS": "k3y"}
+            ) as doors:
                 doors.http.headers["Authorization"] = "Bearer k3y"
                 assert doors.http.get("/demo/inbox").json() == {"mails": []}
                 for name in ("anna", "bob"):
@@ -268,13 +270,13 @@ class TestTheInbox:
                 assert doors.http.get("/page/mail/other").status_code == 404
             rig.worker.stop()
 
-    def test_without_one_it_is_said(self, doors: Doors) -> None:
+    def test_without_one_it_is_said(self, doors: ApiProcess) -> None:
         answer = doors.http.get("/demo/inbox")
         assert answer.status_code == 404
         assert "VERIFY_DEMO_INBOX" in answer.json()["detail"]
 
     def test_one_that_is_away_is_said(self, bare: dict[str, str]) -> None:
-        with Doors({**bare, **DEMO, "VERIFY_DEMO_INBOX": "http://127.0.0.1:1"}) as doors:
+        with ApiProcess({**bare, **DEMO, "VERIFY_DEMO_INBOX": "http://127.0.0.1:1"}) as doors:
             answer = doors.http.get("/demo/inbox")
             assert (answer.status_code, answer.json()["error"]) == (502, 2)
             assert "cannot be reached" in answer.json()["detail"]
@@ -290,26 +292,28 @@ class TestTheInbox:
         (b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * (LIMIT + 1), "more than"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n" + b"[" * 99, "something else"),
     ], ids=["silence", "SMTP", "a list", "no JSON", "a path", "elsewhere", "upgrade", "too much", "cut"])  # fmt: skip
-    def test_what_it_answers_is_not_trusted(self, hostile: Doors, says: list[bytes], reply: bytes, why: str) -> None:
+    def test_what_it_answers_is_not_trusted(
+        self, hostile: ApiProcess, says: list[bytes], reply: bytes, why: str
+    ) -> None:
         says[:] = [reply]
         answer = hostile.http.get("/demo/inbox")
         assert answer.status_code == 502
         assert why in answer.json()["detail"]
 
-    def test_what_is_not_shown_is_not_even_judged(self, hostile: Doors, says: list[bytes]) -> None:
+    def test_what_is_not_shown_is_not_even_judged(self, hostile: ApiProcess, says: list[bytes]) -> None:
         fit = b'{"ID": "a", "To": [%s]}' % b",".join([b'{"Address": "b"}'] * NEWEST + [b"0"] * 1000)
         says[:] = [b'HTTP/1.1 200 OK\r\n\r\n{"messages": [%s]}' % b",".join([fit] * NEWEST + [b"0"] * 1000)]
         mails = hostile.http.get("/demo/inbox").json()["mails"]
         assert [mail["to"] for mail in mails] == [["b"] * NEWEST] * NEWEST
 
     @pytest.mark.parametrize("begin", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: "])
-    def test_one_that_never_ends_is_left(self, hostile: Doors, says: list[bytes], begin: bytes) -> None:
+    def test_one_that_never_ends_is_left(self, hostile: ApiProcess, says: list[bytes], begin: bytes) -> None:
         says[:] = [begin, *[b"x"] * 100]
         answer = hostile.http.get("/demo/inbox")
         assert answer.status_code == 502
         assert "within" in answer.json()["detail"]
 
-    def test_a_mails_id_leads_nowhere_else(self, hostile: Doors, says: list[bytes], heard: list[bytes]) -> None:
+    def test_a_mails_id_leads_nowhere_else(self, hostile: ApiProcess, says: list[bytes], heard: list[bytes]) -> None:
         says[:] = [b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"]
         assert hostile.http.get("/demo/inbox/..%3Fx%0d%0aHost:y").status_code == 502
         assert heard[-1].startswith(b"GET /api/v1/message/..%3Fx%0D%0AHost%3Ay HTTP/1.1\r\n")
@@ -328,8 +332,8 @@ def heard() -> list[bytes]:
 
 
 @pytest.fixture(scope="module")
-def hostile(redis_server: RedisServer, says: list[bytes], heard: list[bytes]) -> Iterator[Doors]:
-    """Doors that look into a catcher that says what it wants."""
+def hostile(redis_server: RedisServer, says: list[bytes], heard: list[bytes]) -> Iterator[ApiProcess]:
+    """ApiProcess that look into a catcher that says what it wants."""
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -344,6 +348,6 @@ def hostile(redis_server: RedisServer, says: list[bytes], heard: list[bytes]) ->
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}"
-        with Doors({"VERIFY_REDIS_URL": redis_server.url(), **DEMO, "VERIFY_DEMO_INBOX": url}) as doors:
+        with ApiProcess({"VERIFY_REDIS_URL": redis_server.url(), **DEMO, "VERIFY_DEMO_INBOX": url}) as doors:
             yield doors
         server.shutdown()

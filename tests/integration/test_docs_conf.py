@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from support import doc_pages as pages
-from support.redis_server import HOST, RedisServer
+from support.process import HOST
+from support.redis_server import RedisServer
 from support.sentinel_servers import SERVICE, Sentinel
 
 PAGE = "docs/high-availability.md"

@@ -14,10 +14,10 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from support.api_process import Doors
+from support.api_process import ApiProcess
 from support.fake_worker import FakeWorker
+from support.process import ROOT, eventually
 from support.redis_server import RedisServer
-from support.worker_process import ROOT, eventually
 
 from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp, file_descriptor
 
@@ -28,13 +28,13 @@ REPLY_TIMEOUT = 1.0
 
 
 @pytest.fixture(scope="module")
-def doors(redis_server: RedisServer) -> Iterator[Doors]:
+def doors(redis_server: RedisServer) -> Iterator[ApiProcess]:
     settings = {"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_REPLY_TIMEOUT": str(REPLY_TIMEOUT)}
-    with Doors(settings) as doors:
+    with ApiProcess(settings) as doors:
         yield doors
 
 
-def in_flight(doors: Doors) -> float:
+def in_flight(doors: ApiProcess) -> float:
     return doors.metric("verify_api_requests_in_flight", protocol="grpc")
 
 
@@ -76,32 +76,32 @@ def test_the_names_and_numbers_are_the_old_servers() -> None:
 class TestAsking:
     @pytest.mark.parametrize("error", range(7))
     def test_every_answer_of_the_worker_comes_through_and_never_a_code(
-        self, doors: Doors, redis_server: RedisServer, error: int
+        self, doors: ApiProcess, redis_server: RedisServer, error: int
     ) -> None:
         with FakeWorker(redis_server, error=lambda _: error):
             said = doors.call(A)
         assert (said.error, said.email, said.code) == (error, A, "")
 
     @pytest.mark.parametrize("email", [" A@b.example ", "ü@例子.example", "a\u0000@b", "nobody", "x" * 10_000])
-    def test_the_address_comes_back_as_given(self, doors: Doors, redis_server: RedisServer, email: str) -> None:
+    def test_the_address_comes_back_as_given(self, doors: ApiProcess, redis_server: RedisServer, email: str) -> None:
         with FakeWorker(redis_server):
             assert doors.call(email).email == email
 
-    def test_an_empty_message_is_no_address(self, doors: Doors) -> None:
+    def test_an_empty_message_is_no_address(self, doors: ApiProcess) -> None:
         assert doors.call_raw(b"") == GetVarifyRsp(error=3).SerializeToString()
 
-    def test_unknown_fields_are_ignored(self, doors: Doors, redis_server: RedisServer) -> None:
+    def test_unknown_fields_are_ignored(self, doors: ApiProcess, redis_server: RedisServer) -> None:
         unknown = b"\x12\x03abc\x98\x06\x07"  # field 2, a string; field 99, a number
         with FakeWorker(redis_server):
             answer = doors.call_raw(unknown + GetVarifyReq(email=A).SerializeToString())
         assert GetVarifyRsp.FromString(answer).error == 0
 
-    def test_without_deadline_and_worker_there_is_an_answer(self, doors: Doors) -> None:
+    def test_without_deadline_and_worker_there_is_an_answer(self, doors: ApiProcess) -> None:
         began = time.monotonic()
         assert doors.call(A).error == 6
         assert REPLY_TIMEOUT - 0.1 < time.monotonic() - began < REPLY_TIMEOUT + 0.5
 
-    def test_a_crowd(self, doors: Doors, redis_server: RedisServer) -> None:
+    def test_a_crowd(self, doors: ApiProcess, redis_server: RedisServer) -> None:
         emails = [f"u{i}@example.com" for i in range(500)]
         with (
             FakeWorker(redis_server, error=lambda kwargs: int(kwargs["email"][1:-12]) % 6) as worker,
@@ -114,23 +114,23 @@ class TestAsking:
 
 class TestBadInput:
     @pytest.mark.parametrize("message", [b"\xff", b"\x0a\x05a", b"\x0a\x02\xff\xfe", b"\x0b"])
-    def test_what_is_no_message(self, doors: Doors, message: bytes) -> None:
+    def test_what_is_no_message(self, doors: ApiProcess, message: bytes) -> None:
         with pytest.raises(grpc.RpcError) as raised:
             doors.call_raw(message)
         assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
-    def test_5_megabytes(self, doors: Doors) -> None:
+    def test_5_megabytes(self, doors: ApiProcess) -> None:
         with pytest.raises(grpc.RpcError) as raised:
             doors.call("x" * 5_000_000)
         assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert doors.call("nobody").error == 3
 
-    def test_other_methods(self, doors: Doors) -> None:
+    def test_other_methods(self, doors: ApiProcess) -> None:
         with pytest.raises(grpc.RpcError) as raised:
             doors.call_raw(b"", method="GetCode")
         assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
-    def test_a_cancelled_call_leaves_nothing(self, doors: Doors, redis_server: RedisServer) -> None:
+    def test_a_cancelled_call_leaves_nothing(self, doors: ApiProcess, redis_server: RedisServer) -> None:
         calls = [doors.stub.future(GetVarifyReq(email=A)) for _ in range(50)]
         eventually(lambda: in_flight(doors) == 50, 3)
         for call in calls:
@@ -139,7 +139,7 @@ class TestBadInput:
         with FakeWorker(redis_server):
             assert doors.call(A).error == 0
 
-    def test_a_deadline_shorter_than_ours_leaves_nothing(self, doors: Doors) -> None:
+    def test_a_deadline_shorter_than_ours_leaves_nothing(self, doors: ApiProcess) -> None:
         began = time.monotonic()
         for _ in range(3):
             with pytest.raises(grpc.RpcError) as raised:
@@ -148,7 +148,7 @@ class TestBadInput:
         eventually(lambda: in_flight(doors) == 0, 0.5)
         assert time.monotonic() - began < 1.0
 
-    def test_a_client_that_goes_away(self, doors: Doors) -> None:
+    def test_a_client_that_goes_away(self, doors: ApiProcess) -> None:
         with grpc.insecure_channel(f"127.0.0.1:{doors.grpc_port}") as channel:
             call = channel.unary_unary(
                 f"/{SERVICE}/{METHOD}", GetVarifyReq.SerializeToString, GetVarifyRsp.FromString
@@ -159,13 +159,13 @@ class TestBadInput:
 
 
 class TestStandardServices:
-    def test_health(self, doors: Doors) -> None:
+    def test_health(self, doors: ApiProcess) -> None:
         stub = health_pb2_grpc.HealthStub(doors.channel)
         for service in ("", SERVICE):
             said = stub.Check(health_pb2.HealthCheckRequest(service=service))
             assert said.status == health_pb2.HealthCheckResponse.SERVING
 
-    def test_reflection_describes_all(self, doors: Doors) -> None:
+    def test_reflection_describes_all(self, doors: ApiProcess) -> None:
         stub = reflection_pb2_grpc.ServerReflectionStub(doors.channel)
         requests = [reflection_pb2.ServerReflectionRequest(list_services="")]
         [listed] = stub.ServerReflectionInfo(iter(requests))

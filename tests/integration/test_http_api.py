@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import redis as redis_py
-from support.api_process import Doors, answer_of, request_bytes
+from support.api_process import ApiProcess, answer_of, request_bytes
 from support.fake_worker import FakeWorker, read
+from support.process import eventually
 from support.redis_server import RedisServer
-from support.worker_process import eventually
 
 A = "a@example.com"
 MALFORMED = {"error": 1001}
@@ -25,8 +25,8 @@ ASK, CHECK = "/get_varifycode", "/check_varifycode"
 
 
 @pytest.fixture(scope="module")
-def doors(redis_server: RedisServer) -> Iterator[Doors]:
-    with Doors(
+def doors(redis_server: RedisServer) -> Iterator[ApiProcess]:
+    with ApiProcess(
         {"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_REPLY_TIMEOUT": "2", "VERIFY_MAX_QUEUE": "1000"}
     ) as doors:
         yield doors
@@ -52,14 +52,14 @@ class TestAsking:
             "x" * 10_000,
         ],
     )
-    def test_the_address_comes_back_as_given(self, doors: Doors, redis_server: RedisServer, email: str) -> None:
+    def test_the_address_comes_back_as_given(self, doors: ApiProcess, redis_server: RedisServer, email: str) -> None:
         with FakeWorker(redis_server):
             said = doors.get_code(email)
         assert said["email"] == email
         assert type(said["error"]) is int
         assert set(said) == {"error", "email"}
 
-    def test_as_bytes(self, doors: Doors, redis_server: RedisServer) -> None:
+    def test_as_bytes(self, doors: ApiProcess, redis_server: RedisServer) -> None:
         with FakeWorker(redis_server):
             body = '{"email":"ü@x.example"}'.encode()
             with doors.knock(request_bytes(ASK, body)) as connection:
@@ -67,18 +67,18 @@ class TestAsking:
         assert (status, headers["content-type"]) == (200, "application/json")
         assert answer == '{"error": 0, "email": "ü@x.example"}'.encode()
 
-    def test_half_a_surrogate_pair_comes_back(self, doors: Doors) -> None:
+    def test_half_a_surrogate_pair_comes_back(self, doors: ApiProcess) -> None:
         answer = doors.http.post(ASK, content=b'{"email": "\\ud800@x.example"}')
         assert answer.json() == {"error": 3, "email": "\ud800@x.example"}
 
     @pytest.mark.parametrize("error", range(7))
     def test_every_answer_of_the_worker_comes_through(
-        self, doors: Doors, redis_server: RedisServer, error: int
+        self, doors: ApiProcess, redis_server: RedisServer, error: int
     ) -> None:
         with FakeWorker(redis_server, error=lambda _: error):
             assert doors.get_code(A) == {"error": error, "email": A}
 
-    def test_purpose_and_locale_travel(self, doors: Doors, redis_server: RedisServer) -> None:
+    def test_purpose_and_locale_travel(self, doors: ApiProcess, redis_server: RedisServer) -> None:
         with FakeWorker(redis_server) as worker:
             for more in ({"purpose": "login", "locale": "en"}, {"locale": None}, {"locale": 7}, {"locale": "xx"}):
                 assert doors.get_code(A, **more)["error"] == 0
@@ -90,11 +90,11 @@ class TestAsking:
         ]
 
     @pytest.mark.parametrize("kind", ["text/json", "application/x-www-form-urlencoded", "nonsense", ""])
-    def test_the_content_type_does_not_matter(self, doors: Doors, redis_server: RedisServer, kind: str) -> None:
+    def test_the_content_type_does_not_matter(self, doors: ApiProcess, redis_server: RedisServer, kind: str) -> None:
         with FakeWorker(redis_server):
             assert doors.post(ASK, {"email": A}, headers={"Content-Type": kind})["error"] == 0
 
-    def test_without_a_worker_it_is_a_timeout(self, doors: Doors) -> None:
+    def test_without_a_worker_it_is_a_timeout(self, doors: ApiProcess) -> None:
         began = time.monotonic()
         assert doors.get_code(A) == {"error": 6, "email": A}
         assert 1.9 < time.monotonic() - began < 2.5
@@ -127,25 +127,27 @@ MALFORMED_BODIES = {
 class TestMalformed:
     @pytest.mark.parametrize("body", MALFORMED_BODIES.values(), ids=MALFORMED_BODIES.keys())
     @pytest.mark.parametrize("path", [ASK, CHECK])
-    def test_it_is_1001_and_nothing_else(self, doors: Doors, redis_server: RedisServer, path: str, body: bytes) -> None:
+    def test_it_is_1001_and_nothing_else(
+        self, doors: ApiProcess, redis_server: RedisServer, path: str, body: bytes
+    ) -> None:
         answer = doors.http.post(path, content=body.replace(b'.com"', b'.com", "varifycode": "1"'))
         assert (answer.status_code, answer.json()) == (200, MALFORMED)
         with redis_server.client(1) as broker:
             assert broker.llen("verification") == 0
 
     @pytest.mark.parametrize("code", [None, 7, ["1"], {}])
-    def test_a_code_that_is_no_string(self, doors: Doors, code: object) -> None:
+    def test_a_code_that_is_no_string(self, doors: ApiProcess, code: object) -> None:
         assert doors.check(A, code) == MALFORMED
         assert doors.post(CHECK, {"email": A}) == MALFORMED
 
     @pytest.mark.parametrize("path", [ASK, CHECK])
-    def test_a_wrong_method(self, doors: Doors, path: str) -> None:
+    def test_a_wrong_method(self, doors: ApiProcess, path: str) -> None:
         for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS"):
             answer = doors.http.request(method, path)
             assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
             assert answer.json()["error"] == 1001
 
-    def test_a_wrong_path(self, doors: Doors) -> None:
+    def test_a_wrong_path(self, doors: ApiProcess) -> None:
         for path in ("/", "/get_varifycode/", "/nothing", "/%00", "/docs/oauth2-redirect"):
             answer = doors.http.post(path, content=b"{}")
             assert (answer.status_code, answer.json()["error"]) == (404, 1001)
@@ -153,33 +155,33 @@ class TestMalformed:
     @pytest.mark.parametrize(
         "junk", [b"\x16\x03\x01\x02\x00\x01\x00", b"GET\r\n\r\n", b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n"]
     )
-    def test_what_is_no_http(self, doors: Doors, junk: bytes) -> None:
+    def test_what_is_no_http(self, doors: ApiProcess, junk: bytes) -> None:
         with doors.knock(junk) as connection:
             status, _, body = answer_of(connection)
         assert (status, json.loads(body)["error"]) == (400, 1001)
 
-    def test_an_endless_head(self, doors: Doors) -> None:
+    def test_an_endless_head(self, doors: ApiProcess) -> None:
         with doors.knock(b"GET / HTTP/1.1\r\n" + b"X-Filler: 0123456789\r\n" * 2000) as connection:
             status, _, body = answer_of(connection)
         assert (status, json.loads(body)["error"]) == (431, 1001)
 
 
 class TestTooLarge:
-    def test_a_body_is_refused_unread(self, doors: Doors) -> None:
+    def test_a_body_is_refused_unread(self, doors: ApiProcess) -> None:
         head = request_bytes(ASK, b"").replace(b"Content-Length: 0", b"Content-Length: 16385")
         with doors.knock(head) as connection:
             status, _, body = answer_of(connection)
         assert (status, json.loads(body)["error"]) == (413, 1001)
 
-    def test_one_just_small_enough_is_read(self, doors: Doors) -> None:
+    def test_one_just_small_enough_is_read(self, doors: ApiProcess) -> None:
         body = b'{"email": 7}'.ljust(16384)
         assert doors.http.post(ASK, content=body).json() == MALFORMED
         assert doors.http.post(ASK, content=body + b" ").status_code == 413
 
-    def test_a_client_that_first_sends_all_sees_the_answer(self, doors: Doors) -> None:
+    def test_a_client_that_first_sends_all_sees_the_answer(self, doors: ApiProcess) -> None:
         assert doors.http.post(ASK, content=b"x" * 5_000_000).status_code == 413
 
-    def test_chunks_without_end_are_cut(self, doors: Doors) -> None:
+    def test_chunks_without_end_are_cut(self, doors: ApiProcess) -> None:
         head = b"POST /get_varifycode HTTP/1.1\r\nHost: door\r\nTransfer-Encoding: chunked\r\n\r\n"
         with doors.knock(head) as connection:
             answers: list[int] = []
@@ -193,52 +195,52 @@ class TestTooLarge:
             reader.join(10)
         assert answers == [413]
 
-    def test_a_length_that_is_none(self, doors: Doors) -> None:
+    def test_a_length_that_is_none(self, doors: ApiProcess) -> None:
         for length in (b"99999999999999999999999999", b"-1", b"1e3", "²".encode()):
             with doors.knock(request_bytes(ASK, b"").replace(b"Length: 0", b"Length: " + length)) as connection:
                 assert answer_of(connection)[0] in {400, 413}
 
 
 class TestChecking:
-    def test_the_right_code_works_once(self, doors: Doors, redis: redis_py.Redis) -> None:
+    def test_the_right_code_works_once(self, doors: ApiProcess, redis: redis_py.Redis) -> None:
         redis.set("code_" + A, "123456", ex=60)
         assert [doors.check(A, code) for code in ("000000", "123456 ", "123456", "123456")] == [
             {"error": error, "email": A} for error in (1004, 1004, 0, 1003)
         ]
 
-    def test_the_purpose_is_part_of_it(self, doors: Doors, redis: redis_py.Redis) -> None:
+    def test_the_purpose_is_part_of_it(self, doors: ApiProcess, redis: redis_py.Redis) -> None:
         redis.set(f"code:login:{A}", "123456", ex=60)
         assert doors.check(A, "123456")["error"] == 1003
         assert doors.check(A, "123456", purpose="login")["error"] == 0
 
-    def test_five_wrong_ones_drop_it(self, doors: Doors, redis: redis_py.Redis) -> None:
+    def test_five_wrong_ones_drop_it(self, doors: ApiProcess, redis: redis_py.Redis) -> None:
         redis.set("code_" + A, "123456", ex=60)
         assert [doors.check(A, "1")["error"] for _ in range(6)] == [1004] * 5 + [1003]
         assert doors.check(A, "123456")["error"] == 1003
 
-    def test_of_a_crowd_one_succeeds(self, doors: Doors, redis: redis_py.Redis) -> None:
+    def test_of_a_crowd_one_succeeds(self, doors: ApiProcess, redis: redis_py.Redis) -> None:
         redis.set("code_" + A, "123456", ex=60)
         with ThreadPoolExecutor(16) as pool:
             errors = sorted(said["error"] for said in pool.map(lambda _: doors.check(A, "123456"), range(50)))
         assert errors == [0] + [1003] * 49
 
-    def test_no_get_consumes(self, doors: Doors, redis: redis_py.Redis) -> None:
+    def test_no_get_consumes(self, doors: ApiProcess, redis: redis_py.Redis) -> None:
         redis.set("code_" + A, "123456", ex=60)
         for path in (CHECK, "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"):
             doors.http.get(path, params={"email": A, "varifycode": "123456"})
         assert redis.get("code_" + A) == b"123456"
 
-    def test_odd_addresses(self, doors: Doors) -> None:
+    def test_odd_addresses(self, doors: ApiProcess) -> None:
         for email in ("", "nobody", "a\u0000b", "x" * 10_000):
             assert doors.check(email, "1") == {"error": 1003, "email": email}
 
 
 class TestLooking:
-    def test_healthz(self, doors: Doors) -> None:
+    def test_healthz(self, doors: ApiProcess) -> None:
         assert doors.http.get("/healthz").json() == {"status": "ok"}
         assert doors.http.head("/healthz").status_code == 200
 
-    def test_readyz_wants_a_worker(self, doors: Doors, redis_server: RedisServer) -> None:
+    def test_readyz_wants_a_worker(self, doors: ApiProcess, redis_server: RedisServer) -> None:
         answer = doors.http.get("/readyz")
         parts = {"broker": True, "results": True, "codes": True, "workers": 0, "leaving": False}
         assert (answer.status_code, answer.json()) == (503, {"ready": False, **parts})
@@ -248,7 +250,7 @@ class TestLooking:
         assert doors.http.get("/readyz").json() == {**parts, "ready": True, "workers": 1}
         assert doors.http.head("/readyz").status_code == 200
 
-    def test_metrics(self, doors: Doors, redis_server: RedisServer) -> None:
+    def test_metrics(self, doors: ApiProcess, redis_server: RedisServer) -> None:
         before = doors.metric("verify_api_requests_total", protocol="http", error="5", verb="request")
         with FakeWorker(redis_server, error=lambda _: 5):
             doors.get_code(A)
@@ -270,7 +272,7 @@ class TestLooking:
         assert "verify_api_request_seconds_bucket" in text
         assert "process_open_fds" in text
 
-    def test_the_description(self, doors: Doors) -> None:
+    def test_the_description(self, doors: ApiProcess) -> None:
         page, described = doors.http.get("/docs"), doors.http.get("/openapi.json").json()
         assert page.headers["content-type"].startswith("text/html")
         for path in (ASK, CHECK, "/healthz", "/readyz", "/metrics"):
@@ -280,18 +282,20 @@ class TestLooking:
         assert "https://" not in page.text
 
     @pytest.mark.parametrize("host", ["door.example:8088", "door.example", "[::1]:80"])
-    def test_the_examples_name_the_door_where_it_was_asked(self, doors: Doors, host: str) -> None:
+    def test_the_examples_name_the_door_where_it_was_asked(self, doors: ApiProcess, host: str) -> None:
         page = doors.http.get("/docs", headers={"Host": host}).text
         assert f"http://{host}{ASK}</pre>" in page
 
     @pytest.mark.parametrize("host", ["$(reboot)", "a b", "a;b", "<b>", ""])
-    def test_a_host_that_is_none_is_not_repeated(self, doors: Doors, host: str) -> None:
+    def test_a_host_that_is_none_is_not_repeated(self, doors: ApiProcess, host: str) -> None:
         page = doors.http.get("/docs", headers={"Host": host}).text
         assert f"http://127.0.0.1:8081{ASK}</pre>" in page
 
 
 class TestOverload:
-    def test_a_full_queue_is_said_at_once_and_nothing_is_added(self, doors: Doors, redis_server: RedisServer) -> None:
+    def test_a_full_queue_is_said_at_once_and_nothing_is_added(
+        self, doors: ApiProcess, redis_server: RedisServer
+    ) -> None:
         with redis_server.client(1) as broker:
             broker.lpush("verification", *(["x"] * 600))
             broker.hset("verification.parked", mapping={str(i): "x" for i in range(401)})
@@ -301,14 +305,14 @@ class TestOverload:
             assert time.monotonic() - began < 0.5
             assert broker.llen("verification") == 600
 
-    def test_a_crowd_does_not_overshoot(self, doors: Doors, redis_server: RedisServer) -> None:
+    def test_a_crowd_does_not_overshoot(self, doors: ApiProcess, redis_server: RedisServer) -> None:
         with redis_server.client(1) as broker, ThreadPoolExecutor(32) as pool:
             broker.lpush("verification", *(["x"] * 990))
             errors = [said.error for said in pool.map(lambda i: doors.call(f"u{i}@example.com"), range(200))]
             assert broker.llen("verification") == 1001  # it is not full with 1000, but with more
         assert (errors.count(6), errors.count(4)) == (11, 189)
 
-    def test_with_room_again_it_goes_on(self, doors: Doors, redis_server: RedisServer) -> None:
+    def test_with_room_again_it_goes_on(self, doors: ApiProcess, redis_server: RedisServer) -> None:
         with redis_server.client(1) as broker:
             broker.lpush("verification", *(["x"] * 1001))
             assert doors.get_code(A)["error"] == 4
@@ -324,7 +328,7 @@ def _allow_connections() -> None:
 
 
 class TestSlowClients:
-    def test_a_thousand_that_send_nothing_hold_nothing_up(self, doors: Doors, redis_server: RedisServer) -> None:
+    def test_a_thousand_that_send_nothing_hold_nothing_up(self, doors: ApiProcess, redis_server: RedisServer) -> None:
         _allow_connections()
         silent = [doors.knock(port=port) for port in (doors.http_port, doors.grpc_port) for _ in range(1000)]
         try:
@@ -338,7 +342,7 @@ class TestSlowClients:
             for each in silent:
                 each.close()
 
-    def test_half_a_request_is_sent_away(self, doors: Doors, redis_server: RedisServer) -> None:
+    def test_half_a_request_is_sent_away(self, doors: ApiProcess, redis_server: RedisServer) -> None:
         began = time.monotonic()
         half = request_bytes(ASK, b"x" * 100)[:-50]
         *heads, body = [doors.knock(said) for said in (b"", b"POST /get", b"\r\n", half)]
@@ -352,26 +356,26 @@ class TestSlowClients:
         for each in (*heads, body):
             each.close()
 
-    def test_byte_by_byte(self, doors: Doors, redis_server: RedisServer) -> None:
+    def test_byte_by_byte(self, doors: ApiProcess, redis_server: RedisServer) -> None:
         with FakeWorker(redis_server), doors.knock() as connection:
             for byte in request_bytes(ASK, json.dumps({"email": A}).encode()):
                 connection.sendall(bytes([byte]))
                 time.sleep(0.002)
             assert answer_of(connection)[0] == 200
 
-    def test_a_client_that_closes_its_half(self, doors: Doors, redis_server: RedisServer) -> None:
+    def test_a_client_that_closes_its_half(self, doors: ApiProcess, redis_server: RedisServer) -> None:
         whole = request_bytes(ASK, json.dumps({"email": A}).encode())
         with FakeWorker(redis_server, before=lambda *_: time.sleep(0.2)), doors.knock(whole) as connection:
             connection.shutdown(socket.SHUT_WR)
             assert answer_of(connection)[0] == 200
             assert connection.recv(1) == b""
 
-    def test_a_client_that_goes_away(self, doors: Doors) -> None:
+    def test_a_client_that_goes_away(self, doors: ApiProcess) -> None:
         for _ in range(20):
             doors.knock(request_bytes(ASK, json.dumps({"email": A}).encode())).close()
         eventually(lambda: doors.metric("verify_api_requests_in_flight", protocol="http") == 0, 5)
 
-    def test_requests_in_a_pipeline(self, doors: Doors, redis_server: RedisServer) -> None:
+    def test_requests_in_a_pipeline(self, doors: ApiProcess, redis_server: RedisServer) -> None:
         one = request_bytes(ASK, json.dumps({"email": A}).encode())
         with FakeWorker(redis_server), doors.knock(one * 3) as connection:
             data = b""
@@ -379,7 +383,7 @@ class TestSlowClients:
                 data += connection.recv(65536)
         assert data.count(b"HTTP/1.1 200") == 3
 
-    def test_a_client_that_would_rather_speak_http2(self, doors: Doors, redis_server: RedisServer) -> None:
+    def test_a_client_that_would_rather_speak_http2(self, doors: ApiProcess, redis_server: RedisServer) -> None:
         upgrade = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAARAAAAA")
         body = json.dumps({"email": A}).encode()
         whole = request_bytes(ASK, body, *upgrade)
@@ -392,7 +396,7 @@ class TestSlowClients:
                     connection.sendall(whole)
                     assert answer_of(connection)[0] == 200
 
-    def test_curl(self, doors: Doors, redis_server: RedisServer) -> None:
+    def test_curl(self, doors: ApiProcess, redis_server: RedisServer) -> None:
         if subprocess.run(["which", "curl"], capture_output=True, check=False).returncode:
             pytest.skip("no curl")
         with FakeWorker(redis_server):
@@ -406,8 +410,8 @@ class TestSlowClients:
 
 
 @pytest.fixture(scope="module")
-def locked(redis_server: RedisServer) -> Iterator[Doors]:
-    with Doors({"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_API_KEYS": "one, zwei"}) as doors:
+def locked(redis_server: RedisServer) -> Iterator[ApiProcess]:
+    with ApiProcess({"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_API_KEYS": "one, zwei"}) as doors:
         yield doors
 
 
@@ -415,7 +419,7 @@ class TestKeys:
     @pytest.mark.parametrize(
         "header", [None, "", "Bearer", "Bearer wrong", "one", "Basic one", "Bearer one,zwei", "Bearer onee"]
     )
-    def test_missing_or_wrong(self, locked: Doors, redis: redis_py.Redis, header: str | None) -> None:
+    def test_missing_or_wrong(self, locked: ApiProcess, redis: redis_py.Redis, header: str | None) -> None:
         redis.set("code_" + A, "1", ex=60)
         headers = {} if header is None else {"Authorization": header}
         for path in (ASK, CHECK, "/metrics", "/nothing"):
@@ -425,12 +429,12 @@ class TestKeys:
         assert redis.get("code_" + A) == b"1"
 
     @pytest.mark.parametrize("header", ["Bearer one", "bearer zwei", "BEARER  one"])
-    def test_right(self, locked: Doors, redis_server: RedisServer, header: str) -> None:
+    def test_right(self, locked: ApiProcess, redis_server: RedisServer, header: str) -> None:
         with FakeWorker(redis_server):
             assert locked.post(ASK, {"email": A}, headers={"Authorization": header})["error"] == 0
         assert locked.http.get("/metrics", headers={"Authorization": header}).status_code == 200
 
-    def test_probes_need_none(self, locked: Doors) -> None:
+    def test_probes_need_none(self, locked: ApiProcess) -> None:
         assert locked.http.get("/healthz").status_code == 200
         assert locked.http.get("/readyz").status_code == 503
         operations = locked.http.get("/openapi.json").json()["paths"]
@@ -438,7 +442,7 @@ class TestKeys:
         assert "security" not in operations["/healthz"]["get"]
 
 
-def test_a_message_says_what_the_contract_says(doors: Doors, redis_server: RedisServer) -> None:
+def test_a_message_says_what_the_contract_says(doors: ApiProcess, redis_server: RedisServer) -> None:
     doors.get_code(A)
     with redis_server.client(1) as broker:
         taken = read(broker.rpop("verification"))

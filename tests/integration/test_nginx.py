@@ -16,10 +16,10 @@ import httpx
 import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from support.api_process import Doors
+from support.api_process import ApiProcess
 from support.fake_worker import FakeWorker
+from support.process import ROOT, eventually
 from support.redis_server import RedisServer
-from support.worker_process import ROOT, eventually
 
 from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp
 
@@ -31,13 +31,13 @@ KEY = {"Authorization": "Bearer k3y"}
 class Proxy:
     """nginx with the snippet; the doors' ports, its own and the certificates are replaced, and nothing else."""
 
-    def __init__(self, doors: Doors, directory: Path) -> None:
+    def __init__(self, doors: ApiProcess, directory: Path) -> None:
         nginx = shutil.which("nginx") or "/usr/sbin/nginx"
         authority = trustme.CA()
         certificate = authority.issue_cert("localhost", "127.0.0.1")
         certificate.private_key_and_cert_chain_pem.write_to_path(directory / "verify.pem")
         self._root = authority.cert_pem.bytes()
-        http, rpc = _free_port(), _free_port()
+        http, rpc = free_port(), free_port()
         text = (ROOT / "deploy/nginx.conf").read_text()
         for old, new in (
             ("127.0.0.1:8081", f"127.0.0.1:{doors.http_port}"),
@@ -80,7 +80,7 @@ class Proxy:
         self._process.wait(10)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
         return port
@@ -92,16 +92,16 @@ def _listens(port: int) -> bool:
 
 
 @pytest.fixture
-def doors(redis_server: RedisServer) -> Iterator[Doors]:
+def doors(redis_server: RedisServer) -> Iterator[ApiProcess]:
     with (
         FakeWorker(redis_server),
-        Doors({"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_API_KEYS": "k3y"}) as doors,
+        ApiProcess({"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_API_KEYS": "k3y"}) as doors,
     ):
         yield doors
 
 
 @pytest.fixture
-def proxy(doors: Doors, tmp_path: Path) -> Iterator[Proxy]:
+def proxy(doors: ApiProcess, tmp_path: Path) -> Iterator[Proxy]:
     tmp_path.chmod(0o755)
     proxy = Proxy(doors, tmp_path)
     yield proxy
@@ -138,7 +138,7 @@ def test_one_address_has_its_limit(proxy: Proxy) -> None:
     assert {(answer.status_code, answer.json()["error"]) for answer in answers[12:]} == {(429, 4)}
 
 
-def test_without_doors_it_says_so(proxy: Proxy, doors: Doors) -> None:
+def test_without_doors_it_says_so(proxy: Proxy, doors: ApiProcess) -> None:
     doors.process.terminate()
     assert doors.wait() == 0
     answer = ask(proxy)

@@ -15,14 +15,13 @@ import httpx
 import pytest
 import yaml
 from support import containers
-from support.api_process import Doors
+from support.api_process import ApiProcess
 from support.caller import address, message
-from support.prometheus_process import Prometheus
-from support.redis_server import _free_port
+from support.process import eventually, free_port
+from support.prometheus_process import PrometheusProcess
 from support.rig import Rig
 from support.smtp_server import ScriptedServer, running
 from support.watching import PROMETHEUS, RULES, names_in, queries, rules
-from support.worker_process import eventually
 
 pytestmark = pytest.mark.tools
 
@@ -55,7 +54,7 @@ def test_promtool_takes_every_expression_of_the_dashboard(tmp_path: Path) -> Non
     assert f"{len(made)} rules found" in promtool("check", "rules", str(tmp_path / "panels.yml"))
 
 
-def targets(rig: Rig, doors: Doors) -> dict[str, list[str]]:
+def targets(rig: Rig, doors: ApiProcess) -> dict[str, list[str]]:
     """Whom Prometheus scrapes."""
     return {
         "verify-worker": [urlsplit(rig.worker.metrics_url).netloc],
@@ -63,26 +62,26 @@ def targets(rig: Rig, doors: Doors) -> dict[str, list[str]]:
     }
 
 
-def scraped_again(prometheus: Prometheus) -> Callable[[], bool]:
+def scraped_again(prometheus: PrometheusProcess) -> Callable[[], bool]:
     """Whether there was another scrape of all since this was made."""
     expr = "min(timestamp(verify_broker_up))"
     before = prometheus.instant(expr)
     return lambda: prometheus.instant(expr) > before
 
 
-def _get_code(doors: Doors) -> int:
+def _get_code(doors: ApiProcess) -> int:
     answer = doors.post("/get_varifycode", {"email": address()}, headers={"Authorization": f"Bearer {KEY}"})
     return int(answer["error"])
 
 
 @pytest.fixture(scope="module")
-def watched() -> Iterator[tuple[Rig, Doors, Prometheus]]:
-    """A worker, doors that ask for a key, and Prometheus, which has one; some requests, and some scrapes."""
+def watched() -> Iterator[tuple[Rig, ApiProcess, PrometheusProcess]]:
+    """A worker, doors that ask for a key, and PrometheusProcess, which has one; some requests, and some scrapes."""
     with ExitStack() as stack:
         rig = stack.enter_context(Rig(api_keys=f"other,{KEY}"))
         rig.add_worker()
-        doors = stack.enter_context(Doors(rig.settings))
-        prometheus = stack.enter_context(Prometheus(targets(rig, doors), key=KEY))
+        doors = stack.enter_context(ApiProcess(rig.settings))
+        prometheus = stack.enter_context(PrometheusProcess(targets(rig, doors), key=KEY))
         eventually(lambda: len(prometheus.instant("verify_broker_up")) == 2, 20)
         for _ in range(4):  # spread over scrapes, so that counters are seen to rise
             assert doors.call(address()).error == 0
@@ -95,7 +94,9 @@ def watched() -> Iterator[tuple[Rig, Doors, Prometheus]]:
 
 
 @pytest.mark.parametrize(("where", "expr"), queries().items(), ids=list(queries()))
-def test_an_expression_is_evaluated_and_has_data(where: str, expr: str, watched: tuple[Rig, Doors, Prometheus]) -> None:
+def test_an_expression_is_evaluated_and_has_data(
+    where: str, expr: str, watched: tuple[Rig, ApiProcess, PrometheusProcess]
+) -> None:
     _, _, prometheus = watched
     found = prometheus.instant(expr)
     # An alert has data when it fires; its parts are recorded, or metrics that must be there.
@@ -106,20 +107,20 @@ def test_an_expression_is_evaluated_and_has_data(where: str, expr: str, watched:
         assert found, where
 
 
-def test_rules_are_evaluated_without_errors(watched: tuple[Rig, Doors, Prometheus]) -> None:
+def test_rules_are_evaluated_without_errors(watched: tuple[Rig, ApiProcess, PrometheusProcess]) -> None:
     _, _, prometheus = watched
     found = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
     assert len(found) == len(rules())
     assert [rule for rule in found if rule["health"] != "ok"] == []
 
 
-def test_doors_that_ask_for_a_key_are_scraped_with_it(watched: tuple[Rig, Doors, Prometheus]) -> None:
+def test_doors_that_ask_for_a_key_are_scraped_with_it(watched: tuple[Rig, ApiProcess, PrometheusProcess]) -> None:
     _, doors, prometheus = watched
     assert doors.http.get("/metrics").status_code == 401
     assert {labels["job"] for labels, value in prometheus.instant("up") if value} == {"verify-worker", "verify-api"}
 
 
-def test_what_prometheus_keeps_has_no_address_in_it(watched: tuple[Rig, Doors, Prometheus]) -> None:
+def test_what_prometheus_keeps_has_no_address_in_it(watched: tuple[Rig, ApiProcess, PrometheusProcess]) -> None:
     rig, _, prometheus = watched
     kept = str(prometheus.instant('{__name__=~".+"}'))
     assert f"smtp://127.0.0.1:{rig.relay.port}" in kept
@@ -128,12 +129,12 @@ def test_what_prometheus_keeps_has_no_address_in_it(watched: tuple[Rig, Doors, P
 
 def test_alerts_fire_when_a_relay_is_gone_and_when_the_worker_is(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig()
-    port = _free_port()
+    port = free_port()
     rig.settings["VERIFY_RELAYS"] = f"smtp://127.0.0.1:{port}"
     rig.add_worker()
     unhealthy = {"VerifyServerAllRelaysSick", "VerifyServerRelaySick"}
-    with Doors(rig.settings) as doors, Prometheus(targets(rig, doors), at_once=True) as prometheus:
-        # These doors have no keys: Prometheus tells them an empty one, and they take no notice.
+    with ApiProcess(rig.settings) as doors, PrometheusProcess(targets(rig, doors), at_once=True) as prometheus:
+        # These doors have no keys: PrometheusProcess tells them an empty one, and they take no notice.
         with running(ScriptedServer(), port):
             assert doors.get_code(address())["error"] == 0
             eventually(lambda: len(prometheus.instant("verify_broker_up")) == 2, 20)
@@ -153,7 +154,7 @@ def test_the_containers_command_starts_it(tmp_path: Path) -> None:
     service = containers.services({**containers.example(), **containers.PASSWORDS, "METRICS_KEY": KEY})["prometheus"]
     assert service["entrypoint"] == ["/bin/sh", "-c"]
     [script] = service["command"]
-    port, data = _free_port(), tmp_path / "data"
+    port, data = free_port(), tmp_path / "data"
     program = shutil.which("prometheus")
     assert program
     for old, new in (

@@ -17,12 +17,12 @@ import grpc
 import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from support.api_process import STOP_TIMEOUT, Doors, answer_of, request_bytes
+from support.api_process import STOP_WITHIN, ApiProcess, answer_of, request_bytes
 from support.caller import address
 from support.fake_worker import FakeWorker
+from support.process import ROOT, eventually
 from support.redis_server import RedisServer
 from support.rig import Rig, code_in
-from support.worker_process import ROOT, eventually
 
 from producer.api.proto import GetVarifyReq
 
@@ -48,7 +48,7 @@ def taken() -> Iterator[int]:
 
 def refused(*options: str, **given: str) -> str:
     """The one line on stderr with which it does not start."""
-    doors = Doors({"VERIFY_REDIS_URL": NOBODY, **given}, *options)
+    doors = ApiProcess({"VERIFY_REDIS_URL": NOBODY, **given}, *options)
     try:
         doors.start(wait=False)
         assert doors.wait(20) == 2
@@ -114,22 +114,22 @@ class TestStarting:
 
     def test_with_keys_http_goes_beyond_loopback_and_with_plaintext_both(self, settings: dict[str, str]) -> None:
         beyond = {**settings, "VERIFY_HTTP_BIND": "0.0.0.0:0", "VERIFY_API_KEYS": "k3y"}
-        with Doors(beyond) as doors:
+        with ApiProcess(beyond) as doors:
             assert doors.http.post(ASK, content=b"{}").status_code == 401
             assert doors.post(ASK, {}, headers={"Authorization": "Bearer k3y"}) == {"error": 1001}
         open_to_all = {"VERIFY_GRPC_BIND": "0.0.0.0:0", "VERIFY_ALLOW_PLAINTEXT": "1"}
-        with Doors({**settings, **open_to_all}, "--http-bind", "0.0.0.0:0") as doors:
+        with ApiProcess({**settings, **open_to_all}, "--http-bind", "0.0.0.0:0") as doors:
             assert doors.get_code("nobody")["error"] == doors.call("nobody").error == 3
 
     def test_localhost_is_all_its_addresses(self, settings: dict[str, str]) -> None:
-        with Doors({**settings, "VERIFY_HTTP_BIND": "localhost:0", "VERIFY_GRPC_BIND": "localhost:0"}) as doors:
+        with ApiProcess({**settings, "VERIFY_HTTP_BIND": "localhost:0", "VERIFY_GRPC_BIND": "localhost:0"}) as doors:
             for found in {info[4][0] for info in socket.getaddrinfo("localhost", 1, type=socket.SOCK_STREAM)}:
                 socket.create_connection((str(found), doors.http_port), 5).close()
                 socket.create_connection((str(found), doors.grpc_port), 5).close()
 
     def test_it_works_without_uvloop(self, settings: dict[str, str], redis_server: RedisServer, tmp_path: Path) -> None:
         (tmp_path / "uvloop.py").write_text("raise ModuleNotFoundError('none', name='uvloop')")
-        with FakeWorker(redis_server), Doors({**settings, "PYTHONPATH": f"{tmp_path}:{ROOT}"}) as doors:
+        with FakeWorker(redis_server), ApiProcess({**settings, "PYTHONPATH": f"{tmp_path}:{ROOT}"}) as doors:
             assert doors.get_code(A)["error"] == doors.call(A).error == 0
             doors.signal(signal.SIGTERM)
             assert doors.wait() == 0
@@ -138,7 +138,7 @@ class TestStarting:
         config = tmp_path / "config.json"
         redis = {"host": "127.0.0.1", "port": redis_server.port, "passwd": ""}
         config.write_text(json.dumps({"email": {"user": "x@example.com", "pass": "p"}, "redis": redis, "mysql": {}}))
-        with FakeWorker(redis_server), Doors({"VERIFY_CONFIG": str(config)}) as doors:
+        with FakeWorker(redis_server), ApiProcess({"VERIFY_CONFIG": str(config)}) as doors:
             assert doors.call(A).error == 0
 
 
@@ -146,7 +146,7 @@ class TestRedisTrouble:
     def test_down_at_start_then_up(self, new_redis_server: NewServer) -> None:
         server = new_redis_server()
         server.stop()
-        with Doors({"VERIFY_REDIS_URL": server.url()}) as doors:
+        with ApiProcess({"VERIFY_REDIS_URL": server.url()}) as doors:
             eventually(lambda: "Redis cannot be reached" in doors.log, REDIS_BOUND)
             began = time.monotonic()
             assert doors.get_code(A) == {"error": 1, "email": A}
@@ -165,7 +165,7 @@ class TestRedisTrouble:
 
     def test_hung_and_back(self, new_redis_server: NewServer) -> None:
         server = new_redis_server()
-        with Doors({"VERIFY_REDIS_URL": server.url()}) as doors, FakeWorker(server):
+        with ApiProcess({"VERIFY_REDIS_URL": server.url()}) as doors, FakeWorker(server):
             assert doors.get_code(A)["error"] == 0
             server.pause()
             verbs: list[Callable[[], object]] = [
@@ -196,7 +196,7 @@ class TestStopping:
 
         with (
             FakeWorker(redis_server, before=hold) as worker,
-            Doors(settings) as doors,
+            ApiProcess(settings) as doors,
             ThreadPoolExecutor(40) as pool,
         ):
             by_http = [pool.submit(doors.get_code, f"h{i}@example.com") for i in range(20)]
@@ -223,7 +223,7 @@ class TestStopping:
                 each.close()
 
     def test_without_a_reply_it_is_a_timeout_within_10_s(self, settings: dict[str, str]) -> None:
-        with Doors({**settings, "VERIFY_REPLY_TIMEOUT": "60"}) as doors, ThreadPoolExecutor(4) as pool:
+        with ApiProcess({**settings, "VERIFY_REPLY_TIMEOUT": "60"}) as doors, ThreadPoolExecutor(4) as pool:
             asked = pool.submit(doors.get_code, A), pool.submit(lambda: doors.call(A).error)
             half = doors.knock(request_bytes(ASK, b"x" * 100)[:-50])
             eventually(lambda: doors.metric("verify_api_requests_in_flight", protocol="http") == 1)
@@ -234,11 +234,11 @@ class TestStopping:
             assert asked[0].result() == {"error": 6, "email": A}
             assert asked[1].result() == 6
             assert doors.wait() == 0
-            assert time.monotonic() - began < STOP_TIMEOUT
+            assert time.monotonic() - began < STOP_WITHIN
             half.close()
 
     def test_idle_it_ends_at_once(self, settings: dict[str, str]) -> None:
-        with Doors(settings) as doors:
+        with ApiProcess(settings) as doors:
             doors.http.get("/healthz")
             doors.call("nobody")
             began = time.monotonic()
@@ -248,7 +248,7 @@ class TestStopping:
             assert "closed" in doors.log.splitlines()[-1]
 
     def test_a_second_signal_ends_it_at_once(self, settings: dict[str, str]) -> None:
-        with Doors({**settings, "VERIFY_REPLY_TIMEOUT": "60"}) as doors:
+        with ApiProcess({**settings, "VERIFY_REPLY_TIMEOUT": "60"}) as doors:
             call = doors.stub.future(GetVarifyReq(email=A))
             eventually(lambda: doors.metric("verify_api_requests_in_flight", protocol="grpc") == 1)
             doors.signal(signal.SIGTERM)
@@ -272,7 +272,7 @@ def listens(port: int) -> bool:
 def test_from_the_door_to_the_mailbox_and_back(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig()
     rig.add_worker()
-    with Doors(rig.settings, "--log-level", "debug") as doors:
+    with ApiProcess(rig.settings, "--log-level", "debug") as doors:
         assert doors.http.get("/readyz").json()["workers"] == 1
         by_http, by_grpc = address("http"), address("grpc")
         assert doors.get_code(by_http, locale="en") == {"error": 0, "email": by_http}
@@ -293,7 +293,7 @@ def test_from_the_door_to_the_mailbox_and_back(new_rig: Callable[..., Rig]) -> N
 def test_the_door_is_not_the_bottleneck_of_a_slow_client(settings: dict[str, str], redis_server: RedisServer) -> None:
     """Hundreds that have not read their answers hold nobody up."""
     one = request_bytes(ASK, json.dumps({"email": A}).encode())
-    with FakeWorker(redis_server), Doors(settings) as doors:
+    with FakeWorker(redis_server), ApiProcess(settings) as doors:
         unread = [doors.knock(one) for _ in range(300)]
         eventually(lambda: doors.metric("verify_api_requests_total", protocol="http", error="0", verb="request") == 300)
         assert httpx.get(f"http://127.0.0.1:{doors.http_port}/healthz", trust_env=False).status_code == 200

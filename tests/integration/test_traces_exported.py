@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.api_process import STOP_TIMEOUT, Doors
+from support.api_process import STOP_WITHIN, ApiProcess
 from support.caller import address, message
 from support.collector import Collector, Kept
+from support.process import ROOT, eventually
 from support.rig import Rig, code_in
-from support.worker_process import ROOT, WorkerProcess, eventually
+from support.worker_process import WorkerProcess
 
 TRACE_ID, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PARENT = f"00-{TRACE_ID}-{CALLER}-01"
@@ -48,8 +49,8 @@ def traced(collector: Collector) -> Iterator[Rig]:
 
 
 @pytest.fixture(scope="module")
-def doors(traced: Rig) -> Iterator[Doors]:
-    with Doors(traced.settings) as doors:
+def doors(traced: Rig) -> Iterator[ApiProcess]:
+    with ApiProcess(traced.settings) as doors:
         yield doors
 
 
@@ -75,7 +76,7 @@ def assert_private(collector: Collector, rig: Rig, *secrets: str) -> None:
     assert "@" not in collector.texts()
 
 
-def test_one_trace_goes_through_both_processes(collector: Collector, traced: Rig, doors: Doors) -> None:
+def test_one_trace_goes_through_both_processes(collector: Collector, traced: Rig, doors: ApiProcess) -> None:
     email = address("somebody")
     answer = doors.post("/get_varifycode", {"email": email}, headers={"traceparent": PARENT})
     assert answer == {"error": 0, "email": email}
@@ -93,7 +94,7 @@ def test_one_trace_goes_through_both_processes(collector: Collector, traced: Rig
 
 
 def test_a_retry_shows_both_tries_in_one_trace_and_a_check_is_one_of_its_own(
-    collector: Collector, traced: Rig, doors: Doors
+    collector: Collector, traced: Rig, doors: ApiProcess
 ) -> None:
     email, trace_id = address("patient"), "1" * 32
     traced.script(email, rcpt=["450 4.2.1 <patient@example.com> later"])
@@ -129,7 +130,7 @@ def test_what_is_left_is_exported_when_a_process_ends(new_rig: Callable[..., Rig
         rig = new_rig()
         rig.settings |= {**collector.environment, "OTEL_BSP_SCHEDULE_DELAY": "600000", "OTEL_SERVICE_NAME": "ours"}
         worker = rig.add_worker()
-        with Doors(rig.settings) as doors:
+        with ApiProcess(rig.settings) as doors:
             assert doors.call(address()).error == 0
             assert collector.spans() == []
             doors.signal(signal.SIGTERM)
@@ -154,7 +155,7 @@ def test_without_a_collector_all_is_served_and_ends_in_time(new_rig: Callable[..
         rig.settings |= {**ON, "OTEL_EXPORTER_OTLP_ENDPOINT": url, "OTEL_BSP_SCHEDULE_DELAY": "50"}
         rig.settings |= {"OTEL_EXPORTER_OTLP_TIMEOUT": "30" if silent else "1"}
         worker = rig.add_worker()
-        with Doors(rig.settings) as doors:
+        with ApiProcess(rig.settings) as doors:
             for _ in range(20):
                 assert doors.get_code(address())["error"] == 0
             if not silent:
@@ -165,7 +166,7 @@ def test_without_a_collector_all_is_served_and_ends_in_time(new_rig: Callable[..
             worker.terminate()
             assert doors.wait() == 0
             assert worker.wait() == 0
-            assert time.monotonic() - began < STOP_TIMEOUT
+            assert time.monotonic() - began < STOP_WITHIN
             for log in (doors.log, worker.log):
                 assert log.count("traces cannot be exported") == (0 if silent else 1)
         rig.check()
@@ -254,7 +255,7 @@ def test_off_nothing_of_it_is_loaded_and_messages_say_nothing_of_it(
     rig = new_rig()
     rig.settings |= {"PYTHONPATH": f"{tmp_path}:{ROOT}", "OTEL_EXPORTER_OTLP_ENDPOINT": ""}
     rig.settings |= {} if value is None else {"OTEL_TRACES_EXPORTER": value}
-    with Doors({**rig.settings, "VERIFY_REPLY_TIMEOUT": "0.2"}) as doors:
+    with ApiProcess({**rig.settings, "VERIFY_REPLY_TIMEOUT": "0.2"}) as doors:
         doors.post("/get_varifycode", {"email": address()}, headers={"traceparent": PARENT})
         [pushed] = (json.loads(each) for each in rig.broker.lrange("verification", 0, -1))
         assert {"traceparent", "tracestate"} & pushed["headers"].keys() == set()

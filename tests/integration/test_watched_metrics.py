@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from support.api_process import Doors
+from support.api_process import ApiProcess
 from support.caller import address
 from support.rig import Rig
 from support.watching import ITS_OWN, OF_TARGETS, OPERATORS, asked, names_in, queries, rules, shown
@@ -17,7 +17,7 @@ RECORDED = {rule.name for rule in rules() if not rule.alert}
 @pytest.fixture(scope="module")
 def scraped(rig: Rig) -> Iterator[dict[str, set[str]]]:
     """Labels by metric, after one request at each door and one that the HTTP door refuses."""
-    with Doors(rig.settings) as doors:
+    with ApiProcess(rig.settings) as doors:
         assert doors.get_code(address())["error"] == 0
         assert doors.call(address()).error == 0
         assert doors.http.get("/nothing").status_code == 404

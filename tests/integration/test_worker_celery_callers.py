@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from celery import Celery, chain, group
 from support.caller import TASK, address, message
+from support.process import eventually
 from support.rig import Rig
-from support.worker_process import eventually
 
 
 @pytest.fixture(scope="module")

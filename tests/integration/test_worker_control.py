@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from celery import Celery
 from support.caller import TASK, address, message
+from support.process import eventually
 from support.rig import Rig
 from support.smtp_server import Held
-from support.worker_process import eventually
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ import redis as redis_py
 from celery import Celery
 from celery.events import EventDispatcher
 from support.caller import Listener
+from support.process import eventually
 from support.redis_server import RedisServer
 from support.rig import Rig
-from support.worker_process import eventually
 
 from producer.contract import TASK, ErrorCode, VerifyRequest
 from producer.redis.connection import RedisConnection

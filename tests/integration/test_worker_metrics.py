@@ -13,9 +13,10 @@ from urllib.parse import urlsplit
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support.caller import address, message
+from support.process import eventually
 from support.rig import Rig
 from support.smtp_server import HOST, Drop, Held, ScriptedServer
-from support.worker_process import WorkerProcess, eventually
+from support.worker_process import WorkerProcess
 
 from demo.redis import ask as ask_redis
 from producer.store.backlog import backlog, read_backlog
@@ -54,7 +55,7 @@ def scrape(worker: WorkerProcess) -> Page:
     return page
 
 
-class Watched:
+class SentinelServers:
     """What moved in a worker's numbers since this was made."""
 
     def __init__(self, rig: Rig, worker: WorkerProcess | None = None) -> None:
@@ -103,7 +104,7 @@ TAKEN, REPLIES, SENDS = (
 
 def test_a_request_and_one_within_its_cooldown(rig: Rig) -> None:
     email = address()
-    watched = Watched(rig)
+    watched = SentinelServers(rig)
     assert asked(rig, email, enqueued_at=now()) == 0
     assert asked(rig, email, enqueued_at=now()) == 0
     watched.expect(
@@ -122,7 +123,7 @@ def test_an_answer_that_is_repeated_is_no_cooldown_hit(rig: Rig) -> None:
     first = message({"email": address()})
     rig.caller.replies(rig.caller.push(first))
     rig.settled()
-    watched = Watched(rig)
+    watched = SentinelServers(rig)
     rig.caller.push(first)
     watched.expect({TAKEN % "fast": 1, REPLIES % 0: 1})
 
@@ -145,7 +146,7 @@ def test_refusals_and_bad_input(rig: Rig) -> None:
     gone, full = address(), address()
     rig.script(gone, rcpt="550 5.1.1 no such user")
     rig.script(full, dot="554 5.6.0 no")
-    watched = Watched(rig)
+    watched = SentinelServers(rig)
     assert [asked(rig, email) for email in (gone, full, "nobody")] == [5, 5, 3]
     watched.expect(
         {
@@ -162,7 +163,7 @@ def test_retries(rig: Rig) -> None:
     later, lost = address(), address()
     rig.script(later, rcpt=["450 4.2.0 later"])
     rig.script(lost, dot=[Drop()])
-    watched = Watched(rig)
+    watched = SentinelServers(rig)
     assert [asked(rig, email) for email in (later, lost)] == [0, 0]
     watched.expect(
         {
@@ -179,7 +180,7 @@ def test_retries(rig: Rig) -> None:
 def test_joins_held_parked_and_connections(rig: Rig) -> None:
     email, hold = address(), Held("250 ok")
     rig.script(email, dot=hold)
-    watched = Watched(rig)
+    watched = SentinelServers(rig)
     first = rig.caller.request(email)
     assert hold.reached.wait(10)
     others = [rig.caller.request(email) for _ in range(3)]
@@ -200,7 +201,7 @@ def test_joins_held_parked_and_connections(rig: Rig) -> None:
 
 
 def test_what_goes_through_celery(rig: Rig) -> None:
-    watched = Watched(rig)
+    watched = SentinelServers(rig)
     assert asked(rig, address(), eta=(datetime.now(UTC) + timedelta(seconds=0.2)).isoformat()) == 0
     watched.expect({TAKEN % "celery": 1, REPLIES % 0: 1, SENDS % "accepted": 1})
 
@@ -208,7 +209,7 @@ def test_what_goes_through_celery(rig: Rig) -> None:
 def test_dead_letters_by_the_kind_of_their_reason(rig: Rig) -> None:
     known = message({"email": address()})
     rig.caller.replies(rig.caller.push(known))
-    watched = Watched(rig)
+    watched = SentinelServers(rig)
     stranger = message({"email": address()})
     stranger["headers"]["task"] = "other"
     rig.broker.lpush("verification", b"no JSON")
@@ -278,7 +279,7 @@ def test_a_dead_workers_requests_come_back(new_rig: Callable[..., Rig]) -> None:
     request_id = rig.caller.request(email)
     assert hold.reached.wait(30)
     heir = rig.add_worker()
-    watched = Watched(rig, heir)
+    watched = SentinelServers(rig, heir)
     doomed.kill()
     hold.release.set()
     assert rig.caller.reply(request_id, within=20)["error"] == 0
@@ -342,7 +343,7 @@ def test_without_redis_the_page_still_comes_and_shows_no_stale_figures(new_rig: 
 
 
 def test_the_queue_while_the_relay_is_slow(rig: Rig) -> None:
-    watched, hold, born = Watched(rig), Held("250 ok"), now() - 5
+    watched, hold, born = SentinelServers(rig), Held("250 ok"), now() - 5
     emails = [address() for _ in range(60)]
     for email in emails:
         rig.script(email, dot=hold)

@@ -7,9 +7,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from support.caller import Caller, address, message
+from support.process import eventually
 from support.rig import Rig, code_in
 from support.smtp_server import Held
-from support.worker_process import eventually
 
 N = 50
 

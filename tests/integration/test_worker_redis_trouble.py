@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from support.caller import address, message
+from support.process import START_TIMEOUT, eventually
 from support.redis_server import RedisServer
 from support.rig import Rig
 from support.smtp_server import Held
 from support.tls_front import context_for, tls_front
-from support.worker_process import START_TIMEOUT, eventually
 
 NewServer = Callable[..., RedisServer]
 NewRig = Callable[..., Rig]

@@ -10,10 +10,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from celery import Celery
 from support.caller import address, message
+from support.process import eventually
 from support.redis_server import RedisServer
 from support.rig import Rig
 from support.smtp_server import Held, Later, ScriptedServer
-from support.worker_process import eventually
 
 NewRig = Callable[..., Rig]
 

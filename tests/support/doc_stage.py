@@ -23,11 +23,12 @@ import httpx
 
 from producer.client import VerificationClient
 from producer.settings import load
-from support.api_process import Doors
+from support.api_process import ApiProcess
 from support.doc_pages import ROOT
-from support.redis_server import HOST, RedisServer, _free_port
+from support.process import HOST, eventually, free_port
+from support.redis_server import RedisServer
 from support.smtp_server import ScriptedServer, running
-from support.worker_process import WorkerProcess, eventually
+from support.worker_process import WorkerProcess
 
 A: Final = "a@example.com"  # to whom the pages' codes go
 START_TIMEOUT: Final = 60.0  # seconds until a service says that it is ready
@@ -112,8 +113,8 @@ class Stage:
         self.checkout = folder / "checkout"
         self.server = self._stack.enter_context(RedisServer())
         self.relay = self._stack.enter_context(running(ScriptedServer()))
-        self.ports = {name: _free_port() for name in ("http", "grpc", "metrics", "flower")}
-        self._helpers: dict[str, WorkerProcess | Doors] = {}
+        self.ports = {name: free_port() for name in ("http", "grpc", "metrics", "flower")}
+        self._helpers: dict[str, WorkerProcess | ApiProcess] = {}
         self._services: dict[str, Service] = {}
         self._count = 0
         shutil.copytree(ROOT, self.checkout, ignore=shutil.ignore_patterns(*_LEFT_OUT), symlinks=True)
@@ -210,7 +211,7 @@ class Stage:
                 self.needs("worker", "doors")
                 self.run(f"{sys.executable} examples/ask_grpc.py {A}")
             elif name not in self._helpers and name not in self._services:
-                helper = WorkerProcess(settings, log_level="INFO") if name == "worker" else Doors(settings)
+                helper = WorkerProcess(settings, log_level="INFO") if name == "worker" else ApiProcess(settings)
                 self._helpers[name] = helper
                 helper.start()
 

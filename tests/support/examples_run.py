@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from support.redis_server import HOST, RedisServer
-from support.worker_process import ROOT
+from support.process import HOST, ROOT
+from support.redis_server import RedisServer
 
 EXAMPLES: Final = ROOT / "examples"
 BUILD_TIMEOUT: Final = 240.0  # seconds; gRPC's and Beast's headers on a busy core take one minute

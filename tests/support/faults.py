@@ -20,10 +20,10 @@ from faults.test_poison import from_field
 
 from support.caller import QUEUE, message
 from support.callers import Askers
-from support.fault_proxy import HOLE, MUTE, PASS, STALL, TRICKLE, Proxy
 from support.harness import Stage
 from support.ledger import Ledger, Scanner
 from support.smtp_server import Act, Drop, Last, Mail, ScriptedServer, Silence, Slowly
+from support.tcp_proxy import HOLE, MUTE, PASS, STALL, TRICKLE, TcpProxy
 from support.worker_process import WorkerProcess
 
 WORKERS: Final = 3
@@ -180,12 +180,12 @@ class Mischief:
         ledger: Ledger,
         scanner: Scanner,
         askers: Askers,
-        relays: list[tuple[Relay, Proxy]],
+        relays: list[tuple[Relay, TcpProxy]],
         logs: Path | None,
     ) -> None:
         self._stage, self._ledger, self._scanner, self._askers = stage, ledger, scanner, askers
         self._relays, self._logs = relays, logs
-        self._ways: dict[str, Proxy] = {}
+        self._ways: dict[str, TcpProxy] = {}
         self.workers: dict[str, WorkerProcess] = {}
         self._read: dict[WorkerProcess, int] = {}
         self.done: Counter[str] = Counter()
@@ -199,7 +199,7 @@ class Mischief:
 
     # Workers
 
-    def start_workers(self, ways: list[Proxy]) -> None:
+    def start_workers(self, ways: list[TcpProxy]) -> None:
         """All of them; the first one without a proxy."""
         self._ways = dict(zip(_BEHIND, ways, strict=True))
         for future in [self._hands[name].submit(self._start, name) for name in _WORKERS]:
@@ -341,7 +341,7 @@ class Mischief:
                 for each in chance.sample(clients, min(len(clients), chance.randint(1, 8))):
                     client.client_kill_filter(_id=each, skipme=True)
 
-    def _way(self, proxies: list[Proxy], fault: Planned, what: str) -> None:
+    def _way(self, proxies: list[TcpProxy], fault: Planned, what: str) -> None:
         for proxy in proxies:
             proxy.mode = _MODES.get(what, PASS)
         time.sleep(fault.seconds)
@@ -350,7 +350,7 @@ class Mischief:
                 proxy.reset()
             proxy.mode = PASS
 
-    def _chosen(self, fault: Planned) -> list[tuple[Relay, Proxy]]:
+    def _chosen(self, fault: Planned) -> list[tuple[Relay, TcpProxy]]:
         return [each for i, each in enumerate(self._relays) if str(i) in fault.where]
 
     def _relay(self, fault: Planned, what: str) -> None:

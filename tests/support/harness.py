@@ -22,11 +22,12 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from support.caller import META, QUEUE, Listener, message
-from support.fault_proxy import Proxy
+from support.process import eventually
 from support.redis_server import RedisServer
-from support.sentinel_servers import Watched
+from support.sentinel_servers import SentinelServers
 from support.smtp_server import Act, Held, Mail, ScriptedServer, running
-from support.worker_process import WorkerProcess, eventually
+from support.tcp_proxy import TcpProxy
+from support.worker_process import WorkerProcess
 
 VISIBILITY: Final = 2  # seconds; the default is 15
 BACK: Final = VISIBILITY + 3  # seconds within which what a dead worker held is served, by contract
@@ -107,7 +108,7 @@ class Stage:
         relay_proxy: bool = False,
         sink: ScriptedServer | None = None,
         own: Iterable[str] = (),
-        watched: Watched | None = None,
+        watched: SentinelServers | None = None,
         log_level: str = "DEBUG",
         **settings: object,
     ) -> None:
@@ -128,8 +129,8 @@ class Stage:
         for which in own:
             self.servers[which] = self._stack.enter_context(RedisServer(aof=bool(aof), options=options))
         self.sink = self._stack.enter_context(running(sink or ScriptedServer()))
-        self.redis_proxy = self._stack.enter_context(Proxy(self.server.port)) if redis_proxy else None
-        self.relay_proxy = self._stack.enter_context(Proxy(self.sink.port)) if relay_proxy else None
+        self.redis_proxy = self._stack.enter_context(TcpProxy(self.server.port)) if redis_proxy else None
+        self.relay_proxy = self._stack.enter_context(TcpProxy(self.sink.port)) if relay_proxy else None
         relay = self.relay_proxy.port if self.relay_proxy else self.sink.port
         server = f"redis://127.0.0.1:{self.redis_proxy.port if self.redis_proxy else self.server.port}"
         self.settings = {

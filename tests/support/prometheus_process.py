@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any
 
 import httpx
 import yaml
 
-from support.redis_server import _free_port
+from support.process import HOST, START_TIMEOUT, WAIT_TIMEOUT, Process, free_port
 from support.watching import PROMETHEUS, RULES
-from support.worker_process import LAUNCH, eventually
-
-START_TIMEOUT: Final = 30.0  # seconds
 
 
-class Prometheus:
+class PrometheusProcess(Process):
     """One server and its files. `targets`: by job, where to scrape; all else is as shipped, only faster."""
 
     def __init__(
@@ -30,8 +22,8 @@ class Prometheus:
     ) -> None:
         """`seconds` between two scrapes, and two looks at the rules; `at_once`: no alert waits for its `for`; `key`:
         what the doors ask for."""
-        self._directory = tempfile.TemporaryDirectory(prefix="prometheus-")
-        folder = Path(self._directory.name)
+        super().__init__("prometheus")
+        folder = self.directory
         configuration = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text("utf-8"))
         beat = f"{seconds}s"
         configuration["global"] = {"scrape_interval": beat, "scrape_timeout": beat, "evaluation_interval": beat}
@@ -43,31 +35,18 @@ class Prometheus:
         for name in RULES:
             text = (PROMETHEUS / name).read_text("utf-8")
             (folder / name).write_text(re.sub(r"(?m)^( +for:) \w+", r"\1 0s", text) if at_once else text)
-        self.port = _free_port()
-        self.log_path = folder / "prometheus.log"
-        self._command = [
+        self.port = free_port()
+        self.command = [
             *("prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"),
-            *(f"--web.listen-address=127.0.0.1:{self.port}", "--storage.tsdb.retention.time=1d"),
+            *(f"--web.listen-address={HOST}:{self.port}", "--storage.tsdb.retention.time=1d"),
         ]
-        self._process: subprocess.Popen[bytes] | None = None
-        self._http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30, trust_env=False)
+        self._http = httpx.Client(base_url=f"http://{HOST}:{self.port}", timeout=WAIT_TIMEOUT, trust_env=False)
 
-    def start(self) -> None:
-        """Start it, and wait until it answers."""
+    def _wait_until_ready(self) -> None:
         assert shutil.which("prometheus"), "Debian's package prometheus is not installed"
-        with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", LAUNCH, *self._command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        eventually(self._is_ready, START_TIMEOUT)
+        self.wait_for(self._is_ready, START_TIMEOUT)
 
     def _is_ready(self) -> bool:
-        assert self._process is not None
-        assert self._process.poll() is None, self.log_path.read_text()
         try:
             return self._http.get("/-/ready").status_code == 200
         except httpx.TransportError:
@@ -98,22 +77,6 @@ class Prometheus:
         return {labels["alertname"] for labels, _ in self.instant('ALERTS{alertstate="firing"}')}
 
     def close(self) -> None:
-        """End it, and remove its files."""
+        """Hang up, kill it, and remove its files."""
         self._http.close()
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-        self._directory.cleanup()
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, _kind: type[BaseException] | None, _exc: BaseException | None, _tb: TracebackType | None
-    ) -> None:
-        self.close()
+        super().close()

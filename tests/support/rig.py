@@ -14,9 +14,10 @@ from typing import Any, Self, cast
 import redis
 
 from support.caller import Caller, Listener
+from support.process import eventually
 from support.redis_server import RedisServer
 from support.smtp_server import Act, Mail, ScriptedServer, running
-from support.worker_process import WorkerProcess, eventually
+from support.worker_process import WorkerProcess
 
 CODE_LENGTH = 12  # as a rule of these tests: six digits are also in any timestamp of a log
 # What no log of ours should have: bugs that were survived.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import quote
@@ -16,8 +15,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from support.redis_server import HOST, RedisServer
-from support.worker_process import eventually
+from support.process import HOST, START_TIMEOUT, eventually
+from support.redis_server import RedisServer
 
 SERVICE: Final = "verify"
 DOWN_AFTER: Final = 1.0  # seconds of silence after which a sentinel takes a server for dead
@@ -43,13 +42,13 @@ class Sentinel(RedisServer):
         if password:
             lines += [f"requirepass {password}", f"sentinel sentinel-pass {password}"]
         self.password = password
-        file = Path(self.directory) / "sentinel.conf"
+        file = self.directory / "sentinel.conf"
         file.write_text("\n".join(lines) + "\n")
-        self._command = [self._command[0], str(file), "--sentinel"]
+        self.command = [self.command[0], str(file), "--sentinel"]
 
 
-class Watched:
-    """Three sentinels, a primary and `replicas`. `with Watched() as watched:` starts all, and leaves nothing behind."""
+class SentinelServers:
+    """Three sentinels, a primary and `replicas`. `with SentinelServers() as redis:` starts all."""
 
     def __init__(
         self,
@@ -60,7 +59,7 @@ class Watched:
         password: str = "",
         sentinel_password: str = "",
         options: tuple[str, ...] = (),
-        way: Callable[[int], Any] | None = None,
+        proxy: Callable[[int], Any] | None = None,
     ) -> None:
         """`options` are further words for each server's command line. All keep an append-only file.
 
@@ -71,9 +70,9 @@ class Watched:
         # A replica that asks is served at once, and not after the usual five seconds.
         own = ("--repl-diskless-sync-delay", "0", *(("--masterauth", password) if password else ()), *options)
         self.servers = [RedisServer(aof=True, password=password, options=own) for _ in range(replicas + 1)]
-        self.way: Any = self._stack.enter_context(way(self.servers[0].port)) if way else None
+        self.proxy: Any = self._stack.enter_context(proxy(self.servers[0].port)) if proxy else None
         for server in self.servers[1:]:
-            server._command += ["--replicaof", HOST, str((self.way or self.servers[0]).port)]
+            server.command += ["--replicaof", HOST, str((self.proxy or self.servers[0]).port)]
         self.sentinels = [
             Sentinel(self.servers[0], quorum=quorum, down_after=down_after, password=sentinel_password)
             for _ in range(3)
@@ -94,7 +93,7 @@ class Watched:
             if not sentinel.pid:
                 continue
             try:
-                with sentinel.client(socket_timeout=1) as client:
+                with sentinel.client(socket_timeout=5) as client:
                     answer: Any = client.execute_command("SENTINEL", "get-master-addr-by-name", SERVICE)
             except redis.RedisError:
                 continue
@@ -113,7 +112,7 @@ class Watched:
             [(HOST, sentinel.port) for sentinel in self.sentinels],
             sentinel_kwargs={
                 "password": self.sentinel_password or None,
-                "socket_timeout": 1,
+                "socket_timeout": 2,
                 "retry": Retry(NoBackoff(), 0),
             },
         )
@@ -121,8 +120,8 @@ class Watched:
             SERVICE,
             db=database,
             password=self.password or None,
-            socket_timeout=2,
-            socket_connect_timeout=1,
+            socket_timeout=5,
+            socket_connect_timeout=5,
             retry=Retry(NoBackoff(), 0),
         )
         return client
@@ -134,7 +133,7 @@ class Watched:
             client.execute_command("SENTINEL", "FAILOVER", SERVICE, *how)
         self.wait_for_another(before)
 
-    def wait_for_another(self, before: RedisServer, within: float = 30.0) -> None:
+    def wait_for_another(self, before: RedisServer, within: float = START_TIMEOUT) -> None:
         """Wait until the sentinels name another server than `before`, and it says that it is the primary."""
 
         def changed() -> bool:
@@ -147,10 +146,10 @@ class Watched:
         try:
             for server in self.servers:
                 self._stack.enter_context(server)
-            eventually(lambda: self._in_step(self.servers[0]), 30)
+            eventually(lambda: self._in_step(self.servers[0]), START_TIMEOUT)
             for sentinel in self.sentinels:
                 self._stack.enter_context(sentinel)
-            eventually(self._settled, 30)
+            eventually(self._settled, START_TIMEOUT)
         except BaseException:
             self._stack.close()
             raise
@@ -187,7 +186,7 @@ class Watched:
 def role(server: RedisServer) -> str:
     """What the server says it is; nothing if it is silent."""
     try:
-        with server.client(socket_timeout=1) as client:
+        with server.client(socket_timeout=5) as client:
             answer: Any = client.execute_command("ROLE")
     except redis.RedisError:
         return ""

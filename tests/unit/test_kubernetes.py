@@ -139,7 +139,7 @@ def test_there_is_time_to_end_in_order(overlay: str, name: str) -> None:
     workload = workloads(overlay)[name]
     before = workload.container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep", "0"])
     assert before[0] == "sleep"
-    own = {"workers": worker_process.STOP_TIMEOUT, "api": api_process.STOP_TIMEOUT}[name]
+    own = {"workers": worker_process.STOP_WITHIN, "api": api_process.STOP_WITHIN}[name]
     assert workload.pod["terminationGracePeriodSeconds"] > int(before[1]) + own
 
 
