@@ -1,4 +1,4 @@
-"""One request all the way, with nothing but plain Redis commands on one side and an SMTP server on the other."""
+"""One request from a plain Redis client to an SMTP server, through a worker with default settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def server() -> Iterator[RedisServer]:
 
 @pytest.fixture(scope="module")
 def worker(server: RedisServer, relay: ScriptedServer) -> Iterator[WorkerProcess]:
-    """A worker with no settings but where Redis and the relay are, and a port that no other test has."""
+    """A worker that knows only where Redis and the relay are, with its metrics on a free port."""
     settings = {
         "VERIFY_REDIS_URL": server.url(),
         "VERIFY_RELAYS": f"smtp://127.0.0.1:{relay.port}",
@@ -43,7 +43,7 @@ def worker(server: RedisServer, relay: ScriptedServer) -> Iterator[WorkerProcess
 
 
 def envelope(body: str, request_id: str) -> str:
-    """The minimal message, as contract.md has it."""
+    """The minimal message of the contract."""
     headers = f'{{"task": "verification.send_code", "id": "{request_id}"}}'
     delivery = '{"exchange": "", "routing_key": "verification"}'
     properties = f'{{"delivery_tag": "{uuid.uuid4()}", "body_encoding": "base64", "delivery_info": {delivery}}}'
@@ -56,7 +56,7 @@ def envelope(body: str, request_id: str) -> str:
 def subscribe(client: redis.Redis, channel: str) -> redis.client.PubSub:
     pubsub: redis.client.PubSub = client.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
     pubsub.subscribe(channel)
-    pubsub.get_message(timeout=5)
+    pubsub.get_message(timeout=60)
     return pubsub
 
 
@@ -65,7 +65,7 @@ def without_times(log: str) -> str:
     return re.sub(r'"timestamp": "[^"]*"', "", log)
 
 
-def test_a_hand_made_message_ends_in_the_mailbox_and_leaves_no_trace_of_code_or_address(
+def test_a_raw_message_becomes_a_mail_and_no_log_shows_code_or_address(
     server: RedisServer, relay: ScriptedServer, worker: WorkerProcess
 ) -> None:
     codes, broker, results = (server.client(number) for number in range(3))
@@ -76,7 +76,7 @@ def test_a_hand_made_message_ends_in_the_mailbox_and_leaves_no_trace_of_code_or_
 
     broker.lpush("verification", envelope(body, request_id))
 
-    published = pubsub.get_message(timeout=10)
+    published = pubsub.get_message(timeout=60)
     stored = results.get(key)
     assert published is not None
     assert published["data"] == stored
@@ -86,12 +86,12 @@ def test_a_hand_made_message_ends_in_the_mailbox_and_leaves_no_trace_of_code_or_
     assert type(meta["result"]["error"]) is int
     assert meta["task_id"] == request_id
     assert {"traceback", "children", "date_done"} <= set(meta)
-    assert 3590 <= results.ttl(key) <= 3600
+    assert 3500 <= results.ttl(key) <= 3600
 
     code = codes.get(f"code_{email}")
     assert isinstance(code, bytes)
     assert re.fullmatch(rb"[0-9]{6}", code)
-    assert 590 <= codes.ttl(f"code_{email}") <= 600
+    assert 500 <= codes.ttl(f"code_{email}") <= 600
 
     [mail] = relay.mails
     assert (mail.sender, mail.recipient) == ("no-reply@example.com", email)
@@ -108,7 +108,7 @@ def test_a_hand_made_message_ends_in_the_mailbox_and_leaves_no_trace_of_code_or_
         assert secret not in said
 
 
-def test_nothing_is_left_on_the_broker_and_every_key_has_a_ttl(server: RedisServer, worker: WorkerProcess) -> None:
+def test_the_broker_is_left_empty_and_every_key_has_a_ttl(server: RedisServer, worker: WorkerProcess) -> None:
     assert worker.alive
     codes, broker, results = (server.client(number) for number in range(3))
     leftovers = ["verification", "unacked", "unacked_index", "verification.parked", "verification.dead"]
@@ -117,7 +117,7 @@ def test_nothing_is_left_on_the_broker_and_every_key_has_a_ttl(server: RedisServ
         assert [key for key in client.scan_iter() if client.ttl(key) == -1] == []
 
 
-def test_the_same_address_again_gets_the_same_code_and_no_second_mail_within_the_cooldown(
+def test_a_second_request_within_the_cooldown_sends_no_second_mail(
     server: RedisServer, relay: ScriptedServer, worker: WorkerProcess
 ) -> None:
     assert worker.alive
@@ -128,7 +128,7 @@ def test_the_same_address_again_gets_the_same_code_and_no_second_mail_within_the
     for request_id in (str(uuid.uuid4()), str(uuid.uuid4())):
         pubsub = subscribe(results, f"celery-task-meta-{request_id}")
         broker.lpush("verification", envelope(body, request_id))
-        published = pubsub.get_message(timeout=10)
+        published = pubsub.get_message(timeout=60)
         assert published is not None
         assert json.loads(published["data"])["result"]["error"] == 0
         seen.append(codes.get(f"code_{email}"))

@@ -1,4 +1,4 @@
-"""The wheel is the caller's library: it asks for codes, and brings neither worker nor Celery settings."""
+"""The wheel is the callers' library: it has the clients and the API, not the worker or Celery's settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "producer", "worker", "celeryconfig.py")
-TIMEOUT = 100  # seconds
+TIMEOUT = 280  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheel
 
 
-def test_it_holds_the_producer_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_the_producer_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"producer"}
@@ -63,14 +63,14 @@ def metadata(wheel: Path) -> Message:
         return message_from_bytes(archive.read(name))
 
 
-def test_a_caller_installs_no_worker_and_no_web_stack(wheel: Path) -> None:
+def test_a_caller_installs_neither_worker_nor_web_stack(wheel: Path) -> None:
     required = metadata(wheel).get_all("Requires-Dist") or []
     base = {re.match(r"[\w-]+", line)[0].lower() for line in required if "extra ==" not in line}  # type: ignore[index]
-    assert base == {"redis", "hiredis", "pydantic", "python-dotenv", "email-validator", "structlog"}
+    assert base == {"redis", "hiredis", "pydantic", "pydantic-settings", "email-validator", "structlog"}
     assert {"cli", "worker"} <= set(metadata(wheel).get_all("Provides-Extra") or [])
 
 
-def test_its_client_imports_and_answers(wheel: Path, tmp_path: Path) -> None:
+def test_the_client_in_the_wheel_imports_and_answers(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     script = """
@@ -84,7 +84,7 @@ for name in ("celery", "kombu", "celeryconfig", "worker", "typer", "rich", "aios
 with VerificationClient() as client:
     print(int(client.request("not an address").error), int(client.request("a@example.com").error))
 """
-    # Away from the checkout, and without what PYTHON* variables would add.
+    # Outside the checkout, and without PYTHON* variables.
     done = subprocess.run(
         [sys.executable, "-E", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{script}", str(tmp_path)],
         cwd=tmp_path,
