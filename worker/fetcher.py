@@ -20,8 +20,16 @@ from worker.databases import Database
 from worker.job import Finished, Job
 from worker.maintenance import Maintenance
 from worker.metrics import Counters
-from worker.queue.commands import MaintenanceResult, RequestQueue, Reserved
-from worker.queue.message import Unfit, for_celery, parse
+from worker.queue.commands import MaintenanceResult, RequestQueue
+from worker.queue.message import (
+    CELERY_REJECTED,
+    DeadLetterCode,
+    DeadLetterReason,
+    Reserved,
+    Unfit,
+    for_celery,
+    parse,
+)
 from worker.service import Service
 from worker.settler import Settler
 
@@ -29,7 +37,7 @@ if TYPE_CHECKING:
     from worker.trace_spans import Recorder
 from typing import Any, Final
 
-from worker.queue.commands import MOVES
+from worker.queue.commands import MAX_MOVES
 
 AHEAD: Final = 0.03  # seconds of work, at most, that are held beyond what can be sent at once
 SHARE: Final = 4  # of that, many places are filled at once: when one part in so many is free
@@ -73,7 +81,7 @@ class Prefetch:
         unsent = max(held - settling, 0)
         # However slowly outcomes are settled, what is in hand is bounded.
         free = min(most - unsent, 2 * most - held)
-        return 0 if unsent >= at_once and free * SHARE < ahead else max(min(free, MOVES), 0)
+        return 0 if unsent >= at_once and free * SHARE < ahead else max(min(free, MAX_MOVES), 0)
 
 
 BLOCK: Final = 1.0  # seconds of one wait for a message; below the link's time for an answer
@@ -249,9 +257,8 @@ class Fetcher:
 
     async def dead_letter_from_celery(self, tag: str) -> None:
         """A message that Celery rejects becomes a dead letter."""
-        reason = "Celery rejected it"
-        self._counters.dead_lettered(reason)
-        await self.leave_celery(tag, lambda tag: [self.queue.dead_letter(tag, reason)])
+        self._counters.dead_lettered(CELERY_REJECTED)
+        await self.leave_celery(tag, lambda tag: [self.queue.dead_letter(tag, CELERY_REJECTED)])
 
     async def leave_celery(self, tag: str, command: Callable[[str], list[Command]]) -> None:
         """Celery is done with a message: settle its reservation."""
@@ -366,7 +373,10 @@ class Fetcher:
                 parsed = parse(reserved)
                 message = for_celery(parsed) if parsed.needs_celery else None
             except Exception as exc:  # noqa: BLE001 - no message stops a worker, or the others of its batch
-                reason = str(exc) if isinstance(exc, Unfit) else f"it cannot be read ({type(exc).__name__})"
+                if isinstance(exc, Unfit):
+                    reason = exc.reason
+                else:
+                    reason = DeadLetterReason(DeadLetterCode.OTHER, f"it cannot be read ({type(exc).__name__})")
                 self._settler.dead_letter(Job("", reserved.tag, VerifyRequest(None), None, None), reason)
                 continue
             job = parsed.job

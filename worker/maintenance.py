@@ -12,8 +12,8 @@ from producer.redis.connection import raise_errors
 from worker.databases import Database
 from worker.job import Job
 from worker.metrics import Counters
-from worker.queue.commands import MaintenanceResult, RequestQueue, Reserved
-from worker.queue.message import Unfit, parse
+from worker.queue.commands import MaintenanceResult, RequestQueue
+from worker.queue.message import POISON, Reserved, Unfit, parse
 from worker.service import Service
 from worker.settler import Settler
 
@@ -45,12 +45,14 @@ class Maintenance:
         self._on_maintained = on_result
         self._relay_healthy = relay_healthy
         self._in_touch_since: float | None = None
+        self._reported = counters.dead.copy()
 
     async def run(self) -> None:
         """A round each tick, whatever happens."""
         loop = asyncio.get_running_loop()
         while True:
             began = loop.time()
+            self._report_dead_letters()
             try:
                 await asyncio.gather(self._service.tick(), self._round(began))
             except RedisUnavailable as exc:
@@ -74,17 +76,27 @@ class Maintenance:
         if result.restored:
             self._counters.restored += result.restored
             logger.warning("requests of a dead worker came back", extra={"count": result.restored})
-        for killer in result.killers:
+        for killer in result.poison:
             self._condemn(killer)
         self._on_maintained(result)
 
+    def _report_dead_letters(self) -> None:
+        """Log the messages dead-lettered since the last report: one line a round, however many there are."""
+        new = self._counters.dead - self._reported
+        if new:
+            self._reported = self._counters.dead.copy()
+            logger.warning(
+                "messages were dead-lettered, the latest because: %s (python -m worker dead list)",
+                self._counters.last_dead_letter,
+                extra={"count": new.total(), "reason": ", ".join(f"{code} {count}" for code, count in new.items())},
+            )
+
     def _condemn(self, killer: Reserved) -> None:
         """A message that killed its worker four times: answered, and buried."""
-        reason = "it killed its worker four times"
         try:
             job = parse(killer).job
         except Unfit:
-            self._settler.dead_letter(Job("", killer.tag, VerifyRequest(None), None, None), reason)
+            self._settler.dead_letter(Job("", killer.tag, VerifyRequest(None), None, None), POISON)
             return
         self._service.judge(job)
-        self._settler.dead_letter(job, reason, answer=ErrorCode.EXCEPTION)
+        self._settler.dead_letter(job, POISON, answer=ErrorCode.EXCEPTION)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
@@ -24,32 +25,11 @@ from producer.store.backlog import Backlog, backlog, read_backlog
 from producer.store.codes import BUCKET_HIT, COOLDOWN_HIT
 from worker.databases import Database
 from worker.mail.failover import RelayStatus
+from worker.queue.message import DeadLetterCode, DeadLetterReason
 
 # Seconds: from a relay that answers at once to a request that was given up after the longest VERIFY_GIVE_UP_AFTER.
 BOUNDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
 _LONGEST: Final = BOUNDS[-1]
-# Why a message was buried, in a word; by how the reason in the dead letter begins.
-_REASONS: Final = {
-    "unknown task": "unknown_task",
-    "no ": "envelope",
-    "not ": "envelope",
-    "content-": "envelope",
-    "body_encoding": "envelope",
-    "the envelope": "envelope",
-    "the body": "body",
-    "an argument": "body",
-    "callbacks": "body",
-    "errbacks": "body",
-    "chain": "body",
-    "chord": "body",
-    "expires": "time",
-    "eta": "time",
-    "the request id": "id_conflict",
-    "it killed": "killer",
-    "Celery": "celery",
-}
-OTHER: Final = "other"
-REASONS: Final = (*dict.fromkeys(_REASONS.values()), OTHER)
 
 
 class Counters:
@@ -65,7 +45,8 @@ class Counters:
         self.joins = 0
         self.hits = dict.fromkeys((COOLDOWN_HIT, BUCKET_HIT), 0)
         self.restored = 0
-        self.dead = dict.fromkeys(REASONS, 0)
+        self.dead: Counter[str] = Counter(dict.fromkeys(DeadLetterCode, 0))
+        self.last_dead_letter = ""
 
     def replied(self, error: ErrorCode, enqueued_at: float | None) -> None:
         """A request has its answer."""
@@ -76,10 +57,10 @@ class Counters:
         """A relay accepted the mail of a request."""
         _observe_age(self.until_accepted, enqueued_at)
 
-    def dead_lettered(self, reason: str) -> None:
-        """A message became a dead letter."""
-        found = (word for start, word in _REASONS.items() if reason.startswith(start))
-        self.dead[next(found, OTHER)] += 1
+    def dead_lettered(self, reason: DeadLetterReason) -> None:
+        """A message was dead-lettered."""
+        self.dead[reason.code] += 1
+        self.last_dead_letter = reason.text
 
 
 def _observe_age(ages: Histogram, enqueued_at: float | None) -> None:

@@ -28,6 +28,7 @@ from worker.mail.errors import (
 from worker.mail.message import Envelope, Mail
 from worker.mail.render import Renderer
 from worker.metrics import Counters
+from worker.queue.message import ID_CONFLICT
 from worker.settler import Settler
 
 
@@ -152,7 +153,7 @@ class Service:
                 self._counters.joins += joined
                 self._settler.wait(job, seconds)
             case Conflict():
-                self._settler.dead_letter(job, "the request id belongs to another address or purpose")
+                self._settler.dead_letter(job, ID_CONFLICT)
 
     def _send(self, job: Job, send: Send) -> None:
         assert job.mailbox is not None  # noqa: S101 - `judge` has set it, or the store has not said Send

@@ -27,7 +27,8 @@ from producer.store.codes import FAILED, UNKNOWN, Answered, Asked, CodeStore, Ou
 from worker.databases import Database, Databases
 from worker.job import Finished, Job
 from worker.metrics import Counters
-from worker.queue.commands import MOVES, RequestQueue
+from worker.queue.commands import MAX_MOVES, RequestQueue
+from worker.queue.message import DeadLetterReason
 
 
 @dataclass(slots=True)
@@ -157,7 +158,7 @@ class Settler:
         """Another send decides about this request: park it until that is known, at most `delay` seconds."""
         self._add(Settlement(job, leave=self._parked(job, delay)))
 
-    def dead_letter(self, job: Job, reason: str, *, answer: ErrorCode | None = None) -> None:
+    def dead_letter(self, job: Job, reason: DeadLetterReason, *, answer: ErrorCode | None = None) -> None:
         """The message becomes a dead letter; with `answer`, its request is answered so first."""
         job.dead_lettered = True
         self._counters.dead_lettered(reason)
@@ -196,7 +197,7 @@ class Settler:
     async def _flush(self) -> None:
         try:
             while self._pending or self._woken:
-                batch, self._pending = self._pending[:MOVES], self._pending[MOVES:]
+                batch, self._pending = self._pending[:MAX_MOVES], self._pending[MAX_MOVES:]
                 self._leaving = len(batch)
                 try:
                     left = await self._trip(batch)

@@ -17,6 +17,7 @@ from support.process import ROOT
 from support.rig import Rig
 from typer.testing import CliRunner, Result
 
+from producer.logs import mask_email
 from worker.cli import app
 
 Dead = Callable[..., Result]
@@ -38,6 +39,18 @@ def letter(rig: Rig, envelope: Any, *, reason: str = "a reason", at: float | Non
     rig.broker.lpush("verification.dead", json.dumps(entry))
 
 
+def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """The command as a process of its own, its output piped."""
+    return subprocess.run(
+        [sys.executable, "-m", "worker", "dead", *arguments],
+        cwd=ROOT,
+        env=settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def names(dead: Dead) -> list[str]:
     return [json.loads(line)["name"] for line in dead("list", "--json").output.splitlines()]
 
@@ -53,14 +66,30 @@ def test_what_a_worker_buried_is_listed_newest_first_with_reason_time_id_and_mas
     rig.caller.push(message({"email": email}, request_id=request_id, content_type="text/plain"))
     rig.caller.ask(address())
     newest, oldest = (json.loads(line) for line in dead("list", "--json").output.splitlines())
-    assert (newest["reason"], newest["id"]) == ("content-type is not application/json", request_id)
+    assert (newest["code"], newest["reason"]) == ("envelope", "content-type is not application/json")
+    assert newest["id"] == request_id
     assert newest["email"] == f"{email[0]}***@example.com"
     assert began - 1 <= datetime.fromisoformat(newest["at"]).timestamp() <= time.time()
     assert (oldest["reason"], oldest["id"], oldest["email"]) == ("not JSON", None, None)
-    table = dead("list").output
-    assert newest["name"] in table
-    assert email not in table
+    listed = dead("list").output
+    assert newest["name"] in listed
+    assert email not in listed
     assert "1 more: --most 2" in dead("list", "--most", "1").output
+
+
+def test_the_list_breaks_no_words_at_80_columns_or_in_a_pipe(
+    rig: Rig, dead: Dead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request_id, reason = str(uuid.uuid4()), "no exchange or routing_key in the delivery_info"
+    email = "anna@a-rather-long-domain-name.example.com"
+    letter(rig, message({"email": email}, request_id=request_id), reason=reason)
+    letter(rig, message({"email": "a\x1b[2J@example.com"}, request_id="two\nlines"), reason="unknown task")
+    monkeypatch.setenv("COLUMNS", "80")
+    for output in (dead("list").output, run("list", **rig.settings).stdout):
+        lines = output.splitlines()
+        assert [len(lines), max(map(len, lines)) <= 80] == [6, True]
+        assert [word in output for word in (request_id, reason, mask_email(email))] == [True] * 3
+        assert "\x1b" not in output
 
 
 def test_a_letter_is_shown_without_its_body_and_with_addresses_masked(rig: Rig, dead: Dead) -> None:
@@ -106,7 +135,7 @@ def test_what_is_still_unfit_is_not_replayed_and_stays(rig: Rig, dead: Dead) -> 
     letter(rig, message({"email": address()}))
     done = dead("replay", "--all")
     assert done.exit_code == 1
-    assert "still unfit" in done.output
+    assert "still cannot be executed" in done.output
     assert "back on the queue" in done.output
     assert len(names(dead)) == 1
 
@@ -129,19 +158,13 @@ def test_wrong_usage_is_status_2(dead: Dead, arguments: tuple[str, ...]) -> None
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        (None, "There is no dead letter with that name"),
-        ("redis://:hush-hush@127.0.0.1:1", "Redis at redis://***@127.0.0.1:1/1 cannot be used"),
+        ("redis://127.0.0.1:{port}", "No dead letter has that name"),
+        ("redis://:hush-hush@127.0.0.1:1", "Redis at redis://***@127.0.0.1:1/1 cannot be used (ConnectionError)"),
+        ("redis://me:hush-hush@127.0.0.1:{port}", "Redis at redis://***@127.0.0.1:{port}/1 refused the login"),
     ],
 )
-def test_what_goes_wrong_is_one_line_and_status_1(rig: Rig, url: str | None, says: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "worker", "dead", "show", "nothing"],
-        cwd=ROOT,
-        env={"VERIFY_REDIS_URL": url or rig.settings["VERIFY_REDIS_URL"]},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_an_error_is_one_line_and_status_1(rig: Rig, url: str, says: str) -> None:
+    done = run("show", "nothing", VERIFY_REDIS_URL=url.format(port=rig.server.port))
     assert (done.returncode, done.stdout) == (1, "")
     [line] = done.stderr.splitlines()
-    assert line.startswith(says)
+    assert line.startswith(says.format(port=rig.server.port))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import time
 import uuid
 from typing import Any
 
 import pytest
 from support.caller import address, message
+from support.process import eventually
 from support.rig import Rig
 
 DEAD = "verification.dead"
@@ -50,77 +52,106 @@ FIELDS = [
     "properties.delivery_info.routing_key",
 ]
 
-POISON: dict[str, bytes] = {
-    **{f"no {field}": without(field) for field in FIELDS},
-    "not JSON": b"hello",
-    "empty": b"",
-    "list": b"[]",
-    "null": b"null",
-    "number": b"42",
-    "text": b'"text"',
-    "cut": dump()[:-5],
-    "binary": bytes(range(256)),
-    "not UTF-8": dump(headers={"origin": "XX"}).replace(b"XX", b"\xff\xfe"),
-    "deep": b"[" * 1000 + b"]" * 1000,
-    "deeper": b'{"headers":' * 1000 + b"1" + b"}" * 1000,
-    "NaN": b'{"headers": NaN}',
-    "body a dict": dump(body={"email": "a@example.com"}),
-    "body a number": dump(body=5),
-    "body empty": dump(body=""),
-    "body not base64": dump(body="***"),
-    "body not JSON": body("hello"),
-    "body not UTF-8": body(b"\xff\xfe"),
-    "body a JSON dict": body('{"email": "a@example.com"}'),
-    "body null": body("null"),
-    "body too short": body('[[], {"email": "a@example.com"}]'),
-    "body args a dict": body('[{}, {"email": "a@example.com"}, {}]'),
-    "body kwargs a list": body("[[], [], {}]"),
-    "body deep": body("[" * 100_000 + "]" * 100_000),
-    "foreign content-type": dump(content_type="application/x-python-serialize"),
-    "foreign encoding": dump(content_encoding="utf-16"),
-    "content-type a list": dump(content_type=["application/json"]),
-    "headers a list": json.dumps({**message({}), "headers": []}).encode(),
-    "properties null": json.dumps({**message({}), "properties": None}).encode(),
-    "unknown task": dump(headers={"task": "celery.backend_cleanup"}),
-    "task a number": dump(headers={"task": 5}),
-    "id a number": dump(headers={"id": 5}),
-    "id null": dump(headers={"id": None}),
-    "id empty": dump(headers={"id": ""}),
-    "id too long": dump(request_id="x" * 256),
-    "id not Unicode": dump(request_id="\ud800"),
-    "argument deep": body('[[], {"email": ' + "[" * 1000 + "]" * 1000 + "}, {}]"),
-    "eta no time": dump(headers={"eta": "soon"}),
-    "eta a number": dump(headers={"eta": 5}),
-    "callbacks a number": dump(embed={"callbacks": 5}),
-    "callbacks no signatures": dump(embed={"callbacks": [5]}),
-    "chain a text": dump(embed={"chain": "x"}),
-    "chord a number": dump(embed={"chord": 1}),
-    "expires no time": dump(headers={"expires": "tomorrow"}),
-    "expires a list": dump(headers={"expires": []}),
-    "expires a bool": dump(headers={"expires": True}),
-    "huge": b'{"x": "' + b"x" * 1_000_000 + b'"}',
+UNFIT: dict[str, dict[str, bytes]] = {
+    "envelope": {
+        **{f"no {field}": without(field) for field in FIELDS},
+        "not JSON": b"hello",
+        "empty": b"",
+        "list": b"[]",
+        "null": b"null",
+        "number": b"42",
+        "text": b'"text"',
+        "cut": dump()[:-5],
+        "binary": bytes(range(256)),
+        "not UTF-8": dump(headers={"origin": "XX"}).replace(b"XX", b"\xff\xfe"),
+        "deep": b"[" * 1000 + b"]" * 1000,
+        "deeper": b'{"headers":' * 1000 + b"1" + b"}" * 1000,
+        "NaN": b'{"headers": NaN}',
+        "body a dict": dump(body={"email": "a@example.com"}),
+        "body a number": dump(body=5),
+        "body empty": dump(body=""),
+        "foreign content-type": dump(content_type="application/x-python-serialize"),
+        "foreign encoding": dump(content_encoding="utf-16"),
+        "content-type a list": dump(content_type=["application/json"]),
+        "headers a list": json.dumps({**message({}), "headers": []}).encode(),
+        "properties null": json.dumps({**message({}), "properties": None}).encode(),
+        "task a number": dump(headers={"task": 5}),
+        "id a number": dump(headers={"id": 5}),
+        "id null": dump(headers={"id": None}),
+        "id empty": dump(headers={"id": ""}),
+        "id too long": dump(request_id="x" * 256),
+        "id not Unicode": dump(request_id="\ud800"),
+        "huge": b'{"x": "' + b"x" * 1_000_000 + b'"}',
+    },
+    "unknown_task": {
+        "unknown task": dump(headers={"task": "celery.backend_cleanup"}),
+    },
+    "body": {
+        "body not base64": dump(body="***"),
+        "body not JSON": body("hello"),
+        "body not UTF-8": body(b"\xff\xfe"),
+        "body a JSON dict": body('{"email": "a@example.com"}'),
+        "body null": body("null"),
+        "body too short": body('[[], {"email": "a@example.com"}]'),
+        "body args a dict": body('[{}, {"email": "a@example.com"}, {}]'),
+        "body kwargs a list": body("[[], [], {}]"),
+        "body deep": body("[" * 100_000 + "]" * 100_000),
+        "argument deep": body('[[], {"email": ' + "[" * 1000 + "]" * 1000 + "}, {}]"),
+        "callbacks a number": dump(embed={"callbacks": 5}),
+        "callbacks no signatures": dump(embed={"callbacks": [5]}),
+        "chain a text": dump(embed={"chain": "x"}),
+        "chord a number": dump(embed={"chord": 1}),
+    },
+    "time": {
+        "eta no time": dump(headers={"eta": "soon"}),
+        "eta a number": dump(headers={"eta": 5}),
+        "expires no time": dump(headers={"expires": "tomorrow"}),
+        "expires a list": dump(headers={"expires": []}),
+        "expires a bool": dump(headers={"expires": True}),
+    },
 }
 
 
-@pytest.mark.parametrize("poison", POISON.values(), ids=POISON)
-def test_an_unfit_message_becomes_a_dead_letter_and_the_next_request_is_served(rig: Rig, poison: bytes) -> None:
+@pytest.mark.parametrize(
+    ("code", "unfit"),
+    [pytest.param(code, raw, id=name) for code, messages in UNFIT.items() for name, raw in messages.items()],
+)
+def test_an_unfit_message_becomes_a_dead_letter_and_the_next_is_served(rig: Rig, code: str, unfit: bytes) -> None:
     rig.broker.delete(DEAD)
     before = time.time()
-    rig.broker.lpush("verification", poison)
+    rig.broker.lpush("verification", unfit)
     email = address()
     assert rig.caller.ask(email) == {"email": email, "error": 0}
     rig.settled()
-    assert rig.broker.llen(DEAD) == 1
     [letter] = rig.broker.lrange(DEAD, 0, -1)
     assert isinstance(letter, bytes)
-    # As bytes outside UTF-8 came: the letter is JSON around a message that may not be.
+    # The letter is JSON around a message that need not be UTF-8.
     found = json.loads(letter.decode("utf-8", "surrogateescape"))
-    assert found["message"].encode("utf-8", "surrogateescape") == poison
+    assert found["message"].encode("utf-8", "surrogateescape") == unfit
+    assert found["code"] == code
     assert isinstance(found["reason"], str)
     assert found["reason"]
     assert "example" not in found["reason"]
     assert before - 5 < found["at"] < time.time() + 5
     assert rig.worker.alive
+
+
+def test_dead_letters_are_logged_with_reason_and_count_in_few_lines(rig: Rig) -> None:
+    started = len(rig.worker.log.splitlines())
+    rig.broker.lpush("verification", *[b"not JSON"] * 300, *UNFIT["time"].values())
+
+    def warnings() -> list[dict[str, Any]]:
+        lines = rig.worker.log.splitlines()[started:]
+        return [json.loads(line) for line in lines if "messages were dead-lettered" in line]
+
+    def counted(code: str) -> int:
+        return sum(int(found) for each in warnings() for found in re.findall(rf"\b{code} (\d+)", each["reason"]))
+
+    # The first line may also count what an earlier test pushed.
+    eventually(lambda: counted("envelope") >= 300 and counted("time") >= len(UNFIT["time"]))
+    assert sum(each["count"] for each in warnings()) >= 300 + len(UNFIT["time"])
+    assert len(warnings()) <= 10
+    assert {each["level"] for each in warnings()} == {"warning"}
 
 
 def test_poison_among_good_requests_stops_none_of_them(rig: Rig) -> None:

@@ -14,7 +14,7 @@ from producer.contract import ErrorCode
 from worker.fetcher import LOOK, CelerySide, Fetcher, Prefetch
 from worker.job import Finished, Job
 from worker.metrics import Counters
-from worker.queue.commands import MOVES, RequestQueue
+from worker.queue.commands import MAX_MOVES, RequestQueue
 
 AT_ONCE, AHEAD = 4, 8
 ETA = {"eta": "2100-01-01T00:00:00"}
@@ -257,7 +257,7 @@ def test_messages_are_taken_on_when_celery_is_done_with_what_filled_the_hands() 
 
 
 def test_one_call_never_asks_for_more_than_a_script_can_carry() -> None:
-    assert Prefetch(lambda: 10_000).wanted(0, settling=0) == MOVES
+    assert Prefetch(lambda: 10_000).wanted(0, settling=0) == MAX_MOVES
 
 
 def test_the_world_is_told_of_a_whole_trip_at_once() -> None:

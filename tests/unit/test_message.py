@@ -10,8 +10,8 @@ import pytest
 from support.caller import message
 
 from producer.contract import TASK, VerifyRequest
-from worker.queue.commands import Reserved
-from worker.queue.message import DEEPEST, Parsed, Unfit, for_celery, parse
+from worker.queue.message import MAX_NESTING, Parsed, Reserved, Unfit, for_celery, parse
+from worker.queue.message import DeadLetterCode as Code
 
 ADDRESS = "anna@example.com"
 NOTHING = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
@@ -39,7 +39,11 @@ def nested(levels: int) -> Any:
         (("b@example.com",), {"email": ADDRESS}, VerifyRequest(ADDRESS)),
         ((), {}, VerifyRequest(None)),
         ((), {"purpose": None}, VerifyRequest(None, None)),
-        ((), {"email": nested(DEEPEST), "locale": nested(500)}, VerifyRequest(nested(DEEPEST), locale=nested(500))),
+        (
+            (),
+            {"email": nested(MAX_NESTING), "locale": nested(500)},
+            VerifyRequest(nested(MAX_NESTING), locale=nested(500)),
+        ),
         ((), {"email": "\ud800", "purpose": 2**70}, VerifyRequest("\ud800", 2**70)),
     ],
 )
@@ -97,17 +101,19 @@ def test_times_are_utc_unless_they_say_otherwise(zone: str) -> None:
     assert parsed.job.expires_at == parsed.eta == 1893456000.0
 
 
-ENVELOPE = "the envelope is not that of a task message"
-BODY = "the body is not JSON in base64"
-PARTS = "the body is not [args, kwargs, embed]"
-DEEP = "an argument is nested too deeply"
+ENVELOPE = Code.ENVELOPE, "the envelope is not that of a task message"
+BODY = Code.BODY, "the body is not JSON in base64"
+PARTS = Code.BODY, "the body is not [args, kwargs, embed]"
+DEEP = Code.BODY, "an argument is nested too deeply"
+EXPIRES = Code.TIME, "expires is not a time in ISO 8601"
+ETA = Code.TIME, "eta is not a time in ISO 8601"
 
 
 def body(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
 
 
-REFUSED: list[tuple[dict[str, Any], str]] = [
+REFUSED: list[tuple[dict[str, Any], tuple[Code, str]]] = [
     ({"headers": {"id": 5}}, ENVELOPE),
     ({"headers": {"id": None}}, ENVELOPE),
     ({"request_id": "\ud800"}, ENVELOPE),
@@ -127,31 +133,31 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"body": body("[[], {}, {}, {}]")}, PARTS),
     ({"body": body("[{}, {}, {}]")}, PARTS),
     ({"body": body("[[], [], {}]")}, PARTS),
-    ({"kwargs": {"email": nested(DEEPEST + 1)}}, DEEP),
-    ({"kwargs": {"email": ADDRESS, "purpose": {"x": nested(DEEPEST)}}}, DEEP),
-    ({"args": [ADDRESS, nested(DEEPEST + 1)]}, DEEP),
-    ({"headers": {"expires": "tomorrow"}}, "expires is not a time in ISO 8601"),
-    ({"headers": {"expires": False}}, "expires is not a time in ISO 8601"),
-    ({"headers": {"expires": "9999-12-31T23:59:59-23:00"}}, "expires is not a time in ISO 8601"),
-    ({"headers": {"eta": 5}}, "eta is not a time in ISO 8601"),
-    ({"headers": {"eta": ""}}, "eta is not a time in ISO 8601"),
-    ({"embed": {"callbacks": [5]}}, "callbacks in the body is no task signature"),
-    ({"embed": {"errbacks": [{"task": 5}]}}, "errbacks in the body is no task signature"),
-    ({"embed": {"chain": "x"}}, "chain in the body is no task signature"),
-    ({"embed": {"chord": [{"task": "x"}]}}, "chord in the body is no task signature"),
+    ({"kwargs": {"email": nested(MAX_NESTING + 1)}}, DEEP),
+    ({"kwargs": {"email": ADDRESS, "purpose": {"x": nested(MAX_NESTING)}}}, DEEP),
+    ({"args": [ADDRESS, nested(MAX_NESTING + 1)]}, DEEP),
+    ({"headers": {"expires": "tomorrow"}}, EXPIRES),
+    ({"headers": {"expires": False}}, EXPIRES),
+    ({"headers": {"expires": "9999-12-31T23:59:59-23:00"}}, EXPIRES),
+    ({"headers": {"eta": 5}}, ETA),
+    ({"headers": {"eta": ""}}, ETA),
+    ({"embed": {"callbacks": [5]}}, (Code.BODY, "callbacks in the body: not a task signature")),
+    ({"embed": {"errbacks": [{"task": 5}]}}, (Code.BODY, "errbacks in the body: not a task signature")),
+    ({"embed": {"chain": "x"}}, (Code.BODY, "chain in the body: not a task signature")),
+    ({"embed": {"chord": [{"task": "x"}]}}, (Code.BODY, "chord in the body: not a task signature")),
 ]
 
 
 @pytest.mark.parametrize(("changes", "reason"), REFUSED, ids=lambda each: str(each)[:60])
-def test_what_is_refused_and_why(changes: dict[str, Any], reason: str) -> None:
+def test_what_is_refused_and_why(changes: dict[str, Any], reason: tuple[Code, str]) -> None:
     with pytest.raises(Unfit) as refused:
         read(**{"kwargs": {"email": ADDRESS}, **changes})
-    assert str(refused.value) == reason
+    assert refused.value.reason == reason
 
 
 @pytest.mark.parametrize("raw", [b"", b"hello", b"null", b"[]", b'{"headers": NaN}', b"\xff", b"[" * 100_000], ids=repr)
 def test_what_is_no_envelope(raw: bytes) -> None:
-    with pytest.raises(Unfit, match=ENVELOPE):
+    with pytest.raises(Unfit, match=ENVELOPE[1]):
         parse(Reserved("tag", raw))
 
 

@@ -43,9 +43,9 @@ def test_the_page_has_a_section_on_every_alert_and_on_no_other() -> None:
 
 
 def test_the_page_has_a_row_on_every_reason_of_a_dead_letter() -> None:
-    from worker.metrics import REASONS  # noqa: PLC0415 - for this test alone
+    from worker.queue.message import DeadLetterCode  # noqa: PLC0415 - for this test alone
 
-    assert set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)) == set(REASONS)
+    assert set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)) == set(DeadLetterCode)
 
 
 def test_links_on_the_page_lead_somewhere() -> None:

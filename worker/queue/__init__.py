@@ -1,1 +1,1 @@
-"""The queue as the worker sees it: commands, messages, dead letters, and their Lua."""
+"""The queue: commands and their Lua, messages, dead letters."""

@@ -1,8 +1,8 @@
-"""The queue as the worker sees it: commands on the broker database, and their answers. No I/O.
+"""The worker's commands on the queue, and how to read their answers. No I/O.
 
-At every instant a message stands in exactly one place: the queue, `unacked` (with its index), parked, or the dead
-letters. kombu's own layout is kept for `unacked`, so that its tools can read it; everything moves by Lua, so that no
-crash and no cut connection can lose a message between two places.
+A message is always in exactly one place: the queue, `unacked` (with its index), delayed, among the suspected poison
+messages, or among the dead letters. Only Lua moves it, so neither a crash nor a lost connection can lose it between two
+places. `unacked` keeps kombu's layout, so that kombu's tools can read it.
 """
 
 from __future__ import annotations
@@ -10,52 +10,49 @@ from __future__ import annotations
 import itertools
 import uuid
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from producer.contract import DEAD_LETTERS, REPLY_TTL, TASK
 from producer.redis.scripts import Command, Script
 from producer.store.backlog import PARKED, SUSPECTS, UNHEALTHY_WORKERS, WORKERS
+from worker.queue.message import DeadLetterCode, DeadLetterReason, Reserved
 
 _LUA = Path(__file__).parent
 _RESERVE, _MAINTAIN, _ACK, _DELAY, _WAKE, _DEAD_LETTER, _RELEASE = (
     Script(_LUA / f"{name}.lua") for name in ("reserve", "maintain", "ack", "delay", "wake", "dead_letter", "release")
 )
 
-UNACKED, INDEX = "unacked", "unacked_index"  # kombu's names
-PRIORITY_SEPARATOR, PRIORITY_STEPS = "\x06\x16", (3, 6, 9)  # kombu's: lists beside the queue, the later the lower
-DEADLY = 4  # a message that killed so many workers is not tried again
-MOVES = 1000  # messages that one call may move; what is left waits for the next second
-TICK = 1.0  # seconds between two calls of `tend`, at most; several must fit into the visibility timeout
-NOTE_LIFE = 5000  # ms that the note for a request about to be parked lasts: longer than any round trip may take
-
-
-class Reserved(NamedTuple):
-    """A message that this worker holds. The tag is new with each reservation, so only its holder can settle it."""
-
-    tag: str
-    message: bytes
+UNACKED: Final = "unacked"  # kombu's name, as is the next
+INDEX: Final = "unacked_index"
+# kombu's lists for lower priorities, beside the queue; the higher the number, the lower the priority.
+PRIORITY_SEPARATOR: Final = "\x06\x16"
+PRIORITY_STEPS: Final = (3, 6, 9)
+POISON_DEATHS: Final = 4  # a message that killed so many workers is not tried again
+MAX_MOVES: Final = 1000  # messages that one call may move; the rest waits for the next call
+TICK: Final = 1.0  # seconds between two rounds of maintenance, at most; several must fit into the visibility timeout
+WOKEN_TTL: Final = 5000  # ms; a request woken before it is delayed finds the note within one round trip
 
 
 class Reservation(NamedTuple):
-    """What `reserve` took, and how many suspects (messages whose worker died twice) wait."""
+    """What `reserve` took."""
 
     taken: list[Reserved]
-    suspects: int
-    alone: bool  # the one message taken is a suspect: nothing else may run beside it
-    dead_lettered: list[str]  # the reasons of those that were unfit
+    suspects: int  # suspected poison messages that still wait; each has killed its worker twice
+    alone: bool  # the only message in `taken` is a suspect: nothing else may run beside it
+    dead_lettered: list[DeadLetterReason]
 
 
 class MaintenanceResult(NamedTuple):
-    """What a second's tending found."""
+    """What one round of maintenance found."""
 
-    ready: int
+    ready: int  # delayed requests that are due
     suspects: int
-    restored: int
-    killers: list[Reserved]
+    restored: int  # messages of dead workers
+    poison: list[Reserved]  # reserved by this call: each must be answered and dead-lettered
 
 
 class RequestQueue:
-    """Builds the commands of one worker process for one queue."""
+    """Builds the commands of one worker process on one queue."""
 
     def __init__(self, name: str, *, visibility_timeout: float) -> None:
         self.name = name
@@ -71,26 +68,28 @@ class RequestQueue:
         return f"{self._owner}.{next(self._calls)}."
 
     def reserve(self, count: int, *, held: int) -> Command:
-        """Take up to `count` messages; read with `read_reserve`. `held`: how many this worker holds already."""
+        """Take up to `count` messages. `held`: how many this worker holds. Read the answer with `read_reserve`."""
         keys = [self.name, self._ready, self._parked, self._suspects, UNACKED, INDEX, DEAD_LETTERS]
         keys += [f"{self.name}{PRIORITY_SEPARATOR}{step}" for step in PRIORITY_STEPS]
-        return _RESERVE(keys, [count, self._prefix(), TASK, self.name, held])
+        codes = (DeadLetterCode.UNKNOWN_TASK, DeadLetterCode.ENVELOPE)
+        return _RESERVE(keys, [count, self._prefix(), TASK, self.name, held, *codes])
 
     @staticmethod
     def tags_of(reserve: Command) -> list[str]:
-        """Every tag that this `reserve` can have given: if its answer was lost, what it took can be put back."""
+        """Every tag that this `reserve` command may have made: if its answer is lost, they can still be released."""
         count, prefix = reserve[3 + int(reserve[2]) :][:2]
         return [f"{prefix!s}{2 * i + 2}" for i in range(int(count))]
 
     @staticmethod
     def read_reserve(answer: list[Any]) -> Reservation:
-        """What `reserve` answered."""
+        """Read the answer to `reserve`."""
         pairs = _pairs(answer[2:])
-        dead_lettered = [reason.decode() for tag, reason in pairs if not tag]
+        reasons = [reason.decode().split(" ", 1) for tag, reason in pairs if not tag]
+        dead_lettered = [DeadLetterReason(DeadLetterCode(code), text) for code, text in reasons]
         return Reservation([pair for pair in pairs if pair.tag], answer[0], answer[1] == 1, dead_lettered)
 
     def await_message(self, seconds: float) -> Command:
-        """Block until the queue has a message, and leave it there: from its end to its end."""
+        """Block until the queue has a message, or for `seconds`. The message stays where it is."""
         return ("BLMOVE", self.name, self.name, "RIGHT", "RIGHT", seconds)
 
     def maintain(self, tags: list[str], *, restore: bool, relay_healthy: bool) -> Command:
@@ -101,44 +100,44 @@ class RequestQueue:
         keys = [INDEX, UNACKED, self.name, self._suspects, self._due, self._ready, self._parked]
         keys += [self.name + WORKERS, self.name + UNHEALTHY_WORKERS]
         visibility = self._visibility_timeout if restore else 0
-        arguments = [visibility, MOVES, self._prefix(), self._deaths, REPLY_TTL, DEADLY, self._owner]
+        arguments = [visibility, MAX_MOVES, self._prefix(), self._deaths, REPLY_TTL, POISON_DEATHS, self._owner]
         return _MAINTAIN(keys, [*arguments, int(relay_healthy), *tags])
 
     @staticmethod
     def read_maintain(answer: list[Any]) -> MaintenanceResult:
-        """What `tend` answered."""
+        """Read the answer to `maintain`."""
         return MaintenanceResult(answer[0], answer[1], answer[2], _pairs(answer[3:]))
 
     @staticmethod
     def ack(tags: list[str]) -> Command:
-        """These messages are done. Answers 0."""
+        """Remove these messages: they are done. Answers 0."""
         return _ACK([UNACKED, INDEX], ["", "", len(tags), *tags])
 
     @staticmethod
     def ack_if_stored(tags: list[str], replies: list[str], *, broker: int, results: int) -> Command:
-        """These messages are done, each if its reply is stored under its key. Answers how many stay.
+        """Remove each message whose reply is stored under its key in `replies`. Answers how many stay.
 
-        `broker`, `results`: the numbers of two databases of one server.
+        `broker`, `results`: the database numbers, on one server.
         """
         return _ACK([UNACKED, INDEX], [broker, results, len(tags), *tags, *replies])
 
     def delay_request(self, tag: str, request_id: str, delay: float, enqueued_at: float | None) -> Command:
-        """The request waits for `delay` seconds, or until it is woken."""
+        """Hold a request back for `delay` seconds, or until it is woken. `enqueued_at`: Unix seconds."""
         keys = [UNACKED, INDEX, self._due, self._parked, self.name, self._woken + request_id]
         born = "" if enqueued_at is None else round(enqueued_at * 1000)
         return _DELAY(keys, [tag, request_id, round(delay * 1000), born])
 
     def wake(self, request_ids: list[str]) -> Command:
-        """These requests need not wait any longer."""
-        return _WAKE([self._due, self._ready, self._parked, self.name], [self._woken, NOTE_LIFE, *request_ids])
+        """Put these delayed requests back on the queue, to be served next."""
+        return _WAKE([self._due, self._ready, self._parked, self.name], [self._woken, WOKEN_TTL, *request_ids])
 
     @staticmethod
-    def dead_letter(tag: str, reason: str) -> Command:
-        """The message becomes a dead letter."""
-        return _DEAD_LETTER([UNACKED, INDEX, DEAD_LETTERS], [tag, reason])
+    def dead_letter(tag: str, reason: DeadLetterReason) -> Command:
+        """Move a message to the dead letters."""
+        return _DEAD_LETTER([UNACKED, INDEX, DEAD_LETTERS], [tag, *reason])
 
     def release(self, tags: list[str]) -> Command:
-        """Put these messages back, to be served next."""
+        """Put these messages back on the queue, to be served next."""
         return _RELEASE([UNACKED, INDEX, self.name], tags)
 
 

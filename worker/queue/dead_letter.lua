@@ -3,11 +3,12 @@ dead_letter: a reserved message becomes a dead letter.
 
 KEYS 1 unacked     hash
      2 index       zset
-     3 dead        list   JSON: reason, at (Unix seconds), message (as it came)
+     3 dead        list   JSON: code, reason, at (Unix seconds), message (as it came)
 ARGV 1 tag
-     2 reason
+     2 code        string why, for programs
+     3 reason      string why, for people
 
-Returns 1, or 0 if the tag is not ours any more.
+Returns 1, or 0 if this worker does not hold the message any more.
 ]]
 local entry = redis.call('HGET', KEYS[1], ARGV[1])
 if not entry then
@@ -16,7 +17,7 @@ end
 local time = redis.call('TIME')
 local message = string.match(entry, '^%[(.*),%s*"[^"]*",%s*"[^"]*"%]$')
 redis.call('LPUSH', KEYS[3],
-    cjson.encode({ reason = ARGV[2], at = time[1] + time[2] / 1000000, message = message }))
+    cjson.encode({ code = ARGV[2], reason = ARGV[3], at = time[1] + time[2] / 1000000, message = message }))
 local removed = redis.pcall('HDEL', KEYS[1], ARGV[1])
 if type(removed) == 'table' and removed.err then
     redis.pcall('LPOP', KEYS[3])

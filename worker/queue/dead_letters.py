@@ -1,4 +1,4 @@
-"""Dead letters: what could not be executed, why, and a way back. Addresses are shown masked."""
+"""Dead letters: messages that could not be executed, why, and a way back to the queue. Addresses are shown masked."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from producer.contract import DEAD_LETTERS
 from producer.errors import VerifyError
 from producer.logs import mask_email, mask_text
 from producer.redis.scripts import Script
-from worker.queue.commands import Reserved
-from worker.queue.message import Unfit, parse
+from worker.queue.message import Reserved, Unfit, parse
 
 _REPLAY = Script(Path(__file__).parent / "replay.lua")
 
 
 class NoSuchLetter(VerifyError, LookupError):
-    """There is no dead letter with that name; `python -m worker dead list` names them."""
+    """No dead letter has that name; `python -m worker dead list` shows the names."""
 
 
 class NotReplayable(VerifyError, ValueError):
-    """The message is still unfit; replayed, it would only come back."""
+    """The message still cannot be executed: replayed, it would only come back."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
     """One message in `verification.dead`."""
 
-    name: str  # the beginning of its digest
+    name: str  # the first 12 hexadecimal digits of the entry's SHA-256
+    code: str | None  # a `DeadLetterCode`; None: pushed by an older worker, or by hand
     reason: str
     at: datetime
     message: bytes
-    raw: bytes
+    raw: bytes  # the entry as it is in the list
 
     @classmethod
     def of(cls, raw: bytes) -> DeadLetter:
-        """Read one entry of the list; what others pushed there is shown as it can be."""
+        """Read an entry of the list, whoever pushed it."""
         name = hashlib.sha256(raw).hexdigest()[:12]
         try:
             entry = json.loads(raw.decode("utf-8", "surrogateescape"))
             at = datetime.fromtimestamp(entry["at"], UTC)
             message = entry["message"].encode("utf-8", "surrogateescape")
-            return cls(name, str(entry["reason"]), at, message, raw)
+            return cls(name, entry.get("code") and str(entry["code"]), str(entry["reason"]), at, message, raw)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
-            return cls(name, "not one of our dead letters", datetime.fromtimestamp(0, UTC), raw, raw)
+            return cls(name, None, "not written by a worker", datetime.fromtimestamp(0, UTC), raw, raw)
 
     def summary(self) -> dict[str, Any]:
-        """What may be shown of the request in it: its id, and the address masked."""
+        """The request's id, masked address and purpose, as far as they can be read."""
         try:
             job = parse(Reserved("", self.message)).job
         except Unfit:
@@ -60,7 +60,7 @@ class DeadLetter:
         return {"id": job.request_id, "email": mask_email(job.request.email), "purpose": str(job.request.purpose)}
 
     def envelope(self) -> str:
-        """The message for the eye: everything but the body, addresses masked."""
+        """The message's envelope as indented JSON, without the arguments, addresses masked."""
         try:
             envelope = json.loads(self.message)
         except (ValueError, RecursionError):
@@ -68,7 +68,7 @@ class DeadLetter:
         if isinstance(envelope, dict):
             for part in (envelope, envelope.get("headers")):
                 if isinstance(part, dict):
-                    # Both hold the arguments: base64 is no mask.
+                    # These hold the arguments.
                     for name in ("body", "argsrepr", "kwargsrepr"):
                         if name in part:
                             part[name] = "***"
@@ -76,14 +76,14 @@ class DeadLetter:
 
 
 class DeadLetters:
-    """The list, newest first. Methods raise `redis.RedisError` if Redis is away."""
+    """The list of dead letters, newest first. Methods raise `redis.RedisError`."""
 
     def __init__(self, client: Redis, queue: str) -> None:
         self._client = client
         self._queue = queue
 
     def list(self, most: int = 100) -> list[DeadLetter]:
-        """The newest letters."""
+        """The newest `most` letters."""
         return [DeadLetter.of(_bytes(raw)) for raw in self._client.lrange(DEAD_LETTERS, 0, most - 1)]
 
     def count(self) -> int:
@@ -100,21 +100,21 @@ class DeadLetters:
     def replay(self, letter: DeadLetter) -> None:
         """Put the message back on the queue.
 
-        Its id and its age stay: what was answered is answered the same, what is past its deadline 6, unsent.
-        Raises `NotReplayable`, or `NoSuchLetter` if someone was faster.
+        It keeps its id and age: a request that has an answer gets the same one, and one past its deadline is answered
+        6, unsent. Raises `NotReplayable`, or `NoSuchLetter` if it has been replayed or dropped meanwhile.
         """
         try:
             parsed = parse(Reserved("", letter.message))
         except Unfit as exc:
-            raise NotReplayable(f"the message is still unfit ({exc}); replayed, it would only come back") from None
-        # Without a time of its own, the request is as old as its letter at least.
+            raise NotReplayable(f"it still cannot be executed ({exc}); replayed, it would only come back") from None
+        # A request without a time of its own is at least as old as its letter.
         parsed.envelope["headers"].setdefault("enqueued_at", letter.at.timestamp())
         message = json.dumps(parsed.envelope)
         if not self._client.register_script(_REPLAY.text)([DEAD_LETTERS, self._queue], [letter.raw, message]):
             raise NoSuchLetter
 
     def drop(self, letter: DeadLetter) -> None:
-        """Forget the message for good. Raises `NoSuchLetter` if someone was faster."""
+        """Delete the message for good. Raises `NoSuchLetter` if it is gone already."""
         if not self._client.lrem(DEAD_LETTERS, 1, letter.raw):  # type: ignore[arg-type]  # bytes are fine
             raise NoSuchLetter
 

@@ -1,4 +1,4 @@
-"""A task message, read: what it asks for, whether it needs Celery's own machinery, and how Celery gets it then."""
+"""Task messages: what one asks for, why one cannot be executed, and the form in which Celery gets those it must run."""
 
 from __future__ import annotations
 
@@ -7,40 +7,76 @@ import json
 from base64 import b64encode
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from enum import StrEnum
+from typing import Any, NamedTuple
 
 import orjson
 
 from producer.contract import DEFAULT_PURPOSE, TASK, VerifyRequest
 from producer.logs import mask_email
 from worker.job import Job
-from worker.queue.commands import Reserved
 
-_ARGUMENTS = ("email", "purpose", "locale")  # in the task's order
+_ARGUMENTS = ("email", "purpose", "locale")  # in the order of the task's parameters
 _SIGNATURES = ("callbacks", "errbacks", "chain", "chord")
-_LATEST = 1e11  # Unix seconds; beyond, a time in milliseconds is no exact number in Lua, and no clock is that wrong
-DEEPEST = 100  # levels that an address or purpose which is no text may be nested: it is echoed, so it must be writable
+_LATEST = 1e11  # Unix seconds; later times in milliseconds are not exact in Lua, and no clock is that wrong
+MAX_NESTING = 100  # levels of an email or purpose that is not a string: the reply echoes it, so it must be writable
+
+
+class DeadLetterCode(StrEnum):
+    """Why a message was dead-lettered: the letter's field `code`, and the label `reason` of the metric."""
+
+    UNKNOWN_TASK = "unknown_task"
+    ENVELOPE = "envelope"  # a field of the envelope is missing or malformed
+    BODY = "body"  # the arguments or signatures in the body cannot be read
+    TIME = "time"  # `expires` or `eta` is not a time
+    ID_CONFLICT = "id_conflict"
+    POISON = "poison"
+    CELERY_REJECTED = "celery_rejected"
+    OTHER = "other"
+
+
+class DeadLetterReason(NamedTuple):
+    """A code for programs and a text for people. The text never quotes the message."""
+
+    code: DeadLetterCode
+    text: str
+
+
+ID_CONFLICT = DeadLetterReason(DeadLetterCode.ID_CONFLICT, "the request id belongs to another address or purpose")
+POISON = DeadLetterReason(DeadLetterCode.POISON, "it killed its worker four times")
+CELERY_REJECTED = DeadLetterReason(DeadLetterCode.CELERY_REJECTED, "Celery rejected it")
 
 
 class Unfit(Exception):
-    """The message's body or one of its headers cannot be read."""
+    """The message cannot be executed."""
+
+    def __init__(self, code: DeadLetterCode, text: str) -> None:
+        super().__init__(text)
+        self.reason = DeadLetterReason(code, text)
+
+
+class Reserved(NamedTuple):
+    """A message that this worker holds. Each reservation makes a new tag, so only its holder can settle it."""
+
+    tag: str
+    message: bytes
 
 
 @dataclass(slots=True)
 class Parsed:
-    """A message, read."""
+    """A message that can be executed. `needs_celery`: it has an ETA, a group, callbacks, a chain or a chord."""
 
     job: Job
     needs_celery: bool
     envelope: dict[str, Any]
     eta: float | None  # Unix seconds
-    embed: dict[str, Any]
+    embed: dict[str, Any]  # the signatures that Celery runs after the task
 
 
 def parse(reserved: Reserved) -> Parsed:
-    """Read a message. The reserve script has looked at its envelope before it gets here; a dead letter may lack one.
+    """Read a message. `reserve.lua` has checked the envelope of one from the queue; a dead letter may have none.
 
-    Raises `Unfit` with the reason; the reason never quotes the message.
+    Raises `Unfit`.
     """
     try:
         envelope = _read_json(reserved.message)
@@ -48,19 +84,19 @@ def parse(reserved: Reserved) -> Parsed:
         request_id = headers["id"]
         request_id.encode()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise Unfit("the envelope is not that of a task message") from None
+        raise Unfit(DeadLetterCode.ENVELOPE, "the envelope is not that of a task message") from None
     try:
         body = _read_json(binascii.a2b_base64(text, strict_mode=True))
     except (ValueError, TypeError, RecursionError):
-        raise Unfit("the body is not JSON in base64") from None
+        raise Unfit(DeadLetterCode.BODY, "the body is not JSON in base64") from None
     if not (isinstance(body, list) and len(body) == 3 and isinstance(body[0], list) and isinstance(body[1], dict)):
-        raise Unfit("the body is not [args, kwargs, embed]")
+        raise Unfit(DeadLetterCode.BODY, "the body is not [args, kwargs, embed]")
     args, kwargs, embed = body
     given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs} if args else kwargs
     email, purpose = given.get("email"), given.get("purpose", DEFAULT_PURPOSE)
     for value in (email, purpose):
-        if not isinstance(value, str) and not _is_shallow(value, DEEPEST):
-            raise Unfit("an argument is nested too deeply")
+        if not isinstance(value, str) and not _is_shallow(value, MAX_NESTING):
+            raise Unfit(DeadLetterCode.BODY, "an argument is nested too deeply")
     get = headers.get
     expires = None if get("expires") is None else _timestamp(headers, "expires")
     eta = None if get("eta") is None else _timestamp(headers, "eta")
@@ -72,7 +108,7 @@ def parse(reserved: Reserved) -> Parsed:
 
 
 def _read_json(text: bytes) -> Any:
-    """JSON; also what orjson refuses and the standard library reads: lone surrogates, integers beyond 64 bits."""
+    """Parse JSON. The standard library also reads what orjson refuses: lone surrogates, integers beyond 64 bits."""
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
@@ -90,7 +126,7 @@ def _is_shallow(value: object, levels: int) -> bool:
 
 
 def _signatures(embed: object) -> dict[str, Any]:
-    """What Celery is to do after the task: callbacks, chain, chord. Empty if there is nothing."""
+    """The signatures in `embed` that Celery must run: callbacks, errbacks, chain, chord."""
     if not isinstance(embed, dict) or not any(embed.values()):
         return {}
     found = {name: embed[name] for name in _SIGNATURES if embed.get(name)}
@@ -99,7 +135,7 @@ def _signatures(embed: object) -> dict[str, Any]:
         if not isinstance(each, list) or not all(
             isinstance(one, dict) and isinstance(one.get("task"), str) for one in each
         ):
-            raise Unfit(f"{name} in the body is no task signature")
+            raise Unfit(DeadLetterCode.BODY, f"{name} in the body: not a task signature")
     return found
 
 
@@ -110,19 +146,22 @@ def _number(value: object) -> float | None:
 
 
 def _timestamp(headers: dict[str, Any], name: str) -> float:
-    """Celery's `expires` or `eta`: ISO 8601, UTC if it names no zone."""
+    """The header `expires` or `eta` in Unix seconds: ISO 8601, UTC if it names no zone."""
     try:
         moment = datetime.fromisoformat(headers[name])
         seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-        datetime.fromtimestamp(seconds, UTC)  # there are moments that only another zone can say
+        datetime.fromtimestamp(seconds, UTC)  # fails for a moment just before year 1 or after 9999 in UTC
     except (TypeError, ValueError, OverflowError):
-        raise Unfit(f"{name} is not a time in ISO 8601") from None
+        raise Unfit(DeadLetterCode.TIME, f"{name} is not a time in ISO 8601") from None
     return seconds
 
 
 def for_celery(parsed: Parsed) -> dict[str, Any]:
-    """The message as Celery gets it: settled by our tag, its deadline ours to keep, without the arguments, which the
-    task does not need, and without any header that could make Celery drop it."""
+    """The message to deliver to Celery.
+
+    Its delivery tag is our reservation's. It carries no arguments, as the task finds its job by the tag; no `expires`,
+    as the service keeps that deadline; and no other header that could make Celery drop it.
+    """
     message, job = parsed.envelope, parsed.job
     headers = message["headers"]
     body = json.dumps([[], {}, parsed.embed]).encode()

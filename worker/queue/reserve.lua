@@ -1,58 +1,62 @@
 --[[
-reserve: take up to so many messages, in one atomic step: each leaves its place and stands in `unacked` with its index, or,
-if it is unfit, in the dead letters. Parked requests that are due come first, oldest first; then the lists' ends.
-With more on the queue than is taken, every fourth is its newest instead: that one's caller still waits for the reply, while
-a caller who waits behind a whole backlog is told 6 however soon the worker comes to him.
+reserve: take up to so many messages, in one atomic step. Each moves to `unacked` and its index or, if its envelope is
+malformed, to the dead letters. Delayed requests that are due come first, the oldest of them first; then the right ends of
+the lists. While more messages wait than are taken, every fourth one taken is the queue's newest: its caller still waits for
+the reply, while callers behind a long backlog have been answered 6 by the time the worker comes to them.
 
-KEYS 1 queue       list   what producers LPUSH
-     2 ready       zset   parked requests that are due: id by birth (ms)
-     3 parked      hash   id -> birth (ms), a space, message
-     4 suspects    list   messages whose worker died twice; each is taken by a worker that holds nothing else
+KEYS 1 queue       list   producers LPUSH to it
+     2 ready       zset   delayed requests that are due: id by birth (ms)
+     3 delayed     hash   id -> birth (ms), a space, message
+     4 suspects    list   suspected poison messages (their worker died twice); only a worker that holds nothing takes one
      5 unacked     hash   tag -> [message, exchange, routing key], as kombu writes it
      6 index       zset   tag by time (s, this server's)
      7 dead        list   dead letters, JSON
-     8 ...         list   where Celery clients put messages with a lower priority
-ARGV 1 how many
+     8 ...         list   messages of Celery clients with a lower priority
+ARGV 1 count       int    messages to take, at most
      2 tag prefix  string unique to this call
-     3 task        string the only task there is
+     3 task        string the only task that is known
      4 queue name  string
      5 held        int    messages that this worker holds already
+     6 code        string of dead letters that name another task
+     7 code        string of dead letters whose envelope is malformed
 
-Returns {suspects left, 1 if the one taken is a suspect, tag, message, tag, message ...}; a tag '' has the reason of a dead
-letter in the message's place.
-A script is not undone if a command of it is refused (memory, access, a key of another type). So messages are only looked
-at first, written to where they go next, and only then removed; what was written is taken back if that cannot be done.
+Returns {suspects left, 1 if the one taken is a suspect, tag, message, tag, message ...}. For a dead letter the tag is ''
+and the message is its code, a space and its reason.
+A command that is refused (memory, access, a key of another type) does not undo the script. So messages are only read
+first, then written to where they go, and only then removed; if they cannot be removed, what was written is taken back.
 ]]
 local time = redis.call('TIME')
 local seconds = time[1] + time[2] / 1000000
 local score = string.format('%.6f', seconds) -- once: a number that is handed on is written out each time
 local count, prefix, held = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[5])
+local UNKNOWN_TASK, ENVELOPE = ARGV[6], ARGV[7]
 local suspects = redis.call('LLEN', KEYS[4])
 
 local function is_text(value)
     return type(value) == 'string' and value ~= ''
 end
 
+-- Why this message cannot be executed: a code and a text; nil if its envelope is sound.
 local function fault(message)
     local fine, envelope = pcall(cjson.decode, message)
-    if not fine then return 'not JSON' end
-    if type(envelope) ~= 'table' then return 'not a JSON object' end
+    if not fine then return ENVELOPE, 'not JSON' end
+    if type(envelope) ~= 'table' then return ENVELOPE, 'not a JSON object' end
     local headers, properties = envelope.headers, envelope.properties
-    if type(headers) ~= 'table' then return 'no headers' end
-    if not is_text(headers.task) then return 'no task in the headers' end
-    if headers.task ~= ARGV[3] then return 'unknown task' end
-    if not is_text(headers.id) or #headers.id > 255 then return 'no id in the headers' end
-    if envelope['content-type'] ~= 'application/json' then return 'content-type is not application/json' end
-    if envelope['content-encoding'] ~= 'utf-8' then return 'content-encoding is not utf-8' end
-    if type(properties) ~= 'table' then return 'no properties' end
-    if not is_text(properties.delivery_tag) then return 'no delivery_tag in the properties' end
-    if properties.body_encoding ~= 'base64' then return 'body_encoding is not base64' end
+    if type(headers) ~= 'table' then return ENVELOPE, 'no headers' end
+    if not is_text(headers.task) then return ENVELOPE, 'no task in the headers' end
+    if headers.task ~= ARGV[3] then return UNKNOWN_TASK, 'unknown task' end
+    if not is_text(headers.id) or #headers.id > 255 then return ENVELOPE, 'no id in the headers' end
+    if envelope['content-type'] ~= 'application/json' then return ENVELOPE, 'content-type is not application/json' end
+    if envelope['content-encoding'] ~= 'utf-8' then return ENVELOPE, 'content-encoding is not utf-8' end
+    if type(properties) ~= 'table' then return ENVELOPE, 'no properties' end
+    if not is_text(properties.delivery_tag) then return ENVELOPE, 'no delivery_tag in the properties' end
+    if properties.body_encoding ~= 'base64' then return ENVELOPE, 'body_encoding is not base64' end
     local info = properties.delivery_info
-    if type(info) ~= 'table' then return 'no delivery_info in the properties' end
+    if type(info) ~= 'table' then return ENVELOPE, 'no delivery_info in the properties' end
     if type(info.exchange) ~= 'string' or type(info.routing_key) ~= 'string' then
-        return 'no exchange or routing_key in the delivery_info'
+        return ENVELOPE, 'no exchange or routing_key in the delivery_info'
     end
-    if not is_text(envelope.body) then return 'no body' end
+    if not is_text(envelope.body) then return ENVELOPE, 'no body' end
     return nil
 end
 
@@ -67,10 +71,10 @@ local function move(messages, removals)
     local from, payloads, index, dead = #taken, {}, {}, {}
     for _, message in ipairs(messages) do
         local tag = prefix .. #taken
-        local reason = fault(message)
-        if reason then
-            dead[#dead + 1] = cjson.encode({ reason = reason, at = seconds, message = message })
-            tag, message = '', reason
+        local code, reason = fault(message)
+        if code then
+            dead[#dead + 1] = cjson.encode({ code = code, reason = reason, at = seconds, message = message })
+            tag, message = '', code .. ' ' .. reason
         else
             payloads[#payloads + 1] = tag
             payloads[#payloads + 1] = '[' .. message .. ',"","' .. ARGV[4] .. '"]'
@@ -80,12 +84,12 @@ local function move(messages, removals)
         taken[#taken + 1] = tag
         taken[#taken + 1] = message
     end
-    local buried
+    local lettered
     local error = #payloads > 0 and (refused(redis.pcall('HSET', KEYS[5], unpack(payloads)))
         or refused(redis.pcall('ZADD', KEYS[6], unpack(index))))
     if not error and #dead > 0 then
         error = refused(redis.pcall('LPUSH', KEYS[7], unpack(dead)))
-        buried = not error
+        lettered = not error
     end
     error = error or refused(redis.pcall(unpack(removals[1])))
     if not error then
@@ -99,7 +103,7 @@ local function move(messages, removals)
         redis.pcall('ZREM', KEYS[6], payloads[i])
         redis.pcall('HDEL', KEYS[5], payloads[i])
     end
-    if buried then
+    if lettered then
         redis.pcall('LTRIM', KEYS[7], #dead, -1)
     end
     for i = #taken, from + 1, -1 do
