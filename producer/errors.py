@@ -18,7 +18,11 @@ class InvalidAddress(VerifyError, ValueError):
     """The text is not an email address."""
 
 
-class RedisUnavailable(VerifyError, ConnectionError):
+class StoreUnavailable(VerifyError, ConnectionError):
+    """The code store cannot be reached."""
+
+
+class RedisUnavailable(StoreUnavailable):
     """Redis cannot be reached, or it answered with an error."""
 
 

@@ -1,9 +1,9 @@
 --[[
-announce_data: the final dots of mails are about to be written; until the outcome of each is settled, acceptance is not known. Once
-more for the next relay, after one that refused: still one send. Begins with each.lua.
+announce_data: the final dots of mails are about to be written; until a send is settled its acceptance is unknown. Called
+again when another relay is tried after one that refused: that is still one send. Begins with each.lua.
 
-KEYS i request record   hash
-ARGV i token
+KEYS i request record   hash    see issue.lua
+ARGV i token            string
 
 Returns a list with an entry for each: 1 if this holder has the lease, else 0, or an error of this one alone.
 ]]

@@ -1,43 +1,32 @@
-"""The code store: issue, settle and check, each one atomic step in Redis.
+"""The code store as a port: what the service, the settler and the clients ask of it, and the words they use.
 
-A step is built here as a command and its answer read here; who sends it is the caller's choice. A worker asks for many
-requests in one command, which serves them one after the other, as if each came alone. Its answer is a list with an
-entry for each, and an error in the place of one that Redis refused.
+`producer.store.redis_codes` implements it. Another store implements `CodeStore` and takes its place in
+`worker.bootstrap` (and in `producer.core.requests`, for the check).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, Protocol
 
-from producer.contract import REPLY_TTL, CheckResult, ErrorCode, code_key, is_purpose, known_error
-from producer.redis.scripts import EACH, Arg, Command, Script
+from producer.contract import REPLY_TTL, CheckResult, ErrorCode, code_key, is_purpose
 from producer.settings import Settings
 
-_LUA = Path(__file__).parent
-_ISSUE, _SETTLE, _ANNOUNCE_DATA = (Script(EACH, _LUA / f"{name}.lua") for name in ("issue", "settle", "announce_data"))
-_RENEW, _CHECK = (Script(_LUA / f"{name}.lua") for name in ("renew", "check"))
-
-# Side keys; none begins with `code_`, which GateServer builds from user text. All have a TTL.
-ATTEMPTS, COOLDOWN, SENDING, JOINED = "attempts:", "cooldown:", "sending:", "joined:"  # + code key
-BUCKET = "bucket:"  # + canonical address
-REQUEST = "request:"  # + request id
 COOLDOWN_HIT, BUCKET_HIT = "cooldown", "bucket"  # why a request was answered without a mail
 
 
 @dataclass(frozen=True, slots=True)
 class CodePolicy:
-    """How codes live. Milliseconds, as Redis counts."""
+    """How long codes live and how often they are sent. Times in milliseconds."""
 
     ttl: int
-    min_life: int
-    cooldown: int
+    min_life: int  # a code with less life left is replaced
+    cooldown: int  # 0: off
     interval: int  # one send comes back to an address' bucket; 0: no bucket
-    burst: int
+    burst: int  # size of the bucket
     max_attempts: int
     lease: int
     give_up_after: int
@@ -45,7 +34,7 @@ class CodePolicy:
 
     @classmethod
     def of(cls, settings: Settings) -> CodePolicy:
-        """The policy in force."""
+        """The policy that the settings describe."""
         per_hour = settings.max_sends_per_hour
         ttl = settings.code_ttl * 1000
         return cls(
@@ -61,41 +50,38 @@ class CodePolicy:
 
 
 class Claim(NamedTuple):
-    """A request as the store knows it, and the lease under which this holder works on it."""
+    """A request as the store knows it, and the token under which this worker holds its lease."""
 
     request_id: str
     token: str
     code_key: str
     canonical: str
-    who: str
+    who: str  # hash of address and purpose: the same request id must come with the same
 
     @classmethod
     def of(cls, request_id: str, token: str, email: object, purpose: object, canonical: str) -> Claim:
-        """`canonical`: the canonical address, or '' for what is no address."""
-        # What is no address or no purpose has no code; its text, perhaps not even Unicode, stays out of the keys.
+        """`canonical`: the canonical address, or '' if `email` is not an address."""
+        # Without a valid address and purpose there is no code; the text, perhaps not even Unicode, stays out of the keys.
         key = code_key(str(email), str(purpose)) if canonical and is_purpose(purpose) else ""
-        return cls(request_id, token, key, canonical, blake2b(_told_apart(email, purpose), digest_size=16).hexdigest())
+        who = blake2b(_unambiguous(email, purpose), digest_size=16).hexdigest()
+        return cls(request_id, token, key, canonical, who)
 
 
-class Asked(NamedTuple):
-    """What `issue` is asked for one request. Times are Unix seconds."""
+def _unambiguous(email: object, purpose: object) -> bytes:
+    """Both as one text that no other pair has."""
+    if isinstance(email, str) and isinstance(purpose, str):
+        return f"{len(purpose)} {purpose}{email}".encode("utf-8", "surrogatepass")
+    return json.dumps([email, purpose], sort_keys=True).encode()  # begins with no digit
+
+
+class IssueRequest(NamedTuple):
+    """One request that wants a code. Times are Unix seconds."""
 
     claim: Claim
     candidate: str  # the code to set if there is none to reuse
-    verdict: ErrorCode | None = None  # an error that is already certain; it only needs remembering
+    error: ErrorCode | None = None  # the final answer, if it is certain already; the store remembers it
     enqueued_at: float | None = None
     expires_at: float | None = None
-
-
-FAILED: Final = "failed"  # no relay accepted the mail: the bucket is refunded, the request may try again
-UNKNOWN: Final = "unknown"  # a relay may have accepted the mail: the request may try once more
-
-
-class Outcome(NamedTuple):
-    """What became of a request: its final answer, FAILED or UNKNOWN. Either way its lease is free."""
-
-    claim: Claim
-    became: ErrorCode | Literal["failed", "unknown"]
 
 
 class Send(NamedTuple):
@@ -115,10 +101,10 @@ class Answered(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Another holder is at it; come back when woken, or after so many seconds."""
+    """Another holder sends; come back when woken, or after `seconds`."""
 
     seconds: float
-    joined: bool = False  # what is at it is another request, whose mail is on the wire
+    joined: bool = False  # the other holder sends for another request to the same code key
 
 
 class Conflict(NamedTuple):
@@ -127,96 +113,61 @@ class Conflict(NamedTuple):
 
 Issue = Send | Answered | Wait | Conflict
 
-
-class CodeStore:
-    """Builds the store's commands and reads their answers. No I/O."""
-
-    def __init__(self, policy: CodePolicy) -> None:
-        self.policy = policy
-        code_life = (policy.lease, policy.give_up_after, policy.ttl, policy.min_life)
-        limits = (policy.cooldown, policy.interval, policy.burst)
-        self._issue_policy: tuple[Arg, ...] = (
-            *(*code_life, *limits, policy.remember),
-            *(REQUEST, ATTEMPTS, COOLDOWN, SENDING, JOINED),
-        )
-        self._settle_policy: tuple[Arg, ...] = (
-            *(policy.cooldown, policy.interval, policy.remember),
-            *(REQUEST, COOLDOWN, SENDING, JOINED),
-        )
-
-    def issue(self, asked: Sequence[Asked]) -> Command:
-        """Get or create the codes and take the leases; read each entry that is no error with `read_issue`."""
-        keys: list[str] = []
-        args = [*self._issue_policy]
-        for claim, candidate, verdict, enqueued_at, expires_at in asked:
-            keys += (REQUEST + claim.request_id, claim.code_key, BUCKET + claim.canonical)
-            args += (
-                claim.who,
-                claim.token,
-                "" if verdict is None else int(verdict),
-                "" if enqueued_at is None else round(enqueued_at * 1000),
-                "" if expires_at is None else round(expires_at * 1000),
-                candidate,
-            )
-        return _ISSUE(keys, args)
-
-    @staticmethod
-    def read_issue(answer: Any) -> Issue:
-        """What `issue` answered to one request."""
-        match answer[0]:
-            case b"send":
-                code = answer[1].decode("utf-8", "surrogateescape")
-                return Send(code, answer[2] / 1000, answer[3] / 1000, answer[4])
-            case b"answered":
-                # A newer worker, before a rollback, may have known errors that we do not.
-                return Answered(known_error(answer[1]), answer[2].decode() if len(answer) > 2 else "")
-            case b"conflict":
-                return Conflict()
-        return Wait(answer[1] / 1000, joined=answer[0] == b"join")
-
-    def settle(self, outcomes: Sequence[Outcome]) -> Command:
-        """Make outcomes known; read each entry that is no error with `read_settle`."""
-        keys: list[str] = []
-        args = [*self._settle_policy]
-        for claim, became in outcomes:
-            keys += (REQUEST + claim.request_id, claim.code_key, BUCKET + claim.canonical)
-            args += (claim.token, became if isinstance(became, str) else int(became))
-        return _SETTLE(keys, args)
-
-    @staticmethod
-    def read_settle(answer: Any) -> tuple[bool, list[str]]:
-        """Whether the lease was still ours, and the ids of joined requests to wake."""
-        return answer[0] == 1, [request_id.decode() for request_id in answer[1:]]
-
-    @staticmethod
-    def announce_data(claims: Sequence[Claim]) -> Command:
-        """Final dots are about to be written. Answers a list of 1, 0 (the lease is lost) or errors."""
-        return _ANNOUNCE_DATA([REQUEST + claim.request_id for claim in claims], [claim.token for claim in claims])
-
-    def renew(self, claims: list[Claim]) -> Command:
-        """All these leases anew. Answers a list of 1 (kept) or 0 (lost)."""
-        keys = [key for claim in claims for key in (REQUEST + claim.request_id, SENDING + claim.code_key)]
-        args = [arg for claim in claims for arg in (claim.request_id, claim.token)]
-        return _RENEW(keys, [self.policy.lease, *args])
-
-    def check(self, email: str, code: str, purpose: str) -> Command:
-        """Count the attempt, compare, consume; read with `read_check`."""
-        key = _unicode(code_key(email, purpose))
-        return _CHECK([key, ATTEMPTS + key], [_unicode(code), self.policy.max_attempts])
-
-    @staticmethod
-    def read_check(email: str, answer: Any) -> CheckResult:
-        """What `check` answered."""
-        return CheckResult(email, ErrorCode(answer))
+FAILED: Final = "failed"  # no relay accepted the mail: the bucket is refunded, the request may try again
+UNKNOWN: Final = "unknown"  # a relay may have accepted the mail: the request may try once more
+Result = ErrorCode | Literal["failed", "unknown"]
 
 
-def _told_apart(email: object, purpose: object) -> bytes:
-    """Both in one, so that no two pairs look the same."""
-    if isinstance(email, str) and isinstance(purpose, str):
-        return f"{len(purpose)} {purpose}{email}".encode("utf-8", "surrogatepass")
-    return json.dumps([email, purpose], sort_keys=True).encode()  # begins with no digit
+class Outcome(NamedTuple):
+    """How a send ended: with the request's final answer, FAILED or UNKNOWN. Each frees the lease."""
+
+    claim: Claim
+    result: Result
 
 
-def _unicode(text: str) -> str:
-    """`text` with lone surrogates (JSON can carry them, UTF-8 cannot) as escapes, which no address and no code has."""
-    return text.encode("utf-8", "backslashreplace").decode()
+class Settled(NamedTuple):
+    """What came of an outcome."""
+
+    held: bool  # the lease was still ours; if not, nothing was changed
+    wake: list[str]  # ids of joined requests that need not wait any longer
+
+
+class StoreError(NamedTuple):
+    """The store refused this one request of a batch."""
+
+    kind: str
+
+
+class CodeStore(Protocol):
+    """Issues codes, settles what became of their mails, checks guesses: each one atomic step per request.
+
+    Batches are served in order, as if each request came alone, and answered in that order. A method that returns an
+    awaitable does nothing before it is awaited; awaiting raises `StoreUnavailable` if the store cannot be reached, and
+    then the step may have been taken or not.
+    """
+
+    @property
+    def lease(self) -> float:
+        """Seconds that a lease lasts from `issue` or `renew` on."""
+
+    @property
+    def connection(self) -> object:
+        """The `RedisConnection` of a store that returns `Step`s, so that they can share a write; else None."""
+
+    def issue(self, requests: Sequence[IssueRequest]) -> Awaitable[list[Issue | StoreError]]:
+        """Get or create the codes and take the leases."""
+
+    def settle(self, outcomes: Sequence[Outcome]) -> Awaitable[list[Settled | StoreError]]:
+        """Record how sends ended and free their leases."""
+
+    def announce_data(self, claims: Sequence[Claim]) -> None:
+        """Record, before anything asked later, that final dots are about to be written. Does not wait.
+
+        From then on acceptance is unknown until the outcome is settled. Raises `StoreUnavailable` if that is known now.
+        """
+
+    def renew(self, claims: Sequence[Claim]) -> Awaitable[list[bool]]:
+        """Extend leases; whether each was still held."""
+
+    def check(self, email: str, code: str, purpose: str) -> Awaitable[CheckResult]:
+        """Count the attempt, compare, and consume the code if it is right."""

@@ -9,49 +9,56 @@ ARGV 1  lease             ms
      3  ttl               ms
      4  minimum life      ms
      5  cooldown          ms      0: off, and no joins
-     6  interval          ms      one send comes back to the bucket; 0: off
-     7  burst             int     the bucket's size
+     6  interval          ms      one send comes back to the bucket; 0: no bucket
+     7  burst             int     size of the bucket
      8  remember          ms      life of the record
-     9  record prefix     string  the request id is what follows it in the record's key
+     9  record prefix     string  a record's key is this and the request id
      10 attempts prefix   string  + code key: hash    wrong checks of the code
      11 cooldown prefix   string  + code key: string  fingerprint of the code in the last accepted mail
-     12 sending prefix    string  + code key: string  id of the request whose mail is on the wire
+     12 sending prefix    string  + code key: string  id of the request whose mail is being sent
      13 joined prefix     string  + code key: set     ids of the requests that wait for that mail's outcome
+     14 success           int     error code of a request that meets a cooldown
+     15 too many requests int     error code of a request that meets an empty bucket
+     16 timeout           int     error code of a request that is given up
      then six for each request:
      who                  string  hash of address and purpose: the same id must come with the same
      token                string  names this holder of the lease
-     verdict              int     an error that is certain already, or ''
-     enqueued at          ms      or '' or in the future: then the age counts from the first time the request was seen
+     error                int     the final answer if it is certain already, else ''
+     enqueued at          ms      if '' or in the future, the age counts from the first time the request was seen
      expires at           ms      or ''
-     candidate            string  the code to set if there is none
+     candidate            string  the code to set if there is none to reuse
 
 Returns a list with an entry for each request:
         {'send', code, life ms, ms until the deadline, tries so far}
-      | {'answered', error, why}   final; also stored in the record; why: 'cooldown', 'bucket' (it is empty) or nothing
-      | {'wait', ms}          the same id is being sent by another holder
-      | {'join', ms}          another request's mail to the same code key is on the wire
-      | {'conflict'}          the id belongs to another address or purpose; nothing was changed
-      | an error              of this request alone; what it had written before stays
+      | {'answered', error, why}   final, and stored in the record; why: 'cooldown', 'bucket' (it is empty) or nothing
+      | {'wait', ms}               another holder is sending the same id
+      | {'join', ms}               another request's mail to the same code key is being sent
+      | {'conflict'}               the id belongs to another address or purpose; nothing was changed
+      | an error                   of this request alone; what was written for it before stays
 
-The record: who, first (ms), token ('': nobody has the lease), until (lease, ms), charged (1: the bucket was), doubts (sends
-that may have been accepted), dot (1: the present send wrote its final dot), mark (fingerprint of the code issued), tries,
-error (present = answered). Times are this server's. A code, cooldown, sending or bucket that is no string is none, and is
-overwritten in its turn.
+Fields of the record:
+     who, first (ms), token ('': nobody holds the lease), until (end of the lease, ms), tries
+     charged (1: the bucket was charged), mark (fingerprint of the code that was issued)
+     dot (1: the present send announced its final dot), doubts (earlier sends that may have been accepted)
+     error (present: answered)
+Times are this server's. A code, cooldown, sending or bucket key of another type than string counts as missing and is
+overwritten when it is written next.
 ]]
 local call, sha1hex = redis.call, redis.sha1hex
 local time = call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local lease, remember = ARGV[1], ARGV[8]
--- Once: a number that is handed on is written out each time.
+-- Formatted once: Redis writes out a number anew in each command that it is passed to.
 local seen, lease_end = string.format('%.0f', now), string.format('%.0f', now + lease)
 local give_up_after, min_life = tonumber(ARGV[2]), tonumber(ARGV[4])
 local cooldown, interval, burst = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local id_at = #ARGV[9] + 1
+local SUCCESS, TOO_MANY_REQUESTS, TIMEOUT = tonumber(ARGV[14]), tonumber(ARGV[15]), tonumber(ARGV[16])
 
 return each(#KEYS / 3, function(i)
     local record_key, code_key, bucket_key = KEYS[3 * i - 2], KEYS[3 * i - 1], KEYS[3 * i]
-    local at = 6 * i + 8
-    local who, token, verdict = ARGV[at], ARGV[at + 1], ARGV[at + 2]
+    local at = 6 * i + 11
+    local who, token, known_error = ARGV[at], ARGV[at + 1], ARGV[at + 2]
 
     local record, flat = {}, call('HGETALL', record_key)
     for n = 1, #flat, 2 do
@@ -68,7 +75,7 @@ return each(#KEYS / 3, function(i)
     local doubts = (tonumber(record.doubts) or 0) + (tonumber(record.dot) or 0)
     local function answer(error, why)
         if record.charged == '1' and doubts == 0 then
-            -- Charged for a send that no relay accepted; the worker that would have said so is gone.
+            -- Charged for a send that no relay accepted, by a worker that died before it could settle that.
             local full = (tonumber(call('MGET', bucket_key)[1]) or 0) - interval
             if full > now then
                 call('SET', bucket_key, full, 'PX', full - now)
@@ -82,19 +89,19 @@ return each(#KEYS / 3, function(i)
         return { 'answered', error, why }
     end
 
-    if verdict ~= '' then
-        return answer(tonumber(verdict))
+    if known_error ~= '' then
+        return answer(tonumber(known_error))
     end
     local holder = record.token or ''
     if holder ~= '' and holder ~= token and tonumber(record['until']) > now then
         return { 'wait', record['until'] - now }
     end
 
-    -- A time in the future counts as now, once: as the first time the request was seen, or it would never grow old.
+    -- A time in the future must not postpone the deadline at each retry, so it counts as the first time seen.
     local born = math.min(tonumber(ARGV[at + 3]) or now, tonumber(first))
     local deadline = math.min(born + give_up_after, tonumber(ARGV[at + 4]) or math.huge)
     if now >= deadline then
-        return answer(6)
+        return answer(TIMEOUT)
     end
 
     local sending_key = ARGV[12] .. code_key
@@ -106,11 +113,11 @@ return each(#KEYS / 3, function(i)
     end
     if cooldown > 0 then
         if mark and found[2] == mark then
-            return answer(0, 'cooldown')
+            return answer(SUCCESS, 'cooldown')
         end
         local id = string.sub(record_key, id_at)
         if found[3] and found[3] ~= id then
-            -- A holder of this request that stood still, if there was one, may not send any more.
+            -- An earlier holder of this request that was frozen may not send any more.
             call('HDEL', record_key, 'token', 'until')
             call('HSET', record_key, 'who', who, 'first', first)
             call('PEXPIRE', record_key, remember)
@@ -120,15 +127,15 @@ return each(#KEYS / 3, function(i)
         end
     end
 
-    -- A mail of this request may have been accepted: once more with the very same code, or not at all.
+    -- A relay may have accepted a mail of this request: send the very same code once more, or give up.
     if doubts > 0 and (doubts > 1 or not mark or mark ~= record.mark) then
-        return answer(6)
+        return answer(TIMEOUT)
     end
 
     if interval > 0 and record.charged ~= '1' then
         local full = math.max(tonumber(found[4]) or 0, now)
         if full - now > (burst - 1) * interval then
-            return answer(4, 'bucket')
+            return answer(TOO_MANY_REQUESTS, 'bucket')
         end
         full = full + interval
         call('SET', bucket_key, full, 'PX', full - now)

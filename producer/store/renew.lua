@@ -1,13 +1,13 @@
 --[[
 renew: the holders of these leases are alive.
 
-KEYS 2i-1 request record   hash
+KEYS 2i-1 request record   hash    see issue.lua
      2i   sending          string
 ARGV 1    lease            ms
-     2i   request id
-     2i+1 token
+     2i   request id       string
+     2i+1 token            string
 
-Returns for each 1 if the lease is still this holder's, else 0.
+Returns for each 1 if this holder still has the lease, else 0.
 ]]
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)

@@ -1,48 +1,53 @@
 --[[
-settle: what became of sends; one atomic step for each, in their order; begins with each.lua. Compare-and-set by the lease's
-token: a holder that lost its lease changes nothing.
+settle: records how sends ended; one atomic step for each, in their order; begins with each.lua. Compares the lease's
+token first: a holder that lost its lease changes nothing.
 
-KEYS 3i-2 request record  hash
+KEYS 3i-2 request record  hash    see issue.lua
      3i-1 code            string
      3i   bucket          string
 ARGV 1  cooldown          ms      0: off
-     2  interval          ms      of the bucket; 0: off
-     3  remember          ms
-     4  record prefix     string  + request id: reaches the records of joined requests
+     2  interval          ms      of the bucket; 0: no bucket
+     3  remember          ms      life of the record
+     4  record prefix     string  + request id: the records of joined requests
      5  cooldown prefix   string  + code key: string
      6  sending prefix    string  + code key: string
      7  joined prefix     string  + code key: set
+     8  success           int     error code: a relay accepted the mail
+     9  timeout           int     error code: unknown
+     10 invalid address   int     error code that is final for the mailbox
+     11 mail rejected     int     likewise
      then two for each:
-     token
-     outcome              'failed' (no relay accepted it, try again) | 'unknown' (a relay may have; try again)
-                          | the number of the error that answers the request
+     token                string
+     result               string  'failed' (no relay accepted it, try again) | 'unknown' (one may have; try again)
+                                  | the error code that answers the request
 
-Returns a list with an entry for each: {1 if this holder had the lease, id to wake ...}, or an error of this one alone. With
-error 0 and the code in the mail still live, and with an error that is final for the mailbox, every joined request has the
-same answer in its record; else one of them may send.
+Returns a list with an entry for each: {1 if this holder had the lease else 0, id to wake ...}, or an error of this one
+alone. If the mail was accepted and its code is still live, or if the mailbox is refused for good, every joined request
+gets the same answer in its record; otherwise one of them may send.
 ]]
 local call = redis.call
 local cooldown, interval, remember = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
 local id_at = #ARGV[4] + 1
+local SUCCESS, TIMEOUT, INVALID_ADDRESS, MAIL_REJECTED = ARGV[8], ARGV[9], ARGV[10], ARGV[11]
 
 return each(#KEYS / 3, function(i)
     local record_key, code_key, bucket_key = KEYS[3 * i - 2], KEYS[3 * i - 1], KEYS[3 * i]
-    local outcome = ARGV[7 + 2 * i]
+    local result = ARGV[11 + 2 * i]
 
     local record = call('HMGET', record_key, 'token', 'error', 'who', 'charged', 'mark', 'doubts', 'dot', 'tries')
-    if record[1] ~= ARGV[6 + 2 * i] or record[2] then
+    if record[1] ~= ARGV[10 + 2 * i] or record[2] then
         return { 0 }
     end
-    -- First, as it needs no memory: a full server refuses a script's first write, not what follows, and an outcome must be
-    -- known even there.
+    -- First, because it needs no memory: a full server refuses only a script's first write, and the outcome must be
+    -- recorded even there.
     call('PEXPIRE', record_key, remember)
     local sending_key = ARGV[6] .. code_key
     local found = call('MGET', sending_key, code_key)
 
-    -- Only what certainly no relay accepted is refunded: not this send, nor an earlier one of the same request.
+    -- Refund only what certainly no relay accepted: neither this send, nor an earlier one of the same request.
     local doubts = tonumber(record[6]) or 0
-    local accepted = outcome == '0'
-    local perhaps = outcome == 'unknown' or (outcome == '6' and record[7] == '1') or doubts > 0
+    local accepted = result == SUCCESS
+    local perhaps = result == 'unknown' or (result == TIMEOUT and record[7] == '1') or doubts > 0
     if record[4] == '1' and not accepted and not perhaps then
         local life = call('PTTL', bucket_key) - interval
         local full = life > 0 and call('MGET', bucket_key)[1]
@@ -54,11 +59,11 @@ return each(#KEYS / 3, function(i)
         call('HSET', record_key, 'charged', '0')
     end
 
-    if outcome == 'failed' or outcome == 'unknown' then
-        local more = outcome == 'unknown' and 1 or 0
+    if result == 'failed' or result == 'unknown' then
+        local more = result == 'unknown' and 1 or 0
         call('HSET', record_key, 'token', '', 'dot', '0', 'tries', (record[8] or 0) + 1, 'doubts', doubts + more)
     else
-        call('HSET', record_key, 'token', '', 'error', outcome)
+        call('HSET', record_key, 'token', '', 'error', result)
     end
 
     local live = false
@@ -76,12 +81,12 @@ return each(#KEYS / 3, function(i)
     end
     call('DEL', sending_key)
     local joined_key = ARGV[7] .. code_key
-    if live or outcome == '3' or outcome == '5' then
+    if live or result == INVALID_ADDRESS or result == MAIL_REJECTED then
         local joined = call('SMEMBERS', joined_key)
         for _, id in ipairs(joined) do
             local key = ARGV[4] .. id
             call('HSET', key, 'who', record[3], 'token', '')
-            call('HSETNX', key, 'error', outcome)
+            call('HSETNX', key, 'error', result)
             call('PEXPIRE', key, remember)
             wake[#wake + 1] = id
         end
@@ -89,7 +94,7 @@ return each(#KEYS / 3, function(i)
             call('DEL', joined_key)
         end
     else
-        -- One that was answered meanwhile, at its deadline, has nothing left to send.
+        -- Skip those that were answered at their deadline meanwhile: they have nothing left to send.
         local id = call('SPOP', joined_key)
         while id and call('HEXISTS', ARGV[4] .. id, 'error') == 1 do
             id = call('SPOP', joined_key)

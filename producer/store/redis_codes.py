@@ -1,0 +1,138 @@
+"""The code store in Redis: each method is one command that runs one Lua script."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from producer.contract import CheckResult, ErrorCode, code_key, known_error
+from producer.redis.connection import RedisConnection, ServerError, entries, raise_errors
+from producer.redis.protocol import kind_of
+from producer.redis.scripts import EACH, Arg, Command, Script
+from producer.redis.steps import Step
+from producer.store.codes import (
+    Answered,
+    Claim,
+    CodePolicy,
+    Conflict,
+    Issue,
+    IssueRequest,
+    Outcome,
+    Send,
+    Settled,
+    StoreError,
+    Wait,
+)
+
+_LUA = Path(__file__).parent
+_ISSUE, _SETTLE, _ANNOUNCE_DATA = (Script(EACH, _LUA / f"{name}.lua") for name in ("issue", "settle", "announce_data"))
+_RENEW, _CHECK = (Script(_LUA / f"{name}.lua") for name in ("renew", "check"))
+
+# Side keys; none begins with `code_`, which GateServer builds from user text. All have a TTL.
+ATTEMPTS, COOLDOWN, SENDING, JOINED = "attempts:", "cooldown:", "sending:", "joined:"  # + code key
+BUCKET = "bucket:"  # + canonical address
+REQUEST = "request:"  # + request id
+
+T = TypeVar("T")
+
+
+class RedisCodeStore:
+    """A `CodeStore` on one database of a connection that may serve others too. Every method but one returns a `Step`."""
+
+    def __init__(self, connection: RedisConnection, policy: CodePolicy, *, database: int | None = None) -> None:
+        """`database`: its number; None: the connection's own."""
+        self.connection = connection
+        self.lease = policy.lease / 1000
+        self._policy = policy
+        self._database = connection.database if database is None else database
+        lives = (policy.lease, policy.give_up_after, policy.ttl, policy.min_life)
+        limits = (policy.cooldown, policy.interval, policy.burst)
+        answers = (int(ErrorCode.SUCCESS), int(ErrorCode.TOO_MANY_REQUESTS), int(ErrorCode.TIMEOUT))
+        self._issue_args: tuple[Arg, ...] = (
+            *(*lives, *limits, policy.remember),
+            *(REQUEST, ATTEMPTS, COOLDOWN, SENDING, JOINED),
+            *answers,
+        )
+        self._settle_args: tuple[Arg, ...] = (
+            *(policy.cooldown, policy.interval, policy.remember),
+            *(REQUEST, COOLDOWN, SENDING, JOINED),
+            *(int(ErrorCode.SUCCESS), int(ErrorCode.TIMEOUT)),
+            *(int(ErrorCode.INVALID_ADDRESS), int(ErrorCode.MAIL_REJECTED)),
+        )
+
+    def issue(self, requests: Sequence[IssueRequest]) -> Step[list[Issue | StoreError]]:
+        """See `CodeStore`."""
+        keys: list[str] = []
+        args = [*self._issue_args]
+        for claim, candidate, error, enqueued_at, expires_at in requests:
+            keys += (REQUEST + claim.request_id, claim.code_key, BUCKET + claim.canonical)
+            args += (
+                claim.who,
+                claim.token,
+                "" if error is None else int(error),
+                "" if enqueued_at is None else round(enqueued_at * 1000),
+                "" if expires_at is None else round(expires_at * 1000),
+                candidate,
+            )
+        return self._step(_ISSUE(keys, args), lambda answer: [_read_issue(e) for e in entries(answer, len(requests))])
+
+    def settle(self, outcomes: Sequence[Outcome]) -> Step[list[Settled | StoreError]]:
+        """See `CodeStore`."""
+        keys: list[str] = []
+        args = [*self._settle_args]
+        for claim, result in outcomes:
+            keys += (REQUEST + claim.request_id, claim.code_key, BUCKET + claim.canonical)
+            args += (claim.token, result if isinstance(result, str) else int(result))
+        return self._step(_SETTLE(keys, args), lambda answer: [_read_settle(e) for e in entries(answer, len(outcomes))])
+
+    def announce_data(self, claims: Sequence[Claim]) -> None:
+        """See `CodeStore`."""
+        keys = [REQUEST + claim.request_id for claim in claims]
+        command = _ANNOUNCE_DATA(keys, [claim.token for claim in claims])
+        self.connection.post([command], database=self._database)
+
+    def renew(self, claims: Sequence[Claim]) -> Step[list[bool]]:
+        """See `CodeStore`."""
+        keys = [key for claim in claims for key in (REQUEST + claim.request_id, SENDING + claim.code_key)]
+        args = [arg for claim in claims for arg in (claim.request_id, claim.token)]
+        return self._step(
+            _RENEW(keys, [self._policy.lease, *args]),
+            lambda answer: [entry == 1 for entry in entries(answer, len(claims))],
+        )
+
+    def check(self, email: str, code: str, purpose: str) -> Step[CheckResult]:
+        """See `CodeStore`."""
+        key = _encodable(code_key(email, purpose))
+        answers = (int(ErrorCode.SUCCESS), int(ErrorCode.VARIFY_EXPIRED), int(ErrorCode.VARIFY_CODE_ERR))
+        command = _CHECK([key, ATTEMPTS + key], [_encodable(code), self._policy.max_attempts, *answers])
+        return self._step(command, lambda answer: CheckResult(email, ErrorCode(raise_errors([answer])[0])))
+
+    def _step(self, command: Command, read: Callable[[Any], T]) -> Step[T]:
+        return Step(self.connection, self._database, [command], lambda answers: read(answers[0]))
+
+
+def _read_issue(entry: Any) -> Issue | StoreError:
+    if isinstance(entry, ServerError):
+        return StoreError(kind_of(entry))
+    match entry[0]:
+        case b"send":
+            code = entry[1].decode("utf-8", "surrogateescape")
+            return Send(code, entry[2] / 1000, entry[3] / 1000, entry[4])
+        case b"answered":
+            # A newer worker, before a rollback, may have known errors that we do not.
+            return Answered(known_error(entry[1]), entry[2].decode() if len(entry) > 2 else "")
+        case b"conflict":
+            return Conflict()
+    return Wait(entry[1] / 1000, joined=entry[0] == b"join")
+
+
+def _read_settle(entry: Any) -> Settled | StoreError:
+    if isinstance(entry, ServerError):
+        return StoreError(kind_of(entry))
+    return Settled(entry[0] == 1, [request_id.decode() for request_id in entry[1:]])
+
+
+def _encodable(text: str) -> str:
+    """`text` with lone surrogates (JSON can carry them, UTF-8 cannot) as escapes, which no address and no code has."""
+    return text.encode("utf-8", "backslashreplace").decode()
