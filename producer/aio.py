@@ -14,9 +14,10 @@ from producer.core.publisher import Publisher
 from producer.core.replies import Replies
 from producer.core.requests import RequestObserver, build_request, certain_error, encode, is_text, require_request_id
 from producer.errors import QueueFull, RedisUnavailable
-from producer.redis.connection import REDIS_TIMEOUT, TOO_LATE, RedisConnection, check_version, raise_errors
+from producer.redis.connection import REDIS_TIMEOUT, TOO_LATE, RedisConnection, check_version
 from producer.settings import Settings, load
-from producer.store.codes import CodePolicy, CodeStore
+from producer.store.codes import CodePolicy
+from producer.store.redis_codes import RedisCodeStore
 from producer.tracing.setup import of_application
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ class AsyncVerificationClient:
         application, if it has set up OpenTelemetry before the first use.
         """
         self._settings = settings or load()
-        self._store = CodeStore(CodePolicy.of(self._settings))
         self._max_queue = max_queue
         self._traces = traces
         self._on_loop: _OnLoop | None = None
@@ -139,11 +139,10 @@ class AsyncVerificationClient:
             return CheckResult(email, ErrorCode.VARIFY_CODE_ERR)
         try:
             async with asyncio.timeout(REDIS_TIMEOUT):
-                [answer] = raise_errors(await here.codes.run([self._store.check(email, code, purpose)]))
+                return await here.store.check(email, code, purpose)
         except OSError as exc:
             logger.warning("a code could not be checked: %s", str(exc) or TOO_LATE)
             return CheckResult(email, ErrorCode.REDIS_ERR)
-        return self._store.read_check(email, answer)
 
     async def close(self) -> None:
         """Close the connections. Requests that still wait are answered `TIMEOUT`."""
@@ -177,7 +176,8 @@ class _OnLoop:
         self.queue = settings.queue
         self.publisher = Publisher(settings.broker_url, settings.queue, limit=max_queue)
         self.replies = Replies(settings.results_url)
-        self.codes = RedisConnection(settings.codes_url, on_open=check_version)
+        self._codes = RedisConnection(settings.codes_url, on_open=check_version)
+        self.store = RedisCodeStore(self._codes, CodePolicy.of(settings))
         self.deadlines = Deadlines(settings.reply_timeout, self._expire)
         self._traces = traces
 
@@ -192,7 +192,7 @@ class _OnLoop:
     async def close(self) -> None:
         await self.publisher.close()
         await self.replies.close()
-        await self.codes.close()
+        await self._codes.close()
         self.deadlines.close()
 
     def _expire(self, reply: asyncio.Future[ErrorCode]) -> None:

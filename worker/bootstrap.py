@@ -1,4 +1,7 @@
-"""The one place where the worker's objects are made and handed to each other."""
+"""Makes the worker's objects, each once, and hands them to each other. Nothing else makes any of these.
+
+An own code store is wired here, in place of `RedisCodeStore`; another mail channel in place of `Failover`.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ from producer.errors import RedisUnavailable, ServerTooOld
 from producer.metrics import MetricsServer
 from producer.redis.connection import RedisConnection, require_version
 from producer.settings import Settings
-from producer.store.codes import CodePolicy, CodeStore
+from producer.store.codes import CodePolicy
+from producer.store.redis_codes import RedisCodeStore
 from producer.tracing.setup import FAREWELL, set_up
 from worker.celery_side.events import Events
 from worker.databases import Databases
 from worker.fetcher import CelerySide, Fetcher, Prefetch
-from worker.job import Finished
 from worker.mail.failover import Failover
 from worker.mail.pool import Relay
 from worker.mail.render import Renderer
@@ -31,12 +34,12 @@ SERVICE = "verifyserver-worker"  # in traces, unless OTEL_SERVICE_NAME says othe
 
 
 class Worker:
-    """What runs on the service's loop."""
+    """Everything that runs on the service's loop."""
 
     def __init__(self, settings: Settings, celery_side: CelerySide, traces: Traces | None = None) -> None:
         self._databases = Databases(settings)
-        self._waiter = RedisConnection(settings.broker_url)
-        self._mailer = Failover(
+        self._waiter = RedisConnection(settings.broker_url)  # its own, as it blocks
+        self._channel = Failover(
             [
                 Relay(
                     url,
@@ -47,41 +50,37 @@ class Worker:
                 for url in settings.relays
             ]
         )
-        store = CodeStore(CodePolicy.of(settings))
+        codes, broker = self._databases.codes, self._databases.broker
+        store = RedisCodeStore(codes.connection, CodePolicy.of(settings), database=codes.number)
         queue = RequestQueue(settings.queue, visibility_timeout=settings.visibility_timeout)
         counters = Counters()
-        prefetch = Prefetch(lambda: self._mailer.capacity)
-        settler = Settler(self._databases, store, queue, self._done, self._outcome, counters)
+        settler = Settler(store, self._databases, queue, counters)
         service = Service(
             store,
-            self._databases.codes,
-            self._mailer,
+            self._channel,
             Renderer(settings.mail_from, default_locale=settings.locale),
             settler,
             counters,
-            prefetch,
             sender=settings.mail_from.mailbox,
             code_length=settings.code_length,
         )
         self.fetcher = Fetcher(
-            self._databases.broker,
+            broker,
             self._waiter,
             queue,
             service,
             settler,
             celery_side,
             counters,
-            prefetch,
-            lambda: not all(relay.unhealthy for relay in self._mailer.statuses()),
+            Prefetch(self._channel, counters),
+            lambda: not all(relay.unhealthy for relay in self._channel.statuses()),
             _recorder(traces, settings.queue),
         )
+        settler.subscribe(self.fetcher.done, self.fetcher.outcome)
         self._traces = traces
-        self.events = Events(self._databases.broker)
-        self._metrics = MetricsServer(
-            WorkerMetrics(
-                counters, self._mailer.statuses, lambda: self.fetcher.load, self._databases.broker, settings.queue
-            ).page
-        )
+        self.events = Events(broker)
+        metrics = WorkerMetrics(counters, self._channel.statuses, lambda: self.fetcher.load, broker, settings.queue)
+        self._metrics = MetricsServer(metrics.page)
         self._metrics_bind = settings.metrics_bind
         self._celery_side = celery_side
         self._background: asyncio.Task[None] | None = None
@@ -92,14 +91,8 @@ class Worker:
         self.fetcher.start()
         self._background = asyncio.create_task(self._require_versions())
 
-    def _outcome(self) -> None:
-        self.fetcher.outcome()
-
-    def _done(self, finished: Finished) -> None:
-        self.fetcher.done(finished)
-
     async def _require_versions(self) -> None:
-        """Wait for each database, and give up if one is a server that is too old."""
+        """Give up if a database's server is too old; wait for those that are not up yet."""
         for database in (self._databases.codes, self._databases.broker, self._databases.results):
             while True:
                 try:
@@ -109,8 +102,7 @@ class Worker:
                     continue
                 break
             try:
-                # A user without the right to ask is no reason not to work.
-                if isinstance(info, bytes):
+                if isinstance(info, bytes):  # an error: this user may not ask, but may do everything else
                     require_version(info)
             except ServerTooOld as exc:
                 self._celery_side.give_up(str(exc))
@@ -122,7 +114,7 @@ class Worker:
         await self.fetcher.stop(seconds)
         last_spans = None if self._traces is None else self._traces.close()
         await self.events.close()
-        await self._mailer.close()
+        await self._channel.close()
         await self._metrics.close()
         await self._waiter.close()
         await self._databases.close()
@@ -133,13 +125,13 @@ class Worker:
 def _recorder(traces: Traces | None, queue: str) -> Recorder | None:
     if traces is None:
         return None
-    from worker.trace_spans import Recorder  # noqa: PLC0415 - needs what is installed only where traces are wanted
+    from worker.trace_spans import Recorder  # noqa: PLC0415 - OpenTelemetry is installed only where it is wanted
 
     return Recorder(traces, queue)
 
 
 async def wire(settings: Settings, celery_side: CelerySide) -> Worker:
-    """The worker, on the running loop."""
+    """Make the worker and start it on the running loop."""
     worker = Worker(settings, celery_side, set_up(SERVICE))
     await worker.start()
     return worker

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from producer.redis.connection import Batch, RedisConnection
@@ -12,34 +11,29 @@ from producer.settings import Settings
 class Database:
     """One of the three: a connection, possibly shared, and a database number."""
 
-    def __init__(self, link: RedisConnection, number: int) -> None:
-        self.link = link
+    def __init__(self, connection: RedisConnection, number: int) -> None:
+        self.connection = connection
         self.number = number
 
     async def run(self, batch: Batch) -> list[Any]:
-        """As `Link.run`."""
-        return await self.link.run(batch, database=self.number)
+        """As `RedisConnection.run`."""
+        return await self.connection.run(batch, database=self.number)
 
 
 class Databases:
-    """Codes, broker and results. On one server they share one connection: what concerns all three is one trip."""
+    """Codes, broker and results. Those on one server share a connection."""
 
     def __init__(self, settings: Settings) -> None:
-        self._links: dict[tuple[Any, ...], RedisConnection] = {}
+        self._connections: dict[tuple[Any, ...], RedisConnection] = {}
         self.codes = self._database(settings.codes_url)
         self.broker = self._database(settings.broker_url)
         self.results = self._database(settings.results_url)
-        self.one_server = len(self._links) == 1
 
     def _database(self, url: str) -> Database:
-        link = RedisConnection(url)
-        return Database(self._links.setdefault(link.server, link), link.database)
-
-    async def run_all(self, parts: Sequence[tuple[Database, Batch]]) -> list[list[Any]]:
-        """As `Link.run_all`, for databases of one server."""
-        return await parts[0][0].link.run_all([(database.number, batch) for database, batch in parts])
+        connection = RedisConnection(url)
+        return Database(self._connections.setdefault(connection.server, connection), connection.database)
 
     async def close(self) -> None:
         """Drop the connections."""
-        for link in self._links.values():
-            await link.close()
+        for connection in self._connections.values():
+            await connection.close()

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from producer.contract import ErrorCode, Reply, VerifyRequest
 from producer.errors import RedisUnavailable
@@ -45,20 +45,24 @@ _SHORTEST: Final = 0.1  # seconds between two ticks that count as such
 _SMOOTH: Final = 8  # fetches over which their duration is averaged
 
 
-class Prefetch:
-    """Told of each fetch and each mail; asked how many messages to reserve."""
+class HasCapacity(Protocol):
+    """Says how many mails can be sent at once at the moment."""
 
-    def __init__(self, at_once: Callable[[], int]) -> None:
-        """`at_once` tells how many mails can be on the wire at the moment."""
-        self._at_once = at_once
-        self._sent = 0  # mails since the last tick
+    @property
+    def capacity(self) -> int:
+        """How many."""
+
+
+class Prefetch:
+    """Decides how many messages to reserve, by how many mails can be sent soon."""
+
+    def __init__(self, channel: HasCapacity, counters: Counters) -> None:
+        self._channel = channel
+        self._counters = counters
+        self._mails = 0  # that were accepted until the last tick
         self._rate = 0.0  # mails a second, smoothed
         self._ticked = 0.0  # loop time
         self._fetch = 0.0  # seconds from asking for messages until their sends begin, smoothed
-
-    def sent(self) -> None:
-        """A mail was accepted."""
-        self._sent += 1
 
     def fetched(self, seconds: float) -> None:
         """So long after messages were asked for, their sends began."""
@@ -66,8 +70,9 @@ class Prefetch:
 
     def tick(self, now: float) -> None:
         """Once a second, about; `now` is loop time."""
-        self._rate += (self._sent / max(now - self._ticked, _SHORTEST) - self._rate) / 2
-        self._sent, self._ticked = 0, now
+        mails = self._counters.mails
+        self._rate += ((mails - self._mails) / max(now - self._ticked, _SHORTEST) - self._rate) / 2
+        self._mails, self._ticked = mails, now
 
     def wanted(self, held: int, *, settling: int) -> int:
         """How many messages to reserve now, with so many in hand, of which some have left their connections already.
@@ -75,7 +80,7 @@ class Prefetch:
         A connection that becomes free finds its next mail here if what is sent in the time of a fetch, twice for good
         measure, is held ahead. More would wait here, while another worker may have connections with nothing to send.
         """
-        at_once = self._at_once()
+        at_once = self._channel.capacity
         ahead = round(self._rate * min(2 * self._fetch, AHEAD))
         most = at_once + ahead
         unsent = max(held - settling, 0)
@@ -203,6 +208,7 @@ class Fetcher:
 
     def _on_maintained(self, result: MaintenanceResult) -> None:
         self._suspects = result.suspects
+        self._prefetch.tick(asyncio.get_running_loop().time())
         if result.ready or result.suspects:
             self._room.set()
 

@@ -5,34 +5,51 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from producer import address
 from producer.address import Address
-from producer.contract import ErrorCode, VerifyRequest
+from producer.contract import ErrorCode, VerifyRequest, is_purpose
+from producer.errors import InvalidAddress
 from producer.store.codes import Claim
 
 if TYPE_CHECKING:
     from worker.tracing import Trace
 
-NOBODY = Claim("", "", "", "", "")  # until the service knows better
+NO_CLAIM = Claim("", "", "", "", "")  # until `validate`
 
 
 @dataclass(slots=True)
 class Job:
-    """One request in this worker's hands. `enqueued_at` and `expires_at` are Unix seconds."""
+    """A reserved message, read. `enqueued_at` and `expires_at` are Unix seconds."""
 
     request_id: str
-    tag: str
+    tag: str  # of the reservation
     request: VerifyRequest
     enqueued_at: float | None
     expires_at: float | None
     through_celery: bool = False  # Celery stores the reply and acks the message
-    claim: Claim = NOBODY
-    mailbox: Address | None = None
-    began: float = 0.0  # on the loop's clock, as `lease_until`
-    lease_until: float = 0.0
-    scheduled: bool = False  # it waits at Celery for its ETA
-    dead_lettered: bool = False  # it left as a dead letter
+    claim: Claim = NO_CLAIM
+    mailbox: Address | None = None  # set by `validate`, if the address is valid
+    began: float = 0.0  # loop time, as `lease_until`
+    lease_until: float = 0.0  # 0: no lease
+    scheduled: bool = False  # Celery holds it until its ETA
+    dead_lettered: bool = False
     trace: Trace | None = None  # None: this worker is not traced
 
+    def validate(self) -> ErrorCode | None:
+        """Set `claim` and `mailbox`; the error that is certain without asking the code store."""
+        request = self.request
+        error = None
+        canonical = ""
+        try:
+            self.mailbox = address.parse(request.email)
+            canonical = self.mailbox.canonical
+        except InvalidAddress:
+            error = ErrorCode.INVALID_ADDRESS
+        if not is_purpose(request.purpose):
+            error = ErrorCode.EXCEPTION
+        self.claim = Claim.of(self.request_id, self.tag, request.email, request.purpose, canonical)
+        return error
 
-# Requests that are off this worker's hands, each with its answer; None: it was parked, buried or put back.
+
+# Requests that are off this worker's hands, each with its answer; None: delayed, dead-lettered or put back.
 Finished = list[tuple[Job, ErrorCode | None]]

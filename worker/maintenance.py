@@ -54,7 +54,7 @@ class Maintenance:
             began = loop.time()
             self._report_dead_letters()
             try:
-                await asyncio.gather(self._service.tick(), self._round(began))
+                await asyncio.gather(self._service.renew_leases(), self._round(began))
             except RedisUnavailable as exc:
                 if self._in_touch_since is not None:
                     logger.warning("the broker database cannot be used, waiting for it: %s", exc)
@@ -98,5 +98,5 @@ class Maintenance:
         except Unfit:
             self._settler.dead_letter(Job("", killer.tag, VerifyRequest(None), None, None), POISON)
             return
-        self._service.judge(job)
+        job.validate()
         self._settler.dead_letter(job, POISON, answer=ErrorCode.EXCEPTION)

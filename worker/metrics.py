@@ -36,6 +36,7 @@ class Counters:
     """One worker's numbers since its start."""
 
     def __init__(self) -> None:
+        self.mails = 0  # that a relay accepted
         self.taken = 0  # requests that were taken from the queue, each time they were
         self.through_celery = 0  # of these, what needed Celery's own machinery
         self.replies = dict.fromkeys((error for error in ErrorCode if error < 1000), 0)
@@ -55,6 +56,7 @@ class Counters:
 
     def accepted(self, enqueued_at: float | None) -> None:
         """A relay accepted the mail of a request."""
+        self.mails += 1
         _observe_age(self.until_accepted, enqueued_at)
 
     def dead_lettered(self, reason: DeadLetterReason) -> None:

@@ -1,4 +1,8 @@
-"""The use case, free of Celery: issue -> render -> send -> settle, for a batch of requests on one asyncio loop."""
+"""The use case: issue a code, render the mail, send it, settle. Also the retry schedule.
+
+Knows neither Celery nor Redis nor SMTP: it speaks to a code store, a mail channel and the settler. Runs on one asyncio
+loop and takes requests in batches.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,12 @@ import contextlib
 import logging
 import random
 import secrets
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from producer import address
-from producer.contract import ErrorCode, is_purpose
-from producer.errors import InvalidAddress, RedisUnavailable
-from producer.redis.connection import ServerError, entries
-from producer.store.codes import Answered, Asked, Claim, CodeStore, Conflict, Send, Wait
-from worker.databases import Database
+from producer.contract import ErrorCode
+from producer.errors import StoreUnavailable
+from producer.store.codes import Answered, CodeStore, Conflict, Issue, IssueRequest, Send, StoreError, Wait
 from worker.job import Job
 from worker.mail.errors import (
     AcceptanceUnknown,
@@ -31,120 +32,98 @@ from worker.metrics import Counters
 from worker.queue.message import ID_CONFLICT
 from worker.settler import Settler
 
+logger = logging.getLogger(__name__)
+
+RETRY_BASE = 1.0  # seconds before the first retry, at most; doubles with each further one
+RETRY_CAP = 60.0  # seconds
+LEASE_MARGIN = 0.2  # seconds by which a lease counts as expired early, as a command takes time to reach the store
+
+
+def retry_delay(tries: int, remaining: float) -> float:
+    """Seconds until the next try after `tries` earlier failures: exponential backoff with full jitter.
+
+    Never beyond `remaining`, the seconds until the request's deadline.
+    """
+    longest = min(RETRY_CAP, RETRY_BASE * 2 ** min(tries, 10))
+    return min(random.uniform(0, longest), remaining)
+
 
 def new_code(length: int) -> str:
-    """So many decimal digits, each equally likely, from the operating system's random source."""
+    """A code of `length` decimal digits, each equally likely, from the operating system's random source."""
     return f"{secrets.randbelow(10**length):0{length}d}"
 
 
-if TYPE_CHECKING:
-    from worker.fetcher import Prefetch
-
-logger = logging.getLogger(__name__)
-
-RETRY_BASE = 1.0  # seconds; doubles with each try
-RETRY_CAP = 60.0  # seconds
-LEASE_MARGIN = 0.2  # seconds by which a lease counts as lapsed early: the way of a command to Redis
-
-
-class Mailer(Protocol):
-    """Sends one mail through some relay."""
+class MailChannel(Protocol):
+    """Sends mails."""
 
     def send(self, mail: Mail) -> None:
-        """Send through some relay; `mail.done` is called with the outcome."""
+        """Start a send; `mail.done` is called with its outcome."""
 
     async def close(self) -> None:
-        """Call off what is under way."""
+        """Cancel what is under way."""
 
 
 class Service:
-    """Takes batches of jobs; each ends in exactly one call of the settler."""
+    """Serves batches of jobs; each job ends in exactly one call of the settler."""
 
     def __init__(
         self,
         store: CodeStore,
-        codes: Database,
-        mailer: Mailer,
+        channel: MailChannel,
         renderer: Renderer,
         settler: Settler,
         counters: Counters,
-        prefetch: Prefetch,
         *,
         sender: str,
         code_length: int,
     ) -> None:
+        """`sender`: the envelope sender of every mail."""
         self._store = store
-        self._codes = codes
-        self._mailer = mailer
+        self._channel = channel
         self._renderer = renderer
         self._settler = settler
         self._counters = counters
-        self._prefetch = prefetch
         self._sender = sender
         self._code_length = code_length
         self._leased: dict[str, Job] = {}  # by tag
-        self._announcements: list[tuple[Job, Callable[[bool], None]]] = []  # final dots that may be written in a moment
+        self._announcements: list[tuple[Job, Callable[[bool], None]]] = []  # of this turn of the loop
         self._stopping = False
         self._drained: asyncio.Future[None] | None = None
 
     async def serve(self, jobs: list[Job]) -> None:
-        """Issue for all of them in one round trip, and start their sends. Returns before these end."""
+        """Issue for all jobs in one step of the store and start their sends. Returns before these end."""
         began = asyncio.get_running_loop().time()
-        asked = []
+        requests = []
         for job in jobs:
-            verdict = self.judge(job)
-            asked.append(Asked(job.claim, new_code(self._code_length), verdict, job.enqueued_at, job.expires_at))
+            error = job.validate()
+            code = new_code(self._code_length)
+            requests.append(IssueRequest(job.claim, code, error, job.enqueued_at, job.expires_at))
+        issues: Sequence[Issue | StoreError | None] = [None] * len(jobs)
         try:
-            [answer] = await self._codes.run([self._store.issue(asked)])
-        except RedisUnavailable:
-            logger.warning("the codes database cannot be reached")
-            for job in jobs:
-                if job.trace is not None:
-                    job.trace.issued(began, asyncio.get_running_loop().time(), None)
-                if self._settler.one_trip:
-                    # Nor can any reply be stored. The request is served once Redis is back; the step may have been
-                    # taken all the same, and its lease and its charge are given back.
-                    self._settler.retry(job, 0.0, unknown=False)
-                else:
-                    self._settler.answer(job, ErrorCode.REDIS_ERR, mark=False)
-            return
+            issues = await self._store.issue(requests)
+        except StoreUnavailable as exc:
+            logger.warning("the code store cannot be used: %s", exc)
         ended = asyncio.get_running_loop().time()
-        for job, entry in zip(jobs, entries(answer, len(jobs)), strict=True):
+        for job, issue in zip(jobs, issues, strict=True):
             try:
-                self._proceed(job, entry, began, ended)
-            except Exception as exc:  # noqa: BLE001 - whatever it is, it is this request's alone
+                if job.trace is not None:
+                    job.trace.issued(began, ended, None if isinstance(issue, StoreError) else issue)
+                self._proceed(job, issue, began)
+            except Exception as exc:  # noqa: BLE001 - whatever it is, it concerns this request alone
                 logger.error("unforeseen error in the service", extra={"kind": type(exc).__name__})
                 self._settler.answer(job, ErrorCode.EXCEPTION, mark=True)
 
-    @staticmethod
-    def judge(job: Job) -> ErrorCode | None:
-        """Set the job's claim; an error that is certain without asking the store."""
-        request = job.request
-        verdict = None
-        canonical = ""
-        try:
-            job.mailbox = address.parse(request.email)
-            canonical = job.mailbox.canonical
-        except InvalidAddress:
-            verdict = ErrorCode.INVALID_ADDRESS
-        if not is_purpose(request.purpose):
-            verdict = ErrorCode.EXCEPTION
-        job.claim = Claim.of(job.request_id, job.tag, request.email, request.purpose, canonical)
-        return verdict
-
-    def _proceed(self, job: Job, entry: object, began: float, ended: float) -> None:
-        issue = None if isinstance(entry, ServerError) else self._store.read_issue(entry)
-        if job.trace is not None:
-            job.trace.issued(began, ended, issue)
-        if isinstance(entry, ServerError):
-            logger.error("Redis refused to issue", extra={"kind": str(entry).partition(" ")[0]})
-            self._settler.answer(job, ErrorCode.REDIS_ERR, mark=False)
-            return
+    def _proceed(self, job: Job, issue: Issue | StoreError | None, began: float) -> None:
         match issue:
-            case Send() as send:
-                job.lease_until = began + self._store.policy.lease / 1000 - LEASE_MARGIN
+            case None:
+                self._settler.store_unavailable(job)
+            case StoreError(kind):
+                logger.error("the code store refused a request", extra={"kind": kind})
+                self._settler.answer(job, ErrorCode.REDIS_ERR, mark=False)
+            case Send():
+                job.lease_until = began + self._store.lease - LEASE_MARGIN
                 self._leased[job.tag] = job
-                self._send(job, send)
+                self._send(job, issue)
             case Answered(error, why):
                 if why:
                     self._counters.hits[why] += 1
@@ -156,7 +135,7 @@ class Service:
                 self._settler.dead_letter(job, ID_CONFLICT)
 
     def _send(self, job: Job, send: Send) -> None:
-        assert job.mailbox is not None  # noqa: S101 - `judge` has set it, or the store has not said Send
+        assert job.mailbox is not None  # noqa: S101 - the store issues nothing for an invalid address
         mailbox = job.mailbox.mailbox
         try:
             content = self._renderer.render(
@@ -169,11 +148,10 @@ class Service:
         except Exception as exc:  # noqa: BLE001 - whatever it is, the request gets an answer
             self._sent(job, send, exc)
             return
-        self._mailer.send(
+        self._channel.send(
             Mail(
                 Envelope(self._sender, mailbox, job.mailbox.needs_smtputf8, content),
-                # A request is never on the wire past its deadline.
-                asyncio.get_running_loop().time() + send.remaining,
+                asyncio.get_running_loop().time() + send.remaining,  # nothing is sent past the request's deadline
                 lambda go: self._before_data(job, go),
                 lambda error: self._sent(job, send, error),
                 job.trace,
@@ -184,7 +162,6 @@ class Service:
         """A send has ended."""
         self._leased.pop(job.tag, None)
         if error is None:
-            self._prefetch.sent()
             self._counters.accepted(job.enqueued_at)
             self._settler.answer(job, ErrorCode.SUCCESS, mark=True)
         elif isinstance(error, RecipientRejected | MessageRejected):
@@ -193,63 +170,54 @@ class Service:
         elif isinstance(error, Smtputf8Unsupported):
             self._settler.answer(job, ErrorCode.INVALID_ADDRESS, mark=True)
         elif isinstance(error, MailError):
-            delay = 0.0 if self._stopping else self._delay(send)
+            delay = 0.0 if self._stopping else retry_delay(send.tries, send.remaining)
             if not self._stopping and not isinstance(error, SendWithheld):
                 logger.warning("mail deferred", extra={"reply": str(error), "next_try_in": round(delay, 1)})
             self._settler.retry(job, delay, unknown=isinstance(error, AcceptanceUnknown))
         else:
-            # Its text and its frames may carry the address or the code: only the kind is logged.
+            # Its text and its traceback may carry the address or the code, so only the kind is logged.
             logger.error("unforeseen error in a send", extra={"kind": type(error).__name__})
             self._settler.answer(job, ErrorCode.EXCEPTION, mark=True)
         if self._drained is not None and not self._leased and not self._drained.done():
             self._drained.set_result(None)
 
-    @staticmethod
-    def _delay(send: Send) -> float:
-        """Full jitter, doubling to a cap, never past the deadline."""
-        jittered = random.uniform(0, min(RETRY_CAP, RETRY_BASE * 2 ** min(send.tries, 10)))
-        return min(jittered, send.remaining)
-
     def _before_data(self, job: Job, go: Callable[[bool], None]) -> None:
-        """Let the mail's content go in this turn of the loop, together with all that is ready."""
+        """Ask whether a mail's content may be written; all that ask in this turn of the loop are answered together."""
         self._announcements.append((job, go))
         if len(self._announcements) == 1:
-            asyncio.get_running_loop().call_soon(self._announce_all)
+            asyncio.get_running_loop().call_soon(self._announce_data)
 
-    def _announce_all(self) -> None:
-        """Record that final dots are on their way, but for lapsed leases: then another may be sending."""
+    def _announce_data(self) -> None:
+        """Announce the final dots whose leases we still hold; where one has expired, another worker may be sending."""
         announcements, self._announcements = self._announcements, []
         now = asyncio.get_running_loop().time()
-        ours = [job.claim for job, _ in announcements if now < job.lease_until]
-        recorded = False
-        if ours:
-            with contextlib.suppress(RedisUnavailable):
-                self._codes.link.post([self._store.announce_data(ours)], database=self._codes.number)
-                recorded = True
+        held = [job.claim for job, _ in announcements if now < job.lease_until]
+        announced = False
+        if held:
+            with contextlib.suppress(StoreUnavailable):
+                self._store.announce_data(held)
+                announced = True
         for job, go in announcements:
-            go(recorded and now < job.lease_until)
+            go(announced and now < job.lease_until)
 
-    async def tick(self) -> None:
-        """Once a second: all leases anew. Those that Redis does not confirm lapse by themselves."""
+    async def renew_leases(self) -> None:
+        """Extend the leases of all sends under way. One that the store does not confirm expires by itself."""
         began = asyncio.get_running_loop().time()
-        self._prefetch.tick(began)
         jobs = list(self._leased.values())
         if not jobs:
             return
         try:
-            [kept] = await self._codes.run([self._store.renew([job.claim for job in jobs])])
-        except RedisUnavailable:
+            kept = await self._store.renew([job.claim for job in jobs])
+        except StoreUnavailable:
             return
-        if isinstance(kept, ServerError):
-            return
-        for job, still in zip(jobs, kept, strict=True):
-            if still:
-                job.lease_until = began + self._store.policy.lease / 1000 - LEASE_MARGIN
+        for job, still_held in zip(jobs, kept, strict=True):
+            if still_held:
+                job.lease_until = began + self._store.lease - LEASE_MARGIN
 
     async def drain(self, seconds: float) -> None:
-        """Let the sends in hand finish, for so long at most; the rest is called off and put back."""
+        """Let the sends in hand finish for at most `seconds`; cancel the rest and put their requests back."""
         if self._leased:
             self._drained = asyncio.get_running_loop().create_future()
             await asyncio.wait([self._drained], timeout=seconds)
         self._stopping = True
-        await self._mailer.close()
+        await self._channel.close()

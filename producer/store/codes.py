@@ -1,7 +1,7 @@
 """The code store as a port: what the service, the settler and the clients ask of it, and the words they use.
 
 `producer.store.redis_codes` implements it. Another store implements `CodeStore` and takes its place in
-`worker.bootstrap` (and in `producer.core.requests`, for the check).
+`worker.bootstrap` (and in `producer.aio`, for the check).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Claim(NamedTuple):
     @classmethod
     def of(cls, request_id: str, token: str, email: object, purpose: object, canonical: str) -> Claim:
         """`canonical`: the canonical address, or '' if `email` is not an address."""
-        # Without a valid address and purpose there is no code; the text, perhaps not even Unicode, stays out of the keys.
+        # An invalid address or purpose has no code; its text, perhaps not even Unicode, stays out of the keys.
         key = code_key(str(email), str(purpose)) if canonical and is_purpose(purpose) else ""
         who = blake2b(_unambiguous(email, purpose), digest_size=16).hexdigest()
         return cls(request_id, token, key, canonical, who)

@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 class RedisCodeStore:
-    """A `CodeStore` on one database of a connection that may serve others too. Every method but one returns a `Step`."""
+    """A `CodeStore` on a connection that may serve other databases too. What can be awaited is a `Step`."""
 
     def __init__(self, connection: RedisConnection, policy: CodePolicy, *, database: int | None = None) -> None:
         """`database`: its number; None: the connection's own."""

@@ -15,22 +15,32 @@ import pytest
 import redis as redis_py
 from redis.exceptions import OutOfMemoryError
 from support.redis_server import RedisServer
-from support.store_driver import EMAIL, POLICY, Driver, claim_of, is_error, run
+from support.store_driver import (
+    EMAIL,
+    POLICY,
+    Driver,
+    _read_issue,
+    _read_settle,
+    announce_data,
+    claim_of,
+    is_error,
+    run,
+    store_of,
+)
 
 from producer.contract import ErrorCode, code_key
 from producer.settings import load
-from producer.store import codes
+from producer.store import redis_codes as codes
 from producer.store.codes import (
     BUCKET_HIT,
     COOLDOWN_HIT,
     FAILED,
     UNKNOWN,
     Answered,
-    Asked,
     Claim,
     CodePolicy,
-    CodeStore,
     Conflict,
+    IssueRequest,
     Outcome,
     Send,
     Wait,
@@ -108,9 +118,9 @@ def test_a_resend_never_moves_the_expiry(driver: Driver) -> None:
 
 
 def test_a_hundred_requests_at_once_get_one_value(redis: redis_py.Redis, redis_server: RedisServer) -> None:
-    store = CodeStore(dataclasses.replace(POLICY, cooldown=0, burst=1000))
-    commands = [store.issue([Asked(claim_of(f"id-{i}"), f"{i:06}")]) for i in range(100)]
-    found = [store.read_issue(entry) for [entry] in at_once(redis_server, commands)]
+    store = store_of(dataclasses.replace(POLICY, cooldown=0, burst=1000))
+    commands = [store.issue([IssueRequest(claim_of(f"id-{i}"), f"{i:06}")]) for i in range(100)]
+    found = [_read_issue(entry) for [entry] in at_once(redis_server, commands)]
     assert {issue.code for issue in found if isinstance(issue, Send)} == {redis.get(KEY).decode()}  # type: ignore[union-attr]
     assert len([issue for issue in found if isinstance(issue, Send)]) == 100
 
@@ -118,9 +128,9 @@ def test_a_hundred_requests_at_once_get_one_value(redis: redis_py.Redis, redis_s
 def test_of_a_hundred_requests_at_once_one_sends_while_a_cooldown_is_set(
     redis: redis_py.Redis, redis_server: RedisServer
 ) -> None:
-    store = CodeStore(POLICY)
-    commands = [store.issue([Asked(claim_of(f"id-{i}"), f"{i:06}")]) for i in range(100)]
-    found = Counter(type(store.read_issue(entry)) for [entry] in at_once(redis_server, commands))
+    store = store_of(POLICY)
+    commands = [store.issue([IssueRequest(claim_of(f"id-{i}"), f"{i:06}")]) for i in range(100)]
+    found = Counter(type(_read_issue(entry)) for [entry] in at_once(redis_server, commands))
     assert found == {Send: 1, Wait: 99}
     assert redis.scard(codes.JOINED + KEY) == 99
 
@@ -465,14 +475,14 @@ def test_a_joined_request_that_was_answered_meanwhile_is_not_woken_to_send(drive
     for i in range(10):
         driver.issue(claim_of(f"joined-{i}"))
     for i in range(9):
-        assert driver.issue(claim_of(f"joined-{i}"), verdict=ErrorCode.TIMEOUT) == Answered(ErrorCode.TIMEOUT)
+        assert driver.issue(claim_of(f"joined-{i}"), error=ErrorCode.TIMEOUT) == Answered(ErrorCode.TIMEOUT)
     assert driver.failed(claim_of("one")) == ["joined-9"]
 
 
 def test_a_joined_request_keeps_the_answer_that_it_got_meanwhile(driver: Driver) -> None:
     driver.send(claim_of("one"))
     driver.issue(claim_of("two"))
-    driver.issue(claim_of("two"), verdict=ErrorCode.TIMEOUT)
+    driver.issue(claim_of("two"), error=ErrorCode.TIMEOUT)
     assert driver.accepted(claim_of("one")) == ["two"]
     assert driver.answer_of(claim_of("two")) is ErrorCode.TIMEOUT
 
@@ -541,12 +551,12 @@ def batch_of(driver: Driver, *claims: Claim) -> list[Any]:
 def test_each_request_of_a_batch_gets_its_own_answer_in_its_place(driver: Driver) -> None:
     driver.deliver(claim_of("known", "known@example.com"))
     asked = [
-        Asked(claim_of("one", "a@example.com"), "111111"),
-        Asked(claim_of("two", "known@example.com"), "222222"),
-        Asked(claim_of("known", "b@example.com"), "333333"),
-        Asked(Claim.of("three", "token", "no address", "default", ""), "444444", ErrorCode.INVALID_ADDRESS),
-        Asked(claim_of("four", "c@example.com"), "555555", expires_at=1.0),
-        Asked(claim_of("five", "d@example.com"), "666666"),
+        IssueRequest(claim_of("one", "a@example.com"), "111111"),
+        IssueRequest(claim_of("two", "known@example.com"), "222222"),
+        IssueRequest(claim_of("known", "b@example.com"), "333333"),
+        IssueRequest(Claim.of("three", "token", "no address", "default", ""), "444444", ErrorCode.INVALID_ADDRESS),
+        IssueRequest(claim_of("four", "c@example.com"), "555555", expires_at=1.0),
+        IssueRequest(claim_of("five", "d@example.com"), "666666"),
     ]
     one, *others, five = driver.issue_all(asked)
     assert [one.code, five.code] == ["111111", "666666"]  # type: ignore[union-attr]  # they may send, as they say
@@ -593,7 +603,7 @@ def test_outcomes_of_a_batch_are_settled_each_in_its_place(driver: Driver) -> No
             ]
         )
     )
-    assert [driver.store.read_settle(entry) for entry in entries] == [
+    assert [_read_settle(entry) for entry in entries] == [
         (True, ["joined"]),
         (True, []),
         (False, []),
@@ -607,12 +617,12 @@ def test_outcomes_of_a_batch_are_settled_each_in_its_place(driver: Driver) -> No
 def test_final_dots_of_a_batch_are_noted_for_whom_has_the_lease(driver: Driver) -> None:
     claims = [claim_of(f"id-{i}", f"{i}@example.com") for i in range(3)]
     batch_of(driver, claims[0], claims[2])
-    assert driver.run(driver.store.announce_data(claims)) == [1, 0, 1]
+    assert driver.run(announce_data(driver.store, claims)) == [1, 0, 1]
 
 
 def test_an_empty_batch_is_no_error(driver: Driver) -> None:
     assert [driver.run(command) for command in (driver.store.issue([]), driver.store.settle([]))] == [[], []]
-    assert driver.run(driver.store.announce_data([])) == []
+    assert driver.run(announce_data(driver.store, [])) == []
 
 
 def test_a_record_that_is_none_hits_only_its_own_request(driver: Driver) -> None:
@@ -623,7 +633,7 @@ def test_a_record_that_is_none_hits_only_its_own_request(driver: Driver) -> None
     assert isinstance(after, Send)
     assert kind_of(broken) == "WRONGTYPE"
     assert not driver.client.exists("code_1@example.com")
-    assert [kind_of(entry) for entry in driver.run(driver.store.announce_data(claims))] == [1, "WRONGTYPE", 1]
+    assert [kind_of(entry) for entry in driver.run(announce_data(driver.store, claims))] == [1, "WRONGTYPE", 1]
     settled = driver.run(driver.store.settle([Outcome(claim, ErrorCode.SUCCESS) for claim in claims]))
     assert [kind_of(entry) for entry in settled] == [[1], "WRONGTYPE", [1]]
 
@@ -684,9 +694,9 @@ def test_a_command_that_is_refused_is_an_error_of_each_request(
     server = new_redis_server()
     with server.client() as client:
         client.acl_setuser("default", enabled=True, nopass=True, commands=[f"-{command}"])
-        store = CodeStore(POLICY)
+        store = store_of(POLICY)
         claims = [claim_of(f"id-{i}", f"{i}@example.com") for i in range(3)]
-        found = run(client, store.issue([Asked(claim, "123456") for claim in claims]))
+        found = run(client, store.issue([IssueRequest(claim, "123456") for claim in claims]))
         assert [is_error(entry) for entry in found] == [True] * 3
         client.acl_setuser("default", enabled=True, nopass=True, categories=["+@all"])
         assert all(isinstance(found, Send) for found in batch_of(Driver(client), *claims))
@@ -897,20 +907,20 @@ def test_the_same_id_with_another_address_or_purpose_is_a_conflict_and_changes_n
     driver.send(claim_of("one"))
     before = driver.everything()
     assert driver.issue(claim_of("one", other[0], purpose=other[1])) == Conflict()
-    assert driver.issue(claim_of("one", other[0], purpose=other[1]), verdict=ErrorCode.EXCEPTION) == Conflict()
+    assert driver.issue(claim_of("one", other[0], purpose=other[1]), error=ErrorCode.EXCEPTION) == Conflict()
     assert driver.everything() == before
 
 
 @pytest.mark.parametrize("error", list(ErrorCode)[:7])
 def test_a_verdict_is_remembered_and_sends_nothing(error: ErrorCode, driver: Driver) -> None:
-    assert driver.issue(claim_of("one"), verdict=error) == Answered(error)
+    assert driver.issue(claim_of("one"), error=error) == Answered(error)
     assert driver.answer_of(claim_of("one")) is error
     assert list(driver.everything()) == [b"request:one"]
 
 
 def test_a_verdict_takes_the_lease_from_its_holder(driver: Driver) -> None:
     driver.send(claim_of("one"))
-    driver.issue(claim_of("one"), verdict=ErrorCode.EXCEPTION)
+    driver.issue(claim_of("one"), error=ErrorCode.EXCEPTION)
     assert not driver.announce_data(claim_of("one"))
     assert driver.renew(claim_of("one")) == [0]
 
@@ -927,14 +937,14 @@ def test_an_answer_is_remembered_for_an_hour(driver: Driver) -> None:
 )
 def test_a_verdict_is_remembered_of_whatever_came_for_an_address(email: object, driver: Driver) -> None:
     claim = Claim.of("one", "token", email, "default", "")
-    assert driver.issue(claim, verdict=ErrorCode.INVALID_ADDRESS) == Answered(ErrorCode.INVALID_ADDRESS)
+    assert driver.issue(claim, error=ErrorCode.INVALID_ADDRESS) == Answered(ErrorCode.INVALID_ADDRESS)
     assert list(driver.everything()) == [b"request:one"]
 
 
 @pytest.mark.parametrize("purpose", ["", "two words", "\ud800", None, 7, ["reset"]])
 def test_a_verdict_is_remembered_of_whatever_came_for_a_purpose(purpose: object, driver: Driver) -> None:
     claim = Claim.of("one", "token", EMAIL, purpose, EMAIL)
-    assert driver.issue(claim, verdict=ErrorCode.EXCEPTION) == Answered(ErrorCode.EXCEPTION)
+    assert driver.issue(claim, error=ErrorCode.EXCEPTION) == Answered(ErrorCode.EXCEPTION)
     assert list(driver.everything()) == [b"request:one"]
 
 
@@ -1016,13 +1026,13 @@ def test_of_a_hundred_right_checks_at_once_exactly_one_succeeds(
     redis: redis_py.Redis, redis_server: RedisServer
 ) -> None:
     redis.set(KEY, "123456", px=600_000)
-    check = CodeStore(POLICY).check(EMAIL, "123456", "default")
+    check = store_of(POLICY).check(EMAIL, "123456", "default")
     assert Counter(at_once(redis_server, [check] * 100)) == {0: 1, 1003: 99}
 
 
 def test_a_hundred_wrong_checks_at_once_are_five_attempts(redis: redis_py.Redis, redis_server: RedisServer) -> None:
     redis.set(KEY, "123456", px=600_000)
-    check = CodeStore(POLICY).check(EMAIL, "000000", "default")
+    check = store_of(POLICY).check(EMAIL, "000000", "default")
     assert Counter(at_once(redis_server, [check] * 100)) == {1004: 5, 1003: 95}
 
 
@@ -1043,7 +1053,7 @@ def test_what_is_no_code_is_not_live_whatever_is_given(write: tuple[str, ...], r
     name, *values = write
     run(redis, (name, KEY, *values))
     redis.pexpire(KEY, 600_000)
-    store = CodeStore(POLICY)
+    store = store_of(POLICY)
     for given in ("", "123456"):
         assert run(redis, store.check(EMAIL, given, "default")) == 1003
     assert redis.keys() == [KEY.encode()]

@@ -15,22 +15,22 @@ import redis as redis_py
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from support.store_driver import claim_of
+from support.store_driver import _read_issue, _read_settle, announce_data, claim_of, store_of
 
 from producer.contract import ErrorCode, code_key
 from producer.redis.scripts import Command, load_all
+from producer.redis.steps import Step
 from producer.store.codes import (
     BUCKET_HIT,
     COOLDOWN_HIT,
     FAILED,
     UNKNOWN,
     Answered,
-    Asked,
     Claim,
     CodePolicy,
-    CodeStore,
     Conflict,
     Issue,
+    IssueRequest,
     Outcome,
     Send,
     Wait,
@@ -268,13 +268,15 @@ class CodeStoreMachine(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.client.flushall()
-        self.store = CodeStore(POLICY)
+        self.store = store_of(POLICY)
         self.model = Model()
         self.passed = 0
         self.candidates: Iterator[int] = iter(range(1_000_000))
 
-    def run(self, command: Command) -> Any:
+    def run(self, command: Command | Step[Any]) -> Any:
         """One step, and the model's clock at that very moment."""
+        if isinstance(command, Step):
+            [command] = command.commands
         with self.client.pipeline(transaction=True) as pipe:
             pipe.time()
             pipe.execute_command(*command)  # type: ignore[no-untyped-call]
@@ -311,11 +313,11 @@ class CodeStoreMachine(RuleBasedStateMachine):
             enqueued_at = None if age is None else now - age
             server_time = None if enqueued_at is None else (enqueued_at - self.passed) / 1000
             candidate = f"{next(self.candidates):06}"
-            asked.append(Asked(self.claim(request_id, token), candidate, verdict, server_time))
+            asked.append(IssueRequest(self.claim(request_id, token), candidate, verdict, server_time))
             times.append(enqueued_at)
         for entry, each, enqueued_at in zip(self.run(self.store.issue(asked)), asked, times, strict=True):
-            found = self.store.read_issue(entry)
-            self._compare(found, self.model.issue(each.claim, each.candidate, enqueued_at, each.verdict))
+            found = _read_issue(entry)
+            self._compare(found, self.model.issue(each.claim, each.candidate, enqueued_at, each.error))
 
     @staticmethod
     def _compare(found: Issue, expected: Issue) -> None:
@@ -334,7 +336,7 @@ class CodeStoreMachine(RuleBasedStateMachine):
     def issue_with_another_address_or_purpose(self, request_id: str, email: str, purpose: str) -> None:
         if request_id in self.model.records and (email, purpose) != self.requests[request_id]:
             claim = claim_of(request_id, email, purpose=purpose)
-            found = self.store.read_issue(self.run(self.store.issue([Asked(claim, "none")]))[0])
+            found = _read_issue(self.run(self.store.issue([IssueRequest(claim, "none")]))[0])
             if request_id in self.model.records:
                 assert found == Conflict()
 
@@ -342,7 +344,7 @@ class CodeStoreMachine(RuleBasedStateMachine):
     def settle(self, batch: list[tuple[str, str, ErrorCode | Literal["failed", "unknown"]]]) -> None:
         outcomes = [Outcome(self.claim(request_id, token), became) for request_id, token, became in batch]
         for entry, (claim, became) in zip(self.run(self.store.settle(outcomes)), outcomes, strict=True):
-            ours, woken = self.store.read_settle(entry)
+            ours, woken = _read_settle(entry)
             expected_ours, candidates, count = self.model.settle(claim, became)
             assert ours == expected_ours
             assert set(woken) <= candidates
@@ -353,7 +355,7 @@ class CodeStoreMachine(RuleBasedStateMachine):
     @rule(request_id=IDS, token=TOKENS)
     def dot(self, request_id: str, token: str) -> None:
         claim = self.claim(request_id, token)
-        answer = self.run(self.store.announce_data([claim]))
+        answer = self.run(announce_data(self.store, [claim]))
         assert answer == [int(self.model.dot(claim))]
 
     @rule(request_id=IDS, token=TOKENS)
@@ -366,7 +368,7 @@ class CodeStoreMachine(RuleBasedStateMachine):
     def check(self, email: str, purpose: str, right: bool) -> None:
         key = code_key(email, purpose)
         given = self.model.codes[key].value if right and key in self.model.codes else "wrong"
-        found = self.store.read_check(email, self.run(self.store.check(email, given, purpose))).error
+        found = ErrorCode(self.run(self.store.check(email, given, purpose)))
         assert found is self.model.check(key, given)
 
     @rule(email=EMAILS, life=st.sampled_from([35_000, 55_000, 305_000]))

@@ -13,7 +13,8 @@ from support.redis_server import RedisServer
 from producer.contract import ErrorCode, VerifyRequest, code_key, reply_key
 from producer.errors import RedisUnavailable
 from producer.settings import load
-from producer.store.codes import Asked, Claim, CodePolicy, CodeStore, Wait
+from producer.store.codes import Answered, Claim, CodePolicy, IssueRequest, Wait
+from producer.store.redis_codes import RedisCodeStore
 from worker.databases import Databases
 from worker.job import Finished, Job
 from worker.metrics import Counters
@@ -27,11 +28,13 @@ class Scene:
     def __init__(self, server: RedisServer) -> None:
         settings = load({"VERIFY_REDIS_URL": server.url()}, dotenv=None)
         self.databases = Databases(settings)
-        self.store = CodeStore(CodePolicy.of(settings))
+        codes = self.databases.codes
+        self.store = RedisCodeStore(codes.connection, CodePolicy.of(settings), database=codes.number)
         self.done: Finished = []
         self.wrong = False  # whether who is told of what is done raises
         queue = RequestQueue("verification", visibility_timeout=15)
-        self.settler = Settler(self.databases, self.store, queue, self._on_done, lambda: None, Counters())
+        self.settler = Settler(self.store, self.databases, queue, Counters())
+        self.settler.subscribe(self._on_done)
 
     def _on_done(self, finished: Finished) -> None:
         self.done += finished
@@ -43,7 +46,7 @@ class Scene:
         email = f"{name}@example.com"
         job = Job(name, f"tag-{name}", VerifyRequest(email), None, None)
         job.claim = Claim.of(name, job.tag, email, "default", email)
-        await self.databases.codes.run([self.store.issue([Asked(job.claim, "123456", None, None, None)])])
+        await self.store.issue([IssueRequest(job.claim, "123456")])
         await self.databases.broker.run([("HSET", UNACKED, job.tag, "message"), ("ZADD", INDEX, 1, job.tag)])
         return job
 
@@ -69,19 +72,20 @@ def test_a_reply_that_its_reader_deletes_at_once_holds_up_nothing(
 ) -> None:
     async def scene(stage: Scene) -> None:
         jobs = [await stage.sent(f"user{number}") for number in range(3)]
-        run_all = stage.databases.run_all
+        connection = stage.databases.results.connection
+        run_all = connection.run_all
 
         async def deleting(parts: Any) -> Any:
             # Between the storing of the reply and the ack, as its reader may.
             parts = list(parts)
             if len(parts) == 3:
-                parts.insert(2, (stage.databases.results, [("DEL", reply_key("user0"))]))
+                parts.insert(2, (stage.databases.results.number, [("DEL", reply_key("user0"))]))
                 found = await run_all(parts)
                 del found[2]
                 return found
             return await run_all(parts)
 
-        monkeypatch.setattr(stage.databases, "run_all", deleting)
+        monkeypatch.setattr(connection, "run_all", deleting)
         for job in jobs:
             stage.settler.answer(job, ErrorCode.SUCCESS, mark=True)
         async with asyncio.timeout(5):
@@ -98,8 +102,7 @@ def test_those_who_wait_for_a_send_are_woken_even_if_the_connection_is_lost_on_t
     async def scene(stage: Scene) -> None:
         job = await stage.sent("one")
         joined = Claim.of("two", "tag-two", "one@example.com", "default", "one@example.com")
-        [[entry]] = await stage.databases.codes.run([stage.store.issue([Asked(joined, "654321", None, None, None)])])
-        found = stage.store.read_issue(entry)
+        [found] = await stage.store.issue([IssueRequest(joined, "654321")])
         assert isinstance(found, Wait)
         assert found.joined
         parked = ("HSET", "verification.parked", "two", "1 message")
@@ -142,8 +145,7 @@ def test_an_answer_that_only_a_newer_worker_knows_is_read_as_an_unforeseen_one(r
     async def scene(stage: Scene) -> None:
         job = await stage.sent("later")
         await stage.databases.codes.run([("HSET", "request:later", "error", 8)])
-        [[entry]] = await stage.databases.codes.run([stage.store.issue([Asked(job.claim, "654321", None, None, None)])])
-        assert stage.store.read_issue(entry) == (ErrorCode.EXCEPTION, "")
+        assert await stage.store.issue([IssueRequest(job.claim, "654321")]) == [Answered(ErrorCode.EXCEPTION)]
         [code] = await stage.databases.codes.run([("GET", code_key("later@example.com", "default"))])
         assert code == b"123456"
 

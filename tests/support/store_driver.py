@@ -10,20 +10,10 @@ from redis.exceptions import NoScriptError
 from producer.address import parse
 from producer.contract import ErrorCode
 from producer.redis.scripts import Command, in_full
-from producer.store.codes import (
-    FAILED,
-    REQUEST,
-    SENDING,
-    UNKNOWN,
-    Answered,
-    Asked,
-    Claim,
-    CodePolicy,
-    CodeStore,
-    Issue,
-    Outcome,
-    Send,
-)
+from producer.redis.steps import Step
+from producer.store import redis_codes
+from producer.store.codes import FAILED, UNKNOWN, Answered, Claim, CodePolicy, Issue, IssueRequest, Outcome, Send
+from producer.store.redis_codes import REQUEST, SENDING, RedisCodeStore
 
 EMAIL = "anna@example.com"
 HOLDER = "this holder"
@@ -44,8 +34,37 @@ def claim_of(request_id: str, email: str = EMAIL, *, purpose: str = "default", t
     return Claim.of(request_id, token, email, purpose, parse(email).canonical)
 
 
-def run(client: redis.Redis, command: Command) -> Any:
+_read_issue: Any = redis_codes._read_issue
+_read_settle: Any = redis_codes._read_settle
+
+
+class Posted:
+    """Stands for a connection: keeps what is posted."""
+
+    database = 0
+
+    def post(self, batch: Any, *, database: int) -> None:
+        """As `RedisConnection.post`."""
+        del database
+        [self.command] = batch
+
+
+def store_of(policy: CodePolicy) -> RedisCodeStore:
+    """A store whose steps a test sends itself."""
+    return RedisCodeStore(Posted(), policy)  # type: ignore[arg-type]
+
+
+def announce_data(store: RedisCodeStore, claims: list[Claim]) -> Command:
+    """The command that is posted."""
+    store.announce_data(claims)
+    command: Command = store.connection.command  # type: ignore[attr-defined]
+    return command
+
+
+def run(client: redis.Redis, command: Command | Step[Any]) -> Any:
     """Send one command of the store's."""
+    if isinstance(command, Step):
+        [command] = command.commands
     try:
         return client.execute_command(*command)  # type: ignore[no-untyped-call]
     except NoScriptError:
@@ -62,23 +81,22 @@ class Driver:
 
     def __init__(self, client: redis.Redis, policy: CodePolicy = POLICY) -> None:
         self.client = client
-        self.store = CodeStore(policy)
+        self.store = store_of(policy)
         self.outside: set[bytes] = set()
         self._candidates = iter(f"{number:06}" for number in range(1_000_000))
 
     def issue(self, claim: Claim, candidate: str | None = None, **options: Any) -> Issue:
         """Issue with `candidate`, or with a code never used before."""
-        return self.store.read_issue(self.one(self.store.issue([self.asked(claim, candidate, **options)])))
+        issue: Issue = _read_issue(self.one(self.store.issue([self.asked(claim, candidate, **options)])))
+        return issue
 
-    def asked(self, claim: Claim, candidate: str | None = None, **options: Any) -> Asked:
+    def asked(self, claim: Claim, candidate: str | None = None, **options: Any) -> IssueRequest:
         """What is asked for one request."""
-        return Asked(claim, candidate or next(self._candidates), **options)
+        return IssueRequest(claim, candidate or next(self._candidates), **options)
 
-    def issue_all(self, asked: list[Asked]) -> list[Issue | redis.ResponseError]:
+    def issue_all(self, asked: list[IssueRequest]) -> list[Issue | redis.ResponseError]:
         """Issue for a batch: what each got, or the error in its place."""
-        return [
-            entry if is_error(entry) else self.store.read_issue(entry) for entry in self.run(self.store.issue(asked))
-        ]
+        return [entry if is_error(entry) else _read_issue(entry) for entry in self.run(self.store.issue(asked))]
 
     def send(self, claim: Claim, candidate: str | None = None, **options: Any) -> Send:
         """Issue, where the lease must be had."""
@@ -110,19 +128,19 @@ class Driver:
 
     def settle(self, outcome: Outcome) -> list[str]:
         """Settle, where the lease must be ours."""
-        ours, wake = self.store.read_settle(self.one(self.store.settle([outcome])))
+        ours, wake = _read_settle(self.one(self.store.settle([outcome])))
         assert ours
-        return wake
+        return list(wake)
 
     def settle_late(self, outcome: Outcome) -> None:
         """Settle, where the lease must be lost; nothing changes."""
         before = self.everything()
-        assert self.store.read_settle(self.one(self.store.settle([outcome]))) == (False, [])
+        assert _read_settle(self.one(self.store.settle([outcome]))) == (False, [])
         assert self.everything() == before
 
     def announce_data(self, claim: Claim) -> bool:
         """Announce the final dot."""
-        return bool(self.one(self.store.announce_data([claim])) == 1)
+        return bool(self.one(announce_data(self.store, [claim])) == 1)
 
     def renew(self, *claims: Claim) -> list[int]:
         """Renew leases."""
@@ -136,7 +154,7 @@ class Driver:
 
     def check(self, code: str, email: str = EMAIL, purpose: str = "default") -> ErrorCode:
         """Check a code."""
-        return self.store.read_check(email, self.run(self.store.check(email, code, purpose))).error
+        return ErrorCode(self.run(self.store.check(email, code, purpose)))
 
     def answer_of(self, claim: Claim) -> ErrorCode:
         """The final answer that is remembered."""
@@ -157,14 +175,14 @@ class Driver:
                 found[key] = self.client.get(key)
         return found
 
-    def one(self, command: Command) -> Any:
+    def one(self, command: Command | Step[Any]) -> Any:
         """Run a command for one request; its entry. Raises what stands there if that is an error."""
         [entry] = self.run(command)
         if is_error(entry):
             raise entry
         return entry
 
-    def run(self, command: Command) -> Any:
+    def run(self, command: Command | Step[Any]) -> Any:
         """Run a command; then every key must have a time to live."""
         answer = run(self.client, command)
         keys = list(self.client.scan_iter(count=1000))

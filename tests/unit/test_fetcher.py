@@ -21,6 +21,11 @@ ETA = {"eta": "2100-01-01T00:00:00"}
 ACK = ("ack",)
 
 
+class _Channel:
+    def __init__(self, capacity: int = AT_ONCE) -> None:
+        self.capacity = capacity
+
+
 class Play:
     """An intake, and all that is around it."""
 
@@ -31,13 +36,14 @@ class Play:
         self.told: list[Finished] = []
         self.to_celery: list[dict[str, Any]] = []
         self.under_way = 0  # outcomes that are not settled yet
-        self.prefetch = Prefetch(lambda: AT_ONCE)
+        self.counters = Counters()
+        self.prefetch = Prefetch(_Channel(), self.counters)
         self.prefetch._rate, self.prefetch._fetch = AHEAD / 0.03, 1.0
         self.came = asyncio.Event()
         self._tags = itertools.count()
         queue = RequestQueue("verification", visibility_timeout=30)
         us, waiter = cast(Any, self), cast(Any, _Waiter(self))  # of each part, the intake uses what is here
-        self.fetcher = Fetcher(us, waiter, queue, us, us, _World(self), Counters(), self.prefetch, lambda: True)
+        self.fetcher = Fetcher(us, waiter, queue, us, us, _World(self), self.counters, self.prefetch, lambda: True)
 
     def push(self, count: int, **options: Any) -> None:
         """So many messages more."""
@@ -186,10 +192,10 @@ def test_a_mail_that_has_left_its_connection_makes_room_for_the_next_before_it_i
 
 
 def test_how_much_is_held_ahead_goes_by_how_long_a_fetch_takes() -> None:
-    prefetch = Prefetch(lambda: AT_ONCE)
+    counters = Counters()
+    prefetch = Prefetch(_Channel(), counters)
     for tick in range(20):
-        for _ in range(1000):
-            prefetch.sent()
+        counters.mails += 1000
         prefetch.tick(float(tick))
     for seconds, ahead in ((0.001, 2), (0.004, 8), (10.0, 30)):
         for _ in range(100):
@@ -257,7 +263,7 @@ def test_messages_are_taken_on_when_celery_is_done_with_what_filled_the_hands() 
 
 
 def test_one_call_never_asks_for_more_than_a_script_can_carry() -> None:
-    assert Prefetch(lambda: 10_000).wanted(0, settling=0) == MAX_MOVES
+    assert Prefetch(_Channel(10_000), Counters()).wanted(0, settling=0) == MAX_MOVES
 
 
 def test_the_world_is_told_of_a_whole_trip_at_once() -> None:

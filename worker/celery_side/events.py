@@ -129,7 +129,7 @@ class Events:
         with contextlib.suppress(RedisUnavailable, orjson.JSONEncodeError):
             command = self._publication()
             if command is not None:
-                self._broker.link.post([command], database=self._broker.number)
+                self._broker.connection.post([command], database=self._broker.number)
 
     async def close(self) -> None:
         """Publish what is left, and see it through."""
