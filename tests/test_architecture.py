@@ -25,7 +25,7 @@ API: Final = {  # the extra `api`
 # Only these know Celery.
 CELERYS: Final = {"worker.app", "worker.tasks"}
 # Only these know OpenTelemetry. They are loaded where something is traced, and nowhere else.
-TRACED: Final = {"producer.tracing.spans", "producer.tracing.export", "worker.trace_spans"}
+TRACED: Final = {"producer.tracing.spans", "producer.tracing.export"}
 # Modules that only build commands and read answers: the caller does the I/O.
 PURE: Final = {
     *("producer.contract", "producer.store.codes", "producer.store.backlog", "producer.redis.scripts"),

@@ -25,10 +25,10 @@ from worker.metrics import Counters, WorkerMetrics
 from worker.queue.commands import RequestQueue
 from worker.service import Service
 from worker.settler import Settler
+from worker.tracing import Recorder
 
 if TYPE_CHECKING:
     from producer.tracing.spans import Traces
-    from worker.trace_spans import Recorder
 
 SERVICE = "verifyserver-worker"  # in traces, unless OTEL_SERVICE_NAME says otherwise
 
@@ -74,7 +74,7 @@ class Worker:
             counters,
             Prefetch(self._channel, counters),
             lambda: not all(relay.unhealthy for relay in self._channel.statuses()),
-            _recorder(traces, settings.queue),
+            None if traces is None else Recorder(traces, settings.queue),
         )
         settler.subscribe(self.fetcher.done, self.fetcher.outcome)
         self._traces = traces
@@ -120,14 +120,6 @@ class Worker:
         await self._databases.close()
         if last_spans is not None:
             last_spans.join(FAREWELL)
-
-
-def _recorder(traces: Traces | None, queue: str) -> Recorder | None:
-    if traces is None:
-        return None
-    from worker.trace_spans import Recorder  # noqa: PLC0415 - OpenTelemetry is installed only where it is wanted
-
-    return Recorder(traces, queue)
 
 
 async def wire(settings: Settings, celery_side: CelerySide) -> Worker:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Final, Protocol
 
 from producer.contract import ErrorCode, Reply, VerifyRequest
 from producer.errors import RedisUnavailable
@@ -20,7 +20,7 @@ from worker.databases import Database
 from worker.job import Finished, Job
 from worker.maintenance import Maintenance
 from worker.metrics import Counters
-from worker.queue.commands import MaintenanceResult, RequestQueue
+from worker.queue.commands import MAX_MOVES, MaintenanceResult, RequestQueue
 from worker.queue.message import (
     CELERY_REJECTED,
     DeadLetterCode,
@@ -32,12 +32,7 @@ from worker.queue.message import (
 )
 from worker.service import Service
 from worker.settler import Settler
-
-if TYPE_CHECKING:
-    from worker.trace_spans import Recorder
-from typing import Any, Final
-
-from worker.queue.commands import MAX_MOVES
+from worker.tracing import Recorder, Trace
 
 AHEAD: Final = 0.03  # seconds of work, at most, that are held beyond what can be sent at once
 SHARE: Final = 4  # of that, many places are filled at once: when one part in so many is free
@@ -388,7 +383,7 @@ class Fetcher:
             job = parsed.job
             job.began = now
             if self._recorder is not None:
-                job.trace = self._recorder.begin(parsed.envelope["headers"])
+                job.trace = Trace(parsed.envelope["headers"])
             self._counters.taken += 1
             if self._celery_side.is_revoked(job.request_id):
                 self._celery_side.received([job])

@@ -1,63 +1,76 @@
-"""What happens to one request in a worker's hands, and when: written down here, and made into spans by `spans.py`."""
+"""What happens to one request in a worker, and when. Its spans are made once it is settled and nobody waits for them.
+
+No address, code or text of a reply gets in here. OpenTelemetry is loaded by whoever makes the `Traces` that are used.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from producer.store.codes import Answered, Conflict, Send, Wait
 from worker.mail.errors import MailError
 
 if TYPE_CHECKING:
+    from producer.contract import ErrorCode
     from producer.setting_types import RelayURL
     from producer.store.codes import Issue
+    from producer.tracing.spans import Step, Traces
+    from worker.job import Finished, Job
 
-ISSUE: Final = "issue"
-TRY: Final = "smtp send"
-SETTLE: Final = "settle"
+logger = logging.getLogger(__name__)
+
 _ISSUED: Final = {Send: "send", Answered: "answered", Wait: "wait", Conflict: "conflict"}
 
 
-class Step(NamedTuple):
-    """Something that was done. Times are the loop's."""
+class _Event(NamedTuple):
+    """One thing that was done for a request, with loop times."""
 
     name: str
     began: float
     ended: float
-    facts: dict[str, str | int]
-    failed: str = ""  # how, in a word
+    attributes: dict[str, str | int]
+    error_type: str = ""
 
 
 class Trace:
-    """One request's steps. Nothing of the request itself gets in here."""
+    """What was done for one request so far."""
 
-    __slots__ = ("_leaving", "_retry", "_trying", "parent", "steps")
+    __slots__ = ("_retry", "_settling_since", "_trying", "events", "headers")
 
-    def __init__(self, parent: Any) -> None:
-        """`parent`: the caller's span."""
-        self.parent = parent
-        self.steps: list[Step] = []
+    def __init__(self, headers: Mapping[str, object]) -> None:
+        """`headers`: the message's; they may name the caller's span."""
+        self.headers = headers
+        self.events: list[_Event] = []
         self._retry = 0
         self._trying: tuple[RelayURL, float] | None = None
-        self._leaving: float | None = None
+        self._settling_since: float | None = None
 
     def issued(self, began: float, ended: float, issue: Issue | None) -> None:
-        """The store was asked, together with others; None: it could not be, or refused."""
+        """The code store was asked. `issue`: its answer; None: it could not be asked, or refused."""
         if isinstance(issue, Send):
             self._retry = issue.tries
-        word = "unavailable" if issue is None else _ISSUED[type(issue)]
-        self.steps.append(Step(ISSUE, began, ended, {"verify.issue": word}, word if issue is None else ""))
+        outcome = "unavailable" if issue is None else _ISSUED[type(issue)]
+        attributes: dict[str, str | int] = {
+            "db.system.name": "redis",
+            "db.operation.name": "issue",
+            "verify.issue": outcome,
+        }
+        self.events.append(_Event("issue", began, ended, attributes, outcome if issue is None else ""))
 
     def trying(self, relay: RelayURL) -> None:
-        """A relay is about to be asked."""
+        """The mail goes to `relay` now."""
         self._trying = relay, _now()
 
     def tried(self, outcome: str, error: Exception | None) -> None:
-        """What it said, in a word. Its text may echo the address."""
+        """The send has ended. `outcome`: one word; the text of `error` may quote the address, so it is not used."""
         if self._trying is None:
             return
         (relay, began), self._trying = self._trying, None
-        facts: dict[str, str | int] = {
+        attributes: dict[str, str | int] = {
             "server.address": relay.host,
             "server.port": relay.port,
             "network.protocol.name": "smtp",
@@ -65,16 +78,47 @@ class Trace:
             "verify.retry": self._retry,
         }
         if isinstance(error, MailError) and error.code is not None:
-            facts["verify.smtp_code"] = error.code
-        self.steps.append(Step(TRY, began, _now(), facts, outcome if error is not None else ""))
+            attributes["verify.smtp_code"] = error.code
+        self.events.append(_Event("smtp send", began, _now(), attributes, outcome if error is not None else ""))
 
     def leaving(self) -> None:
-        """The request has its outcome, which is not settled yet."""
-        self._leaving = _now()
+        """The request has its outcome, which is yet to be settled."""
+        self._settling_since = _now()
 
-    def left(self, how: str, now: float) -> None:
-        """It is: by `ack`, `park` or `bury`."""
-        self.steps.append(Step(SETTLE, self._leaving or now, now, {"messaging.operation.name": how}))
+    def settled(self, how: str, now: float) -> None:
+        """The outcome is settled. `how`: ack, delay or dead_letter."""
+        attributes: dict[str, str | int] = {"messaging.operation.name": how, "messaging.operation.type": "settle"}
+        self.events.append(_Event("settle", self._settling_since or now, now, attributes))
+
+
+class Recorder:
+    """Makes the spans of settled requests. Belongs to the service's loop."""
+
+    def __init__(self, traces: Traces, queue: str) -> None:
+        self._traces = traces
+        self._queue = queue
+
+    def finish(self, finished: Finished) -> None:
+        """Make the spans of these requests."""
+        now = asyncio.get_running_loop().time()
+        zero = time.time_ns() - int(now * 1e9)  # Unix time of the loop's zero
+        for job, error in finished:
+            if job.trace is not None:
+                try:
+                    self._finish(job, job.trace, error, zero, now)
+                except Exception as exc:  # noqa: BLE001 - a request must not fail because of its span
+                    logger.error("unforeseen error in tracing", extra={"kind": type(exc).__name__})
+
+    def _finish(self, job: Job, trace: Trace, error: ErrorCode | None, zero: int, now: float) -> None:
+        how = "dead_letter" if job.dead_lettered else "delay" if error is None else "ack"
+        trace.settled(how, now)
+
+        def steps() -> Iterator[Step]:
+            for name, began, ended, attributes, error_type in trace.events:
+                yield name, zero + int(began * 1e9), zero + int(ended * 1e9), attributes, error_type
+
+        times = zero + int(job.began * 1e9), zero + int(now * 1e9)
+        self._traces.processed(self._queue, job.request_id, trace.headers, times, how, error, steps())
 
 
 def _now() -> float:

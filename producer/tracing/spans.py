@@ -23,6 +23,7 @@ from producer.setting_types import MASK
 
 Headers = Iterable[tuple[str | bytes, str | bytes]]
 Attributes = Mapping[str, str | int]
+Step = tuple[str, int, int, Attributes, str]  # name, began and ended (Unix ns), attributes, error type or ""
 
 ERROR: Final = "verify.error"
 ERROR_TYPE: Final = "error.type"
@@ -70,6 +71,37 @@ class Traces:
                 f"send {queue}", None, SpanKind.PRODUCER, messaging("send", "send", queue, request_id)
             )
         )
+
+    def processed(
+        self,
+        queue: str,
+        request_id: str,
+        headers: Mapping[str, object],
+        times: tuple[int, int],
+        settled: str,
+        error: ErrorCode | None,
+        steps: Iterable[Step],
+    ) -> None:
+        """Make the span of a message that a worker has processed, with one child for each of `steps`.
+
+        `headers`: the message's, which may name the sender's span. `times`: when it began and ended, in Unix ns.
+        """
+        message = messaging("process", "process", queue, request_id)
+        parent, (began, ended) = caller_of(headers), times
+        span = self.tracer.start_span(f"process {queue}", parent, SpanKind.CONSUMER, message, start_time=began)
+        if not span.is_recording():
+            return
+        span.set_attribute("verify.settled", settled)
+        if error is not None:
+            note(span, error)
+        within = trace.set_span_in_context(span, Context())
+        for name, step_began, step_ended, attributes, error_type in steps:
+            facts = {**message, **attributes} if name == "settle" else attributes
+            child = self.tracer.start_span(name, within, SpanKind.CLIENT, facts, start_time=step_began)
+            if error_type:
+                fail(child, error_type)
+            child.end(step_ended)
+        span.end(ended)
 
     def close(self) -> threading.Thread:
         """Begin to export what is left, and end. Wait for the thread, as long as one likes: it keeps no process up."""

@@ -330,7 +330,7 @@ def test_a_retry_is_part_of_the_same_trace_in_whichever_worker(redis_server: Red
         assert (await asking)["error"] == 0
         spans = await stage.spans(2)
         assert {f"{span.context.trace_id:032x}" for span in spans} == {TRACE_ID}
-        assert [facts(span)["verify.settled"] for span in named(spans, "process verification")] == ["park", "ack"]
+        assert [facts(span)["verify.settled"] for span in named(spans, "process verification")] == ["delay", "ack"]
         refused, accepted = named(spans, "smtp send")
         assert {"verify.outcome": "deferred", "verify.smtp_code": 450, "verify.retry": 0}.items() <= facts(
             refused
@@ -338,7 +338,7 @@ def test_a_retry_is_part_of_the_same_trace_in_whichever_worker(redis_server: Red
         assert facts(refused)["error.type"] == "deferred"
         assert refused.status.status_code is StatusCode.ERROR
         assert {"verify.outcome": "accepted", "verify.retry": 1}.items() <= facts(accepted).items()
-        assert [facts(span)["messaging.operation.name"] for span in named(spans, "settle")] == ["park", "ack"]
+        assert [facts(span)["messaging.operation.name"] for span in named(spans, "settle")] == ["delay", "ack"]
 
     play(redis_server, scene)
 
@@ -447,7 +447,7 @@ def test_an_unfit_message_and_a_conflict_do_no_harm(redis_server: RedisServer, r
             client.lpush(DEFAULT_QUEUE, "no JSON", json.dumps({**message(), "body": "no body"}))
         spans = await stage.spans(2)
         conflict = named(spans, "process verification")[1]
-        assert facts(conflict)["verify.settled"] == "bury"
+        assert facts(conflict)["verify.settled"] == "dead_letter"
         assert "conflict" in {facts(span)["verify.issue"] for span in named(spans, "issue")}
         assert await stage.call(address()) == 0
         await stage.spans(3)

@@ -27,7 +27,6 @@ ON = {"OTEL_TRACES_EXPORTER": "otlp"}
 LOADED = (
     "producer.tracing.spans",
     "producer.tracing.export",
-    "worker.trace_spans",
     "opentelemetry.sdk.trace",
     "opentelemetry.exporter",
 )
