@@ -15,7 +15,7 @@ from itertools import count
 from bench.messages import address
 from producer.settings import Settings
 from worker.mail.message import Envelope, Mail
-from worker.mail.pool import Relay
+from worker.mail.pool import SmtpPool
 from worker.mail.render import Renderer
 from worker.service import new_code
 
@@ -23,12 +23,7 @@ from worker.service import new_code
 async def send(settings: Settings, mails: int) -> None:
     """Send so many mails, over as many connections at once as are set."""
     [url] = settings.relays
-    relay = Relay(
-        url,
-        connections=settings.relay_connections,
-        connect_timeout=settings.connect_timeout,
-        send_timeout=settings.send_timeout,
-    )
+    relay = SmtpPool.of(url, settings)
     renderer = Renderer(settings.mail_from, default_locale=settings.locale)
     sender = settings.mail_from.mailbox
     numbers = count()

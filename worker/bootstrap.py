@@ -6,7 +6,7 @@ An own code store is wired here, in place of `RedisCodeStore`; another mail chan
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from producer.errors import RedisUnavailable, ServerTooOld
 from producer.metrics import MetricsServer
@@ -19,7 +19,7 @@ from worker.celery_side.events import Events
 from worker.databases import Databases
 from worker.fetcher import CelerySide, Fetcher, Prefetch
 from worker.mail.failover import Failover
-from worker.mail.pool import Relay
+from worker.mail.pool import SmtpPool
 from worker.mail.render import Renderer
 from worker.metrics import Counters, WorkerMetrics
 from worker.queue.commands import RequestQueue
@@ -28,7 +28,18 @@ from worker.settler import Settler
 from worker.tracing import Recorder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from producer.setting_types import RelayURL
     from producer.tracing.spans import Traces
+    from worker.mail.channel import RelayChannel
+
+# The mail channel for each URL scheme of VERIFY_RELAYS
+CHANNELS: Final[dict[str, Callable[[RelayURL, Settings], RelayChannel]]] = {
+    "smtp": SmtpPool.of,
+    "smtp+starttls": SmtpPool.of,
+    "smtps": SmtpPool.of,
+}
 
 SERVICE = "verifyserver-worker"  # in traces, unless OTEL_SERVICE_NAME says otherwise
 
@@ -39,17 +50,7 @@ class Worker:
     def __init__(self, settings: Settings, celery_side: CelerySide, traces: Traces | None = None) -> None:
         self._databases = Databases(settings)
         self._waiter = RedisConnection(settings.broker_url)  # its own, as it blocks
-        self._channel = Failover(
-            [
-                Relay(
-                    url,
-                    connections=settings.relay_connections,
-                    connect_timeout=settings.connect_timeout,
-                    send_timeout=settings.send_timeout,
-                )
-                for url in settings.relays
-            ]
-        )
+        self._channel = Failover([CHANNELS[url.scheme](url, settings) for url in settings.relays])
         codes, broker = self._databases.codes, self._databases.broker
         store = RedisCodeStore(codes.connection, CodePolicy.of(settings), database=codes.number)
         queue = RequestQueue(settings.queue, visibility_timeout=settings.visibility_timeout)
@@ -73,7 +74,7 @@ class Worker:
             celery_side,
             counters,
             Prefetch(self._channel, counters),
-            lambda: not all(relay.unhealthy for relay in self._channel.statuses()),
+            lambda: self._channel.healthy,
             None if traces is None else Recorder(traces, settings.queue),
         )
         settler.subscribe(self.fetcher.done, self.fetcher.outcome)

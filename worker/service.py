@@ -12,18 +12,18 @@ import logging
 import random
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from producer.contract import ErrorCode
 from producer.errors import StoreUnavailable
 from producer.store.codes import Answered, CodeStore, Conflict, Issue, IssueRequest, Send, StoreError, Wait
 from worker.job import Job
+from worker.mail.channel import MailChannel
 from worker.mail.errors import (
     AcceptanceUnknown,
     MailError,
     MessageRejected,
     RecipientRejected,
-    SendWithheld,
+    SendAborted,
     Smtputf8Unsupported,
 )
 from worker.mail.message import Envelope, Mail
@@ -51,16 +51,6 @@ def retry_delay(tries: int, remaining: float) -> float:
 def new_code(length: int) -> str:
     """A code of `length` decimal digits, each equally likely, from the operating system's random source."""
     return f"{secrets.randbelow(10**length):0{length}d}"
-
-
-class MailChannel(Protocol):
-    """Sends mails."""
-
-    def send(self, mail: Mail) -> None:
-        """Start a send; `mail.done` is called with its outcome."""
-
-    async def close(self) -> None:
-        """Cancel what is under way."""
 
 
 class Service:
@@ -171,7 +161,7 @@ class Service:
             self._settler.answer(job, ErrorCode.INVALID_ADDRESS, mark=True)
         elif isinstance(error, MailError):
             delay = 0.0 if self._stopping else retry_delay(send.tries, send.remaining)
-            if not self._stopping and not isinstance(error, SendWithheld):
+            if not self._stopping and not isinstance(error, SendAborted):
                 logger.warning("mail deferred", extra={"reply": str(error), "next_try_in": round(delay, 1)})
             self._settler.retry(job, delay, unknown=isinstance(error, AcceptanceUnknown))
         else:

@@ -1,4 +1,4 @@
-"""Several relays: in order, the sick ones skipped and probed, and what their failures mean together."""
+"""Several relays: their order, how unhealthy ones are skipped and probed, and what their failures mean together."""
 
 from __future__ import annotations
 
@@ -7,62 +7,50 @@ import logging
 from contextlib import AsyncExitStack
 
 import pytest
-from support.relays import outcome
+from support.relays import ENVELOPE, UTF8_ENVELOPE, asyncio_test, make, outcome, until
 from support.smtp_server import Act, Drop, Last, ScriptedServer, Silence
 
-from producer.setting_types import RelayURL
 from worker.mail.errors import (
     AcceptanceUnknown,
     MailError,
     MessageDeferred,
     MessageRejected,
     RecipientRejected,
+    SendAborted,
     SendCancelled,
-    SendWithheld,
     Smtputf8Unsupported,
 )
 from worker.mail.failover import Failover
-from worker.mail.message import Envelope
-from worker.mail.pool import Relay
-
-ENVELOPE = Envelope("no-reply@example.com", "alice@example.com", False, b"Subject: code\r\n\r\nhello\r\n")
-WANTS_UTF8 = ENVELOPE._replace(recipient="用户@example.com", needs_smtputf8=True)
+from worker.mail.pool import SmtpPool
 
 
 class Clock:
+    """Time that stands still until a test moves it. `tick` lets the background prober run once."""
+
     def __init__(self) -> None:
         self.now = 0.0
+        self._ticks: asyncio.Queue[None] = asyncio.Queue()
 
     def __call__(self) -> float:
         return self.now
 
+    async def sleep(self, _seconds: float) -> None:
+        await self._ticks.get()
 
-def make(*servers: ScriptedServer | RelayURL, clock: Clock | None = None) -> Failover:
-    relays = [
-        Relay(
-            server if isinstance(server, RelayURL) else server.url(), connections=2, connect_timeout=1, send_timeout=1
-        )
-        for server in servers
-    ]
-    return Failover(relays, clock=clock or Clock())
+    def tick(self, seconds: float) -> None:
+        self.now += seconds
+        self._ticks.put_nowait(None)
 
 
-async def attempt(
-    failover: Failover, envelope: Envelope = ENVELOPE, *, wanted: bool = True, calls: list[int] | None = None
-) -> MailError | None:
-    """Send once; the outcome."""
-
-    def before_data() -> bool:
-        if calls is not None:
-            calls.append(1)
-        return wanted
-
-    return await outcome(failover, envelope, wanted=before_data)
+def failover_of(*relays: ScriptedServer | SmtpPool, clock: Clock | None = None) -> Failover:
+    clock = clock or Clock()
+    pools = [relay if isinstance(relay, SmtpPool) else make(relay, 2) for relay in relays]
+    return Failover(pools, clock=clock, sleep=clock.sleep)
 
 
 REJECTED, DEFERRED, BUSY, DEAD = "554 5.7.1 no", "451 4.3.0 later", "421 4.7.0 too many", Drop()
 
-# What each relay says to RCPT (None: it takes the mail), the outcome, and how many relays were asked.
+# Each relay's reply to RCPT (None: it accepts the mail), the outcome, and how many relays were tried.
 MIXED: list[tuple[tuple[Act | None, ...], type[MailError] | None, int]] = [
     ((None, None), None, 1),
     ((DEFERRED, None), None, 2),
@@ -82,207 +70,248 @@ MIXED: list[tuple[tuple[Act | None, ...], type[MailError] | None, int]] = [
 ]
 
 
-@pytest.mark.parametrize(("says", "kind", "asked"), MIXED, ids=str)
-def test_relays_are_asked_in_order_until_one_decides(
-    says: tuple[Act | None, ...], kind: type[MailError] | None, asked: int
+@pytest.mark.parametrize(("replies", "kind", "tried"), MIXED, ids=str)
+@asyncio_test
+async def test_relays_are_tried_in_order_until_one_decides(
+    replies: tuple[Act | None, ...], kind: type[MailError] | None, tried: int
 ) -> None:
-    async def main() -> None:
-        async with AsyncExitStack() as stack:
-            servers = [
-                await stack.enter_async_context(ScriptedServer({} if act is None else {"rcpt": act})) for act in says
-            ]
-            failover = make(*servers)
-            error = await attempt(failover)
-            assert (None if error is None else type(error)) is kind
-            assert [server.connections for server in servers] == [1] * asked + [0] * (len(says) - asked)
-            assert sum(len(server.mails) for server in servers) == (kind is None)
-            await failover.close()
-
-    asyncio.run(main())
+    async with AsyncExitStack() as stack:
+        scripts: list[dict[str, Act | list[Act]]] = [{} if act is None else {"rcpt": act} for act in replies]
+        servers = [await stack.enter_async_context(ScriptedServer(script)) for script in scripts]
+        failover = failover_of(*servers)
+        error = await outcome(failover, ENVELOPE)
+        assert (None if error is None else type(error)) is kind
+        assert [server.connections for server in servers] == [1] * tried + [0] * (len(replies) - tried)
+        assert sum(len(server.mails) for server in servers) == (kind is None)
+        await failover.close()
 
 
 @pytest.mark.parametrize("act", [Drop(), Last("nonsense"), Silence()], ids=["drop", "garbage", "silence"])
-def test_a_mail_that_may_have_been_accepted_goes_to_no_other_relay(act: Act) -> None:
-    async def main() -> None:
-        async with ScriptedServer({"dot": act}) as first, ScriptedServer() as second:
-            failover = make(first, second)
-            calls: list[int] = []
-            assert type(await attempt(failover, calls=calls)) is AcceptanceUnknown
-            assert second.connections == 0
-            assert len(calls) == 1
-            await failover.close()
-
-    asyncio.run(main())
+@asyncio_test
+async def test_a_mail_that_may_have_been_accepted_goes_to_no_other_relay(act: Act) -> None:
+    async with ScriptedServer({"dot": act}) as first, ScriptedServer() as second:
+        failover = failover_of(make(first, send_timeout=1.0), second)
+        answers = [True]
+        assert type(await outcome(failover, ENVELOPE, wanted=answers.pop)) is AcceptanceUnknown
+        assert second.connections == 0
+        assert not answers
+        await failover.close()
 
 
-def test_a_withheld_send_goes_to_no_other_relay() -> None:
-    async def main() -> None:
-        async with ScriptedServer() as first, ScriptedServer() as second:
-            failover = make(first, second)
-            assert type(await attempt(failover, wanted=False)) is SendWithheld
-            assert second.connections == 0
-            assert not first.mails
-            await failover.close()
-
-    asyncio.run(main())
+@asyncio_test
+async def test_an_aborted_send_goes_to_no_other_relay() -> None:
+    async with ScriptedServer() as first, ScriptedServer() as second:
+        failover = failover_of(first, second)
+        assert type(await outcome(failover, ENVELOPE, wanted=lambda: False)) is SendAborted
+        assert second.connections == 0
+        assert not first.mails
+        await failover.close()
 
 
-def test_smtputf8_is_looked_for_everywhere() -> None:
-    async def main() -> None:
-        async with (
-            ScriptedServer(offers=("PIPELINING",)) as first,
-            ScriptedServer(offers=("PIPELINING",)) as second,
-            ScriptedServer() as able,
-            ScriptedServer({"rcpt": REJECTED}) as refusing,
-            ScriptedServer({"banner": Drop()}) as dead,
+@asyncio_test
+async def test_a_relay_with_smtputf8_is_looked_for() -> None:
+    async with (
+        ScriptedServer(offers=("PIPELINING",)) as first,
+        ScriptedServer(offers=("PIPELINING",)) as second,
+        ScriptedServer() as able,
+        ScriptedServer({"rcpt": REJECTED}) as refusing,
+        ScriptedServer({"banner": Drop()}) as dead,
+    ):
+        for servers, kind in (
+            ((first, second), Smtputf8Unsupported),
+            ((first, dead), MessageDeferred),
+            ((dead, first), MessageDeferred),
+            ((first, refusing), MessageRejected),
         ):
-            for servers, kind in (
-                ((first, second), Smtputf8Unsupported),
-                ((first, dead), MessageDeferred),
-                ((dead, first), MessageDeferred),
-                ((first, refusing), MessageRejected),
-            ):
-                failover = make(*servers)
-                assert type(await attempt(failover, WANTS_UTF8)) is kind
-                await failover.close()
-            failover = make(first, able)
-            assert await attempt(failover, WANTS_UTF8) is None
-            # Lacking an extension is no sickness.
-            assert await attempt(failover) is None
-            assert len(first.mails) == len(able.mails) == 1
+            failover = failover_of(*servers)
+            assert type(await outcome(failover, UTF8_ENVELOPE)) is kind
+            await failover.close()
+        failover = failover_of(first, able)
+        assert await outcome(failover, UTF8_ENVELOPE) is None
+        # A relay without the extension is healthy.
+        assert await outcome(failover, ENVELOPE) is None
+        assert len(first.mails) == len(able.mails) == 1
+        await failover.close()
+
+
+@asyncio_test
+async def test_an_error_names_relay_step_and_reply() -> None:
+    async with ScriptedServer({"mail": "553 5.1.8 no"}) as first, ScriptedServer({"rcpt": DEFERRED}) as second:
+        for server, reply in ((first, "553 5.1.8 at MAIL FROM"), (second, "451 4.3.0 at RCPT TO")):
+            failover = failover_of(server)
+            error = await outcome(failover, ENVELOPE)
+            assert error
+            assert (error.relay, error.reply) == (server.url().masked(), reply)
+            assert error.sender_refused == (server is first)
             await failover.close()
 
-    asyncio.run(main())
 
-
-def test_a_sick_relay_is_skipped_probed_and_used_again(caplog: pytest.LogCaptureFixture) -> None:
+@asyncio_test
+async def test_an_unhealthy_relay_is_skipped_probed_and_used_again(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-
-    async def main() -> None:
-        clock = Clock()
-        async with ScriptedServer({"banner": Drop()}) as first, ScriptedServer() as second:
-            failover = make(first.url("smtp", "user", "secret"), second, clock=clock)
-            for _ in range(5):
-                assert await attempt(failover) is None
-            assert (first.connections, len(second.mails)) == (1, 5)
-            assert failover.capacity == 2
-            clock.now += 1.0  # the longest the first pause can be
-            for _ in range(5):
-                assert await attempt(failover) is None
-            assert first.connections == 2
-            clock.now += 0.99  # the pause has doubled: at least 1 s
-            assert await attempt(failover) is None
-            assert first.connections == 2
-            clock.now += 1.01
-            first.script["banner"] = "220 hi"
-            first.offers = ("PIPELINING", "AUTH PLAIN")
-            for _ in range(3):
-                assert await attempt(failover) is None
-            assert len(first.mails) == 3
-            assert failover.capacity == 2
-            await failover.close()
-
-    asyncio.run(main())
+    clock = Clock()
+    async with ScriptedServer({"banner": Drop()}) as first, ScriptedServer() as second:
+        url = first.url("smtp", "user", "secret")
+        failover = failover_of(SmtpPool(url, connections=3, connect_timeout=9, send_timeout=9), second, clock=clock)
+        assert (failover.healthy, failover.capacity) == (True, 3)
+        for _ in range(5):
+            assert await outcome(failover, ENVELOPE) is None
+        assert (first.connections, len(second.mails)) == (1, 5)
+        assert (failover.healthy, failover.capacity) == (True, 2)
+        clock.now += 1.0  # the longest first pause
+        for _ in range(5):
+            assert await outcome(failover, ENVELOPE) is None
+        assert first.connections == 2
+        clock.now += 0.99  # the pause has doubled: at least 1 s
+        assert await outcome(failover, ENVELOPE) is None
+        assert first.connections == 2
+        clock.now += 1.01
+        first.script["banner"] = "220 hi"
+        first.offers = ("PIPELINING", "AUTH PLAIN")
+        for _ in range(3):
+            assert await outcome(failover, ENVELOPE) is None
+        assert len(first.mails) == 3
+        assert failover.capacity == 3
+        await failover.close()
     own = [record for record in caplog.records if record.name == "worker.mail.failover"]
-    assert [record.levelname for record in own] == ["WARNING", "INFO"]
-    assert "RelayUnavailable" in own[0].getMessage()
-    assert not any(word in caplog.text for word in ("secret", "alice"))
+    assert [(record.levelname, record.getMessage()) for record in own] == [
+        ("WARNING", "the relay is unhealthy: RelayUnavailable at banner"),
+        ("INFO", "the relay is healthy again"),
+    ]
+    assert [record.__dict__["relay"] for record in own] == [url.masked()] * 2
 
 
-def test_with_all_relays_sick_sends_fail_fast_but_for_one_probe() -> None:
-    async def main() -> None:
-        clock = Clock()
-        async with ScriptedServer({"banner": Drop()}) as first, ScriptedServer({"banner": Drop()}) as second:
-            failover = make(first, second, clock=clock)
-            for _ in range(10):
-                assert type(await attempt(failover)) is MessageDeferred
-            assert (first.connections, second.connections) == (1, 1)
-            assert failover.capacity == 2
-            clock.now += 1
-            outcomes = await asyncio.gather(*(attempt(failover) for _ in range(50)))
-            assert {type(outcome) for outcome in outcomes} == {MessageDeferred}
-            assert (first.connections, second.connections) == (2, 2)
-            second.script.clear()
-            clock.now += 2
-            assert await attempt(failover) is None
-            assert len(second.mails) == 1
-            await failover.close()
+@pytest.mark.parametrize(
+    ("step", "reply", "message"),
+    [
+        ("auth", "535 5.7.8 no", "the relay refused the login (535): check VERIFY_RELAYS"),
+        ("mail", "530 5.7.0 authenticate", "the relay wants a login (530): check VERIFY_RELAYS"),
+    ],
+)
+@asyncio_test
+async def test_a_refused_login_names_the_setting_and_makes_the_relay_unhealthy(
+    step: str, reply: str, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with ScriptedServer({step: reply}, offers=("AUTH PLAIN",)) as first, ScriptedServer() as second:
+        url = first.url("smtp", "u", "p")
+        failover = failover_of(SmtpPool(url, connections=2, connect_timeout=9, send_timeout=9), second)
+        for _ in range(3):
+            assert await outcome(failover, ENVELOPE) is None
+        assert (first.connections, len(second.mails)) == (1, 3)
+        await failover.close()
+    [record] = [record for record in caplog.records if record.name == "worker.mail.failover"]
+    assert (record.levelname, record.getMessage()) == ("WARNING", message)
+    assert record.__dict__["relay"] == url.masked()
 
-    asyncio.run(main())
+
+@asyncio_test
+async def test_without_a_healthy_relay_sends_fail_fast_but_for_one_probe_each() -> None:
+    clock = Clock()
+    async with ScriptedServer({"banner": Drop()}) as first, ScriptedServer({"banner": Drop()}) as second:
+        failover = failover_of(first, second, clock=clock)
+        for _ in range(10):
+            assert type(await outcome(failover, ENVELOPE)) is MessageDeferred
+        assert (first.connections, second.connections) == (1, 1)
+        assert (failover.healthy, failover.capacity) == (False, 2)
+        clock.now += 1
+        errors = await asyncio.gather(*(outcome(failover, ENVELOPE) for _ in range(50)))
+        assert {type(error) for error in errors} == {MessageDeferred}
+        assert (first.connections, second.connections) == (2, 2)
+        second.script.clear()
+        clock.now += 2
+        assert await outcome(failover, ENVELOPE) is None
+        assert len(second.mails) == 1
+        assert failover.healthy
+        await failover.close()
 
 
-def test_the_pause_grows_to_a_minute_and_starts_over() -> None:
-    async def main() -> None:
-        clock = Clock()
-        async with ScriptedServer({"banner": Drop()}) as server:
-            failover = make(server, clock=clock)
-            await attempt(failover)
-            for _ in range(10):
-                clock.now += 60
-                await attempt(failover)
-            assert server.connections == 11
-            clock.now += 29.9
-            await attempt(failover)
-            assert server.connections == 11
-            server.script.clear()
-            clock.now += 30.1
-            assert await attempt(failover) is None
-            server.script["mail"] = server.script["banner"] = Drop()
-            assert type(await attempt(failover)) is MessageDeferred
-            before = server.connections
-            clock.now += 1
-            await attempt(failover)
-            assert server.connections == before + 1
-            await failover.close()
+@asyncio_test
+async def test_beside_a_healthy_relay_the_pause_grows_to_a_minute_and_starts_over() -> None:
+    clock = Clock()
+    async with ScriptedServer({"banner": Drop()}) as server, ScriptedServer() as healthy:
+        failover = failover_of(server, healthy, clock=clock)
+        for _ in range(11):
+            assert await outcome(failover, ENVELOPE) is None
+            clock.now += 60
+        assert server.connections == 11
+        clock.now -= 30.1
+        await outcome(failover, ENVELOPE)
+        assert server.connections == 11
+        server.script.clear()
+        clock.now += 30.1
+        assert await outcome(failover, ENVELOPE) is None
+        assert len(server.mails) == 1
+        server.script["mail"] = server.script["banner"] = Drop()
+        await outcome(failover, ENVELOPE)
+        before = server.connections
+        clock.now += 1
+        await outcome(failover, ENVELOPE)
+        assert server.connections == before + 1
+        await failover.close()
 
-    asyncio.run(main())
+
+@asyncio_test
+async def test_without_a_healthy_relay_each_is_probed_every_five_seconds_without_mails() -> None:
+    clock = Clock()
+    async with ScriptedServer({"banner": Drop()}) as first, ScriptedServer({"banner": Drop()}) as second:
+        failover = failover_of(first, second, clock=clock)
+        assert type(await outcome(failover, ENVELOPE)) is MessageDeferred
+        for probes in range(1, 9):
+            clock.tick(4)
+            await until(lambda: first.connections == second.connections == 1 + probes)  # noqa: B023 - called at once
+        second.script.clear()
+        while not failover.healthy:
+            clock.tick(1)
+            await asyncio.sleep(0.01)
+        assert not second.mails
+        assert [status.unhealthy for status in failover.statuses()] == [True, False]
+        assert await outcome(failover, ENVELOPE) is None
+        assert len(second.mails) == 1
+        await failover.close()
+
+
+@asyncio_test
+async def test_a_connection_proves_nothing_of_a_relay_that_fails_later() -> None:
+    clock = Clock()
+    async with ScriptedServer({"mail": ["530 5.7.0 authenticate"]}) as server:
+        failover = failover_of(server, clock=clock)
+        assert type(await outcome(failover, ENVELOPE)) is MessageDeferred
+        clock.tick(4)
+        await until(lambda: "QUIT" in server.commands)
+        assert not failover.healthy
+        clock.now += 4
+        assert await outcome(failover, ENVELOPE) is None
+        assert failover.healthy
+        await failover.close()
 
 
 @pytest.mark.parametrize("act", ["554 5.7.1 no", "550 5.1.1 gone", "451 later"])
-def test_a_relay_that_answers_is_not_sick(act: str) -> None:
-    async def main() -> None:
-        clock = Clock()
-        async with ScriptedServer({"banner": [Drop()], "rcpt": [act]}) as server:
-            failover = make(server, clock=clock)
-            assert type(await attempt(failover)) is MessageDeferred
-            clock.now += 1
-            assert await attempt(failover) is not None
-            assert await attempt(failover) is None
-            await failover.close()
-
-    asyncio.run(main())
-
-
-def test_a_probe_whose_own_deadline_comes_lets_the_next_one_try() -> None:
-    async def main() -> None:
-        clock = Clock()
-        async with ScriptedServer({"banner": [Drop(), Silence()]}) as server:
-            failover = make(server, clock=clock)
-            await attempt(failover)
-            clock.now += 1
-            soon = asyncio.get_running_loop().time() + 0.2
-            probe = asyncio.create_task(outcome(failover, ENVELOPE, deadline=soon))
-            while server.script["banner"]:  # noqa: ASYNC110 what is waited for is the server's
-                await asyncio.sleep(0.01)
-            assert type(await attempt(failover)) is MessageDeferred
-            assert type(await probe) is SendCancelled
-            clock.now += 1
-            assert await attempt(failover) is None
-            await failover.close()
-
-    asyncio.run(main())
+@asyncio_test
+async def test_a_relay_that_answers_is_healthy(act: str) -> None:
+    clock = Clock()
+    async with ScriptedServer({"banner": [Drop()], "rcpt": [act]}) as server:
+        failover = failover_of(server, clock=clock)
+        assert type(await outcome(failover, ENVELOPE)) is MessageDeferred
+        clock.now += 1
+        assert await outcome(failover, ENVELOPE) is not None
+        assert failover.healthy
+        assert await outcome(failover, ENVELOPE) is None
+        await failover.close()
 
 
-def test_wrong_credentials_make_a_relay_sick() -> None:
-    async def main() -> None:
-        async with (
-            ScriptedServer({"auth": "535 5.7.8 no"}, offers=("AUTH PLAIN",)) as first,
-            ScriptedServer() as second,
-        ):
-            failover = make(first.url("smtp", "u", "p"), second)
-            for _ in range(3):
-                assert await attempt(failover) is None
-            assert (first.connections, len(second.mails)) == (1, 3)
-            await failover.close()
-
-    asyncio.run(main())
+@asyncio_test
+async def test_a_probe_that_is_cancelled_lets_the_next_one_try() -> None:
+    clock = Clock()
+    banners: list[Act] = [Drop(), Silence()]
+    async with ScriptedServer({"banner": banners}) as server:
+        failover = failover_of(make(server, connect_timeout=60.0, send_timeout=60.0), clock=clock)
+        await outcome(failover, ENVELOPE)
+        clock.now += 1
+        soon = asyncio.get_running_loop().time() + 0.2
+        probe = asyncio.create_task(outcome(failover, ENVELOPE, deadline=soon))
+        await until(lambda: not banners or probe.done())
+        assert type(await outcome(failover, ENVELOPE)) is MessageDeferred
+        assert type(await probe) is SendCancelled
+        clock.now += 1
+        assert await outcome(failover, ENVELOPE) is None
+        await failover.close()

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import trustme
 from aiosmtpd.smtp import SMTP, AuthResult
-from support.relays import outcome
+from support.relays import asyncio_test, outcome
 from support.smtp_server import HOST, Act, ScriptedServer, Silence
 
 from producer.setting_types import RelayURL
 from worker.mail.errors import MailError, MessageDeferred, RelayUnavailable, Smtputf8Unsupported
 from worker.mail.message import Envelope
-from worker.mail.pool import Relay
+from worker.mail.pool import SmtpPool
 
 ENVELOPE = Envelope("no-reply@example.com", "alice@example.com", False, b"Subject: code\r\n\r\nhello\r\n")
 USER, PASSWORD = "用户@example.com", "pä:ss /wörd"
@@ -77,7 +77,7 @@ async def aiosmtpd(
 
 async def attempt(url: RelayURL, tls: ssl.SSLContext | None = None, envelope: Envelope = ENVELOPE) -> MailError | None:
     """Send once with a relay of its own; the outcome."""
-    relay = Relay(url, connections=2, connect_timeout=1, send_timeout=2, tls=tls)
+    relay = SmtpPool(url, connections=2, connect_timeout=1, send_timeout=2, tls=tls)
     try:
         return await outcome(relay, envelope)
     finally:
@@ -86,31 +86,27 @@ async def attempt(url: RelayURL, tls: ssl.SSLContext | None = None, envelope: En
 
 
 @pytest.mark.parametrize("scheme", ["smtps", "smtp+starttls"])
-def test_a_mail_goes_over_tls(scheme: str) -> None:
-    async def main() -> None:
-        inbox = Inbox()
-        async with aiosmtpd(inbox, scheme, context(HOST)) as url:
-            assert await attempt(url, trusting()) is None
-        assert inbox.envelopes[0].content == ENVELOPE.content
-        # aiosmtpd knows of STARTTLS only; with implicit TLS the server speaks nothing else.
-        assert inbox.tls == [scheme == "smtp+starttls"]
-
-    asyncio.run(main())
+@asyncio_test
+async def test_a_mail_goes_over_tls(scheme: str) -> None:
+    inbox = Inbox()
+    async with aiosmtpd(inbox, scheme, context(HOST)) as url:
+        assert await attempt(url, trusting()) is None
+    assert inbox.envelopes[0].content == ENVELOPE.content
+    # aiosmtpd knows of STARTTLS only; with implicit TLS the server speaks nothing else.
+    assert inbox.tls == [scheme == "smtp+starttls"]
 
 
 @pytest.mark.parametrize("scheme", ["smtps", "smtp+starttls"])
 @pytest.mark.parametrize("bad", ["name", "expired", "unknown authority"])
-def test_a_bad_certificate_is_never_spoken_to(scheme: str, bad: str) -> None:
-    async def main() -> None:
-        inbox = Inbox()
-        server = context("mail.example.com" if bad == "name" else HOST, expired=bad == "expired")
-        async with aiosmtpd(inbox, scheme, server) as url:
-            error = await attempt(url, None if bad == "unknown authority" else trusting())
-        assert type(error) is RelayUnavailable
-        assert isinstance(error.__cause__, ssl.SSLCertVerificationError)
-        assert not inbox.envelopes
-
-    asyncio.run(main())
+@asyncio_test
+async def test_a_bad_certificate_is_never_spoken_to(scheme: str, bad: str) -> None:
+    inbox = Inbox()
+    server = context("mail.example.com" if bad == "name" else HOST, expired=bad == "expired")
+    async with aiosmtpd(inbox, scheme, server) as url:
+        error = await attempt(url, None if bad == "unknown authority" else trusting())
+    assert type(error) is RelayUnavailable
+    assert isinstance(error.__cause__, ssl.SSLCertVerificationError)
+    assert not inbox.envelopes
 
 
 REFUSALS: list[dict[str, Act | list[Act]] | None] = [
@@ -123,89 +119,75 @@ REFUSALS: list[dict[str, Act | list[Act]] | None] = [
 
 
 @pytest.mark.parametrize("script", REFUSALS, ids=str)
-def test_starttls_never_falls_back_to_plain(script: dict[str, Act | list[Act]] | None) -> None:
-    async def main() -> None:
-        offers = ("PIPELINING", "AUTH PLAIN") if script is None else ("STARTTLS", "AUTH PLAIN")
-        async with ScriptedServer(script, offers=offers) as server:
-            relay = Relay(server.url("smtp+starttls", "u", "p"), connections=1, connect_timeout=0.3, send_timeout=1)
-            assert type(await outcome(relay, ENVELOPE)) is RelayUnavailable
-            await relay.close()
-            assert relay.open_connections == 0
-            assert not [line for line in server.commands if line.startswith(("AUTH", "MAIL"))]
-            await asyncio.sleep(0.05)
-            assert server.open == 0
-
-    asyncio.run(main())
+@asyncio_test
+async def test_starttls_never_falls_back_to_plain(script: dict[str, Act | list[Act]] | None) -> None:
+    offers = ("PIPELINING", "AUTH PLAIN") if script is None else ("STARTTLS", "AUTH PLAIN")
+    async with ScriptedServer(script, offers=offers) as server:
+        relay = SmtpPool(server.url("smtp+starttls", "u", "p"), connections=1, connect_timeout=0.3, send_timeout=1)
+        assert type(await outcome(relay, ENVELOPE)) is RelayUnavailable
+        await relay.close()
+        assert relay.open_connections == 0
+        assert not [line for line in server.commands if line.startswith(("AUTH", "MAIL"))]
+        await asyncio.sleep(0.05)
+        assert server.open == 0
 
 
 @pytest.mark.parametrize("scheme", ["smtps", "smtp"])
-def test_a_stall_in_the_opening_is_cut(scheme: str) -> None:
-    async def main() -> None:
-        async with ScriptedServer({"banner": Silence()}) as server:
-            relay = Relay(server.url(scheme), connections=1, connect_timeout=0.2, send_timeout=5)
-            assert type(await outcome(relay, ENVELOPE)) is RelayUnavailable
-            await relay.close()
-            assert relay.open_connections == 0
-
-    asyncio.run(main())
+@asyncio_test
+async def test_a_stall_in_the_opening_is_cut(scheme: str) -> None:
+    async with ScriptedServer({"banner": Silence()}) as server:
+        relay = SmtpPool(server.url(scheme), connections=1, connect_timeout=0.2, send_timeout=5)
+        assert type(await outcome(relay, ENVELOPE)) is RelayUnavailable
+        await relay.close()
+        assert relay.open_connections == 0
 
 
-def test_what_is_said_before_tls_does_not_count() -> None:
-    async def main() -> None:
-        injected = b"220 go\r\n250-evil\r\n250 AUTH PLAIN\r\n235 in\r\n250 ok\r\n250 ok\r\nnonsense"
-        async with ScriptedServer({"starttls": injected}, offers=("STARTTLS", "EVIL"), tls=context(HOST)) as server:
-            assert await attempt(server.url("smtp+starttls"), trusting()) is None
-            assert [mail.content for mail in server.mails] == [ENVELOPE.content]
-            assert [line.split()[0] for line in server.commands].count("EHLO") == 2
-
-    asyncio.run(main())
+@asyncio_test
+async def test_what_is_said_before_tls_does_not_count() -> None:
+    injected = b"220 go\r\n250-evil\r\n250 AUTH PLAIN\r\n235 in\r\n250 ok\r\n250 ok\r\nnonsense"
+    async with ScriptedServer({"starttls": injected}, offers=("STARTTLS", "EVIL"), tls=context(HOST)) as server:
+        assert await attempt(server.url("smtp+starttls"), trusting()) is None
+        assert [mail.content for mail in server.mails] == [ENVELOPE.content]
+        assert [line.split()[0] for line in server.commands].count("EHLO") == 2
 
 
-def test_extensions_are_those_offered_after_tls() -> None:
-    async def main() -> None:
-        script: dict[str, Act | list[Act]] = {"ehlo": ["250-x\r\n250-STARTTLS\r\n250 SMTPUTF8", "250-x\r\n250 HELP"]}
-        async with ScriptedServer(script, tls=context(HOST)) as server:
-            wants = ENVELOPE._replace(recipient="用户@example.com", needs_smtputf8=True)
-            assert type(await attempt(server.url("smtp+starttls"), trusting(), wants)) is Smtputf8Unsupported
-
-    asyncio.run(main())
+@asyncio_test
+async def test_extensions_are_those_offered_after_tls() -> None:
+    script: dict[str, Act | list[Act]] = {"ehlo": ["250-x\r\n250-STARTTLS\r\n250 SMTPUTF8", "250-x\r\n250 HELP"]}
+    async with ScriptedServer(script, tls=context(HOST)) as server:
+        wants = ENVELOPE._replace(recipient="用户@example.com", needs_smtputf8=True)
+        assert type(await attempt(server.url("smtp+starttls"), trusting(), wants)) is Smtputf8Unsupported
 
 
 @pytest.mark.parametrize("excluded", [[], ["PLAIN"], ["LOGIN"]], ids=["both", "LOGIN", "PLAIN"])
-def test_auth_uses_what_the_relay_offers(excluded: list[str]) -> None:
-    async def main() -> None:
-        inbox = Inbox()
-        options = {"authenticator": authenticator, "auth_required": True, "auth_exclude_mechanism": excluded}
-        async with aiosmtpd(inbox, "smtp+starttls", context(HOST), **options) as url:
-            assert await attempt(url._replace(user=USER, password=PASSWORD), trusting()) is None
-            assert len(inbox.envelopes) == 1
-            wrong = await attempt(url._replace(user=USER, password="wrong"), trusting())
-            assert (type(wrong), wrong and wrong.code) == (RelayUnavailable, 535)
-            missing = await attempt(url, trusting())
-            assert (type(missing), missing and missing.code) == (RelayUnavailable, 530)
-            assert len(inbox.envelopes) == 1
-
-    asyncio.run(main())
+@asyncio_test
+async def test_auth_uses_what_the_relay_offers(excluded: list[str]) -> None:
+    inbox = Inbox()
+    options = {"authenticator": authenticator, "auth_required": True, "auth_exclude_mechanism": excluded}
+    async with aiosmtpd(inbox, "smtp+starttls", context(HOST), **options) as url:
+        assert await attempt(url._replace(user=USER, password=PASSWORD), trusting()) is None
+        assert len(inbox.envelopes) == 1
+        wrong = await attempt(url._replace(user=USER, password="wrong"), trusting())
+        assert (type(wrong), wrong and wrong.code) == (RelayUnavailable, 535)
+        missing = await attempt(url, trusting())
+        assert (type(missing), missing and missing.code) == (RelayUnavailable, 530)
+        assert len(inbox.envelopes) == 1
 
 
 @pytest.mark.parametrize("offer", ["AUTH CRAM-MD5", "AUTH", "HELP"])
-def test_without_a_known_mechanism_nothing_is_sent(offer: str) -> None:
-    async def main() -> None:
-        async with ScriptedServer(offers=(offer,)) as server:
-            assert type(await attempt(server.url("smtp", "u", "p"))) is RelayUnavailable
-            assert not server.mails
-
-    asyncio.run(main())
+@asyncio_test
+async def test_without_a_known_mechanism_nothing_is_sent(offer: str) -> None:
+    async with ScriptedServer(offers=(offer,)) as server:
+        assert type(await attempt(server.url("smtp", "u", "p"))) is RelayUnavailable
+        assert not server.mails
 
 
-def test_the_old_form_of_the_offer_is_understood() -> None:
-    async def main() -> None:
-        async with ScriptedServer(offers=("AUTH=LOGIN",)) as server:
-            assert await attempt(server.url("smtp", "u", "p")) is None
-            said = server.commands[server.commands.index("AUTH LOGIN") + 1 :][:2]
-            assert [base64.b64decode(line) for line in said] == [b"u", b"p"]
-
-    asyncio.run(main())
+@asyncio_test
+async def test_the_old_form_of_the_offer_is_understood() -> None:
+    async with ScriptedServer(offers=("AUTH=LOGIN",)) as server:
+        assert await attempt(server.url("smtp", "u", "p")) is None
+        said = server.commands[server.commands.index("AUTH LOGIN") + 1 :][:2]
+        assert [base64.b64decode(line) for line in said] == [b"u", b"p"]
 
 
 @pytest.mark.parametrize(
@@ -217,41 +199,35 @@ def test_the_old_form_of_the_offer_is_understood() -> None:
     ],
 )
 @pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN"])
-def test_every_reply_to_auth(mechanism: str, reply: str, kind: type[MailError]) -> None:
-    async def main() -> None:
-        async with ScriptedServer({"auth": reply}, offers=(f"AUTH {mechanism}",)) as server:
-            error = await attempt(server.url("smtp", "user@example.com", "secret"))
-            assert type(error) is kind
-            assert not any(word in str(error) for word in ("user", "secret"))
-
-    asyncio.run(main())
+@asyncio_test
+async def test_every_reply_to_auth(mechanism: str, reply: str, kind: type[MailError]) -> None:
+    async with ScriptedServer({"auth": reply}, offers=(f"AUTH {mechanism}",)) as server:
+        error = await attempt(server.url("smtp", "user@example.com", "secret"))
+        assert type(error) is kind
+        assert not any(word in str(error) for word in ("user", "secret"))
 
 
-def test_smtputf8_is_used_when_needed_and_offered() -> None:
-    async def main() -> None:
-        content = "Subject: x\r\nTo: 用户@example.com\r\n\r\nhello\r\n".encode()
-        wants = Envelope("no-reply@example.com", "用户@example.com", True, content)
-        inbox = Inbox()
-        async with aiosmtpd(inbox, "smtp", enable_SMTPUTF8=True) as url:
-            assert await attempt(url, None, wants) is None
-            assert inbox.envelopes[0].rcpt_tos == ["用户@example.com"]
-            assert set(inbox.envelopes[0].mail_options) == {"SMTPUTF8", "BODY=8BITMIME"}
-            assert await attempt(url) is None
-            assert inbox.envelopes[1].mail_options == []
-        async with aiosmtpd(inbox, "smtp", enable_SMTPUTF8=False) as url:
-            assert type(await attempt(url, None, wants)) is Smtputf8Unsupported
-        assert len(inbox.envelopes) == 2
-
-    asyncio.run(main())
+@asyncio_test
+async def test_smtputf8_is_used_when_needed_and_offered() -> None:
+    content = "Subject: x\r\nTo: 用户@example.com\r\n\r\nhello\r\n".encode()
+    wants = Envelope("no-reply@example.com", "用户@example.com", True, content)
+    inbox = Inbox()
+    async with aiosmtpd(inbox, "smtp", enable_SMTPUTF8=True) as url:
+        assert await attempt(url, None, wants) is None
+        assert inbox.envelopes[0].rcpt_tos == ["用户@example.com"]
+        assert set(inbox.envelopes[0].mail_options) == {"SMTPUTF8", "BODY=8BITMIME"}
+        assert await attempt(url) is None
+        assert inbox.envelopes[1].mail_options == []
+    async with aiosmtpd(inbox, "smtp", enable_SMTPUTF8=False) as url:
+        assert type(await attempt(url, None, wants)) is Smtputf8Unsupported
+    assert len(inbox.envelopes) == 2
 
 
-def test_a_dead_port_is_an_unavailable_relay() -> None:
-    async def main() -> None:
-        async with ScriptedServer() as server:
-            url = server.url()
-        error = await attempt(url)
-        assert type(error) is RelayUnavailable
-        assert isinstance(error.__cause__, ConnectionRefusedError)
-        assert type(await attempt(url._replace(host="x" * 64 + ".invalid"))) is RelayUnavailable
-
-    asyncio.run(main())
+@asyncio_test
+async def test_a_dead_port_is_an_unavailable_relay() -> None:
+    async with ScriptedServer() as server:
+        url = server.url()
+    error = await attempt(url)
+    assert type(error) is RelayUnavailable
+    assert isinstance(error.__cause__, ConnectionRefusedError)
+    assert type(await attempt(url._replace(host="x" * 64 + ".invalid"))) is RelayUnavailable

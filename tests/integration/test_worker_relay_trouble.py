@@ -133,7 +133,7 @@ def test_a_relay_that_is_down_and_comes_up_gets_the_mail(new_rig: Callable[..., 
     rig.settings["VERIFY_RELAYS"] = f"smtp://127.0.0.1:{port}"
     rig.add_worker()
     request_id = rig.caller.request(address())
-    rig.worker.wait_for_log("is sick")
+    rig.worker.wait_for_log("is unhealthy")
     assert rig.results.exists(f"celery-task-meta-{request_id}") == 0
     with running(ScriptedServer(), port) as late:
         assert rig.caller.reply(request_id, within=20)["error"] == 0

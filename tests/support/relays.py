@@ -3,36 +3,50 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import math
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Final, ParamSpec
 
 from support.smtp_server import ScriptedServer
 from worker.mail.errors import MailError
 from worker.mail.failover import Failover
 from worker.mail.message import Envelope, Mail
-from worker.mail.pool import Relay
+from worker.mail.pool import SmtpPool
+
+P = ParamSpec("P")
 
 CONTENT: Final = b"Subject: code\r\n\r\nhello\r\n"
 
 
-def make(server: ScriptedServer, connections: int = 4, **options: float) -> Relay:
+def asyncio_test(test: Callable[P, Coroutine[None, None, None]]) -> Callable[P, None]:
+    """Run an async test in a loop of its own."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        asyncio.run(test(*args, **kwargs))
+
+    return run
+
+
+def make(server: ScriptedServer, connections: int = 4, **options: float) -> SmtpPool:
     """A relay for `server`; `options` are timeouts in seconds."""
     timeouts = {"connect_timeout": 2.0, "send_timeout": 5.0, **options}
-    return Relay(server.url(), connections=connections, **timeouts)  # type: ignore[arg-type]  # floats only
+    return SmtpPool(server.url(), connections=connections, **timeouts)  # type: ignore[arg-type]  # floats only
 
 
 ENVELOPE: Final = Envelope("no-reply@example.com", "alice@example.com", False, CONTENT)
+UTF8_ENVELOPE: Final = ENVELOPE._replace(recipient="用户@example.com", needs_smtputf8=True)
 
 
-async def send(relay: Relay, name: str = "alice") -> MailError | None:
+async def send(relay: SmtpPool, name: str = "alice") -> MailError | None:
     """Send once; the outcome."""
     return await outcome(relay, ENVELOPE._replace(recipient=f"{name}@example.com"))
 
 
 async def outcome(
-    through: Relay | Failover,
+    through: SmtpPool | Failover,
     envelope: Envelope,
     *,
     deadline: float = math.inf,
@@ -54,7 +68,7 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def assert_nothing_left(relay: Relay, server: ScriptedServer) -> None:
+async def assert_nothing_left(relay: SmtpPool, server: ScriptedServer) -> None:
     """Close `relay`: no connection and no task remains."""
     await relay.close()
     assert relay.open_connections == 0

@@ -21,8 +21,8 @@ from worker.mail.errors import (
 )
 
 EARLY = [Step.BANNER, Step.EHLO, Step.STARTTLS, Step.AUTH, Step.RSET, Step.MAIL]
-LATE = [Step.RCPT, Step.DATA, Step.DOT]
-TRANSACTION = [Step.RSET, Step.MAIL, Step.RCPT, Step.DATA, Step.DOT]
+LATE = [Step.RCPT, Step.DATA, Step.CONTENT]
+TRANSACTION = [Step.RSET, Step.MAIL, Step.RCPT, Step.DATA, Step.CONTENT]
 Case = tuple[Step, int | None, str | None, type[MailError]]
 
 CASES: list[Case] = [
@@ -40,14 +40,14 @@ CASES: list[Case] = [
     *((Step.RCPT, code, None, RecipientRejected) for code in (550, 551, 553)),
     *((Step.RCPT, code, None, MessageRejected) for code in (500, 501, 502, 503, 521, 552, 554, 556)),
     *((Step.RCPT, 550, enhanced, MessageRejected) for enhanced in ("5.7.1", "5.2.1", "5.2.2", "5.10.1", "4.1.1")),
-    *((step, code, None, MessageRejected) for step in (Step.MAIL, Step.DATA, Step.DOT) for code in (550, 551, 553)),
+    *((step, code, None, MessageRejected) for step in (Step.MAIL, Step.DATA, Step.CONTENT) for code in (550, 551, 553)),
     *((step, 554, None, MessageRejected) for step in (Step.BANNER, Step.EHLO, *TRANSACTION)),
     (Step.RCPT, 450, "5.1.1", MessageDeferred),
-    *((step, None, None, RelayUnavailable) for step in Step if step is not Step.DOT),
-    (Step.DOT, None, None, AcceptanceUnknown),
+    *((step, None, None, RelayUnavailable) for step in Step if step is not Step.CONTENT),
+    (Step.CONTENT, None, None, AcceptanceUnknown),
     *((step, code, None, RelayUnavailable) for step in (*EARLY, Step.RCPT) for code in (334, 354)),
     *((Step.DATA, code, None, RelayUnavailable) for code in (220, 250)),
-    (Step.DOT, 354, None, AcceptanceUnknown),
+    (Step.CONTENT, 354, None, AcceptanceUnknown),
 ]
 
 

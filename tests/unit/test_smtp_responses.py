@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.mail.responses import MAX_LINE, MAX_REPLY, Reply, ResponseReader
+from worker.mail.responses import MAX_LINE, MAX_REPLY, Response, ResponseReader
 
 DIALOGUE = b"220 hi\r\n250-one\r\n250-two 2\r\n250 three\r\n354\r\n550 5.1.1 gone\r\n421 4.7.0 \xff\xfe\r\n"
 CODES = [220, 250, 354, 550, 421]
@@ -39,11 +39,11 @@ def test_replies_are_the_same_however_they_are_cut(cuts: list[int]) -> None:
     ],
 )
 def test_the_enhanced_code_is_what_the_text_begins_with(text: bytes, enhanced: str | None) -> None:
-    assert Reply(550, [text]).enhanced == enhanced
+    assert Response(550, [text]).enhanced == enhanced
 
 
 def test_a_reply_does_not_show_its_text() -> None:
-    assert "a@b.cc" not in repr(Reply(550, [b"a@b.cc unknown"]))
+    assert "a@b.cc" not in repr(Response(550, [b"a@b.cc unknown"]))
 
 
 @pytest.mark.parametrize(

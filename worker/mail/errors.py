@@ -1,4 +1,4 @@
-"""Why a mail did not go out: one root error, few kinds, and `classify`, which knows the kind of every reply."""
+"""Why a mail was not sent. The kinds belong to every mail channel; `classify` gives the kind of an SMTP reply."""
 
 from __future__ import annotations
 
@@ -9,96 +9,123 @@ from producer.errors import VerifyError
 
 
 class Step(StrEnum):
-    """What a relay's reply answers."""
+    """The part of the SMTP dialogue in which a mail failed, as logs name it."""
 
+    CONNECT = "connect"
     BANNER = "banner"
-    EHLO = "ehlo"
-    STARTTLS = "starttls"
-    AUTH = "auth"
-    RSET = "rset"
-    MAIL = "mail"
-    RCPT = "rcpt"
-    DATA = "data"
-    DOT = "dot"
+    EHLO = "EHLO"
+    STARTTLS = "STARTTLS"
+    AUTH = "AUTH"
+    RSET = "RSET"
+    MAIL = "MAIL FROM"
+    RCPT = "RCPT TO"
+    DATA = "DATA"
+    CONTENT = "content"  # and the final dot
+
+
+# RFC 4954, 6: authentication required, too weak, failed, encryption required.
+_AUTH_CODES: Final = frozenset({530, 534, 535, 538})
+# RFC 3463, 3.2: bad sender's mailbox address syntax, bad sender's system address.
+_SENDER_STATUSES: Final = frozenset({"5.1.7", "5.1.8"})
 
 
 class MailError(VerifyError):
     """The mail was not sent."""
 
-    def __init__(self, code: int | None = None, enhanced: str | None = None) -> None:
-        """`code`, `enhanced`: the relay's reply, if there was one. Its text is not kept: relays echo addresses."""
-        said = " ".join(str(part) for part in (code, enhanced) if part)
-        what = (type(self).__doc__ or "").strip()
-        super().__init__(f"{what} ({said})" if said else what)
+    relay: str | None = None  # masked URL of the relay that failed; failover sets it
+
+    def __init__(self, code: int | None = None, enhanced: str | None = None, step: Step | None = None) -> None:
+        """`code`, `enhanced`: the relay's reply, if any, to `step`. Its text is dropped: relays echo addresses."""
         self.code = code
         self.enhanced = enhanced
+        self.step = step
+        meaning = (type(self).__doc__ or "").strip()
+        super().__init__(f"{meaning} ({self.reply})" if self.reply else meaning)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.code, self.enhanced)
+        return type(self), (self.code, self.enhanced, self.step)
+
+    @property
+    def reply(self) -> str:
+        """The reply and what it answers, such as "553 5.1.8 at MAIL FROM"; empty if there was none."""
+        said = " ".join(str(part) for part in (self.code, self.enhanced) if part)
+        return f"{said} at {self.step}" if said and self.step else said
+
+    @property
+    def sender_refused(self) -> bool:
+        """Whether the relay refused the envelope sender for good: `VERIFY_MAIL_FROM` is to be checked."""
+        rejected = self.code is not None and self.code >= 500 and self.code not in _AUTH_CODES
+        return rejected and (self.step is Step.MAIL or self.enhanced in _SENDER_STATUSES)
+
+    @property
+    def login_refused(self) -> bool:
+        """Whether the relay refused our user and password, or asks for some: `VERIFY_RELAYS` is to be checked."""
+        return self.code is not None and (self.code in _AUTH_CODES or (self.step is Step.AUTH and self.code >= 500))
 
 
 class RecipientRejected(MailError):
-    """The mailbox is refused for good."""
+    """The relay refused the mailbox for good."""
 
 
 class MessageRejected(MailError):
-    """The message is refused for good."""
+    """The relay refused the message for good."""
 
 
 class MessageDeferred(MailError):
-    """The mail could not be sent for now."""
+    """The mail cannot be sent for now."""
 
 
 class RelayUnavailable(MailError, ConnectionError):
-    """The relay could not be reached or does not work."""
+    """The relay cannot be reached or does not work."""
 
 
 class RelayBusy(MailError, ConnectionError):
-    """The relay wants fewer connections."""
+    """The relay accepts no more connections."""
 
 
 class AcceptanceUnknown(MailError, ConnectionError):
-    """The relay did not say whether it accepted the mail."""
+    """The relay may have accepted the mail: the connection ended before it said so."""
 
 
 class Smtputf8Unsupported(MailError):
-    """The address needs SMTPUTF8, which the relay lacks."""
+    """The address needs SMTPUTF8, which the relay does not offer."""
 
 
 class SendCancelled(MailError):
-    """The request's deadline came, or the worker stops."""
+    """The request's deadline has passed, or the worker is stopping."""
 
 
-class SendWithheld(MailError):
-    """The send was called off before the mail's content left."""
+class SendAborted(MailError):
+    """The caller aborted the send before the content was written."""
 
 
 _CLOSING: Final = 421
-# RFC 4954, 6: authentication required, too weak, failed, encryption required.
-_AUTH_CODES: Final = frozenset({530, 534, 535, 538})
 # RFC 5321, 4.2.2: mailbox unavailable, user not local, mailbox name not allowed.
 _MAILBOX_CODES: Final = frozenset({550, 551, 553})
 _BEFORE_RCPT: Final = frozenset({Step.BANNER, Step.EHLO, Step.STARTTLS, Step.AUTH, Step.RSET, Step.MAIL})
 
 
 def classify(step: Step, code: int | None, enhanced: str | None) -> MailError:
-    """The kind of a reply that is not what `step` needs to go on.
+    """The error for a reply with which `step` cannot go on.
 
     `code` None: no usable reply came (connection lost, timeout, malformed). `enhanced`: as in RFC 3463, "5.1.1".
     """
-    said = (code, enhanced)
+    return _kind(step, code, enhanced)(code, enhanced, step)
+
+
+def _kind(step: Step, code: int | None, enhanced: str | None) -> type[MailError]:
     match 0 if code is None else code // 100:
         case 4 if code == _CLOSING and step in _BEFORE_RCPT:
-            return RelayBusy(*said)
+            return RelayBusy
         case 4 | 5 if step is Step.STARTTLS:
-            return RelayUnavailable(*said)
+            return RelayUnavailable
         case 4:
-            return MessageDeferred(*said)
+            return MessageDeferred
         case 5 if step is Step.AUTH or code in _AUTH_CODES:
-            return RelayUnavailable(*said)
+            return RelayUnavailable
         case 5:
             bare = step is Step.RCPT and enhanced is None and code in _MAILBOX_CODES
             mailbox = bare or (enhanced is not None and enhanced.startswith("5.1."))
-            return RecipientRejected(*said) if mailbox else MessageRejected(*said)
-    # Nothing, or a positive reply in the wrong place: client and relay no longer talk about the same thing.
-    return AcceptanceUnknown(*said) if step is Step.DOT else RelayUnavailable(*said)
+            return RecipientRejected if mailbox else MessageRejected
+    # No reply, or a positive one in the wrong place: client and relay are out of step.
+    return AcceptanceUnknown if step is Step.CONTENT else RelayUnavailable

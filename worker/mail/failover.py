@@ -1,4 +1,4 @@
-"""Several relays in order of preference, the sick ones skipped and probed now and then."""
+"""Several relays in order of preference; unhealthy ones are skipped and probed."""
 
 from __future__ import annotations
 
@@ -16,19 +16,24 @@ from worker.mail.errors import (
     RecipientRejected,
     RelayBusy,
     RelayUnavailable,
+    SendAborted,
     SendCancelled,
-    SendWithheld,
     Smtputf8Unsupported,
+    Step,
 )
-from worker.mail.message import Mail
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
-    from worker.mail.pool import Relay
+    from worker.mail.channel import RelayChannel
+    from worker.mail.message import Mail
 
-_FIRST_PAUSE: Final = 1.0  # seconds until a sick relay is probed; doubled with every failed probe
+# Seconds between two probes of an unhealthy relay, less some jitter: doubled after each failure.
+_FIRST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 60.0
+# While no relay is healthy, a probe starts at least every 5 s.
+_LONGEST_PAUSE_WITHOUT_RELAY: Final = 4.0
+_PROBER_INTERVAL: Final = 1.0
 
 _ACCEPTED: Final = "accepted"
 _DEFERRED: Final = "deferred"
@@ -40,17 +45,20 @@ _OUTCOMES: Final[dict[type[Exception], str]] = {
     RelayBusy: "busy",
     AcceptanceUnknown: "unknown",
     Smtputf8Unsupported: "no_smtputf8",
-    SendWithheld: "withheld",
+    SendAborted: "aborted",
     SendCancelled: "cancelled",
 }
-# What no other relay is asked about.
-_FINAL: Final = (RecipientRejected, AcceptanceUnknown, SendWithheld, SendCancelled)
+# No other relay is tried after these.
+_FINAL: Final = (RecipientRejected, AcceptanceUnknown, SendAborted, SendCancelled)
+# A relay that answers so is at work.
+_ANSWERS: Final = (RecipientRejected, MessageRejected, Smtputf8Unsupported, SendAborted)
+_CONNECTING: Final = frozenset({Step.CONNECT, Step.BANNER, Step.EHLO, Step.STARTTLS, Step.AUTH})
 
 logger = logging.getLogger(__name__)
 
 
 class RelayStatus(NamedTuple):
-    """How it stands with one relay."""
+    """The state of one relay."""
 
     relay: str  # its URL, masked
     sends: dict[str, int]  # by outcome, since the start
@@ -58,148 +66,185 @@ class RelayStatus(NamedTuple):
     unhealthy: bool
 
 
-class _Health:
-    """Whether a relay is sick, and when to probe it again."""
+class Relay:
+    """One channel, its health and its counters."""
 
-    def __init__(self, relay: Relay, clock: Callable[[], float]) -> None:
-        self.relay: Final = relay
-        self.unhealthy = False
+    def __init__(self, channel: RelayChannel, clock: Callable[[], float]) -> None:
+        self.channel: Final = channel
+        self.name: Final = channel.url.masked()
+        self.healthy = True
         self.sends = dict.fromkeys((_ACCEPTED, *_OUTCOMES.values()), 0)
         self._clock = clock
         self._pause = _FIRST_PAUSE
-        self._probe_at = 0.0
+        self._jitter = 1.0
+        self._probed_at = 0.0
         self._probing = False
+        self._failed_at: Step | None = None
 
-    def admits(self) -> bool:
-        """Whether a send may try this relay now. If it is sick that send is a probe, the only one at a time."""
-        if not self.unhealthy:
-            return True
-        if self._probing or self._clock() < self._probe_at:
+    def admits_probe(self, longest_pause: float) -> bool:
+        """Whether to probe this unhealthy relay now: one probe at a time. If so, the probe has begun."""
+        pause = min(self._pause, longest_pause) * self._jitter
+        if self._probing or self._clock() < self._probed_at + pause:
             return False
         self._probing = True
+        self._probed_at = self._clock()
         return True
 
-    def note(self, error: Exception | None, *, probe: bool) -> None:
-        """A send has ended: what its outcome says of the relay."""
-        if error is None:
-            self.sends[_ACCEPTED] += 1
-            self._well()
-        else:
-            self.sends[_outcome(error)] += 1
-            if isinstance(error, RelayUnavailable):
-                # Sends that were under way when it fell sick say nothing new.
-                if probe or not self.unhealthy:
-                    self._worse(error)
-            # A relay that refuses is at work; one that was not asked (no code) may not be.
-            elif isinstance(error, RecipientRejected | MessageRejected | Smtputf8Unsupported | SendWithheld) or (
-                isinstance(error, MessageDeferred) and error.code
-            ):
-                self._well()
+    def sent(self, error: Exception | None, *, probe: bool) -> str:
+        """Take the outcome of a send into account; the outcome in a word."""
+        outcome = _ACCEPTED if error is None else _OUTCOMES.get(type(error), _DEFERRED)
+        self.sends[outcome] += 1
+        if isinstance(error, RelayUnavailable):
+            # The failures of sends that were under way when it became unhealthy say nothing new.
+            if probe or self.healthy:
+                self._failed(error)
+        # Deferred without a reply: the relay was not asked.
+        elif error is None or isinstance(error, _ANSWERS) or (isinstance(error, MessageDeferred) and error.code):
+            self._answered()
         if probe:
             self._probing = False
-            self._rest()
+        return outcome
 
-    def _worse(self, exc: RelayUnavailable) -> None:
-        if self.unhealthy:
-            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+    async def check(self) -> None:
+        """Probe by a connection without a mail. It proves nothing if what failed came after the connection."""
+        try:
+            await self.channel.check()
+        except RelayUnavailable as exc:
+            self._failed(exc)
+        except MailError as exc:
+            if exc.code:
+                self._answered()
         else:
-            kind = type(exc.__cause__ or exc).__name__
-            logger.warning("relay %s is sick: %s, code %s", self.relay.url.masked(), kind, exc.code)
-        self.unhealthy = True
-        self._rest()
+            if self._failed_at in _CONNECTING:
+                self._answered()
+        finally:
+            self._probing = False
 
-    def _rest(self) -> None:
-        # Jitter, so that many workers do not probe in step.
-        self._probe_at = self._clock() + self._pause * random.uniform(0.5, 1.0)
+    def _failed(self, error: RelayUnavailable) -> None:
+        self._failed_at = error.step
+        self._jitter = random.uniform(0.5, 1.0)  # so that many workers do not probe in step
+        if not self.healthy:
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            return
+        self.healthy = False
+        self._probed_at = self._clock()
+        if error.login_refused:
+            did = "refused the login" if error.step is Step.AUTH else "wants a login"
+            logger.warning("the relay %s (%s): check VERIFY_RELAYS", did, error.code, extra={"relay": self.name})
+        else:
+            why = error.reply or f"{type(error.__cause__ or error).__name__} at {error.step}"
+            logger.warning("the relay is unhealthy: %s", why, extra={"relay": self.name})
 
-    def _well(self) -> None:
-        if self.unhealthy:
-            logger.info("relay %s is well again", self.relay.url.masked())
-        self.unhealthy = False
+    def _answered(self) -> None:
+        if not self.healthy:
+            logger.info("the relay is healthy again", extra={"relay": self.name})
+        self.healthy = True
         self._pause = _FIRST_PAUSE
 
 
-class _Send:
-    """One mail on its way through the relays."""
-
-    __slots__ = ("_mail", "_outcomes", "_probe", "_relay", "_relays")
-
-    def __init__(self, mail: Mail, relays: Iterable[_Health]) -> None:
-        self._mail = mail
-        self._relays = iter(relays)
-        self._outcomes: list[MailError] = []
-        self._probe = False
-
-    def go_on(self) -> None:
-        """Ask the next relay."""
-        for health in self._relays:
-            if health.admits():
-                self._relay, self._probe = health, health.unhealthy
-                mail = self._mail
-                if mail.tries is not None:
-                    mail.tries.trying(health.relay.url)
-                try:
-                    health.relay.send(Mail(mail.envelope, mail.deadline, mail.before_data, self._ended))
-                except ValueError as exc:
-                    self._ended(exc)
-                return
-            self._outcomes.append(MessageDeferred())
-        self._mail.done(_verdict(self._outcomes))
-
-    def _ended(self, error: Exception | None) -> None:
-        self._relay.note(error, probe=self._probe)
-        if self._mail.tries is not None:
-            self._mail.tries.tried(_ACCEPTED if error is None else _outcome(error), error)
-        if isinstance(error, MailError) and not isinstance(error, _FINAL):
-            self._outcomes.append(error)
-            self.go_on()
-        else:
-            self._mail.done(error)
-
-
 class Failover:
-    """Sends through the first relay that will."""
+    """Sends each mail through the first relay that accepts it."""
 
-    def __init__(self, relays: Sequence[Relay], *, clock: Callable[[], float] = time.monotonic) -> None:
-        """`relays` in order of preference; `clock` in seconds."""
-        self._relays = [_Health(relay, clock) for relay in relays]
+    def __init__(
+        self,
+        channels: Sequence[RelayChannel],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """`channels` in order of preference; `clock` and `sleep` in seconds."""
+        self._relays = [Relay(channel, clock) for channel in channels]
+        self._sleep = sleep
+        self._prober: asyncio.Task[None] | None = None
+
+    @property
+    def healthy(self) -> bool:
+        """Whether any relay is healthy."""
+        return any(relay.healthy for relay in self._relays)
 
     @property
     def capacity(self) -> int:
-        """How many sends can be under way at once: those of the relay that is in use.
+        """How many mails can be on their way at once: the capacity of the relay in use.
 
-        If all are sick, those of the first: sends fail at once then, and none of them holds a connection.
+        If none is healthy, that of the first: sends fail at once then, and hold no connection.
         """
-        return next((health for health in self._relays if not health.unhealthy), self._relays[0]).relay.capacity
+        return next((relay for relay in self._relays if relay.healthy), self._relays[0]).channel.capacity
 
     def statuses(self) -> list[RelayStatus]:
-        """How it stands with each relay."""
+        """The state of each relay."""
         return [
-            RelayStatus(health.relay.url.masked(), health.sends, health.relay.open_connections, health.unhealthy)
-            for health in self._relays
+            RelayStatus(relay.name, relay.sends, relay.channel.open_connections, not relay.healthy)
+            for relay in self._relays
         ]
 
     def send(self, mail: Mail) -> None:
         """Send a mail; `mail.done` is called when a relay has accepted it, or none will.
 
-        Its error is `RecipientRejected`, `AcceptanceUnknown`, `SendWithheld` or `CalledOff` as soon as one relay says
-        so; `MessageDeferred` if any relay could not be asked or said 4yz; `MessageRejected` if all refused, some of
-        them with 5yz; `Smtputf8Unsupported` if all lack it; `ValueError` for an envelope that would break the dialogue.
+        Its error is `RecipientRejected`, `AcceptanceUnknown`, `SendAborted` or `SendCancelled` as soon as one relay
+        says so; `MessageDeferred` if any relay could not be asked or said 4yz; `MessageRejected` if all refused, some
+        of them with 5yz; `Smtputf8Unsupported` if all lack it; `ValueError` for an envelope that cannot be sent.
         """
-        _Send(mail, self._relays).go_on()
+        mail.attempt_done = self._attempt_done
+        mail.untried = iter(self._relays)
+        mail.failures = ()
+        self._try_next(mail)
 
     async def close(self) -> None:
         """Close all relays."""
-        await asyncio.gather(*(health.relay.close() for health in self._relays))
+        if self._prober is not None:
+            self._prober.cancel()
+            await asyncio.wait([self._prober])
+        await asyncio.gather(*(relay.channel.close() for relay in self._relays))
+
+    def _try_next(self, mail: Mail) -> None:
+        for relay in mail.untried:
+            if relay.healthy or relay.admits_probe(self._longest_pause()):
+                mail.relay, mail.is_probe = relay, not relay.healthy
+                if mail.observer is not None:
+                    mail.observer.trying(relay.channel.url)
+                try:
+                    relay.channel.send(mail)
+                except ValueError as exc:
+                    mail.finish(exc)
+                return
+            mail.failures += (MessageDeferred(),)
+        mail.done(_combined(mail.failures))
+
+    def _attempt_done(self, mail: Mail, error: Exception | None) -> None:
+        relay = mail.relay
+        outcome = relay.sent(error, probe=mail.is_probe)
+        if mail.observer is not None:
+            mail.observer.tried(outcome, error)
+        if error is not None and not relay.healthy:
+            self._probe_if_no_relay_is_healthy()
+        if isinstance(error, MailError):
+            error.relay = relay.name
+            if not isinstance(error, _FINAL):
+                mail.failures += (error,)
+                self._try_next(mail)
+                return
+        mail.done(error)
+
+    def _longest_pause(self) -> float:
+        return _LONGEST_PAUSE if self.healthy else _LONGEST_PAUSE_WITHOUT_RELAY
+
+    def _probe_if_no_relay_is_healthy(self) -> None:
+        if not self.healthy and (self._prober is None or self._prober.done()):
+            self._prober = asyncio.create_task(self._probe_until_healthy())
+
+    async def _probe_until_healthy(self) -> None:
+        """Check the relays while none is healthy: mails may be rare, or their retries far ahead."""
+        while not self.healthy:
+            await self._sleep(_PROBER_INTERVAL)
+            due = [relay for relay in self._relays if not relay.healthy and relay.admits_probe(self._longest_pause())]
+            await asyncio.gather(*(relay.check() for relay in due))
 
 
-def _outcome(error: Exception) -> str:
-    return _OUTCOMES.get(type(error), _DEFERRED)
-
-
-def _verdict(outcomes: list[MailError]) -> MailError:
-    """What the failures of all relays mean together; the kinder one counts."""
-    for exc in outcomes:
-        if not isinstance(exc, MessageRejected | Smtputf8Unsupported):
-            return MessageDeferred(exc.code, exc.enhanced)
-    return next((exc for exc in outcomes if isinstance(exc, MessageRejected)), outcomes[0])
+def _combined(failures: tuple[MailError, ...]) -> MailError:
+    """What the failures of all relays mean for the mail: it is deferred unless every relay refused it for good."""
+    for error in failures:
+        if not isinstance(error, MessageRejected | Smtputf8Unsupported):
+            combined = MessageDeferred(error.code, error.enhanced, error.step)
+            combined.relay = error.relay
+            return combined
+    return next((error for error in failures if isinstance(error, MessageRejected)), failures[0])

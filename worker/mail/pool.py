@@ -1,51 +1,27 @@
-"""One relay: a pool of persistent SMTP connections on one asyncio loop."""
+"""The SMTP channel: a pool of persistent connections to one relay, on one asyncio loop."""
 
 from __future__ import annotations
 
 import asyncio
 import ssl
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from worker.mail.errors import MailError, MessageDeferred, RelayBusy, RelayUnavailable, SendCancelled
 from worker.mail.handshake import establish
-from worker.mail.message import Mail
-from worker.mail.smtp import Connection, Stale
+from worker.mail.smtp import SmtpConnection, StaleConnection
 
 if TYPE_CHECKING:
     from producer.setting_types import RelayURL
+    from producer.settings import Settings
+    from worker.mail.message import Mail
 
 _RAISE_SECONDS: Final = 10.0  # after a 421, the limit rises by one connection this often
 _CLOSE_SECONDS: Final = 1.0
 
 
-class _Send:
-    """One mail on its way through a relay."""
-
-    __slots__ = ("_connection", "_relay", "deadline", "mail", "patience", "was_busy")
-
-    def __init__(self, relay: Relay, mail: Mail, deadline: float, patience: float) -> None:
-        """`deadline`, `patience`: loop times by which it is done, and until which it waits for a connection."""
-        self._relay = relay
-        self.mail = mail
-        self.deadline = deadline
-        self.patience = patience
-        self.was_busy = False
-
-    def begin(self, connection: Connection) -> None:
-        """Have `connection` send it."""
-        self._connection = connection
-        connection.send(Mail(self.mail.envelope, self.deadline, self.mail.before_data, self._ended))
-
-    def _ended(self, error: Exception | None) -> None:
-        self._relay._ended(self, self._connection, error)  # noqa: SLF001 - which nobody else may call
-
-
-class Relay:
-    """Sends mails over connections that are opened as needed, reused (the last used first) and closed when idle.
-
-    Belongs to the loop of its first `send`.
-    """
+class SmtpPool:
+    """A `RelayChannel`. Connections are opened as needed, reused (the last used first) and closed when idle."""
 
     def __init__(
         self,
@@ -60,8 +36,8 @@ class Relay:
         """At most `connections` at once; timeouts in seconds.
 
         `connect_timeout`: TCP, TLS, banner, EHLO and AUTH; `send_timeout`: one whole send, up to half of it waiting
-        for a connection; `idle_timeout`: stays below what relays, and firewalls on the way, grant. `tls`, unless given,
-        checks certificate and host name.
+        for a connection; `idle_timeout`: below what relays, and firewalls on the way, allow. `tls`: by default, one
+        that checks certificate and host name.
         """
         self.url: Final = url
         self._connections = connections
@@ -71,18 +47,28 @@ class Relay:
         self._tls = tls or (None if url.scheme == "smtp" else ssl.create_default_context())
         self._limit = connections
         self._raise_at = 0.0  # loop time
-        self._size = 0  # places taken: idle, sending, being opened
-        self._idle: list[Connection] = []
-        self._live: set[Connection] = set()
-        self._openings: set[asyncio.Task[None]] = set()
-        self._waiting: deque[_Send] = deque()
-        self._patience: asyncio.TimerHandle | None = None  # one for all that wait
+        self._size = 0  # connections that count against the limit: idle, sending, being opened
+        self._idle: list[SmtpConnection] = []
+        self._live: set[SmtpConnection] = set()
+        self._handshakes: set[asyncio.Task[None]] = set()
+        self._waiting: deque[Mail] = deque()
+        self._waiting_timer: asyncio.TimerHandle | None = None  # for the first of `_waiting` to run out of time
         self._closing = False
-        self._gone: asyncio.Future[None] | None = None
+        self._all_lost: asyncio.Future[None] | None = None
+
+    @classmethod
+    def of(cls, url: RelayURL, settings: Settings) -> Self:
+        """The pool for one relay of `settings`."""
+        return cls(
+            url,
+            connections=settings.relay_connections,
+            connect_timeout=settings.connect_timeout,
+            send_timeout=settings.send_timeout,
+        )
 
     @property
     def capacity(self) -> int:
-        """How many sends can be under way at once: the configured connections, fewer after a 421."""
+        """How many mails can be on their way at once: the configured connections, fewer after a 421."""
         return self._limit
 
     @property
@@ -96,192 +82,212 @@ class Relay:
         return len(self._live)
 
     def send(self, mail: Mail) -> None:
-        """Send a mail. `mail.done` is called by its deadline, or when this relay had time enough.
-
-        Its error is `CalledOff` if the mail's own deadline came or the relay was closed. Raises `ValueError` for an
-        envelope that would break the SMTP dialogue.
-        """
+        """See `RelayChannel`. The error is `SendCancelled` if the mail's own deadline passed or the pool was closed."""
         mail.envelope.check()
         now = asyncio.get_running_loop().time()
-        deadline = min(mail.deadline, now + self._send_timeout)
-        # Half the time is kept for the send itself, or a crowd would make a slow relay look like a dead one.
-        patience = min(mail.deadline, now + self._send_timeout / 2)
-        self._start(_Send(self, mail, deadline, patience), now)
+        mail.attempt_deadline = min(mail.deadline, now + self._send_timeout)
+        # Half the time is for the send itself, so that under load a slow relay does not seem dead.
+        mail.connection_deadline = min(mail.deadline, now + self._send_timeout / 2)
+        mail.was_busy = False
+        self._start(mail, now)
+
+    async def check(self) -> None:
+        """See `RelayChannel`."""
+        connection = self._new_connection()
+        await self._establish(connection, connection.loop.time() + self._connect_timeout)
+        connection.quit()
 
     async def close(self) -> None:
-        """End all connections: the idle ones politely, the others, and the sends on them, at once; within a second."""
+        """See `RelayChannel`. Idle connections say QUIT, the others and their sends end at once."""
         self._closing = True
-        if self._patience:
-            self._patience.cancel()
+        if self._waiting_timer:
+            self._waiting_timer.cancel()
         self._fail_waiting(SendCancelled())
         idle, self._idle = self._idle, []
         for connection in idle:
             connection.quit()
-        openings = list(self._openings)
-        for task in openings:
+        handshakes = list(self._handshakes)
+        for task in handshakes:
             task.cancel()
         for connection in self._live.difference(idle):
             connection.abort()
-        if openings:
-            await asyncio.wait(openings)
+        if handshakes:
+            await asyncio.wait(handshakes)
         if self._live:
-            self._gone = asyncio.get_running_loop().create_future()
-            await asyncio.wait([self._gone], timeout=_CLOSE_SECONDS)
+            self._all_lost = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._all_lost], timeout=_CLOSE_SECONDS)
 
-    def _start(self, send: _Send, now: float) -> None:
-        """Use an idle connection, a new one, or wait for the next that becomes free."""
+    def _start(self, mail: Mail, now: float) -> None:
+        """Use an idle connection, open one, or wait for one."""
         while self._idle:
             connection = self._idle.pop()
             if not connection.closed:
-                send.begin(connection)
+                connection.send(mail)
                 return
             self._size -= 1
         if self._closing:
-            send.mail.done(SendCancelled())
+            mail.finish(SendCancelled())
             return
         if self._limit < self._connections and now >= self._raise_at:
             self._limit += 1
             self._raise_at = now + _RAISE_SECONDS
         if self._size < self._limit:
             self._size += 1
-            self._open(send)
+            self._open(mail)
         else:
-            self._waiting.append(send)
-            self._be_patient(send.patience)
+            self._waiting.append(mail)
+            self._arm_waiting_timer(mail.connection_deadline)
 
-    def _open(self, send: _Send) -> None:
-        """Open a connection in a place already taken, which is given back on failure."""
-        task = asyncio.create_task(self._establish(send))
-        self._openings.add(task)
-        task.add_done_callback(lambda task: self._opened(task, send))
+    # New connections
 
-    def _opened(self, task: asyncio.Task[None], send: _Send) -> None:
-        self._openings.discard(task)
-        if task.cancelled():  # before it began; later on it tells by itself
+    def _open(self, mail: Mail) -> None:
+        """Open a connection, already counted in `_size`, and send `mail` over it."""
+        task = asyncio.create_task(self._open_and_send(mail))
+        self._handshakes.add(task)
+        task.add_done_callback(lambda task: self._handshake_done(task, mail))
+
+    def _handshake_done(self, task: asyncio.Task[None], mail: Mail) -> None:
+        self._handshakes.discard(task)
+        if task.cancelled():  # before it began; later, it handles that itself
             self._size -= 1
-            send.mail.done(SendCancelled())
+            mail.finish(SendCancelled())
 
-    async def _establish(self, send: _Send) -> None:
-        connection = Connection(self._on_lost)
-        self._live.add(connection)
+    async def _open_and_send(self, mail: Mail) -> None:
+        connection = self._new_connection()
+        loop = connection.loop
         try:
-            await establish(
-                connection, self.url, self._tls, min(send.deadline, connection.loop.time() + self._connect_timeout)
-            )
-        except BaseException as exc:  # noqa: BLE001 - whatever it is, the mail is told, and its place given back
-            self._leave(connection)
-            # asyncio tells no one of a connection that ends in its TLS handshake.
-            self._on_lost(connection)
+            await self._establish(connection, min(mail.attempt_deadline, loop.time() + self._connect_timeout))
+        except BaseException as exc:  # noqa: BLE001 - whatever it is, it is the outcome of the mail
+            self._discard(connection)
             if isinstance(exc, RelayBusy):
-                self._lower_limit(send, exc)
+                self._lower_limit(mail, exc)
             elif isinstance(exc, MailError):
-                if exc.code is None and connection.loop.time() >= send.mail.deadline:
-                    self._offer_place()
+                if exc.code is None and loop.time() >= mail.deadline:
+                    self._use_free_slot()
                 elif not self._size:
-                    # With connections left, those that wait go on waiting; without, a dead relay is not tried by each.
+                    # Without any connection, the waiting mails fail at once instead of trying a dead relay one by one.
                     self._fail_waiting(exc)
-                self._fail(send, exc)
+                self._fail(mail, exc)
             else:
-                self._offer_place()
-                send.mail.done(exc if isinstance(exc, Exception) else SendCancelled())
+                self._use_free_slot()
+                mail.finish(exc if isinstance(exc, Exception) else SendCancelled())
         else:
-            send.begin(connection)
+            connection.send(mail)
 
-    def _ended(self, send: _Send, connection: Connection, error: Exception | None) -> None:
-        """The transaction of `send` has ended."""
+    def _new_connection(self) -> SmtpConnection:
+        connection = SmtpConnection(self._on_done, self._on_lost)
+        self._live.add(connection)
+        return connection
+
+    async def _establish(self, connection: SmtpConnection, deadline: float) -> None:
+        try:
+            await establish(connection, self.url, self._tls, deadline)
+        except BaseException:
+            # asyncio does not report the loss of a connection that ends in its TLS handshake.
+            self._on_lost(connection)
+            raise
+
+    # Outcomes
+
+    def _on_done(self, connection: SmtpConnection, mail: Mail, error: Exception | None) -> None:
+        """A transaction has ended."""
         if error is None:
             self._release(connection)
-            send.mail.done(None)
-        elif isinstance(error, Stale):
-            # Each round takes one such connection out of the pool, until a new one is opened.
-            self._drop(connection)
-            self._start(send, connection.loop.time())
+            mail.finish(None)
+        elif isinstance(error, StaleConnection):
+            # Each repetition removes one stale connection, so it ends with a new one.
+            self._discard(connection)
+            self._use_free_slot()
+            self._start(mail, connection.loop.time())
         elif isinstance(error, RelayBusy):
-            self._leave(connection)
-            self._lower_limit(send, error)
+            self._discard(connection)
+            self._lower_limit(mail, error)
         elif isinstance(error, MailError):
             self._release(connection)
-            self._fail(send, error)
+            self._fail(mail, error)
         else:
-            self._drop(connection)
-            send.mail.done(error)
+            self._discard(connection)
+            self._use_free_slot()
+            mail.finish(error)
 
-    def _fail(self, send: _Send, error: MailError) -> None:
-        """Tell of a failure; one for which the relay cannot be blamed is `CalledOff`."""
+    def _fail(self, mail: Mail, error: MailError) -> None:
+        """Report a failure; `SendCancelled` if it is not the relay's fault."""
         if isinstance(error, RelayUnavailable | MessageDeferred) and error.code is None:
             now = asyncio.get_running_loop().time()
-            if self._closing or now >= send.mail.deadline:
-                error = SendCancelled()
-        send.mail.done(error)
-
-    def _be_patient(self, until: float) -> None:
-        timer = self._patience
-        if timer is None or timer.when() > until:
-            if timer:
-                timer.cancel()
-            self._patience = asyncio.get_running_loop().call_at(until, self._lose_patience)
-
-    def _lose_patience(self) -> None:
-        """Those that have waited too long for a connection are deferred."""
-        self._patience = None
-        now = asyncio.get_running_loop().time()
-        waiting, self._waiting = self._waiting, deque()
-        for send in waiting:
-            if send.patience <= now:
-                self._fail(send, MessageDeferred())
-            else:
-                self._waiting.append(send)
-        if self._waiting:
-            self._be_patient(min(send.patience for send in self._waiting))
-
-    def _release(self, connection: Connection) -> None:
-        """A transaction has ended: the connection goes to the next that waits, or idles."""
-        if connection.closed or self._closing:
-            self._drop(connection)
-        elif self._waiting:
-            self._waiting.popleft().begin(connection)
-        else:
-            connection.arm(connection.loop.time() + self._idle_timeout)
-            self._idle.append(connection)
-
-    def _drop(self, connection: Connection) -> None:
-        """End a connection that was taken; its place goes to the next that waits."""
-        self._leave(connection)
-        self._offer_place()
-
-    def _leave(self, connection: Connection) -> None:
-        connection.abort()
-        self._size -= 1
-
-    def _offer_place(self) -> None:
-        if self._size < self._limit and self._waiting:
-            self._size += 1
-            self._open(self._waiting.popleft())
+            if self._closing or now >= mail.deadline:
+                error = SendCancelled(step=error.step)
+        mail.finish(error)
 
     def _fail_waiting(self, error: MailError) -> None:
         waiting, self._waiting = self._waiting, deque()
-        for send in waiting:
-            self._fail(send, type(error)(error.code, error.enhanced))
+        for mail in waiting:
+            self._fail(mail, type(error)(error.code, error.enhanced, error.step))
 
-    def _lower_limit(self, send: _Send, busy: RelayBusy) -> None:
-        """The relay takes no more connections than the others there are; if there is none, it takes no mail now."""
+    def _lower_limit(self, mail: Mail, busy: RelayBusy) -> None:
+        """Limit the pool to its current connections; without any, the relay accepts no mail now."""
         if not self._size:
-            self._fail_waiting(MessageDeferred(busy.code, busy.enhanced))
-            self._fail(send, MessageDeferred(busy.code, busy.enhanced))
+            deferred = MessageDeferred(busy.code, busy.enhanced, busy.step)
+            self._fail_waiting(deferred)
+            self._fail(mail, deferred)
             return
         now = asyncio.get_running_loop().time()
         self._limit = self._size
         self._raise_at = now + _RAISE_SECONDS
-        if send.was_busy:
-            self._fail(send, busy)
+        if mail.was_busy:
+            self._fail(mail, busy)
         else:
-            send.was_busy = True
-            self._start(send, now)
+            mail.was_busy = True
+            self._start(mail, now)
 
-    def _on_lost(self, connection: Connection) -> None:
+    # Waiting mails
+
+    def _arm_waiting_timer(self, deadline: float) -> None:
+        timer = self._waiting_timer
+        if timer is None or timer.when() > deadline:
+            if timer:
+                timer.cancel()
+            self._waiting_timer = asyncio.get_running_loop().call_at(deadline, self._defer_expired)
+
+    def _defer_expired(self) -> None:
+        """Defer the mails that have waited too long for a connection."""
+        self._waiting_timer = None
+        now = asyncio.get_running_loop().time()
+        waiting, self._waiting = self._waiting, deque()
+        for mail in waiting:
+            if mail.connection_deadline <= now:
+                self._fail(mail, MessageDeferred())
+            else:
+                self._waiting.append(mail)
+        if self._waiting:
+            self._arm_waiting_timer(min(mail.connection_deadline for mail in self._waiting))
+
+    # Connections after a transaction
+
+    def _release(self, connection: SmtpConnection) -> None:
+        """The connection sends the next waiting mail, or idles."""
+        if connection.closed or self._closing:
+            self._discard(connection)
+            self._use_free_slot()
+        elif self._waiting:
+            connection.send(self._waiting.popleft())
+        else:
+            connection.arm(connection.loop.time() + self._idle_timeout)
+            self._idle.append(connection)
+
+    def _discard(self, connection: SmtpConnection) -> None:
+        connection.abort()
+        self._size -= 1
+
+    def _use_free_slot(self) -> None:
+        """Open a connection for the next waiting mail if the limit allows."""
+        if self._size < self._limit and self._waiting:
+            self._size += 1
+            self._open(self._waiting.popleft())
+
+    def _on_lost(self, connection: SmtpConnection) -> None:
         self._live.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
             self._size -= 1
-        if self._gone and not self._live and not self._gone.done():
-            self._gone.set_result(None)
+        if self._all_lost and not self._live and not self._all_lost.done():
+            self._all_lost.set_result(None)

@@ -1,11 +1,11 @@
-"""SMTP replies out of a byte stream (RFC 5321, 4.2), within bounds."""
+"""Parses SMTP replies (RFC 5321, 4.2) from a byte stream, with bounds on the size of lines and replies."""
 
 from __future__ import annotations
 
 import re
 from typing import Final, NamedTuple
 
-# RFC 5321, 4.5.3.1.5 says 512 octets a reply line; relays that write a little more are understood.
+# RFC 5321, 4.5.3.1.5 allows 512 octets; some relays write a little more.
 MAX_LINE: Final = 2048
 MAX_REPLY: Final = 65536  # octets, all lines of one reply
 
@@ -14,15 +14,15 @@ _CODES: Final = {b"%d" % code: code for code in range(200, 600)}
 _ENHANCED: Final = re.compile(rb"([245]\.[0-9]{1,3}\.[0-9]{1,3})(?![0-9.])")
 
 
-class Reply(NamedTuple):
-    """One reply, all of its lines."""
+class Response(NamedTuple):
+    """One reply with all of its lines."""
 
     code: int
     lines: list[bytes]
 
     def __repr__(self) -> str:
-        # Relays echo addresses in their texts.
-        return f"Reply({self.code})"
+        # Without the text, in which relays echo addresses.
+        return f"Response({self.code})"
 
     @property
     def enhanced(self) -> str | None:
@@ -32,7 +32,7 @@ class Reply(NamedTuple):
 
 
 class ResponseReader:
-    """Collects replies from what arrives. Once `broken`, the stream makes no sense any more."""
+    """Collects replies from what arrives. `broken`: something that is no reply has arrived."""
 
     __slots__ = ("_code", "_lines", "_rest", "_size", "broken")
 
@@ -40,7 +40,7 @@ class ResponseReader:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what has arrived and is not yet a whole reply."""
+        """Discard the incomplete reply."""
         self.broken = False
         self._rest = b""
         self._code = 0
@@ -49,18 +49,18 @@ class ResponseReader:
 
     @property
     def pending(self) -> bool:
-        """Whether part of a reply has arrived."""
+        """Whether an incomplete reply has arrived."""
         return bool(self._rest or self._lines)
 
-    def feed(self, data: bytes) -> list[Reply]:
-        """The replies that `data` completes, up to the first malformed one, which sets `broken`."""
-        replies: list[Reply] = []
+    def feed(self, data: bytes) -> list[Response]:
+        """The responses that `data` completes, up to the first malformed one, which sets `broken`."""
+        responses: list[Response] = []
         lines = (self._rest + data).split(b"\n")
         self._rest = lines.pop()
         for line in lines:
             self._size += len(line)
             if line.endswith(b"\r"):
-                line = line[:-1]  # noqa: PLW2901 - its end is no part of it
+                line = line[:-1]  # noqa: PLW2901 - without its line end
             code, separator = _CODES.get(line[:3]), line[3:4]
             if (
                 code is None
@@ -70,12 +70,12 @@ class ResponseReader:
                 or (self._lines and self._code != code)
             ):
                 self.broken = True
-                return replies
+                return responses
             self._code = code
             self._lines.append(line[4:])
             if separator != b"-":
-                replies.append(Reply(code, self._lines))
+                responses.append(Response(code, self._lines))
                 self._lines, self._size = [], 0
         if len(self._rest) > MAX_LINE:
             self.broken = True
-        return replies
+        return responses

@@ -1,4 +1,4 @@
-"""One SMTP connection: one transaction after the other, each with as few round trips as the relay allows."""
+"""One SMTP connection: one transaction after the other, each in as few round trips as the relay allows."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import asyncio
 import re
 from typing import TYPE_CHECKING, Final, cast
 
-from worker.mail.errors import RelayUnavailable, SendWithheld, Smtputf8Unsupported, Step, classify
-from worker.mail.responses import Reply, ResponseReader
+from worker.mail.errors import RelayUnavailable, SendAborted, Smtputf8Unsupported, Step, classify
+from worker.mail.responses import Response, ResponseReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,88 +16,97 @@ if TYPE_CHECKING:
 
 _QUIT_SECONDS: Final = 0.5
 _CLOSING: Final = 421
-_NO_COMMAND: Final = re.compile(rb"[\r\n\0]")
-
-
+_NOT_IN_COMMAND: Final = re.compile(rb"[\r\n\0]")
+_NEXT: Final = {Step.RSET: Step.MAIL, Step.MAIL: Step.RCPT, Step.RCPT: Step.DATA}
+# Input is parsed as soon as it arrives, so one buffer serves all connections.
 _BUFFER: Final = memoryview(bytearray(65536))
 
 
-class Stale(RelayUnavailable):
+class StaleConnection(RelayUnavailable):
     """The relay closed a kept connection before the transaction began."""
 
 
-class Connection(asyncio.BufferedProtocol):
-    """A connection, from its opening (`worker.mail.handshake`) to its end.
+class SmtpConnection(asyncio.BufferedProtocol):
+    """A connection from its handshake (`worker.mail.handshake`) to its end.
 
-    The transaction is a state machine driven by arriving data and ends in a call: no coroutine, nor a future that wakes
-    one, is as quick.
+    A transaction is a state machine that arriving data drives and that ends in a call of `on_done`: coroutines and
+    futures are slower.
     """
 
-    def __init__(self, on_lost: Callable[[Connection], None]) -> None:
+    def __init__(
+        self,
+        on_done: Callable[[SmtpConnection, Mail, Exception | None], None],
+        on_lost: Callable[[SmtpConnection], None],
+    ) -> None:
+        """`on_done`: a transaction has ended, with this error or None; another may begin in that call."""
         self.loop: Final = asyncio.get_running_loop()
         self.transport: asyncio.Transport | None = None
         self.closed = False
-        self.offers: dict[bytes, set[bytes]] = {}  # EHLO keywords and their parameters
-        self.opening: asyncio.Timeout | None = None
+        self.extensions: dict[bytes, set[bytes]] = {}  # EHLO keywords and their parameters
+        self.handshake_step = Step.CONNECT
+        self._on_done = on_done
         self._on_lost = on_lost
         self._reader = ResponseReader()
-        self._deaf = False
+        self._discarding = False
         self._used = False
-        self._answer: asyncio.Future[Reply | None] = self.loop.create_future()  # the banner; None: there is none
+        # The handshake's next reply, at first the banner; None: the connection ended without one.
+        self._response: asyncio.Future[Response | None] = self.loop.create_future()
         # The transaction
         self._mail: Mail | None = None
-        self._ended: tuple[Mail, Exception | None] | None = None  # to be told once what has arrived is read
-        self._step: Step | None = None  # whose reply is awaited; None: 354 has come, the content is to go
-        self._commands: list[bytes] = []  # those not yet written
-        self._verdict: Exception | None = None  # of the first refused command
-        self._emptying = False  # DATA went ahead of a refusal; only its dot is to be answered
+        self._done: tuple[Mail, Exception | None] | None = None  # reported once all input is processed
+        self._step: Step | None = None  # whose reply is awaited; None: 354 has come, the content is next
+        self._commands: list[bytes] = []  # not yet written
+        self._refusal: Exception | None = None  # of the first refused command
+        self._lone_dot = False  # RCPT was refused after DATA had been pipelined: if need be, end DATA with a lone dot
         self._needs_reset = False
-        self._asked = False  # whether the content may go
-        # One timer for all: it looks at the deadline when it fires, so that a send need not set and cancel one.
+        self._asked = False  # `before_data` has been called and not yet answered
+        # One timer for all deadlines: it is checked against `_deadline` when it fires, so no send resets it.
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
-    # Opening
+    # Handshake
 
-    async def command(self, line: bytes) -> Reply:
-        """Write one command (empty: none, the banner) and wait for its reply.
+    async def command(self, step: Step, line: bytes) -> Response:
+        """Write one command (empty: none, for the banner) and wait for its reply.
 
-        Raises `RelayUnavailable` when the connection ends first, `ValueError` on CR, LF or NUL in `line`.
+        Raises `RelayUnavailable` if the connection ends first, `ValueError` on CR, LF or NUL in `line`.
         """
-        if _NO_COMMAND.search(line):
+        if _NOT_IN_COMMAND.search(line):
             raise ValueError("a command with CR, LF or NUL")
+        self.handshake_step = step
         if line:
-            self._answer = self.loop.create_future()
+            self._response = self.loop.create_future()
             if self.closed:
-                raise RelayUnavailable
+                raise RelayUnavailable(step=step)
             self._write(line + b"\r\n")
-        reply = await self._answer
-        if reply is None:
-            raise RelayUnavailable
-        return reply
+        response = await self._response
+        if response is None:
+            raise RelayUnavailable(step=step)
+        return response
 
-    def listen(self, transport: asyncio.Transport) -> None:
-        """Go on over `transport`, which is TLS now; nothing that was said before counts (RFC 3207, 4.2)."""
+    def discard_further_input(self) -> None:
+        """Discard what arrives after the next reply, until `continue_over`: before TLS, anybody could inject it."""
+        self._discarding = True
+
+    def continue_over(self, transport: asyncio.Transport) -> None:
+        """Switch to `transport`, which uses TLS, and forget what was said before (RFC 3207, 4.2)."""
         self.transport = transport
-        self.offers = {}
+        self.extensions = {}
         self._reader.reset()
-        self._deaf = False
-
-    def deafen(self) -> None:
-        """Ignore what arrives after the next reply, until `listen`: bytes sent ahead of TLS may be anybody's."""
-        self._deaf = True
+        self._discarding = False
 
     # Transactions
 
     def send(self, mail: Mail) -> None:
-        """Begin a transaction. `mail.done` is called when it has ended, never before this returns."""
+        """Begin a transaction that ends by `mail.attempt_deadline`. `on_done` is not called before this returns."""
         envelope = mail.envelope
-        if self.closed or (envelope.needs_smtputf8 and b"SMTPUTF8" not in self.offers):
-            self.loop.call_soon(mail.done, Stale() if self.closed else Smtputf8Unsupported())
+        if self.closed or (envelope.needs_smtputf8 and b"SMTPUTF8" not in self.extensions):
+            error = StaleConnection(step=Step.MAIL) if self.closed else Smtputf8Unsupported(step=Step.MAIL)
+            self.loop.call_soon(self._on_done, self, mail, error)
             return
-        self._mail, self._verdict, self._emptying, self._asked = mail, None, False, False
+        self._mail, self._refusal, self._lone_dot, self._asked = mail, None, False, False
         parameters = b" SMTPUTF8" if envelope.needs_smtputf8 else b""
-        if b"8BITMIME" in self.offers and not envelope.content.isascii():
+        if b"8BITMIME" in self.extensions and not envelope.content.isascii():
             parameters += b" BODY=8BITMIME"
         begin = b"MAIL FROM:<%b>%b\r\n" % (envelope.sender.encode(), parameters)
         commands = [begin, b"RCPT TO:<%b>\r\n" % envelope.recipient.encode(), b"DATA\r\n"]
@@ -105,118 +114,116 @@ class Connection(asyncio.BufferedProtocol):
         if self._needs_reset:
             self._step = Step.RSET
             commands.insert(0, b"RSET\r\n")
-        self.arm(mail.deadline)
-        if b"PIPELINING" in self.offers:
+        self.arm(mail.attempt_deadline)
+        if b"PIPELINING" in self.extensions:
             self._commands = []
             self._write(b"".join(commands))
         else:
             self._commands = commands
             self._write(commands.pop(0))
 
-    def _on_reply(self, reply: Reply) -> None:
-        step, positive = self._step, reply.code // 100
-        if step is None:  # a reply to nothing: which one answers the dot would be a guess
-            self._break()
-        elif step is Step.DOT:
-            if self._emptying:
-                self._finish(self._verdict)
-            elif positive == 3:
-                self._break()
+    def _on_response(self, response: Response) -> None:
+        step, first_digit = self._step, response.code // 100
+        if step is None:  # unasked: whether it or the next one answers the content would be a guess
+            self._fail()
+        elif step is Step.CONTENT:
+            if self._lone_dot:
+                self._end(self._refusal)
+            elif first_digit == 3:
+                self._fail()
             else:
-                error = None if positive == 2 else classify(step, reply.code, reply.enhanced)
-                self._finish(error, drop=reply.code == _CLOSING)
+                error = None if first_digit == 2 else classify(step, response.code, response.enhanced)
+                self._end(error, drop=response.code == _CLOSING)
         elif step is Step.DATA:
-            self._on_data_reply(reply)
+            self._on_data_response(response)
         else:
-            if positive != 2 and self._verdict is None:
-                self._refuse(step, reply)
+            if first_digit != 2 and self._refusal is None:
+                self._refuse(step, response)
             self._step = _NEXT[step]
             if self._mail is not None and self._commands:
-                if self._verdict:
-                    self._finish(self._verdict)
+                if self._refusal:
+                    self._end(self._refusal)
                 else:
                     self._write(self._commands.pop(0))
 
-    def _on_data_reply(self, reply: Reply) -> None:
-        positive = reply.code // 100
-        if positive != 3:
-            if self._verdict is None:
-                self._refuse(Step.DATA, reply)
+    def _on_data_response(self, response: Response) -> None:
+        first_digit = response.code // 100
+        if first_digit != 3:
+            if self._refusal is None:
+                self._refuse(Step.DATA, response)
             if self._mail is not None:
-                self._finish(self._verdict, drop=positive == 2 or reply.code == _CLOSING)
-        elif self._verdict is None:
+                self._end(self._refusal, drop=first_digit == 2 or response.code == _CLOSING)
+        elif self._refusal is None:
             self._step = None
-        elif self._emptying:
-            # RFC 2920, 3.1: DATA was taken although no recipient was; a lone dot leaves nobody a mail.
-            self._step = Step.DOT
+        elif self._lone_dot:
+            # RFC 2920, 3.1: DATA was accepted without a recipient, so a lone dot sends no mail.
+            self._step = Step.CONTENT
             self._write(b".\r\n")
         else:
-            self._finish(self._verdict, drop=True)
+            self._end(self._refusal, drop=True)
 
-    def _refuse(self, step: Step, reply: Reply) -> None:
-        """Keep the verdict of the first refused command; those that went out with it are answered, too."""
-        verdict: Exception = classify(step, reply.code, reply.enhanced)
-        if step is Step.RSET or (self._used and step is Step.MAIL and reply.code == _CLOSING):
-            self._finish(Stale(reply.code, reply.enhanced), drop=True)
-        elif isinstance(verdict, RelayUnavailable) or reply.code == _CLOSING:
-            self._finish(verdict, drop=True)
+    def _refuse(self, step: Step, response: Response) -> None:
+        """Keep the error of the first refused command until the pipelined commands after it are answered, too."""
+        error: Exception = classify(step, response.code, response.enhanced)
+        if step is Step.RSET or (self._used and step is Step.MAIL and response.code == _CLOSING):
+            self._end(StaleConnection(response.code, response.enhanced, step), drop=True)
+        elif isinstance(error, RelayUnavailable) or response.code == _CLOSING:
+            self._end(error, drop=True)
         else:
-            self._verdict = verdict
-            self._emptying = step is Step.RCPT
+            self._refusal = error
+            self._lone_dot = step is Step.RCPT
 
-    def _hand_over(self) -> None:
-        """Ask whether content and final dot may be written, unless that has become pointless."""
+    def _ask_before_data(self) -> None:
         mail = self._mail
         if self._reader.pending or mail is None or self._asked:
-            self._break()
+            self._fail()
             return
         self._asked = True
         try:
             mail.before_data(self._write_content)
         except Exception as exc:  # noqa: BLE001 the caller's own error goes back to the caller
-            self._finish(exc, drop=True)
+            self._end(exc, drop=True)
 
     def _write_content(self, wanted: bool) -> None:
-        """Write content and final dot, if they are wanted and the transaction has not ended meanwhile."""
+        """Write the content and the final dot if `wanted`, unless the transaction has ended meanwhile."""
         mail = self._mail
         if mail is None or self._step is not None or not self._asked:
             return
         self._asked = False
         if wanted:
-            self._step = Step.DOT
+            self._step = Step.CONTENT
             self._write(mail.envelope.content + b".\r\n")
         else:
-            self._finish(SendWithheld(), drop=True)
-            self._tell()
+            self._end(SendAborted(step=Step.CONTENT), drop=True)
+            self._report()
 
-    def _finish(self, error: Exception | None, *, drop: bool = False) -> None:
+    def _end(self, error: Exception | None, *, drop: bool = False) -> None:
         """End the transaction, and with `drop` the connection."""
         mail, self._mail = self._mail, None
         self._used, self._needs_reset = True, error is not None
         if mail is not None:
-            self._ended = mail, error
+            self._done = mail, error
         if drop:
             self.abort()
 
-    def _tell(self) -> None:
-        """Say how the transaction ended; another one may begin in that call."""
-        ended, self._ended = self._ended, None
-        if ended is not None:
-            mail, error = ended
-            mail.done(error)
+    def _report(self) -> None:
+        done, self._done = self._done, None
+        if done is not None:
+            mail, error = done
+            self._on_done(self, mail, error)
 
-    def _break(self) -> None:
-        """The connection is lost, out of time or talks nonsense."""
-        if not self._answer.done():
-            self._answer.set_result(None)
+    def _fail(self) -> None:
+        """Give up: the connection is lost or out of time, or the relay is out of step."""
+        if not self._response.done():
+            self._response.set_result(None)
         if self._mail is not None:
-            self._finish(self._verdict or classify(self._step or Step.DATA, None, None))
+            self._end(self._refusal or classify(self._step or Step.DATA, None, None))
         self.abort()
 
-    # Time
+    # Deadline
 
     def arm(self, deadline: float) -> None:
-        """Be done by `deadline` (loop time): a transaction is broken off then, an idle connection quits."""
+        """Set the deadline (loop time): a transaction fails then, an idle connection quits."""
         self._deadline = deadline
         if self._timer is None or self._timer.when() > deadline:
             if self._timer:
@@ -228,25 +235,25 @@ class Connection(asyncio.BufferedProtocol):
         if self.loop.time() < self._deadline:
             self.arm(self._deadline)
         elif self._mail is not None or self.closed:
-            self._break()
-            self._tell()
+            self._fail()
+            self._report()
         else:
             self.quit()
 
-    # The end
+    # End
 
     def quit(self) -> None:
-        """Say QUIT and be gone shortly after."""
+        """Say QUIT, and drop the connection if the relay does not close it soon."""
         if not self.closed:
             self.closed = True
             self._write(b"QUIT\r\n")
             self.arm(self.loop.time() + _QUIT_SECONDS)
 
     def abort(self) -> None:
-        """Drop the connection at once; what still waits for it ends with an error."""
+        """Drop the connection at once; a pending transaction or command fails."""
         self.closed = True
         if self._mail is not None:
-            self._break()
+            self._fail()
         if self.transport:
             self.transport.abort()
 
@@ -254,44 +261,41 @@ class Connection(asyncio.BufferedProtocol):
         if self.transport:
             self.transport.write(data)
 
-    # asyncio.Protocol
+    # asyncio.BufferedProtocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """See `asyncio.Protocol`."""
+        """See `asyncio.BaseProtocol`."""
         self.transport = cast("asyncio.Transport", transport)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 asyncio's signature
-        """See `asyncio.BufferedProtocol`: what arrives is read at once, so one buffer serves all connections."""
+        """See `asyncio.BufferedProtocol`."""
         return _BUFFER
 
     def buffer_updated(self, nbytes: int) -> None:
         """See `asyncio.BufferedProtocol`."""
-        for reply in self._reader.feed(bytes(_BUFFER[:nbytes])):
+        for response in self._reader.feed(bytes(_BUFFER[:nbytes])):
             if self._mail is not None:
-                self._on_reply(reply)
-            elif not self._answer.done():
-                self._answer.set_result(reply)
-            elif not self._deaf:
-                # Nothing was asked: the relay takes its leave, or the two are out of step.
+                self._on_response(response)
+            elif not self._response.done():
+                self._response.set_result(response)
+            elif not self._discarding:
+                # Unasked: the relay says goodbye, or is out of step.
                 self.abort()
-        if self._deaf and self._answer.done():
+        if self._discarding and self._response.done():
             self._reader.reset()
         if self._reader.broken:
-            self._break()
+            self._fail()
         elif self._mail is not None and self._step is None:
-            self._hand_over()
-        self._tell()
+            self._ask_before_data()
+        self._report()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 asyncio's signature
-        """See `asyncio.Protocol`."""
+        """See `asyncio.BaseProtocol`."""
         self.closed = True
         if self._timer:
             self._timer.cancel()
         if self._mail is not None and self._used and self._step in {Step.RSET, Step.MAIL}:
-            self._finish(Stale())
-        self._break()
-        self._tell()
+            self._end(StaleConnection(step=self._step))
+        self._fail()
+        self._report()
         self._on_lost(self)
-
-
-_NEXT: Final = {Step.RSET: Step.MAIL, Step.MAIL: Step.RCPT, Step.RCPT: Step.DATA}
