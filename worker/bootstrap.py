@@ -23,6 +23,7 @@ from worker.mail.pool import SmtpPool
 from worker.mail.render import Renderer
 from worker.metrics import Counters, WorkerMetrics
 from worker.queue.commands import RequestQueue
+from worker.request_log import RequestLog
 from worker.service import Service
 from worker.settler import Settler
 from worker.tracing import Recorder
@@ -77,7 +78,9 @@ class Worker:
             lambda: self._channel.healthy,
             None if traces is None else Recorder(traces, settings.queue),
         )
+        self._request_log = RequestLog()
         settler.subscribe(self.fetcher.done, self.fetcher.outcome)
+        settler.subscribe(self._request_log.settled)
         self._traces = traces
         self.events = Events(broker)
         metrics = WorkerMetrics(counters, self._channel.statuses, lambda: self.fetcher.load, broker, settings.queue)
@@ -113,6 +116,7 @@ class Worker:
         if self._background is not None:
             self._background.cancel()
         await self.fetcher.stop(seconds)
+        self._request_log.flush()
         last_spans = None if self._traces is None else self._traces.close()
         await self.events.close()
         await self._channel.close()

@@ -17,6 +17,14 @@ N = 50
 OLD_CODE = "3F7A"
 
 
+def test_a_worker_at_info_logs_each_request(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(log_level="INFO")
+    rig.add_worker()
+    request_id = rig.caller.request(email := address())
+    assert rig.caller.reply(request_id) == {"email": email, "error": 0}
+    rig.worker.wait_for_log(request_id)
+
+
 def code(rig: Rig, email: str) -> str:
     """What GateServer reads."""
     found = rig.codes.get(f"code_{email}")

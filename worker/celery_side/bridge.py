@@ -25,9 +25,8 @@ from typing import Any, TypeVar
 
 from celery.worker import state
 
-from producer.contract import TASK, ErrorCode, Reply
+from producer.contract import TASK, Reply
 from producer.errors import VerifyError
-from producer.logs import mask_email
 from producer.settings import Settings
 from worker.bootstrap import Worker, wire
 from worker.fetcher import CelerySide, Fetcher
@@ -178,15 +177,9 @@ class Bridge(CelerySide):
             self._worker.events.received(jobs)
 
     def done(self, finished: Finished) -> None:
-        """Send the events of requests that left, and say so in the log."""
+        """Send the events of requests that are off this worker's hands."""
         if self._worker is not None:
             self._worker.events.done(finished)
-        if not logger.isEnabledFor(logging.INFO):
-            return
-        debug = logger.isEnabledFor(logging.DEBUG)
-        for job, error in finished:
-            if error is not None and (debug or error is not ErrorCode.SUCCESS):
-                _log(job, error)
 
     def to_celery(self, message: dict[str, Any]) -> None:
         """Deliver to Celery's consumer, through its transport."""
@@ -222,16 +215,3 @@ async def _call_off_all() -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _log(job: Job, error: ErrorCode) -> None:
-    logger.log(
-        logging.DEBUG if error is ErrorCode.SUCCESS else logging.INFO,
-        "request answered",
-        extra={
-            "request_id": job.request_id,
-            "email": mask_email(job.request.email),
-            "error": error.title,
-            "seconds": round(asyncio.get_running_loop().time() - job.began, 3),
-        },
-    )
