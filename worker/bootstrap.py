@@ -21,6 +21,7 @@ from worker.fetcher import CelerySide, Fetcher, Prefetch
 from worker.mail.failover import Failover
 from worker.mail.pool import SmtpPool
 from worker.mail.render import Renderer
+from worker.maintenance import Maintenance
 from worker.metrics import Counters, WorkerMetrics
 from worker.queue.commands import RequestQueue
 from worker.request_log import RequestLog
@@ -75,12 +76,15 @@ class Worker:
             celery_side,
             counters,
             Prefetch(self._channel, counters),
-            lambda: self._channel.healthy,
-            None if traces is None else Recorder(traces, settings.queue),
+            traced=traces is not None,
         )
         self._request_log = RequestLog()
         settler.subscribe(self.fetcher.done, self.fetcher.outcome)
         settler.subscribe(self._request_log.settled)
+        if traces is not None:
+            settler.subscribe(Recorder(traces, settings.queue).finish)
+        parts = (broker, queue, service, settler, counters, self.fetcher)
+        self._maintenance = Maintenance(*parts, lambda: self._channel.healthy)
         self._traces = traces
         self.events = Events(broker)
         metrics = WorkerMetrics(counters, self._channel.statuses, lambda: self.fetcher.load, broker, settings.queue)
@@ -93,6 +97,7 @@ class Worker:
         """Begin to work, on the running loop."""
         await self._metrics.open(self._metrics_bind)
         self.fetcher.start()
+        self._maintenance.start()
         self._background = asyncio.create_task(self._require_versions())
 
     async def _require_versions(self) -> None:
@@ -116,6 +121,7 @@ class Worker:
         if self._background is not None:
             self._background.cancel()
         await self.fetcher.stop(seconds)
+        await self._maintenance.stop()
         self._request_log.flush()
         last_spans = None if self._traces is None else self._traces.close()
         await self.events.close()

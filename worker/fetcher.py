@@ -1,7 +1,7 @@
-"""From the queue to the service, and the task's Celery Strategy.
+"""Takes requests off the queue: how many (`Prefetch`), when (`Wakeup`), and where each goes.
 
-One message stays one request; a batch is only how they travel inside. What needs Celery's own machinery (ETA, chain,
-group, callbacks) goes to Celery's default strategy, whose task hands the service a batch of one.
+Messages are reserved many at a time, and the service gets those of one reservation as a batch. A message that needs
+Celery's own machinery (ETA, group, callbacks, chain, chord) goes to Celery instead, whose task hands it to the service.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Protocol
 
-from producer.contract import ErrorCode, Reply, VerifyRequest
+from producer.contract import ErrorCode, Reply
 from producer.errors import RedisUnavailable
 from producer.redis.connection import RedisConnection, raise_errors
 from producer.redis.scripts import Command
 from worker.databases import Database
 from worker.job import Finished, Job
-from worker.maintenance import Maintenance
 from worker.metrics import Counters
 from worker.queue.commands import MAX_MOVES, MaintenanceResult, RequestQueue
 from worker.queue.message import (
@@ -29,131 +28,40 @@ from worker.queue.message import (
     Unfit,
     for_celery,
     parse,
+    unreadable_job,
 )
 from worker.service import Service
 from worker.settler import Settler
-from worker.tracing import Recorder, Trace
+from worker.tracing import Trace
 
-AHEAD: Final = 0.03  # seconds of work, at most, that are held beyond what can be sent at once
-SHARE: Final = 4  # of that, many places are filled at once: when one part in so many is free
-_SHORTEST: Final = 0.1  # seconds between two ticks that count as such
-_SMOOTH: Final = 8  # fetches over which their duration is averaged
+logger = logging.getLogger(__name__)
 
-
-class HasCapacity(Protocol):
-    """Says how many mails can be sent at once at the moment."""
-
-    @property
-    def capacity(self) -> int:
-        """How many."""
+SETTLE_TIME: Final = 1.0  # seconds of its last ones in which a stopping worker settles what it has sent
+MAX_LOST_TAGS: Final = 10_000  # a few reservations' tags; only the first ones can matter, made while Redis was there
+_PAUSE: Final = 0.25  # seconds between tries while Redis is away
 
 
-class Prefetch:
-    """Decides how many messages to reserve, by how many mails can be sent soon."""
-
-    def __init__(self, channel: HasCapacity, counters: Counters) -> None:
-        self._channel = channel
-        self._counters = counters
-        self._mails = 0  # that were accepted until the last tick
-        self._rate = 0.0  # mails a second, smoothed
-        self._ticked = 0.0  # loop time
-        self._fetch = 0.0  # seconds from asking for messages until their sends begin, smoothed
-
-    def fetched(self, seconds: float) -> None:
-        """So long after messages were asked for, their sends began."""
-        self._fetch += (seconds - self._fetch) / _SMOOTH
-
-    def tick(self, now: float) -> None:
-        """Once a second, about; `now` is loop time."""
-        mails = self._counters.mails
-        self._rate += ((mails - self._mails) / max(now - self._ticked, _SHORTEST) - self._rate) / 2
-        self._mails, self._ticked = mails, now
-
-    def wanted(self, held: int, *, settling: int) -> int:
-        """How many messages to reserve now, with so many in hand, of which some have left their connections already.
-
-        A connection that becomes free finds its next mail here if what is sent in the time of a fetch, twice for good
-        measure, is held ahead. More would wait here, while another worker may have connections with nothing to send.
-        """
-        at_once = self._channel.capacity
-        ahead = round(self._rate * min(2 * self._fetch, AHEAD))
-        most = at_once + ahead
-        unsent = max(held - settling, 0)
-        # However slowly outcomes are settled, what is in hand is bounded.
-        free = min(most - unsent, 2 * most - held)
-        return 0 if unsent >= at_once and free * SHARE < ahead else max(min(free, MAX_MOVES), 0)
-
-
-BLOCK: Final = 1.0  # seconds of one wait for a message; below the link's time for an answer
-LOOK: Final = 0.02  # seconds until an empty queue is looked at again, for what requests that were done may have woken
-
-
-class Wakeup:
-    """Rings once the queue has a message; which stays there."""
-
-    def __init__(self, link: RedisConnection, queue: RequestQueue) -> None:
-        """`link`: a connection that may block."""
-        self._link = link
-        self._queue = queue
-        self._waiting: asyncio.Future[list[Any]] | None = None
-
-    async def wait(self, room: asyncio.Event) -> None:
-        """Until the queue has a message, BLOCK seconds passed, or `room` tells that something else is worth a look.
-
-        Raises `RedisUnavailable`.
-        """
-        if self._waiting is None:
-            self._waiting = asyncio.ensure_future(self._link.run([self._queue.await_message(BLOCK)]))
-        news = asyncio.ensure_future(room.wait())
-        both: list[asyncio.Future[Any]] = [self._waiting, news]
-        try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            if not self._waiting.done():
-                # The queue is empty: no place that is free again need look at once, trip for trip.
-                await asyncio.wait([self._waiting], timeout=LOOK)
-        finally:
-            news.cancel()
-        if self._waiting.done():
-            waited, self._waiting = self._waiting, None
-            raise_errors(waited.result())
-
-    async def close(self) -> None:
-        """Wait no more."""
-        if self._waiting is not None:
-            self._waiting.cancel()
-            await asyncio.wait([self._waiting])
-
-
-class CelerySide:
-    """What the intake tells Celery's side, in batches. Called on the intake's loop."""
+class CelerySide(Protocol):
+    """What the fetcher needs of Celery. All methods are called on the service's loop."""
 
     def received(self, jobs: list[Job]) -> None:
         """These requests are about to be served."""
 
     def done(self, finished: Finished) -> None:
-        """These requests are off this worker's hands."""
+        """This worker does not hold these requests any more."""
 
     def to_celery(self, message: dict[str, Any]) -> None:
-        """This message needs Celery's own machinery; its delivery tag is the reservation's."""
+        """Deliver a message to Celery's consumer."""
 
     def is_revoked(self, request_id: str) -> bool:
         """Whether an operator revoked the request."""
-        del request_id
-        return False
 
     def give_up(self, reason: str) -> None:
-        """The service cannot work at all."""
-
-
-logger = logging.getLogger(__name__)
-
-SETTLING = 1.0  # seconds that a stopping worker keeps for settling what it has sent
-UNHEARD_MOST = 10_000  # tags; those of a few answers, the first of which count, as then there still was a connection
-_PAUSE = 0.25  # seconds between tries while Redis is away
+        """End the process: the service cannot work."""
 
 
 class Fetcher:
-    """Reserves as many messages as can be sent soon, reads them, and hands them to the service as batches."""
+    """Reserves as many messages as can be sent soon and hands them to the service, or to Celery."""
 
     def __init__(
         self,
@@ -165,11 +73,10 @@ class Fetcher:
         celery_side: CelerySide,
         counters: Counters,
         prefetch: Prefetch,
-        relay_healthy: Callable[[], bool],
-        recorder: Recorder | None = None,
+        *,
+        traced: bool = False,
     ) -> None:
-        """`waiter`: a connection that may block. `recorder`: None: nothing is traced."""
-        self._relay_healthy = relay_healthy
+        """`waiter`: a connection of its own, as it blocks. `traced`: whether each job gets a `Trace`."""
         self._broker = broker
         self._wakeup = Wakeup(waiter, queue)
         self.queue = queue
@@ -178,183 +85,105 @@ class Fetcher:
         self._celery_side = celery_side
         self._counters = counters
         self._prefetch = prefetch
-        self._recorder = recorder
-        self.held: dict[str, Job] = {}  # by tag: everything in this worker's hands on the fast way
+        self._traced = traced
+        self.held: dict[str, Job] = {}  # by tag: what the service has
         self._at_celery: dict[str, Job] = {}  # by tag: what went to Celery and is not done
-        self._hurried: set[str] = set()  # of these, what Celery runs as soon as it can
-        self._for_celery: dict[str, asyncio.Future[ErrorCode | None]] = {}  # by tag: what Celery's task waits for
-        self._unheard: list[str] = []  # tags that may have been given in answers that never came
-        self._room = asyncio.Event()
+        self._at_celery_now: set[str] = set()  # the tags of those without an ETA
+        self._task_results: dict[str, asyncio.Future[ErrorCode | None]] = {}  # by tag: what Celery's tasks wait for
+        self._lost_tags: list[str] = []  # of reservations whose answer was lost: their messages may be ours
+        self._changed = asyncio.Event()  # it is worth asking again how many messages are wanted
         self._consuming = False
-        self._suspects = 0
-        self._alone = False
+        self._suspects = 0  # suspected poison messages that wait
+        self._alone = False  # the one message held is a suspect: nothing may run beside it
         self._serving: set[asyncio.Task[None]] = set()
         self._stopping = False
-        self._taking: asyncio.Task[None] | None = None
-        self._maintenance: asyncio.Task[None] | None = None
+        self._fetching: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to tend; messages are taken once `consume` was called."""
-        self._taking = asyncio.create_task(self._take())
-        parts = (self._broker, self.queue, self._service, self._settler, self._counters)
-        tags = lambda: [*self.held, *self._at_celery]  # noqa: E731
-        tender = Maintenance(*parts, tags, self._on_maintained, self._relay_healthy)
-        self._maintenance = asyncio.create_task(tender.run())
-
-    def _on_maintained(self, result: MaintenanceResult) -> None:
-        self._suspects = result.suspects
-        self._prefetch.tick(asyncio.get_running_loop().time())
-        if result.ready or result.suspects:
-            self._room.set()
+        """Start the loop that takes messages; it takes none before `consume`."""
+        self._fetching = asyncio.create_task(self._fetch_all())
 
     def consume(self, *, on: bool) -> None:
         """Take messages, or stop taking."""
         self._consuming = on
-        self._room.set()
-
-    def outcome(self) -> None:
-        """The settler's word that a request has its outcome: there may be room for the next, before that is settled."""
-        if self._wanted() > 0:
-            self._room.set()
-
-    def done(self, finished: Finished) -> None:
-        """The settler's word that requests are off our hands."""
-        held = len(self.held)
-        for job, _ in finished:
-            self.held.pop(job.tag, None)
-        if len(self.held) < held:
-            self._alone = self._alone and bool(self.held)
-            self._room.set()
-        if self._recorder is not None:
-            self._recorder.finish(finished)
-        if self._for_celery:
-            finished = [each for each in finished if not self._tell_celery(*each)]
-        self._celery_side.done(finished)
-
-    def _tell_celery(self, job: Job, error: ErrorCode | None) -> bool:
-        """Whether Celery's task waits for this request, and so tells the world of it: of a reply, and nothing else."""
-        future = self._for_celery.pop(job.tag, None)
-        if future is not None and not future.done():
-            future.set_result(error)
-        return future is not None and error is not None
-
-    async def serve_for_celery(self, tag: str) -> Reply | None:
-        """What became of a request whose task Celery runs now; None: it was parked, buried or put back."""
-        job = self._at_celery.get(tag)
-        if job is None:  # it went back to the queue meanwhile
-            return None
-        job.through_celery = True
-        job.began = asyncio.get_running_loop().time()  # until now it waited for its time
-        self.held[tag] = job
-        future = self._for_celery[tag] = asyncio.get_running_loop().create_future()
-        await self._serve([job], job.began)
-        error = await future
-        return None if error is None else Reply(job.request.email, error)
-
-    @property
-    def load(self) -> int:
-        """How many requests are in this worker's hands, on either way."""
-        return len(self.held.keys() | self._at_celery.keys())
-
-    async def dead_letter_from_celery(self, tag: str) -> None:
-        """A message that Celery rejects becomes a dead letter."""
-        self._counters.dead_lettered(CELERY_REJECTED)
-        await self.leave_celery(tag, lambda tag: [self.queue.dead_letter(tag, CELERY_REJECTED)])
-
-    async def leave_celery(self, tag: str, command: Callable[[str], list[Command]]) -> None:
-        """Celery is done with a message: settle its reservation."""
-        self._at_celery.pop(tag, None)
-        self._hurried.discard(tag)
-        self._room.set()
-        try:
-            await self._broker.run(command(tag))
-        except RedisUnavailable:
-            logger.warning("a message that Celery is done with could not be settled; it will be redelivered")
-
-    async def celery_forgot(self) -> None:
-        """Celery lost its connection, and with it what it had not begun: that goes back to the queue."""
-        tags = [tag for tag, job in self._at_celery.items() if not job.through_celery]
-        for tag in tags:
-            del self._at_celery[tag]
-            self._hurried.discard(tag)
-        if tags:
-            self._room.set()
-            with contextlib.suppress(RedisUnavailable):  # it is redelivered, then
-                await self._broker.run([self.queue.release(tags)])
-
-    def revoke(self, tag: str) -> None:
-        """Celery will not run this message: its request is answered unsent."""
-        job = self._at_celery.get(tag)
-        if job is not None:
-            self._settler.answer(job, ErrorCode.TIMEOUT, mark=False)
+        self._changed.set()
 
     async def stop(self, seconds: float) -> None:
-        """Take nothing more, finish what is in hand within `seconds`, put back the rest if Redis is there."""
+        """Take no more, finish what is in hand within `seconds`, put back the rest if Redis is there."""
         self._stopping = True
         self.consume(on=False)
         with contextlib.suppress(TimeoutError, RedisUnavailable):
             async with asyncio.timeout(seconds):
-                if self._taking is not None:
-                    await asyncio.wait([self._taking])  # it may have messages on their way
+                if self._fetching is not None:
+                    await asyncio.wait([self._fetching])  # a reservation may be on its way
                 if self._serving:
                     await asyncio.wait(self._serving)
-                await self._service.drain(seconds - SETTLING)
+                await self._service.drain(seconds - SETTLE_TIME)
                 await self._settler.drain()
                 if self._at_celery:
                     tags = list(self._at_celery)
                     self._at_celery.clear()
-                    self._hurried.clear()
+                    self._at_celery_now.clear()
                     await self._broker.run([self.queue.release(tags)])
         await self._settler.abandon()
-        for task in (self._taking, self._maintenance):
-            if task is not None:
-                task.cancel()
-                await asyncio.wait([task])
+        if self._fetching is not None:
+            self._fetching.cancel()
+            await asyncio.wait([self._fetching])
         await self._wakeup.close()
+
+    @property
+    def load(self) -> int:
+        """How many requests this worker holds, those at Celery included."""
+        return len(self.held.keys() | self._at_celery.keys())
+
+    def tags(self) -> list[str]:
+        """The tags of all that this worker holds."""
+        return [*self.held, *self._at_celery]
+
+    # The loop: ask how many are wanted, reserve them, hand them on.
+
+    async def _fetch_all(self) -> None:
+        while not self._stopping:
+            wanted = self._wanted()
+            self._changed.clear()
+            if wanted <= 0:
+                await self._changed.wait()
+                continue
+            try:
+                if self._lost_tags:
+                    await self._broker.run([self.queue.release(self._lost_tags)])
+                    self._lost_tags = []
+                if not await self._fetch(wanted):
+                    await self._wakeup.wait(self._changed)
+            except RedisUnavailable:
+                await asyncio.sleep(_PAUSE)
+            except Exception as exc:  # noqa: BLE001 - no error may end the loop
+                logger.error("unforeseen error in the fetcher", extra={"kind": type(exc).__name__})
+                await asyncio.sleep(_PAUSE)
 
     def _wanted(self) -> int:
         """How many messages to reserve now."""
-        # What Celery's threads have still to run is in hand too; what waits there for its ETA is not.
-        held = len(self.held.keys() | self._hurried) if self._hurried else len(self.held)
+        # A message that Celery has still to run counts as held; one that waits there for its ETA does not.
+        held = len(self.held.keys() | self._at_celery_now) if self._at_celery_now else len(self.held)
         if not self._consuming or self._alone or (self._suspects and held):
             return 0
         return self._prefetch.wanted(held, settling=self._settler.under_way)
 
-    async def _take(self) -> None:
-        while not self._stopping:
-            wanted = self._wanted()
-            self._room.clear()  # what happens while we ask is news
-            if wanted <= 0:
-                await self._room.wait()
-                continue
-            try:
-                if self._unheard:
-                    await self._broker.run([self.queue.release(self._unheard)])
-                    self._unheard = []
-                more = await self._reserve(wanted)
-                if not more:
-                    await self._wakeup.wait(self._room)
-            except RedisUnavailable:
-                await asyncio.sleep(_PAUSE)
-            except Exception as exc:  # noqa: BLE001 - whatever it is, the next message is taken
-                logger.error("unforeseen error at the intake", extra={"kind": type(exc).__name__})
-                await asyncio.sleep(_PAUSE)
-
-    async def _reserve(self, wanted: int) -> bool:
-        """Take up to so many messages. Whether to ask again at once; if not, a message is worth waiting for."""
+    async def _fetch(self, wanted: int) -> bool:
+        """Take up to `wanted` messages. False: the queue is empty, so wait for a message."""
         asked = asyncio.get_running_loop().time()
         command = self.queue.reserve(wanted, held=len(self.held))
         try:
             [answer] = await self._broker.run([command])
         except RedisUnavailable:
-            if len(self._unheard) < UNHEARD_MOST:
-                self._unheard += self.queue.tags_of(command)
+            if len(self._lost_tags) < MAX_LOST_TAGS:
+                self._lost_tags += self.queue.tags_of(command)
             raise
         raise_errors([answer])
         taken, self._suspects, alone, dead_lettered = self.queue.read_reserve(answer)
         for reason in dead_lettered:
             self._counters.dead_lettered(reason)
-        if not self._consuming:  # told so while they were on their way
+        if not self._consuming:  # switched off while the reservation was on its way
             await self._broker.run([self.queue.release([reserved.tag for reserved in taken])])
             return True
         jobs = self._read(taken)
@@ -367,22 +196,23 @@ class Fetcher:
         return len(taken) + len(dead_lettered) >= wanted or self._suspects > 0
 
     def _read(self, taken: Iterable[Reserved]) -> list[Job]:
+        """The jobs for the service. All other messages go to Celery, are answered, or are dead-lettered."""
         jobs = []
         now = asyncio.get_running_loop().time()
         for reserved in taken:
             try:
                 parsed = parse(reserved)
                 message = for_celery(parsed) if parsed.needs_celery else None
-            except Exception as exc:  # noqa: BLE001 - no message stops a worker, or the others of its batch
-                if isinstance(exc, Unfit):
-                    reason = exc.reason
-                else:
-                    reason = DeadLetterReason(DeadLetterCode.OTHER, f"it cannot be read ({type(exc).__name__})")
-                self._settler.dead_letter(Job("", reserved.tag, VerifyRequest(None), None, None), reason)
+            except Unfit as exc:
+                self._settler.dead_letter(unreadable_job(reserved.tag), exc.reason)
+                continue
+            except Exception as exc:  # noqa: BLE001 - no message may stop the worker, or the rest of its batch
+                reason = DeadLetterReason(DeadLetterCode.OTHER, f"it cannot be read ({type(exc).__name__})")
+                self._settler.dead_letter(unreadable_job(reserved.tag), reason)
                 continue
             job = parsed.job
             job.began = now
-            if self._recorder is not None:
+            if self._traced:
                 job.trace = Trace(parsed.envelope["headers"])
             self._counters.taken += 1
             if self._celery_side.is_revoked(job.request_id):
@@ -392,7 +222,7 @@ class Fetcher:
                 self._counters.through_celery += 1
                 self._at_celery[job.tag] = job
                 if not job.scheduled:
-                    self._hurried.add(job.tag)
+                    self._at_celery_now.add(job.tag)
                 self._celery_side.to_celery(message)
             else:
                 self.held[job.tag] = job
@@ -403,8 +233,174 @@ class Fetcher:
         try:
             await self._service.serve(jobs)
             self._prefetch.fetched(asyncio.get_running_loop().time() - asked)
-        except Exception as exc:  # noqa: BLE001 - whatever it is, the requests get an answer
+        except Exception as exc:  # noqa: BLE001 - every request gets an answer
             logger.error("unforeseen error in the service", extra={"kind": type(exc).__name__})
             for job in jobs:
                 if job.tag in self.held:
                     self._settler.answer(job, ErrorCode.EXCEPTION, mark=True)
+
+    # What the settler and the maintenance report.
+
+    def outcome(self) -> None:
+        """A request has its outcome: its relay connection is free before it is settled."""
+        if self._wanted() > 0:
+            self._changed.set()
+
+    def done(self, finished: Finished) -> None:
+        """These requests are settled."""
+        held = len(self.held)
+        for job, _ in finished:
+            self.held.pop(job.tag, None)
+        if len(self.held) < held:
+            self._alone = self._alone and bool(self.held)
+            self._changed.set()
+        if self._task_results:
+            finished = [each for each in finished if not self._resolve_task(*each)]
+        self._celery_side.done(finished)
+
+    def on_maintained(self, result: MaintenanceResult) -> None:
+        """A round of maintenance has ended."""
+        self._suspects = result.suspects
+        self._prefetch.tick(asyncio.get_running_loop().time())
+        if result.ready or result.suspects:
+            self._changed.set()
+
+    # What Celery reports of the messages that went to it.
+
+    async def serve_for_celery(self, tag: str) -> Reply | None:
+        """Serve a request as Celery runs its task. None: it was delayed, dead-lettered or put back on the queue."""
+        job = self._at_celery.get(tag)
+        if job is None:  # it has been put back meanwhile
+            return None
+        job.through_celery = True
+        job.began = asyncio.get_running_loop().time()  # until now it waited for its ETA
+        self.held[tag] = job
+        result = self._task_results[tag] = asyncio.get_running_loop().create_future()
+        await self._serve([job], job.began)
+        error = await result
+        return None if error is None else Reply(job.request.email, error)
+
+    def _resolve_task(self, job: Job, error: ErrorCode | None) -> bool:
+        """Hand the outcome to Celery's task, if one waits for it. True: Celery itself sends the event of this reply."""
+        result = self._task_results.pop(job.tag, None)
+        if result is not None and not result.done():
+            result.set_result(error)
+        return result is not None and error is not None
+
+    def revoke(self, tag: str) -> None:
+        """Celery will not run this message: its request is answered 6, unsent."""
+        job = self._at_celery.get(tag)
+        if job is not None:
+            self._settler.answer(job, ErrorCode.TIMEOUT, mark=False)
+
+    async def dead_letter_from_celery(self, tag: str) -> None:
+        """Celery rejected the message: dead-letter it."""
+        self._counters.dead_lettered(CELERY_REJECTED)
+        await self.leave_celery(tag, lambda tag: [self.queue.dead_letter(tag, CELERY_REJECTED)])
+
+    async def leave_celery(self, tag: str, command: Callable[[str], list[Command]]) -> None:
+        """Celery is done with a message: settle its reservation with `command`."""
+        self._at_celery.pop(tag, None)
+        self._at_celery_now.discard(tag)
+        self._changed.set()
+        try:
+            await self._broker.run(command(tag))
+        except RedisUnavailable:
+            logger.warning("a message that Celery is done with could not be settled; it will be redelivered")
+
+    async def celery_forgot(self) -> None:
+        """Celery reconnected and has forgotten the messages it had not started: put them back on the queue."""
+        tags = [tag for tag, job in self._at_celery.items() if not job.through_celery]
+        for tag in tags:
+            del self._at_celery[tag]
+            self._at_celery_now.discard(tag)
+        if tags:
+            self._changed.set()
+            with contextlib.suppress(RedisUnavailable):  # then they are redelivered
+                await self._broker.run([self.queue.release(tags)])
+
+
+MAX_AHEAD: Final = 0.03  # seconds of sending; more is never held beyond what can be sent at once
+REFILL_SHARE: Final = 4  # what is held ahead is refilled when one part in so many is free
+_SHORTEST_TICK: Final = 0.1  # seconds; the rate of a shorter time is counted as if over this one
+_SMOOTHING: Final = 8  # fetches over which their duration is averaged
+
+
+class HasCapacity(Protocol):
+    """A mail channel, as far as the prefetch looks."""
+
+    @property
+    def capacity(self) -> int:
+        """How many mails can be sent at once at the moment."""
+
+
+class Prefetch:
+    """Decides how many messages to reserve, by how many mails can be sent soon.
+
+    A connection that becomes free must find its next mail here. So beyond what can be sent at once, this worker holds
+    what it sends during two fetches. More would wait here while another worker may have idle connections.
+    """
+
+    def __init__(self, channel: HasCapacity, counters: Counters) -> None:
+        self._channel = channel
+        self._counters = counters
+        self._mails = 0  # accepted until the last tick
+        self._rate = 0.0  # mails per second, smoothed
+        self._ticked = 0.0  # loop time
+        self._fetch = 0.0  # seconds from asking for messages until their sends begin, smoothed
+
+    def fetched(self, seconds: float) -> None:
+        """A fetch took so long, from asking for the messages until their sends began."""
+        self._fetch += (seconds - self._fetch) / _SMOOTHING
+
+    def tick(self, now: float) -> None:
+        """Measure the rate; called about once a second. `now`: loop time."""
+        mails = self._counters.mails
+        self._rate += ((mails - self._mails) / max(now - self._ticked, _SHORTEST_TICK) - self._rate) / 2
+        self._mails, self._ticked = mails, now
+
+    def wanted(self, held: int, *, settling: int) -> int:
+        """How many messages to reserve now. `held`: by this worker, of which `settling` need no connection any more."""
+        at_once = self._channel.capacity
+        ahead = round(self._rate * min(2 * self._fetch, MAX_AHEAD))
+        most = at_once + ahead
+        unsent = max(held - settling, 0)
+        # The second bound holds however slowly outcomes are settled.
+        free = min(most - unsent, 2 * most - held)
+        return 0 if unsent >= at_once and free * REFILL_SHARE < ahead else max(min(free, MAX_MOVES), 0)
+
+
+BLOCK_TIME: Final = 1.0  # seconds of one blocking wait; less than the connection's timeout for an answer
+RECHECK_TIME: Final = 0.02  # seconds until an empty queue is asked again: a settled request may have woken others
+
+
+class Wakeup:
+    """Waits until the queue has a message, without taking it."""
+
+    def __init__(self, waiter: RedisConnection, queue: RequestQueue) -> None:
+        self._waiter = waiter
+        self._queue = queue
+        self._waiting: asyncio.Future[list[Any]] | None = None
+
+    async def wait(self, changed: asyncio.Event) -> None:
+        """Return when the queue has a message, `changed` is set, or after BLOCK_TIME. Raises `RedisUnavailable`."""
+        if self._waiting is None:
+            self._waiting = asyncio.ensure_future(self._waiter.run([self._queue.await_message(BLOCK_TIME)]))
+        change = asyncio.ensure_future(changed.wait())
+        both: list[asyncio.Future[Any]] = [self._waiting, change]
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if not self._waiting.done():
+                # The queue is empty: do not ask it once for every request that is settled.
+                await asyncio.wait([self._waiting], timeout=RECHECK_TIME)
+        finally:
+            change.cancel()
+        if self._waiting.done():
+            waited, self._waiting = self._waiting, None
+            raise_errors(waited.result())
+
+    async def close(self) -> None:
+        """Stop waiting."""
+        if self._waiting is not None:
+            self._waiting.cancel()
+            await asyncio.wait([self._waiting])

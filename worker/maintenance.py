@@ -1,29 +1,32 @@
-"""What a living worker does every second: leases and visibility anew, and what others left behind comes back."""
+"""What a living worker does every second: it renews what it holds, and restores what dead workers held."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import Final
 
-from producer.contract import ErrorCode, VerifyRequest
+from producer.contract import ErrorCode
 from producer.errors import RedisUnavailable
 from producer.redis.connection import raise_errors
 from worker.databases import Database
-from worker.job import Job
+from worker.fetcher import Fetcher
 from worker.metrics import Counters
-from worker.queue.commands import MaintenanceResult, RequestQueue
-from worker.queue.message import POISON, Reserved, Unfit, parse
+from worker.queue.commands import RequestQueue
+from worker.queue.message import POISON, Reserved, Unfit, parse, unreadable_job
 from worker.service import Service
 from worker.settler import Settler
 
 logger = logging.getLogger(__name__)
 
-SETTLED = 2.0  # seconds of unbroken contact with Redis before others' messages count as abandoned: they come back too
+# Seconds of unbroken contact with Redis before other workers' messages are restored. After an outage of Redis all look
+# abandoned until their workers have renewed them.
+RESTORE_AFTER: Final = 2.0
 
 
 class Maintenance:
-    """Tends until it is cancelled. `mine` names the tags in this worker's hands; `on_tended` is told what was found."""
+    """Renews leases and reservations, restores abandoned messages, deals with poison messages, logs dead letters."""
 
     def __init__(
         self,
@@ -32,23 +35,33 @@ class Maintenance:
         service: Service,
         settler: Settler,
         counters: Counters,
-        mine: Callable[[], list[str]],
-        on_result: Callable[[MaintenanceResult], None],
+        fetcher: Fetcher,
         relay_healthy: Callable[[], bool],
     ) -> None:
+        """`relay_healthy`: whether this worker has a healthy relay now."""
         self._broker = broker
         self._queue = queue
         self._service = service
         self._settler = settler
         self._counters = counters
-        self._mine = mine
-        self._on_maintained = on_result
+        self._fetcher = fetcher
         self._relay_healthy = relay_healthy
-        self._in_touch_since: float | None = None
+        self._in_contact_since: float | None = None  # loop time; None: Redis is away
         self._reported = counters.dead.copy()
+        self._running: asyncio.Task[None] | None = None
 
-    async def run(self) -> None:
-        """A round each tick, whatever happens."""
+    def start(self) -> None:
+        """Start the rounds."""
+        self._running = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """End the rounds."""
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.wait([self._running])
+        self._report_dead_letters()
+
+    async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             began = loop.time()
@@ -56,29 +69,39 @@ class Maintenance:
             try:
                 await asyncio.gather(self._service.renew_leases(), self._round(began))
             except RedisUnavailable as exc:
-                if self._in_touch_since is not None:
+                if self._in_contact_since is not None:
                     logger.warning("the broker database cannot be used, waiting for it: %s", exc)
-                self._in_touch_since = None
-            except Exception as exc:  # noqa: BLE001 - whatever it is, leases want renewing
-                logger.error("unforeseen error in tending", extra={"kind": type(exc).__name__})
+                self._in_contact_since = None
+            except Exception as exc:  # noqa: BLE001 - no error may end the rounds: leases would lapse
+                logger.error("unforeseen error in the maintenance", extra={"kind": type(exc).__name__})
             await asyncio.sleep(max(0.0, self._queue.tick - (loop.time() - began)))
 
     async def _round(self, now: float) -> None:
-        since = now if self._in_touch_since is None else self._in_touch_since
-        restore = now - since >= SETTLED
-        command = self._queue.maintain(self._mine(), restore=restore, relay_healthy=self._relay_healthy())
+        since = now if self._in_contact_since is None else self._in_contact_since
+        restore = now - since >= RESTORE_AFTER
+        command = self._queue.maintain(self._fetcher.tags(), restore=restore, relay_healthy=self._relay_healthy())
         [answer] = await self._broker.run([command])
         raise_errors([answer])
-        if self._in_touch_since is None:
-            logger.info("in touch with the broker database")
-        self._in_touch_since = since
+        if self._in_contact_since is None:
+            logger.info("in contact with the broker database")
+        self._in_contact_since = since
         result = self._queue.read_maintain(answer)
         if result.restored:
             self._counters.restored += result.restored
-            logger.warning("requests of a dead worker came back", extra={"count": result.restored})
-        for killer in result.poison:
-            self._condemn(killer)
-        self._on_maintained(result)
+            logger.warning("requests of a dead worker were restored", extra={"count": result.restored})
+        for poison in result.poison:
+            self._dead_letter_poison(poison)
+        self._fetcher.on_maintained(result)
+
+    def _dead_letter_poison(self, poison: Reserved) -> None:
+        """Answer a message that killed its worker four times, and dead-letter it."""
+        try:
+            job = parse(poison).job
+        except Unfit:
+            self._settler.dead_letter(unreadable_job(poison.tag), POISON)
+            return
+        job.validate()
+        self._settler.dead_letter(job, POISON, answer=ErrorCode.EXCEPTION)
 
     def _report_dead_letters(self) -> None:
         """Log the messages dead-lettered since the last report: one line a round, however many there are."""
@@ -86,17 +109,7 @@ class Maintenance:
         if new:
             self._reported = self._counters.dead.copy()
             logger.warning(
-                "messages were dead-lettered, the latest because: %s (python -m worker dead list)",
+                "messages were dead-lettered, the last one because: %s. See: python -m worker dead list",
                 self._counters.last_dead_letter,
                 extra={"count": new.total(), "reason": ", ".join(f"{code} {count}" for code, count in new.items())},
             )
-
-    def _condemn(self, killer: Reserved) -> None:
-        """A message that killed its worker four times: answered, and buried."""
-        try:
-            job = parse(killer).job
-        except Unfit:
-            self._settler.dead_letter(Job("", killer.tag, VerifyRequest(None), None, None), POISON)
-            return
-        job.validate()
-        self._settler.dead_letter(job, POISON, answer=ErrorCode.EXCEPTION)

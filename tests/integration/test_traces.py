@@ -7,6 +7,7 @@ import json
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any, Self, cast
+from unittest.mock import Mock
 
 import grpc
 import httpx
@@ -30,7 +31,6 @@ from producer.contract import DEFAULT_QUEUE
 from producer.settings import load
 from producer.tracing.spans import Traces, caller_of
 from worker.bootstrap import Worker
-from worker.fetcher import CelerySide
 
 pytestmark = pytest.mark.usefixtures("redis")  # the shared server is empty at first
 
@@ -84,7 +84,7 @@ class Stage:
 
     async def add_worker(self) -> Worker:
         """One more worker."""
-        worker = Worker(self.settings, CelerySide(), self.traces)
+        worker = Worker(self.settings, Mock(**{"is_revoked.return_value": False}), self.traces)
         await worker.start()
         worker.fetcher.consume(on=True)
         self.workers.append(worker)

@@ -73,6 +73,11 @@ class Parsed:
     embed: dict[str, Any]  # the signatures that Celery runs after the task
 
 
+def unreadable_job(tag: str) -> Job:
+    """Stands for a message that cannot be read, so that it can be dead-lettered."""
+    return Job("", tag, VerifyRequest(None), None, None)
+
+
 def parse(reserved: Reserved) -> Parsed:
     """Read a message. `reserve.lua` has checked the envelope of one from the queue; a dead letter may have none.
 
