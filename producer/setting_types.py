@@ -1,4 +1,4 @@
-"""What a setting can be, other than a number or a word: how it is read from text, and how it may be shown."""
+"""The types of settings: how each is read from text and how it may be shown. Secrets are shown masked."""
 
 from __future__ import annotations
 
@@ -6,28 +6,53 @@ import re
 from dataclasses import dataclass, field, replace
 from email.utils import getaddresses
 from typing import Annotated, Final, NamedTuple, Self
-from urllib.parse import SplitResult, parse_qs, parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qs, parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 from redis.connection import parse_url
 
 from producer import address
 from producer.errors import InvalidAddress
 
-PORT: Final = 26379
-_SCHEMES: Final = {"redis+sentinel": False, "rediss+sentinel": True}  # whether it means TLS
-_SHAPE: Final = re.compile(r"([a-z+]+)://(?:([^/?#]*)@)?([^/?#@]*)/([^/?#]+)(?:/([0-9]*))?(?:\?([^#]*))?")
+MASK: Final = "***"
+RELAY_PORTS: Final = {"smtp": 25, "smtp+starttls": 587, "smtps": 465}  # by URL scheme
+SENTINEL_PORT: Final = 26379
+
+_SENTINEL_SCHEMES: Final = {"redis+sentinel": False, "rediss+sentinel": True}  # whether it means TLS
+_SENTINEL_URL: Final = re.compile(r"([a-z+]+)://(?:([^/?#]*)@)?([^/?#@]*)/([^/?#]+)(?:/([0-9]*))?(?:\?([^#]*))?")
 _USER, _PASSWORD = "sentinel_username", "sentinel_password"
+# How a Redis server's certificate is checked: redis-py's names, and Celery's for the same.
+_CERTIFICATE_CHECKS: Final = frozenset({"none", "optional", "required"})
+_CELERY_CHECKS: Final = re.compile(r"(?<=[?&]ssl_cert_reqs=)CERT_(?:NONE|OPTIONAL|REQUIRED)\b")
+
+
+def mask_url(url: str) -> str:
+    """`url` with user, password and the values of its query masked. It may name several hosts."""
+    scheme, _, rest = url.partition("://")
+    rest, _, query = rest.partition("#")[0].partition("?")
+    netloc, slash, path = rest.partition("/")
+    host = netloc.rpartition("@")[2]
+    netloc = f"{MASK}@{host}" if "@" in netloc else host
+    query = "&".join(f"{pair.partition('=')[0]}={MASK}" for pair in query.split("&") if pair)
+    return f"{scheme}://{netloc}{slash}{path}" + (f"?{query}" if query else "")
 
 
 def is_sentinel(url: str) -> bool:
-    """Whether the URL is of this kind."""
-    return url.partition("://")[0] in _SCHEMES
+    """Whether this is the URL of a service that Sentinel watches."""
+    return url.partition("://")[0] in _SENTINEL_SCHEMES
+
+
+def with_database(url: str, number: int) -> str:
+    """The Redis or Sentinel URL with this database."""
+    if is_sentinel(url):
+        return str(SentinelURL.parse(url).with_database(number))
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc, f"/{number}", parts.query, ""))
 
 
 @dataclass(frozen=True, slots=True)
 class SentinelURL:
-    """One such URL."""
+    """`redis+sentinel://user:password@host:port,host:port/service/database`."""
 
     tls: bool
     sentinels: tuple[tuple[str, int], ...]
@@ -41,19 +66,19 @@ class SentinelURL:
 
     @classmethod
     def parse(cls, url: str) -> Self:
-        """Read it. Raises `ValueError`, without the URL, for what is none."""
-        found = _SHAPE.fullmatch(url)
-        if found is None or found[1] not in _SCHEMES or any(c.isspace() or not c.isprintable() for c in url):
-            raise ValueError("no sentinel URL")
-        scheme, who, hosts, service, database, query = found.groups()
-        user, colon, password = (who or "").partition(":")
+        """Raises `ValueError`, without the URL, if it is invalid."""
+        found = _SENTINEL_URL.fullmatch(url)
+        if found is None or found[1] not in _SENTINEL_SCHEMES or not _is_plain(url):
+            raise ValueError("invalid Sentinel URL")
+        scheme, userinfo, hosts, service, database, query = found.groups()
+        user, colon, password = (userinfo or "").partition(":")
         pairs = parse_qsl(query or "", keep_blank_values=True)
         known = dict(pairs)
         if "db" in known or len(known) < len(pairs):
-            raise ValueError("no sentinel URL")
+            raise ValueError("invalid Sentinel URL")
         return cls(
-            _SCHEMES[scheme],
-            tuple(_host(host) for host in hosts.split(",")),
+            _SENTINEL_SCHEMES[scheme],
+            tuple(_sentinel(host) for host in hosts.split(",")),
             unquote(service),
             unquote(user) or None,
             unquote(password) if colon else None,
@@ -64,17 +89,16 @@ class SentinelURL:
         )
 
     def with_database(self, number: int) -> Self:
-        """The same with this database."""
+        """The same URL with this database."""
         return replace(self, database=number)
 
     def server_url(self, host: str = "sentinel", port: int = 6379) -> str:
-        """A plain URL, redis-py's, of the same database on a server of the service."""
+        """The redis-py URL of the same database on one server of the service."""
         query = f"?{urlencode(self.query)}" if self.query else ""
         scheme = "rediss" if self.tls else "redis"
         return f"{scheme}://{self.who()}{_in_url(host)}:{port}/{self.database or 0}{query}"
 
     def __str__(self) -> str:
-        """The URL."""
         hosts = ",".join(self.addresses())
         own = [(_USER, self.sentinel_user), (_PASSWORD, self.sentinel_password)]
         pairs = [*((name, value) for name, value in own if value is not None), *self.query]
@@ -84,33 +108,15 @@ class SentinelURL:
         return f"{scheme}://{self.who()}{hosts}/{quote(self.service, safe='')}{database}{query}"
 
     def addresses(self) -> list[str]:
-        """Each sentinel, as host:port."""
+        """Each sentinel as host:port."""
         return [f"{_in_url(host)}:{port}" for host, port in self.sentinels]
 
     def who(self) -> str:
-        """User and password before a server's host, with their @; empty if there are none."""
+        """`user:password@` for a server's URL; empty without them."""
         if self.user is None and self.password is None:
             return ""
         password = "" if self.password is None else f":{quote(self.password, safe='')}"
         return f"{quote(self.user or '', safe='')}{password}@"
-
-
-def _host(text: str) -> tuple[str, int]:
-    parts = urlsplit(f"//{text}")
-    if not parts.hostname or parts.port == 0 or "@" in text:
-        raise ValueError("no sentinel URL")
-    return parts.hostname, parts.port or PORT
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-MASK: Final = "***"
-RELAY_PORTS: Final = {"smtp": 25, "smtp+starttls": 587, "smtps": 465}
-# What TLS checks of a Redis server: redis-py's words, and Celery's names for the same.
-_CERTIFICATES: Final = frozenset({"none", "optional", "required"})
-_CELERYS: Final = re.compile(r"(?<=[?&]ssl_cert_reqs=)CERT_(?:NONE|OPTIONAL|REQUIRED)\b")
 
 
 class RelayURL(NamedTuple):
@@ -126,10 +132,9 @@ class RelayURL(NamedTuple):
         return self.masked()
 
     def masked(self) -> str:
-        """The URL as it may be shown: without user and password."""
-        who = f"{MASK}@" if self.user is not None else ""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{who}{host}:{self.port}"
+        """The URL with user and password masked."""
+        userinfo = f"{MASK}@" if self.user is not None else ""
+        return f"{self.scheme}://{userinfo}{_in_url(self.host)}:{self.port}"
 
 
 class Bind(NamedTuple):
@@ -139,7 +144,7 @@ class Bind(NamedTuple):
     port: int
 
     def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return f"{_in_url(self.host)}:{self.port}"
 
 
 class Sender(NamedTuple):
@@ -148,33 +153,23 @@ class Sender(NamedTuple):
     name: str
     mailbox: str
 
-
-def mask_url(url: str) -> str:
-    """`url` with its user and password, and the values of its query, replaced. It may name several hosts."""
-    scheme, _, rest = url.partition("://")
-    rest, _, query = rest.partition("#")[0].partition("?")
-    netloc, slash, path = rest.partition("/")
-    host = netloc.rpartition("@")[2]
-    netloc = f"{MASK}@{host}" if "@" in netloc else host
-    query = "&".join(f"{pair.partition('=')[0]}={MASK}" for pair in query.split("&") if pair)
-    return f"{scheme}://{netloc}{slash}{path}" + (f"?{query}" if query else "")
+    def __str__(self) -> str:
+        return f"{self.name} <{self.mailbox}>" if self.name else self.mailbox
 
 
-def _redis_url(value: str) -> str:
-    value = _CELERYS.sub(lambda found: found[0].removeprefix("CERT_").lower(), value)
-    plain = SentinelURL.parse(value).server_url() if is_sentinel(value) else value
-    parts = urlsplit(plain)
-    query = parse_qs(parts.query, keep_blank_values=True)
-    path = parts.path.removeprefix("/")
-    database = not path or (path.isascii() and path.isdecimal())
-    known = plain.startswith(("redis://", "rediss://"))  # in small letters, as redis-py wants it
-    if not known or not parts.hostname or parts.port == 0 or not database or not _is_plain(value):
-        raise ValueError
-    parse_url(plain)  # type: ignore[no-untyped-call]  # raises for an option that no connection could have
-    # redis-py and kombu do not agree on where to look for the database, if both places have one.
-    if "db" in query or not _CERTIFICATES.issuperset(query.get("ssl_cert_reqs", ())):
-        raise ValueError
-    return value
+def _sentinel(text: str) -> tuple[str, int]:
+    parts = urlsplit(f"//{text}")
+    if not parts.hostname or parts.port == 0 or "@" in text:
+        raise ValueError("invalid Sentinel URL")
+    return parts.hostname, parts.port or SENTINEL_PORT
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _is_plain(url: str) -> bool:
+    return url.isprintable() and not any(c.isspace() for c in url)
 
 
 def _split(url: str) -> SplitResult:
@@ -184,8 +179,29 @@ def _split(url: str) -> SplitResult:
     return parts
 
 
-def _is_plain(url: str) -> bool:
-    return url.isprintable() and not any(c.isspace() for c in url)
+def _redis_url(value: str) -> str:
+    value = _CELERY_CHECKS.sub(lambda found: found[0].removeprefix("CERT_").lower(), value)
+    plain = SentinelURL.parse(value).server_url() if is_sentinel(value) else value
+    parts = urlsplit(plain)
+    query = parse_qs(parts.query, keep_blank_values=True)
+    path = parts.path.removeprefix("/")
+    database = not path or (path.isascii() and path.isdecimal())
+    known = plain.startswith(("redis://", "rediss://"))  # redis-py accepts lower case only
+    if not known or not parts.hostname or parts.port == 0 or not database or not _is_plain(value):
+        raise ValueError
+    parse_url(plain)  # type: ignore[no-untyped-call]  # raises for the value of an unfit option
+    # redis-py and kombu disagree on which database counts if both path and query name one.
+    if "db" in query or not _CERTIFICATE_CHECKS.issuperset(query.get("ssl_cert_reqs", ())):
+        raise ValueError
+    return value
+
+
+def _base_redis_url(value: str) -> str:
+    value = _redis_url(value)
+    database = SentinelURL.parse(value).database if is_sentinel(value) else urlsplit(value).path not in {"", "/", "/0"}
+    if database:
+        raise ValueError
+    return value
 
 
 def _relays(value: object) -> object:
@@ -234,10 +250,9 @@ def _keys(value: object) -> object:
     if not isinstance(value, str):
         return value
     keys = tuple(key.strip() for key in value.split(",") if key.strip())
-    if not keys:
-        raise ValueError  # set, but to nothing: that must not open the door
-    if not all(key.isprintable() for key in keys):
-        raise ValueError  # several lines: no header can say that
+    # "," must not mean that no key is needed, and a header cannot carry a line end.
+    if not keys or not all(key.isprintable() for key in keys):
+        raise ValueError
     return keys
 
 
@@ -256,11 +271,22 @@ def _flag(value: object) -> object:
     raise ValueError
 
 
-# These raise `ValueError` without a text: the setting's description says what is allowed.
-RedisURL = Annotated[str, AfterValidator(_redis_url)]
-RelayURLs = Annotated[tuple[RelayURL, ...], BeforeValidator(_relays)]
-BindTo = Annotated[Bind, BeforeValidator(_bind)]
-From = Annotated[Sender, BeforeValidator(_sender)]
-Keys = Annotated[tuple[str, ...], BeforeValidator(_keys)]
+# A type that is not in `repr` is secret. Validators raise `ValueError` without a text, as the setting says what is
+# allowed.
+_Secret: Final = Field(repr=False)
+RedisURL = Annotated[str, AfterValidator(_redis_url), PlainSerializer(mask_url), _Secret]
+BaseRedisURL = Annotated[str, AfterValidator(_base_redis_url), PlainSerializer(mask_url), _Secret]
+RelayURLs = Annotated[
+    tuple[RelayURL, ...],
+    BeforeValidator(_relays),
+    PlainSerializer(lambda relays: ",".join(relay.masked() for relay in relays)),
+    _Secret,
+]
+Keys = Annotated[
+    tuple[str, ...], BeforeValidator(_keys), PlainSerializer(lambda keys: ",".join(MASK for _ in keys)), _Secret
+]
+BindTo = Annotated[Bind, BeforeValidator(_bind), PlainSerializer(str)]
+From = Annotated[Sender, BeforeValidator(_sender), PlainSerializer(str)]
 WebURL = Annotated[str, AfterValidator(_web_url)]
-Flag = Annotated[bool, BeforeValidator(_flag)]
+Flag = Annotated[bool, BeforeValidator(_flag), PlainSerializer(lambda flag: str(int(flag)))]
+Seconds = Annotated[float, PlainSerializer(lambda seconds: f"{seconds:g}")]

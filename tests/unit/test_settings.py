@@ -1,4 +1,4 @@
-"""What is in force, where it comes from, and how a bad value is told."""
+"""Settings: where they come from, what is allowed, what is shown, and the errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from producer.settings import Settings
 SECRET = "pa55:w@rd/"
 QUOTED = "pa55%3Aw%40rd%2F"
 
-# The contract's table, by the names and in the form in which `shown` shows them.
+# The contract's table, as `shown` shows it.
 DEFAULTS = {
     "VERIFY_REDIS_URL": "redis://127.0.0.1:6379",
     "VERIFY_CODES_URL": "redis://127.0.0.1:6379/0",
@@ -106,11 +106,11 @@ def test_each_setting_is_taken_from_the_environment() -> None:
     assert settings.load(given, dotenv=None).shown() == OTHERS
 
 
-def test_what_is_not_ours_in_the_environment_is_left_alone() -> None:
+def test_other_variables_are_ignored() -> None:
     assert settings.load({"VERIFY_UNKNOWN": "x", "PATH": "/bin"}, dotenv=None) == load()
 
 
-def test_an_empty_value_is_an_unset_one() -> None:
+def test_an_empty_value_counts_as_not_given() -> None:
     assert settings.load(dict.fromkeys(DEFAULTS, ""), dotenv=None).shown() == DEFAULTS
 
 
@@ -212,13 +212,13 @@ SECRET_SETTINGS = {"REDIS_URL", "CODES_URL", "BROKER_URL", "RESULTS_URL", "RELAY
 
 
 @pytest.mark.parametrize(("name", "value"), BAD)
-def test_a_bad_value_is_told_in_one_line_that_names_setting_value_and_what_is_allowed(name: str, value: str) -> None:
+def test_the_error_for_a_bad_value_names_setting_value_and_what_is_allowed(name: str, value: str) -> None:
     line = problem_of(**{name: value})
     shown = "the value" if name in SECRET_SETTINGS else re.escape(repr(value))
     assert re.fullmatch(rf"VERIFY_{name}: {shown} is not allowed; allowed: .+", line)
 
 
-def test_every_setting_has_a_bad_value_that_is_refused() -> None:
+def test_a_bad_value_of_every_setting_is_tested() -> None:
     assert {f"VERIFY_{name}" for name, _ in BAD} == set(DEFAULTS)
 
 
@@ -232,7 +232,7 @@ def test_every_setting_has_a_bad_value_that_is_refused() -> None:
         ("RELAYS", f"smtp://user:{SECRET}@host:x"),
     ],
 )
-def test_the_line_about_a_bad_value_shows_no_secret(name: str, value: str) -> None:
+def test_the_error_for_a_bad_value_shows_no_secret(name: str, value: str) -> None:
     assert "pa55" not in problem_of(**{name: value})
 
 
@@ -244,19 +244,19 @@ def test_each_setting_can_come_from_a_file(name: str, tmp_path: Path) -> None:
     assert found.shown()[name] == OTHERS[name]
 
 
-def test_the_path_of_the_old_config_can_come_from_a_file_too(tmp_path: Path) -> None:
+def test_the_path_of_the_original_config_can_come_from_a_file_too(tmp_path: Path) -> None:
     (tmp_path / "path").write_text(write_config(tmp_path, **ORIGINAL) + "\n")
     assert load(CONFIG_FILE=str(tmp_path / "path")) == load(CONFIG=str(tmp_path / "config.json"))
 
 
 @pytest.mark.parametrize("name", sorted(DEFAULTS))
-def test_an_empty_file_is_a_mistake_and_opens_no_door(name: str, tmp_path: Path) -> None:
+def test_an_empty_file_is_an_error(name: str, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("\n")
     with pytest.raises(BadSetting, match=f"^{name}: .+ is not allowed; allowed: "):
         settings.load({f"{name}_FILE": str(tmp_path / "secret")}, dotenv=None)
 
 
-def test_a_setting_and_its_file_are_not_both_set(tmp_path: Path) -> None:
+def test_a_setting_and_its_file_cannot_both_be_given(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("one")
     line = problem_of(API_KEYS="two", API_KEYS_FILE=str(tmp_path / "secret"))
     assert "VERIFY_API_KEYS and VERIFY_API_KEYS_FILE" in line
@@ -264,7 +264,7 @@ def test_a_setting_and_its_file_are_not_both_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"])
-def test_a_file_that_cannot_be_read_is_told(content: bytes | None, tmp_path: Path) -> None:
+def test_an_unreadable_file_is_an_error(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "secret"
     if content is not None:
         path.write_bytes(content)
@@ -282,12 +282,12 @@ def test_the_three_databases_follow_the_base_url_with_its_user_and_password() ->
 
 
 @pytest.mark.parametrize("word", ["none", "optional", "required"])
-def test_what_tls_checks_may_have_celerys_name(word: str) -> None:
+def test_celerys_names_for_certificate_checks_are_understood(word: str) -> None:
     given = f"rediss://:CERT_NONE@host?ssl_cert_reqs=CERT_{word.upper()}&ssl_ca_certs=/CERT_NONE"
     assert load(REDIS_URL=given).codes_url == f"rediss://:CERT_NONE@host/0?ssl_cert_reqs={word}&ssl_ca_certs=/CERT_NONE"
 
 
-def test_the_three_databases_follow_sentinels_too_with_all_that_the_url_says() -> None:
+def test_the_three_databases_follow_a_sentinel_url_with_all_its_parts() -> None:
     found = load(
         REDIS_URL=f"rediss+sentinel://user:{QUOTED}@one,two:1,[::1]/s%20x?sentinel_password=p%26&ssl_cert_reqs=none"
     )
@@ -299,7 +299,7 @@ def test_the_three_databases_follow_sentinels_too_with_all_that_the_url_says() -
         assert url.server_url("10.0.0.1", 6380).startswith(f"rediss://user:{QUOTED}@10.0.0.1:6380/{url.database}?ssl")
 
 
-def test_a_url_with_several_hosts_is_shown_with_all_of_them_and_no_secret() -> None:
+def test_a_sentinel_url_is_shown_with_all_hosts_and_no_secret() -> None:
     found = load(REDIS_URL=f"redis+sentinel://:{QUOTED}@one:1,[::1]:2/service?sentinel_password=pa55").shown()
     shown = "redis+sentinel://***@one:1,[::1]:2/service"
     assert found["VERIFY_REDIS_URL"] == f"{shown}?sentinel_password=***"
@@ -392,7 +392,7 @@ def test_the_config_may_name_hosts_by_their_addresses(host: str, tmp_path: Path)
     assert urlsplit(found.codes_url).hostname == found.relays[0].host == host
 
 
-def test_a_config_may_begin_with_the_mark_of_utf_8(tmp_path: Path) -> None:
+def test_a_config_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(ORIGINAL), encoding="utf-8-sig")
     assert load(CONFIG=str(path)).mail_from.mailbox == "chat@163.com"
@@ -409,7 +409,7 @@ def test_a_config_may_begin_with_the_mark_of_utf_8(tmp_path: Path) -> None:
         ("redis", "host", "", "VERIFY_REDIS_URL"),
     ],
 )
-def test_a_bad_value_in_the_config_is_told_as_one_of_the_config(
+def test_the_error_for_a_bad_value_in_the_config_names_the_config(
     part: str, name: str, value: object, setting: str, tmp_path: Path
 ) -> None:
     content = ORIGINAL | {part: ORIGINAL[part] | {name: value}}
@@ -434,7 +434,7 @@ def test_a_bad_value_in_the_config_is_told_as_one_of_the_config(
         "\xff",
     ],
 )
-def test_a_config_that_cannot_be_used_is_told_in_one_line_without_its_content(content: str, tmp_path: Path) -> None:
+def test_the_error_for_an_unusable_config_shows_nothing_of_it(content: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(content, encoding="latin-1")
     line = problem_of(CONFIG=str(path))
@@ -443,14 +443,14 @@ def test_a_config_that_cannot_be_used_is_told_in_one_line_without_its_content(co
     assert "pa55" not in line
 
 
-def test_a_config_that_is_not_there_is_told() -> None:
+def test_a_missing_config_is_an_error() -> None:
     assert problem_of(CONFIG="/nowhere/config.json").startswith("VERIFY_CONFIG: '/nowhere/config.json' cannot be used")
 
 
 @pytest.mark.parametrize(
     "content", ["VERIFY_API_KEYS=pa55\n".encode("utf-16"), b"VERIFY_API_KEYS=pa55\xff\n"], ids=["UTF-16", "none"]
 )
-def test_a_dotenv_file_that_cannot_be_read_is_told_in_one_line(content: bytes, tmp_path: Path) -> None:
+def test_the_error_for_an_unreadable_dotenv_file_shows_nothing_of_it(content: bytes, tmp_path: Path) -> None:
     dotenv = tmp_path / ".env"
     dotenv.write_bytes(content)
     with pytest.raises(BadSetting) as caught:
@@ -481,39 +481,38 @@ def test_a_missing_dotenv_file_is_no_error(tmp_path: Path) -> None:
     assert settings.load({}, dotenv=tmp_path / ".env").shown() == DEFAULTS
 
 
-def test_a_bad_setting_ends_a_process_at_start_with_one_line(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "from producer.settings import load_or_exit; load_or_exit()"],
-        env={"VERIFY_CODE_TTL": "ten", "PYTHONPATH": str(Path(__file__).parents[2])},
-        cwd=tmp_path,
+def start(directory: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Load the settings twice in a process of its own, as Celery does."""
+    return subprocess.run(
+        [sys.executable, "-c", "from producer.settings import load_or_exit; load_or_exit(), load_or_exit()"],
+        env={**environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        cwd=directory,
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def test_a_bad_setting_ends_a_process_at_start_with_one_line(tmp_path: Path) -> None:
+    done = start(tmp_path, VERIFY_CODE_TTL="ten")
     assert done.returncode == 2
     assert done.stderr == "VERIFY_CODE_TTL: 'ten' is not allowed; allowed: whole seconds, 1 to 86400\n"
     assert done.stdout == ""
 
 
-def test_a_misspelt_name_is_told_once_with_what_may_be_meant(tmp_path: Path) -> None:
+def test_unknown_names_are_reported_once_with_a_near_setting_if_there_is_one(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("VERIFY_MAILFROM=a@example.com\n")
-    done = subprocess.run(
-        [sys.executable, "-c", "from producer.settings import load_or_exit; load_or_exit(), load_or_exit()"],
-        env={
-            "VERIFY_RELAY": "smtp://user:pa55@host",
-            "VERIFY_REDIS_URL_FILES": "x",
-            "VERIFY_CONFIG_FILE": "",
-            "VERIFY_SOMETHING": "of another program",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-        },
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
+    done = start(
+        tmp_path,
+        VERIFY_RELAY="smtp://user:pa55@host",
+        VERIFY_REDIS_URL_FILES="x",
+        VERIFY_CONFIG_FILE="",
+        VERIFY_SOMETHING="x",
     )
     assert done.returncode == 0
     assert done.stderr.splitlines() == [
-        "VERIFY_MAILFROM is not a setting and does nothing; is VERIFY_MAIL_FROM meant?",
-        "VERIFY_REDIS_URL_FILES is not a setting and does nothing; is VERIFY_REDIS_URL_FILE meant?",
-        "VERIFY_RELAY is not a setting and does nothing; is VERIFY_RELAYS meant?",
+        "VERIFY_MAILFROM is not a setting and does nothing; did you mean VERIFY_MAIL_FROM?",
+        "VERIFY_REDIS_URL_FILES is not a setting and does nothing; did you mean VERIFY_REDIS_URL_FILE?",
+        "VERIFY_RELAY is not a setting and does nothing; did you mean VERIFY_RELAYS?",
+        "VERIFY_SOMETHING is not a setting and does nothing",
     ]
