@@ -19,7 +19,7 @@ import uvloop
 from bench import messages, server
 from demo import processes
 from demo.processes import Child
-from producer.redis.connection import RedisConnection, raise_errors
+from producer.redis.connection import RedisConnections, raise_errors
 from producer.redis.scripts import Command
 from producer.settings import Settings, load
 from producer.store.backlog import Backlog, backlog, read_backlog
@@ -66,7 +66,7 @@ class Rig:
         self.directory = directory
         self.redis = redis
         self.url = url
-        self.server = RedisConnection(url)
+        self.server = RedisConnections().connection(url)
 
     def settings(self, **given: str) -> Settings:
         """As a worker with this environment has them."""

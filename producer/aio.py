@@ -14,7 +14,7 @@ from producer.core.publisher import Publisher
 from producer.core.replies import Replies
 from producer.core.requests import RequestObserver, build_request, certain_error, encode, is_text, require_request_id
 from producer.errors import QueueFull, RedisUnavailable
-from producer.redis.connection import REDIS_TIMEOUT, TOO_LATE, RedisConnection, check_version
+from producer.redis.connection import REDIS_TIMEOUT, TOO_LATE, RedisConnections, check_version
 from producer.settings import Settings, load
 from producer.store.codes import CodePolicy
 from producer.store.redis_codes import RedisCodeStore
@@ -35,17 +35,24 @@ class AsyncVerificationClient:
     """
 
     def __init__(
-        self, settings: Settings | None = None, *, max_queue: int | None = None, traces: Traces | None = None
+        self,
+        settings: Settings | None = None,
+        *,
+        max_queue: int | None = None,
+        traces: Traces | None = None,
+        redis: RedisConnections | None = None,
     ) -> None:
         """`settings`: by default read from the environment, which may raise `BadSetting`.
 
         `max_queue`: while more requests than this wait in the queue, `request` answers `TOO_MANY_REQUESTS` and
         `enqueue` raises `QueueFull`; by default the queue may grow without limit. `traces`: by default those of the
-        application, if it has set up OpenTelemetry before the first use.
+        application, if it has set up OpenTelemetry before the first use. `redis`: makes the connections, for a client
+        that stays on one loop; whoever made it closes it. By default the client makes its own.
         """
         self._settings = settings or load()
         self._max_queue = max_queue
         self._traces = traces
+        self._redis = redis
         self._on_loop: _OnLoop | None = None
         self._closed = False
 
@@ -156,7 +163,8 @@ class AsyncVerificationClient:
             raise RuntimeError("the client is closed")
         here = self._on_loop
         if here is None or here.loop is not asyncio.get_running_loop():  # the other loop's connections died with it
-            here = self._on_loop = _OnLoop(self._settings, self._max_queue, self._traces or of_application())
+            traces = self._traces or of_application()
+            here = self._on_loop = _OnLoop(self._settings, self._max_queue, traces, self._redis)
         return here
 
     async def __aenter__(self) -> Self:
@@ -171,12 +179,16 @@ class AsyncVerificationClient:
 class _OnLoop:
     """The part of a client that belongs to one event loop."""
 
-    def __init__(self, settings: Settings, max_queue: int | None, traces: Traces | None) -> None:
+    def __init__(
+        self, settings: Settings, max_queue: int | None, traces: Traces | None, redis: RedisConnections | None
+    ) -> None:
+        self._owns_redis = redis is None
+        self._redis = redis = redis or RedisConnections()
         self.loop = asyncio.get_running_loop()
         self.queue = settings.queue
-        self.publisher = Publisher(settings.broker_url, settings.queue, limit=max_queue)
-        self.replies = Replies(settings.results_url)
-        self._codes = RedisConnection(settings.codes_url, on_open=check_version)
+        self.publisher = Publisher(redis, settings.broker_url, settings.queue, limit=max_queue)
+        self.replies = Replies(redis, settings.results_url)
+        self._codes = redis.connection(settings.codes_url, on_open=check_version)
         self.store = RedisCodeStore(self._codes, CodePolicy.of(settings))
         self.deadlines = Deadlines(settings.reply_timeout, self._expire)
         self._traces = traces
@@ -193,6 +205,8 @@ class _OnLoop:
         await self.publisher.close()
         await self.replies.close()
         await self._codes.close()
+        if self._owns_redis:
+            await self._redis.close()
         self.deadlines.close()
 
     def _expire(self, reply: asyncio.Future[ErrorCode]) -> None:

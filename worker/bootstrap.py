@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from producer.errors import RedisUnavailable, ServerTooOld
 from producer.metrics import MetricsServer
-from producer.redis.connection import RedisConnection, require_version
+from producer.redis.connection import RedisConnections, require_version
 from producer.settings import Settings
 from producer.store.codes import CodePolicy
 from producer.store.redis_codes import RedisCodeStore
@@ -50,8 +50,8 @@ class Worker:
     """Everything that runs on the service's loop."""
 
     def __init__(self, settings: Settings, celery_side: CelerySide, traces: Traces | None = None) -> None:
-        self._databases = Databases(settings)
-        self._waiter = RedisConnection(settings.broker_url)  # its own, as it blocks
+        self._redis = RedisConnections()
+        self._databases = Databases(settings, self._redis)
         self._channel = Failover([CHANNELS[url.scheme](url, settings) for url in settings.relays])
         codes, broker = self._databases.codes, self._databases.broker
         store = RedisCodeStore(codes.connection, CodePolicy.of(settings), database=codes.number)
@@ -69,7 +69,7 @@ class Worker:
         )
         self.fetcher = Fetcher(
             broker,
-            self._waiter,
+            self._redis.connection(settings.broker_url),  # its own, as it blocks
             queue,
             service,
             settler,
@@ -127,8 +127,7 @@ class Worker:
         await self.events.close()
         await self._channel.close()
         await self._metrics.close()
-        await self._waiter.close()
-        await self._databases.close()
+        await self._redis.close()
         if last_spans is not None:
             last_spans.join(FAREWELL)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from producer.redis.connection import Batch, RedisConnection
+from producer.redis.connection import Batch, RedisConnection, RedisConnections
 from producer.settings import Settings
 
 
@@ -23,17 +23,13 @@ class Database:
 class Databases:
     """Codes, broker and results. Those on one server share a connection."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._connections: dict[tuple[Any, ...], RedisConnection] = {}
+    def __init__(self, settings: Settings, redis: RedisConnections) -> None:
+        self._redis = redis
+        self._connections: dict[object, RedisConnection] = {}
         self.codes = self._database(settings.codes_url)
         self.broker = self._database(settings.broker_url)
         self.results = self._database(settings.results_url)
 
     def _database(self, url: str) -> Database:
-        connection = RedisConnection(url)
+        connection = self._redis.connection(url)
         return Database(self._connections.setdefault(connection.server, connection), connection.database)
-
-    async def close(self) -> None:
-        """Drop the connections."""
-        for connection in self._connections.values():
-            await connection.close()

@@ -13,6 +13,7 @@ from producer.api.readiness import Readiness
 from producer.contract import DEFAULT_PURPOSE, CheckResult, ErrorCode, Reply
 from producer.core.requests import RequestObserver
 from producer.errors import VerifyError
+from producer.redis.connection import RedisConnections
 from producer.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ class Api:
     def __init__(self, settings: Settings, traces: Traces | None = None) -> None:
         self.settings = settings
         self.traces = traces
-        self.client = AsyncVerificationClient(settings, max_queue=settings.max_queue, traces=traces)
-        self.readiness = Readiness(settings)
+        self.redis = RedisConnections()
+        self.client = AsyncVerificationClient(settings, max_queue=settings.max_queue, traces=traces, redis=self.redis)
+        self.readiness = Readiness(settings, self.redis)
         self.metrics = ApiMetrics()
         self.leaving = False  # set once the process drains: it serves, and is not ready
         self.closing: list[Callable[[], Awaitable[None]]] = []  # what else ends with it
@@ -58,6 +60,7 @@ class Api:
         await self.readiness.close()
         for close in self.closing:
             await close()
+        await self.redis.close()
 
     async def _answer(self, protocol: Protocol, verb: Verb, work: Awaitable[Reply | CheckResult]) -> ErrorCode:
         counts = self.metrics.counts[protocol, verb]

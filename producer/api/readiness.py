@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 from typing import Any, NamedTuple
 
 from producer.errors import VerifyError
-from producer.redis.connection import REDIS_TIMEOUT, RedisConnection, check_version, raise_errors
+from producer.redis.connection import REDIS_TIMEOUT, RedisConnections, check_version, raise_errors
 from producer.settings import Settings
 from producer.store.backlog import Backlog, backlog, read_backlog
 
@@ -36,10 +36,10 @@ class Finding(NamedTuple):
 class Readiness:
     """Looks over connections of its own: what the client's are busy with is no sign of health."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, redis: RedisConnections) -> None:
         self._queue = settings.queue
         urls = (settings.broker_url, settings.results_url, settings.codes_url)
-        self._links = [RedisConnection(url, on_open=check_version) for url in urls]
+        self._links = [redis.connection(url, on_open=check_version) for url in urls]
         self._look: asyncio.Task[Finding] | None = None
         self._found_at = 0.0  # loop time
 

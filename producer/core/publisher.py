@@ -12,7 +12,7 @@ from typing import Any
 
 from producer.core.deadlines import Deadlines
 from producer.errors import QueueFull, RedisUnavailable, VerifyError
-from producer.redis.connection import REDIS_TIMEOUT, TOO_LATE, RedisConnection, check_version, raise_errors
+from producer.redis.connection import REDIS_TIMEOUT, TOO_LATE, RedisConnections, check_version, raise_errors
 from producer.store import backlog
 
 MAX_PUSH = 500  # messages of about 800 bytes: the first reply of a crowd need not wait for the crowd's last message
@@ -23,11 +23,11 @@ Outcome = asyncio.Future[Any]  # what becomes of one message
 class Publisher:
     """Messages on their way to the queue, on one event loop."""
 
-    def __init__(self, url: str, queue: str, *, limit: int | None = None) -> None:
+    def __init__(self, redis: RedisConnections, url: str, queue: str, *, limit: int | None = None) -> None:
         """`limit`: while more requests than this wait in the queue, nothing is added to it."""
         self._queue = queue
         self._limit = limit
-        self._connection = RedisConnection(url, on_open=check_version)
+        self._connection = redis.connection(url, on_open=check_version)
         self._waiting: dict[Outcome, bytes] = {}
         self._on_confirmed: dict[Outcome, Callable[[], None]] = {}
         self._deadlines = Deadlines(REDIS_TIMEOUT, lambda outcome: outcome.set_exception(RedisUnavailable(TOO_LATE)))

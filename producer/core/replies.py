@@ -9,7 +9,7 @@ from typing import Any
 
 from producer.contract import REPLY_KEY_PREFIX, ErrorCode, new_uuid, read_reply, reply_key
 from producer.errors import RedisUnavailable, VerifyError
-from producer.redis.connection import RedisConnection, raise_errors, require_version
+from producer.redis.connection import RedisConnection, RedisConnections, raise_errors, require_version
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +33,12 @@ class RequestIds:
 class Replies:
     """Replies that someone waits for, on one event loop."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, redis: RedisConnections, url: str) -> None:
         self.ids = RequestIds()
         self._loop = asyncio.get_running_loop()
-        self._connection = RedisConnection(url, on_push=self._receive, on_open=self._subscribe)
+        self._connection = redis.connection(url, on_push=self._receive, on_open=self._subscribe)
         # A subscribed connection takes no other commands, so missed replies are read over a second one.
-        self._missed = RedisConnection(url)
+        self._missed = redis.connection(url)
         self._waiting: dict[str, asyncio.Future[ErrorCode]] = {}
         self._heard = -math.inf  # loop time of the connection's last sign of life
         self._ping: asyncio.Task[None] | None = None
@@ -76,8 +76,9 @@ class Replies:
     async def close(self) -> None:
         """Close the connections. Replies that are still missing become `TIMEOUT`."""
         self._closed = True
-        if self._keeper is not None:
-            self._keeper.cancel()
+        for task in (self._keeper, self._ping):
+            if task is not None:
+                task.cancel()
         for reply in self._waiting.values():
             if not reply.done():
                 reply.set_result(ErrorCode.TIMEOUT)

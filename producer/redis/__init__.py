@@ -1,1 +1,1 @@
-"""One pipelined connection to a Redis server."""
+"""Pipelined connections to Redis servers, and to services behind sentinels."""

@@ -1,7 +1,7 @@
-"""One pipelined asyncio connection to a Redis server: many commands leave in one write, replies come back in order.
+"""Pipelined asyncio connections to Redis: many commands leave in one write, and their replies come back in order.
 
 redis-py's own asyncio pipeline costs four times as much for each command, which is most of what a request costs here.
-Everything but the pipeline (URL, TLS options) is redis-py's.
+Only the reading of URLs is redis-py's.
 """
 
 from __future__ import annotations
@@ -9,50 +9,93 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import hiredis
 from redis.asyncio.connection import SSLConnection, parse_url
 
 from producer.errors import RedisUnavailable, ServerTooOld
-from producer.redis.protocol import Protocol, auth, kind_of, pack, packed, refused
+from producer.redis.protocol import OnPush, Protocol, auth, kind_of, pack, packed, refused
 from producer.redis.scripts import Command, in_full, load_all
 from producer.redis.sentinel import Address, PrimaryFinder
 from producer.setting_types import SentinelURL, is_sentinel
 
-CONNECT_TIMEOUT = 1.0  # seconds; with the wire's ANSWER_TIMEOUT it keeps "Redis is down" within the promised 3 s
+CONNECT_TIMEOUT = 1.0  # seconds; with the protocol's ANSWER_TIMEOUT it stays within REDIS_TIMEOUT
+REDIS_TIMEOUT = 2.6  # seconds until "Redis cannot be reached", which is promised within 3
+TOO_LATE = "Redis did not answer in time"
+OLDEST = (6, 2)
 
-# Replies of a server that is there and cannot work: it reads its files, is in a long script, has become a replica, or
-# has none where it must not write without.
-AWAY = ("LOADING", "BUSY", "MASTERDOWN", "READONLY", "NOREPLICAS")
+# Error replies of a server that is up and cannot work: it loads its files, runs a long script, has become a replica, or
+# has no replica where it must not write without one.
+UNABLE = ("LOADING", "BUSY", "MASTERDOWN", "READONLY", "NOREPLICAS")
 
-OnPush = Callable[[Any], None]
+Batch = Sequence[Command]
+Part = tuple[int, Batch]  # a database's number, and the commands for it
+ServerError = hiredis.ReplyError
 
 
-class Connector:
-    """Opens connections to one server, or to whatever is a service's primary at the moment."""
+class RedisConnections:
+    """Makes connections, and closes them all. Those to one service share what they know from its sentinels.
 
-    def __init__(self, url: str) -> None:
-        self._service = SentinelURL.parse(url) if is_sentinel(url) else None
-        self._options: dict[str, Any] = dict(parse_url(url if self._service is None else self._service.server_url()))
-        self.finder = None if self._service is None else PrimaryFinder(self._service, self._dial)
-        self.database = int(self._options.get("db") or 0)
+    For one event loop. Make one for each client, worker or API server, and hand it to everything that needs Redis.
+    """
+
+    def __init__(self) -> None:
+        self._servers: dict[tuple[Any, ...], _Server] = {}
+        self._connections: list[RedisConnection] = []
+
+    def connection(self, url: str, *, on_push: OnPush | None = None, on_open: OnOpen | None = None) -> RedisConnection:
+        """A connection to the server or service of `url`, opened at its first use.
+
+        `on_push` is called with each message of a subscription. `on_open` is awaited after each opening, before any
+        other command; if it fails, the connection counts as not opened.
+        """
+        service = SentinelURL.parse(url) if is_sentinel(url) else None
+        options: dict[str, Any] = dict(parse_url(url if service is None else service.server_url()))
+        database = int(options.pop("db", None) or 0)
+        if service is not None:
+            service = service.with_database(0)
+        key = (service, *sorted((name, str(value)) for name, value in options.items()))
+        if (server := self._servers.get(key)) is None:
+            server = self._servers[key] = _Server(options, service)
+        connection = RedisConnection(server.open, database, server=server, on_push=on_push, on_open=on_open)
+        self._connections.append(connection)
+        return connection
+
+    async def close(self) -> None:
+        """Close all connections, also those to sentinels."""
+        for connection in self._connections:
+            await connection.close()
+        for server in self._servers.values():
+            if server.finder is not None:
+                await server.finder.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, _kind: type[BaseException] | None, _exc: BaseException | None, _tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class _Server:
+    """One server, or the primary of a service, as one user: opens connections to it."""
+
+    def __init__(self, options: dict[str, Any], service: SentinelURL | None) -> None:
+        """`options`: redis-py's, of a server's URL."""
+        self._options = options
         self._tls: ssl.SSLContext | None = None
+        self.finder = None if service is None else PrimaryFinder(service, self._sentinel)
 
-    @property
-    def server(self) -> tuple[Any, ...]:
-        """What tells whether two URLs mean one server and one user, so that one connection serves both."""
-        options = {name: value for name, value in self._options.items() if name != "db"}
-        service = self._service.with_database(0) if self._service is not None else None
-        return (service, *sorted((name, str(value)) for name, value in options.items()))
-
-    async def open(self, on_push: OnPush | None) -> Protocol:
+    async def open(self, database: int, on_push: OnPush | None) -> Protocol:
         """A connection that is ready for commands. Raises `RedisUnavailable` within CONNECT_TIMEOUT seconds."""
 
         async def connect(address: Address) -> Protocol:
             protocol = await self._dial(address, on_push)
             try:
-                await self._greet(protocol)
+                await self._greet(protocol, database)
             except BaseException:
                 protocol.transport.abort()
                 raise
@@ -60,21 +103,26 @@ class Connector:
 
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                # Anew for each connection, for files change; not for each sentinel that is asked: to read what a host
-                # trusts takes some 20 ms, in which the loop stands still, and they are asked every second.
+                # Read again for each connection, because files change; not for connections to sentinels: it takes some
+                # 20 ms, in which the loop stands still.
                 self._tls = self._trust()
                 if self.finder is not None:
                     return await self.finder.find(connect)
                 return await connect((self._options.get("host", "localhost"), self._options.get("port", 6379)))
         except RedisUnavailable:
             raise
-        except (OSError, UnicodeError) as exc:  # UnicodeError: a host name that IDNA cannot take
+        except (OSError, UnicodeError) as exc:  # UnicodeError: a host name that IDNA cannot encode
             raise RedisUnavailable(f"Redis could not be reached ({type(exc).__name__})") from None
 
-    async def _dial(self, address: Address, on_push: OnPush | None = None) -> Protocol:
+    async def _dial(self, address: Address, on_push: OnPush | None) -> Protocol:
         loop = asyncio.get_running_loop()
         _, protocol = await loop.create_connection(lambda: Protocol(on_push), *address, ssl=self._tls)
         return protocol
+
+    def _sentinel(self, address: Address, on_push: OnPush, on_open: OnOpen) -> RedisConnection:
+        return RedisConnection(
+            lambda _, on_push: self._dial(address, on_push), 0, server=address, on_push=on_push, on_open=on_open
+        )
 
     def _trust(self) -> ssl.SSLContext | None:
         options = self._options
@@ -89,77 +137,61 @@ class Connector:
             tls.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"))
         return tls
 
-    async def _greet(self, protocol: Protocol) -> None:
+    async def _greet(self, protocol: Protocol, database: int) -> None:
         greeting = auth(self._options.get("username"), self._options.get("password"))
-        greeting.append(("SELECT", self.database))
+        greeting.append(("SELECT", database))
         if self.finder is not None:
             greeting.append(("ROLE",))
         # Scripts go first: one found missing would run after the commands that were written behind it.
         replies = await protocol.ask(*packed([*greeting, *load_all()]))
         if self.finder is not None:
-            _require_primary(replies.pop(len(greeting) - 1))
+            role = replies.pop(len(greeting) - 1)
             greeting.pop()
+            # An error passes: a user may lack the right to ask for the role, and a replica refuses writes anyway.
+            if isinstance(role, list) and role[:1] != [b"master"]:
+                raise RedisUnavailable("the server that a sentinel names is no primary")
         for i, reply in enumerate(replies):
-            # A user without the right to load may still have that to run.
-            if isinstance(reply, hiredis.ReplyError) and (i < len(greeting) or kind_of(reply) in AWAY):
+            # A user who may not load scripts may still be able to run them.
+            if isinstance(reply, ServerError) and (i < len(greeting) or kind_of(reply) in UNABLE):
                 raise refused(reply)
 
 
-def _require_primary(role: Any) -> None:
-    # A user without the right to ask is no reason not to work: a replica takes no writes anyway.
-    if isinstance(role, list) and role[:1] != [b"master"]:
-        raise RedisUnavailable("the server that a sentinel names is no primary")
-
-
-REDIS_TIMEOUT = 2.6  # seconds until "Redis cannot be reached", which is promised within 3
-TOO_LATE = "Redis did not answer in time"
-
-
-async def check_version(link: RedisConnection) -> None:
-    """For a connection that was just opened. Raises `ServerTooOld`."""
-    [info] = await link.run([("INFO", "server")])
-    require_version(info)
-
-
-OLDEST = (6, 2)
-
-Batch = Sequence[Command]
-Part = tuple[int, Batch]  # a database's number, and what is for it
-ServerError = hiredis.ReplyError
-
-
 class RedisConnection:
-    """A connection that is opened when first needed and again after it was lost.
+    """A connection that opens when it is first needed, and again after it was lost.
 
     `run` raises `RedisUnavailable` within CONNECT_TIMEOUT + ANSWER_TIMEOUT seconds. Error replies to single commands
-    are returned in their place as `ServerError` objects. A batch that was cut may have been executed, whole or in part.
+    are returned in their place as `ServerError` objects. A batch that was cut off may have been executed in part.
     """
 
     def __init__(
         self,
-        url: str,
+        open_: Callable[[int, OnPush | None], Awaitable[Protocol]],
+        database: int,
         *,
-        on_push: Callable[[Any], None] | None = None,
-        on_open: Callable[[RedisConnection], Awaitable[None]] | None = None,
+        server: object,
+        on_push: OnPush | None,
+        on_open: OnOpen | None,
     ) -> None:
-        self._opener = Connector(url)
+        """Made by `RedisConnections.connection`. `server`: equal for connections to one server as one user."""
+        self.server = server
+        self.database = database
+        self._open_protocol = open_
         self._on_push = on_push
         self._on_open = on_open
         self._protocol: Protocol | None = None
         self._opening: asyncio.Task[Protocol] | None = None
-        self._unheard: set[asyncio.Future[list[list[Any]]]] = set()  # posts whose replies want a second look
-        self.database = self._opener.database
-        self._selected = self.database
-
-    @property
-    def server(self) -> tuple[Any, ...]:
-        """What tells whether two URLs mean one server and one user, so that one connection serves both."""
-        return self._opener.server
+        self._repairs: set[asyncio.Task[list[list[Any]]]] = set()  # posts that met an error, to be run again
+        self._selected = database
 
     @property
     def connected(self) -> bool:
         """Whether a connection is open now."""
         return self._protocol is not None and self._protocol.open
+
+    def when_lost(self, call: Callable[[], None]) -> None:
+        """Call `call` once the connection that is open now is lost or closed."""
+        if self._protocol is not None:
+            self._protocol.closed.add_done_callback(lambda _: call())
 
     async def run(self, batch: Batch, *, database: int | None = None) -> list[Any]:
         """Send all commands of a batch in one write; their replies in order."""
@@ -169,13 +201,13 @@ class RedisConnection:
     async def run_all(self, parts: Sequence[Part]) -> list[list[Any]]:
         """Send batches for several databases in one write, to be executed in their order; the replies to each."""
         protocol = await self._open()
-        if not protocol.open:  # lost in the moment between its opening and our turn
+        if not protocol.open:  # lost between its opening and our turn
             raise RedisUnavailable("the connection to Redis was lost")
         before = self._selected
         return await self._read(protocol, parts, before, await protocol.ask(*self._pack_all(parts)))
 
     def post(self, batch: Batch, *, database: int | None = None) -> None:
-        """Write now, and do not care about the replies: what follows on this connection comes after it.
+        """Write now and ignore the replies. Later commands on this connection are executed after it.
 
         Raises `RedisUnavailable` if no connection is open.
         """
@@ -185,34 +217,34 @@ class RedisConnection:
         parts = [(self.database if database is None else database, batch)]
         before = self._selected
 
-        def then(replies: list[Any]) -> None:
+        def repair(replies: list[Any]) -> None:
             if _has_error(replies):
-                task = asyncio.ensure_future(self._read(protocol, parts, before, replies))
-                self._unheard.add(task)
-                task.add_done_callback(self._forget)
+                task = asyncio.create_task(self._read(protocol, parts, before, replies))
+                self._repairs.add(task)
+                task.add_done_callback(self._repaired)
 
-        protocol.tell(*self._pack_all(parts), then)
+        protocol.tell(*self._pack_all(parts), repair)
 
-    def _forget(self, task: asyncio.Future[list[list[Any]]]) -> None:
-        self._unheard.discard(task)
+    def _repaired(self, task: asyncio.Task[list[list[Any]]]) -> None:
+        self._repairs.discard(task)
         if not task.cancelled():
-            task.exception()
+            task.exception()  # nobody waits for it
 
     def _pack_all(self, parts: Sequence[Part]) -> tuple[bytes, int]:
         """The bytes to write, and how many replies they will get."""
-        packed, selected = [], self._selected
+        written, selected = [], self._selected
         for database, batch in parts:
             if database != selected:
-                packed.append(pack(("SELECT", database)))
+                written.append(pack(("SELECT", database)))
                 selected = database
-            packed += map(pack, batch)
-        self._selected = selected  # only now: what cannot be packed is not written
-        return b"".join(packed), len(packed)
+            written += map(pack, batch)
+        self._selected = selected  # only now: if a command cannot be packed, nothing is written
+        return b"".join(written), len(written)
 
     async def _read(
         self, protocol: Protocol, parts: Sequence[Part], selected: int, replies: list[Any]
     ) -> list[list[Any]]:
-        """The replies to each of `parts`, which were written where `selected` was. What was unknown is run in full."""
+        """The replies to each of `parts`, which were written while `selected` was the connection's database."""
         found, at = [], 0
         for database, batch in parts:
             if database != selected:
@@ -225,19 +257,20 @@ class RedisConnection:
             at += len(batch)
         if _has_error(replies):
             for (database, batch), answers in zip(parts, found, strict=True):
-                await self._mend(protocol, database, batch, answers)
+                await self._repair(protocol, database, batch, answers)
         return found
 
-    async def _mend(self, protocol: Protocol, database: int, batch: Batch, replies: list[Any]) -> None:
+    async def _repair(self, protocol: Protocol, database: int, batch: Batch, replies: list[Any]) -> None:
+        """Run scripts again that the server did not know. Raises `RedisUnavailable` if it is unable to work."""
         errors = {i: kind_of(reply) for i, reply in enumerate(replies) if isinstance(reply, ServerError)}
         for kind in errors.values():
-            if kind in AWAY:
+            if kind in UNABLE:
                 # The address may lead to a server that works by now; this connection does not.
                 protocol.transport.abort()
-                raise RedisUnavailable(f"Redis does not work at the moment ({kind})")
+                raise RedisUnavailable(f"Redis cannot work at the moment ({kind})")
         unknown = [i for i, kind in errors.items() if kind == "NOSCRIPT"]
         if unknown:
-            # Nothing of these was executed: the server was restarted or its scripts were flushed.
+            # They were not executed: the server was restarted, or its scripts were flushed.
             again = await self.run([in_full(batch[i]) for i in unknown], database=database)
             for i, reply in zip(unknown, again, strict=True):
                 replies[i] = reply
@@ -258,24 +291,22 @@ class RedisConnection:
         if self._opening is task:
             self._opening = None
         if not task.cancelled():
-            task.exception()  # seen, even if nobody waits any more
+            task.exception()  # retrieved, even if nobody waits any more
 
     async def _connect(self) -> Protocol:
-        protocol = await self._opener.open(self._on_push)
+        protocol = await self._open_protocol(self.database, self._on_push)
         self._selected = self.database
         self._protocol = protocol
         if self._on_open is not None:
             try:
                 await self._on_open(self)
             except BaseException:
-                protocol.transport.abort()  # half open it would serve nobody: the next batch begins anew
+                protocol.transport.abort()  # the next batch opens it anew
                 raise
         return protocol
 
     async def close(self) -> None:
-        """Drop the connection; batches under way fail."""
-        if self._opener.finder is not None:
-            await self._opener.finder.close()
+        """Drop the connection; batches under way fail. A later batch opens it again."""
         if self._opening is not None:
             self._opening.cancel()
             self._opening = None
@@ -283,6 +314,9 @@ class RedisConnection:
             self._protocol.transport.abort()
             await self._protocol.closed
             self._protocol = None
+
+
+OnOpen = Callable[[RedisConnection], Awaitable[None]]
 
 
 def _has_error(replies: list[Any]) -> bool:
@@ -298,11 +332,17 @@ def raise_errors(replies: list[Any]) -> list[Any]:
 
 
 def entries(answer: Any, count: int) -> list[Any]:
-    """What a script answered that serves `count` requests in one call: an entry, or an error, for each.
+    """The answer of a script that serves `count` requests in one call: a value or an error for each.
 
-    An error instead of that list is everyone's.
+    If the script as a whole failed, each gets its error.
     """
     return [answer] * count if isinstance(answer, ServerError) else answer
+
+
+async def check_version(connection: RedisConnection) -> None:
+    """As `on_open`: raises `ServerTooOld`."""
+    [info] = await connection.run([("INFO", "server")])
+    require_version(info)
 
 
 def require_version(info: bytes | ServerError) -> None:

@@ -1,4 +1,4 @@
-"""The wire to a Redis server: bytes out, replies back in order, and one timer that tells whether they come."""
+"""The Redis protocol on one connection: commands out, replies back in order, and one timer that sees that they come."""
 
 from __future__ import annotations
 
@@ -17,24 +17,27 @@ BUFFER = 65536  # bytes
 ANSWER_TIMEOUT = 1.5  # seconds a write waits for its replies before the connection counts as dead
 _PUSHED = ([b"message"], [b"pmessage"])
 
+OnPush = Callable[[Any], None]
+
 
 @dataclass(slots=True)
 class _Sent:
-    """A write whose replies are on their way."""
+    """A write that waits for its replies."""
 
-    size: int
-    due: float  # loop time by which they are all here, or the connection counts as dead
-    waiter: asyncio.Future[list[Any]] | None  # None: nobody waits
-    then: Callable[[list[Any]], None] | None = None  # called where nobody waits
+    size: int  # replies
+    due: float  # loop time; if not all replies are here by then, the connection counts as dead
+    waiter: asyncio.Future[list[Any]] | None
+    then: Callable[[list[Any]], None] | None = None  # called with the replies if there is no waiter
     replies: list[Any] = field(default_factory=list)
 
 
 class Protocol(asyncio.BufferedProtocol):
     """Matches replies with the writes that they answer."""
 
-    def __init__(self, on_push: Callable[[Any], None] | None) -> None:
+    def __init__(self, on_push: OnPush | None) -> None:
+        """`on_push` is called with each message of a subscription."""
         self.reader = hiredis.Reader()
-        # One for all that arrives: asyncio's own way makes a new one of 256 kB for each read, at 20 us.
+        # One buffer for all reads: asyncio would make a new one of 256 kB for each, which takes 20 us.
         self.buffer = memoryview(bytearray(BUFFER))
         self.waiting: deque[_Sent] = deque()
         self.loop = asyncio.get_running_loop()
@@ -45,11 +48,11 @@ class Protocol(asyncio.BufferedProtocol):
 
     @property
     def open(self) -> bool:
-        """Whether a batch may be written: no more once the transport is given up, even before it says it is lost."""
+        """Whether a batch may be written: not after the transport was aborted, even before it reports that."""
         return not self.closed.done() and not self.transport.is_closing()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # TCP and TLS both are like it; uvloop's are none
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's transports behave like it without being one
 
     def get_buffer(self, _sizehint: int) -> memoryview:
         return self.buffer
@@ -92,13 +95,13 @@ class Protocol(asyncio.BufferedProtocol):
         self.waiting.clear()
 
     def ask(self, packed: bytes, size: int) -> asyncio.Future[list[Any]]:
-        """Write; the future has the `size` replies."""
+        """Write; the future gets the `size` replies."""
         waiter: asyncio.Future[list[Any]] = self.loop.create_future()
         self._write(packed, _Sent(size, self.loop.time() + ANSWER_TIMEOUT, waiter))
         return waiter
 
     def tell(self, packed: bytes, size: int, then: Callable[[list[Any]], None]) -> None:
-        """Write; `then` is called with the replies, if they come."""
+        """Write; `then` is called with the `size` replies if they come."""
         self._write(packed, _Sent(size, self.loop.time() + ANSWER_TIMEOUT, None, then))
 
     def _write(self, packed: bytes, sent: _Sent) -> None:
@@ -108,7 +111,7 @@ class Protocol(asyncio.BufferedProtocol):
         self.transport.write(packed)
 
     def _look(self) -> None:
-        """The one timer for all: replies come in order, so the oldest write tells whether the server answers."""
+        """One timer for all writes: replies come in order, so the oldest write shows whether the server answers."""
         self.timer = None
         if not self.waiting:
             return
@@ -116,24 +119,24 @@ class Protocol(asyncio.BufferedProtocol):
         if due > self.loop.time():
             self.timer = self.loop.call_at(due, self._look)
             return
-        # After a lost reply, nothing on this connection can be matched.
+        # A reply is missing, so later ones could not be matched with their writes.
         self._fail("Redis did not answer in time")
         self.transport.abort()
 
 
 def pack(command: Command) -> bytes:
-    """The command as it travels."""
+    """The bytes of a command."""
     packed: bytes = hiredis.pack_command(command)  # type: ignore[arg-type]  # its stub says a tuple of one
     return packed
 
 
 def packed(commands: Sequence[Command]) -> tuple[bytes, int]:
-    """What `ask` wants of these."""
+    """The arguments of `ask` for these commands."""
     return b"".join(map(pack, commands)), len(commands)
 
 
 def auth(user: str | None, password: str | None) -> list[Command]:
-    """Say who we are, if there is anything to say."""
+    """The login, if there is a password."""
     if not password:
         return []
     return [("AUTH", user, password) if user else ("AUTH", password)]

@@ -10,11 +10,11 @@ Arg = str | bytes | int | float
 Command = tuple[Arg, ...]
 
 
-EACH = Path(__file__).parent / "each.lua"  # what a script that serves many requests in one call begins with
+EACH = Path(__file__).parent / "each.lua"  # the first file of a script that serves many requests in one call
 
 
 class Script:
-    """One Lua script, of one file or several in a row. Calling it with keys and arguments gives the command to send."""
+    """One Lua script, from one file or several in a row. A call with keys and arguments returns the command to send."""
 
     def __init__(self, *paths: Path) -> None:
         self.text = "".join(path.read_text(encoding="utf-8") for path in paths)
@@ -29,10 +29,10 @@ _BY_SHA: dict[str, Script] = {}
 
 
 def load_all() -> list[Command]:
-    """What makes a server know every script of this process."""
+    """The commands that load every script of this process into a server."""
     return [("SCRIPT", "LOAD", script.text) for script in _BY_SHA.values()]
 
 
 def in_full(command: Command) -> Command:
-    """The same EVALSHA with the script's text, for a server that answered NOSCRIPT: it loads what it runs."""
+    """An EVALSHA with the script's text in place of its hash, for a server that answered NOSCRIPT."""
     return ("EVAL", _BY_SHA[str(command[1])].text, *command[2:])

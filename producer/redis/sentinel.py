@@ -1,11 +1,13 @@
-"""Where a service's primary is: asked of its sentinels.
+"""Where a service's primary is: known from its sentinels, for all connections of a process to that service.
 
-Whoever connects asks them in turn, the one that proved right last time first. What one names counts only once it says
-itself that it is a primary. Each failover has an epoch: who knows of an older one than we do has not heard yet.
+Each sentinel has one connection, which is kept. On it the sentinel announces a failover (`+switch-master`), and is
+asked for the primary after each announcement, and every POLL_EVERY seconds in case an announcement was lost. Every
+failover has an epoch: a sentinel that names an older one has not heard of the latest yet. What a sentinel names counts
+only once that server says itself that it is a primary.
 
-A primary that was replaced while it was well, or that comes back afterwards, goes on taking writes until a sentinel
-turns it into a replica, seconds later, and all of these are lost. So while a connection is open, used or not, all
-sentinels are asked once a second whether they know of a later one.
+A primary that was replaced while it was healthy, or that comes back afterwards, goes on taking writes until a sentinel
+turns it into a replica, seconds later, and all these writes are lost. So connections to it are dropped as soon as a
+sentinel names another primary with a later epoch.
 """
 
 from __future__ import annotations
@@ -13,152 +15,229 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import hiredis
 
 from producer.errors import RedisUnavailable
-from producer.redis.protocol import Protocol, auth, packed, refused
-from producer.redis.scripts import Command
+from producer.redis.protocol import OnPush, Protocol, auth, refused
 from producer.setting_types import SentinelURL
+
+if TYPE_CHECKING:
+    from producer.redis.connection import OnOpen, RedisConnection
 
 logger = logging.getLogger(__name__)
 
-FIND_TIMEOUT: Final = 0.75  # seconds for all sentinels together: of the second that a connection may take to open
-ASK_TIMEOUT: Final = 0.2  # seconds for one of them at least, its connection included
-LOOK_EVERY: Final = 1.0  # seconds
-LOOK_TIMEOUT: Final = 1.0  # seconds for one sentinel, when nobody waits for its word
+POLL_EVERY: Final = 10.0  # seconds between two questions to a sentinel that announces failovers
+LOOK_EVERY: Final = 1.0  # seconds, where there are no announcements, and before a lost connection is opened again
+RETRY_FIRST: Final = 0.25  # seconds before a sentinel that did not answer is asked again, doubled up to POLL_EVERY
+ASK_TIMEOUT: Final = 1.0  # seconds for one answer, a new connection included
+FIND_TIMEOUT: Final = 0.75  # seconds that a connection waits for answers, of the second that it may take to open
+SWITCHED: Final = "+switch-master"
 
 Address = tuple[str, int]
-Dial = Callable[[Address], Awaitable[Protocol]]
 
 
-class _Word(NamedTuple):
+class _Answer(NamedTuple):
     """What a sentinel says."""
 
-    address: Address
-    epoch: int  # of the failover that made it the primary; 0 if the sentinel may not tell
+    primary: Address
+    epoch: int  # of the failover that made it the primary; 0 if the sentinel's user may not ask
 
 
 class PrimaryFinder:
-    """Finds the primary of one service, for one connection after the other."""
+    """Finds the primary of one service, and drops the connections to one that was replaced. For one event loop."""
 
-    def __init__(self, service: SentinelURL, dial: Dial) -> None:
-        """`dial`: connects to a sentinel."""
-        self._service = service
-        self._dial = dial
-        self._sentinels = list(service.sentinels)
-        self._current: _Word | None = None
-        self._watching: asyncio.Task[None] | None = None
+    def __init__(self, service: SentinelURL, connection: Callable[[Address, OnPush, OnOpen], RedisConnection]) -> None:
+        """`connection`: makes a connection to a sentinel."""
+        self._name = service.service
+        self._sentinels = [_Sentinel(each, service, connection, self._heard) for each in service.sentinels]
+        self._current: _Answer | None = None
+        self._unproved: set[_Answer] = set()  # named a server that could not be reached or was no primary
+        self._open: dict[Protocol, Address] = {}
+        self._changed = asyncio.Event()  # a sentinel answered, or did not
+        self._watching: list[asyncio.Task[None]] = []
 
-    async def find(self, connect: Dial) -> Protocol:
-        """What `connect` makes of the primary's address. Raises `RedisUnavailable`; has no time limit of its own."""
-        failure = RedisUnavailable("no sentinel answers")
+    async def find(self, connect: Callable[[Address], Awaitable[Protocol]]) -> Protocol:
+        """What `connect` makes of the primary's address. Raises `RedisUnavailable`; the caller limits the time."""
+        if not self._watching:
+            self._watching = [asyncio.create_task(each.watch()) for each in self._sentinels]
         tried: set[Address] = set()
-        late: list[tuple[Address, _Word]] = []
-        share = max(ASK_TIMEOUT, FIND_TIMEOUT / len(self._sentinels))
-        for sentinel in list(self._sentinels):
-            try:
-                word = await self._ask(sentinel, share)
-            except (OSError, UnicodeError) as exc:
-                failure = exc if isinstance(exc, RedisUnavailable) else failure
-                # Or those after a few silent ones would never be asked: the time of a connection is over before.
-                self._ask_last(sentinel)
-                continue
-            if self._current is not None and word.epoch < self._current.epoch:
-                late.append((sentinel, word))
-            elif word.address not in tried:
-                tried.add(word.address)
+        failure: RedisUnavailable | None = None
+        asked = False
+        while True:
+            answer = self._best(tried)
+            if answer is not None:
+                tried.add(answer.primary)
                 try:
-                    return await self._try(sentinel, word, connect)
+                    return await self._try(answer, connect)
                 except RedisUnavailable as exc:
                     failure = exc
-        # All that answer know less than we do: they may have been set up anew.
-        for sentinel, word in sorted(late, key=lambda each: -each[1].epoch):
-            if word.address not in tried:
-                return await self._try(sentinel, word, connect)
-        raise failure
+            elif asked:
+                raise failure or next(
+                    (each.failure for each in self._sentinels if each.failure is not None),
+                    RedisUnavailable("no sentinel answers"),
+                )
+            else:
+                asked = True
+                await self._ask_all(tried)
 
-    async def _try(self, sentinel: Address, word: _Word, connect: Dial) -> Protocol:
-        # Unless what it says proves right, it is asked last; also if our time ends meanwhile.
-        self._ask_last(sentinel)
+    def _best(self, tried: set[Address]) -> _Answer | None:
+        """The answer to try next: those older than what we know come last, and before them those that failed."""
+        known = 0 if self._current is None else self._current.epoch
+        answers = [each.answer for each in self._sentinels if each.answer and each.answer.primary not in tried]
+        return min(answers, key=lambda each: (each.epoch < known, each in self._unproved, -each.epoch), default=None)
+
+    async def _ask_all(self, tried: set[Address]) -> None:
+        """Wait until a sentinel names a server that was not tried yet, or all have answered."""
+        self._wake_all()
         try:
-            protocol = await connect(word.address)
-        except RedisUnavailable:
+            async with asyncio.timeout(FIND_TIMEOUT):
+                while self._best(tried) is None and any(each.asking for each in self._sentinels):
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            pass
+
+    async def _try(self, answer: _Answer, connect: Callable[[Address], Awaitable[Protocol]]) -> Protocol:
+        before = self._current
+        self._unproved.add(answer)  # unless it proves right; also if our time ends meanwhile
+        try:
+            protocol = await connect(answer.primary)
+        except BaseException as exc:
+            self._wake_all()  # what they said last may be out of date
+            if isinstance(exc, (OSError, UnicodeError)) and not isinstance(exc, RedisUnavailable):
+                kind = type(exc).__name__
+                raise RedisUnavailable(f"the primary of {self._name!r} could not be reached ({kind})") from None
             raise
-        except (OSError, UnicodeError) as exc:
-            name = type(exc).__name__
-            raise RedisUnavailable(f"the primary of {self._service.service!r} could not be reached ({name})") from None
-        self._sentinels.insert(0, self._sentinels.pop())
-        self._is_now(word)
-        await self.close()  # the former connection is gone
-        self._watching = asyncio.create_task(self._watch(protocol))
+        now = self._current
+        if now is not None and now is not before and now.epoch > answer.epoch and now.primary != answer.primary:
+            protocol.transport.abort()
+            raise RedisUnavailable(f"the primary of {self._name!r} was replaced")
+        self._unproved = {each.answer for each in self._sentinels if each.answer} & self._unproved - {answer}
+        self._set_current(answer)
+        self._open[protocol] = answer.primary
+        protocol.closed.add_done_callback(lambda _: self._open.pop(protocol, None))
+        if any(each.answer and each.answer.epoch > answer.epoch for each in self._sentinels):
+            protocol.loop.call_later(LOOK_EVERY, self._wake_all)  # the later one may only not be ready yet
         return protocol
 
-    def _ask_last(self, sentinel: Address) -> None:
-        self._sentinels.remove(sentinel)
-        self._sentinels.append(sentinel)
-
-    async def _watch(self, protocol: Protocol) -> None:
-        """See that the connection leads to the primary, and drop it if not."""
-        while protocol.open:
-            await asyncio.sleep(LOOK_EVERY)
-            async with asyncio.TaskGroup() as all_at_once:
-                for sentinel in self._sentinels:
-                    all_at_once.create_task(self._compare(sentinel, protocol))
-
-    async def _compare(self, sentinel: Address, protocol: Protocol) -> None:
-        try:
-            word = await self._ask(sentinel, LOOK_TIMEOUT)
-        except (OSError, UnicodeError):
-            return
+    def _heard(self, answer: _Answer | None) -> None:
+        self._changed.set()
         current = self._current
-        if current is not None and word.epoch > current.epoch and word.address != current.address:
-            self._is_now(word)
-            protocol.transport.abort()
+        if answer is not None and current is not None and answer.epoch > current.epoch:
+            self._set_current(answer)
+            for protocol, address in self._open.items():
+                if address != answer.primary:
+                    protocol.transport.abort()
 
-    def _is_now(self, word: _Word) -> None:
-        if self._current is not None and self._current.address != word.address:
-            logger.info("the primary of %s is now %s port %d", self._service.service, *word.address)
-        self._current = word
+    def _set_current(self, answer: _Answer) -> None:
+        if self._current is not None and self._current.primary != answer.primary:
+            logger.info("the primary of %s is now %s port %d", self._name, *answer.primary)
+        self._current = answer
+
+    def _wake_all(self) -> None:
+        for each in self._sentinels:
+            each.wake()
 
     async def close(self) -> None:
-        """Watch no more."""
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.wait([self._watching])
-            self._watching = None
+        """Close the connections to the sentinels."""
+        watching, self._watching = self._watching, []
+        for task in watching:
+            task.cancel()
+        if watching:
+            await asyncio.wait(watching)
+        for each in self._sentinels:
+            await each.close()
 
-    async def _ask(self, sentinel: Address, seconds: float) -> _Word:
-        async with asyncio.timeout(seconds):
-            protocol = await self._dial(sentinel)
+
+class _Sentinel:
+    """One sentinel: its connection, and what it said last."""
+
+    def __init__(
+        self,
+        address: Address,
+        service: SentinelURL,
+        connection: Callable[[Address, OnPush, OnOpen], RedisConnection],
+        heard: Callable[[_Answer | None], None],
+    ) -> None:
+        """`heard` is called after each question, with None if it was not answered."""
+        self.answer: _Answer | None = None
+        self.failure: RedisUnavailable | None = None  # why it gave no answer, if it said so
+        self.asking = True
+        self._service = service
+        self._heard = heard
+        self._connection = connection(address, lambda _: self.wake(), self._subscribe)
+        self._announces = False
+        self._woken = asyncio.Event()
+
+    def wake(self) -> None:
+        """Ask it now."""
+        self.asking = True
+        self._woken.set()
+
+    async def watch(self) -> None:
+        """Ask it again and again, for ever."""
+        retry = RETRY_FIRST
+        while True:
+            self._woken.clear()
             try:
-                name = self._service.service
-                greeting = auth(self._service.sentinel_user, self._service.sentinel_password)
-                questions: list[Command] = [("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name), ("SENTINEL", "MASTER", name)]
-                *_, address, state = await protocol.ask(*packed([*greeting, *questions]))
-            finally:
-                protocol.transport.abort()
+                async with asyncio.timeout(ASK_TIMEOUT):
+                    self.answer, self.failure = await self._ask(), None
+                pause, retry = POLL_EVERY if self._announces else LOOK_EVERY, RETRY_FIRST
+            except (OSError, UnicodeError) as exc:
+                self.answer, self.failure = None, exc if isinstance(exc, RedisUnavailable) else None
+                await self._connection.close()
+                pause, retry = retry, min(2 * retry, POLL_EVERY)
+            self.asking = self._woken.is_set()
+            self._heard(self.answer)
+            try:
+                async with asyncio.timeout(pause):
+                    await self._woken.wait()
+            except TimeoutError:
+                self.asking = True
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+    async def _ask(self) -> _Answer:
+        name = self._service.service
+        address, state = await self._connection.run(
+            [("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name), ("SENTINEL", "MASTER", name)]
+        )
         if isinstance(address, hiredis.ReplyError):
             raise refused(address, "a sentinel", "sentinel_username and sentinel_password")
         if address is None:
-            raise RedisUnavailable(f"the sentinels watch no {self._service.service!r}")
+            raise RedisUnavailable(f"the sentinels watch no {name!r}")
         try:
-            return _Word(_address(address), _epoch(state))
+            return _Answer(_address(address), _epoch(state))
         except (ValueError, TypeError, IndexError, AttributeError):
-            raise RedisUnavailable("a sentinel answered something else") from None
+            raise RedisUnavailable("a sentinel gave an invalid answer") from None
+
+    async def _subscribe(self, connection: RedisConnection) -> None:
+        # Version 3 of the protocol lets a connection that is subscribed take other commands as well.
+        login = auth(self._service.sentinel_user, self._service.sentinel_password)
+        *_, hello = await connection.run([*login, ("HELLO", 3)])
+        self._announces = False
+        if not isinstance(hello, hiredis.ReplyError):
+            [subscribed] = await connection.run([("SUBSCRIBE", SWITCHED)])
+            self._announces = not isinstance(subscribed, hiredis.ReplyError)
+        connection.when_lost(self._lost)
+
+    def _lost(self) -> None:
+        if self.answer is not None:  # or it is tried again anyway
+            asyncio.get_running_loop().call_later(LOOK_EVERY, self.wake)
 
 
 def _address(address: Any) -> Address:
     host, port = address[0].decode(), int(address[1])
-    # What no socket takes is raised as other errors than those of a server that is away.
+    # What no socket takes would raise other errors than a server that is away.
     if not host.isprintable() or not 0 < port < 65536:
         raise ValueError
     return host, port
 
 
 def _epoch(state: Any) -> int:
-    if not isinstance(state, list):
-        return 0
-    fields = dict(zip(state[::2], state[1::2], strict=True))
-    return int(fields.get(b"config-epoch", 0))
+    if isinstance(state, list):  # in version 2 of the protocol a map is a flat list
+        state = dict(zip(state[::2], state[1::2], strict=True))
+    return int(state.get(b"config-epoch", 0)) if isinstance(state, dict) else 0

@@ -16,7 +16,7 @@ from support.tls_front import context_for, tls_in_front_of
 
 from producer.errors import RedisLoginRefused, RedisUnavailable, ServerTooOld
 from producer.redis import protocol as wire
-from producer.redis.connection import RedisConnection, ServerError, raise_errors, require_version
+from producer.redis.connection import RedisConnection, RedisConnections, ServerError, raise_errors, require_version
 from producer.redis.scripts import Script
 
 pytestmark = pytest.mark.usefixtures("redis")  # each test begins with empty databases
@@ -35,11 +35,8 @@ def incr(tmp_path: Path) -> Script:
 
 @asynccontextmanager
 async def opened(url: str, **options: Any) -> AsyncIterator[RedisConnection]:
-    link = RedisConnection(url, **options)
-    try:
-        yield link
-    finally:
-        await link.close()
+    async with RedisConnections() as redis:
+        yield redis.connection(url, **options)
 
 
 def using(url: str, use: Callable[[RedisConnection], Awaitable[T]], **options: Any) -> T:
@@ -504,10 +501,11 @@ def test_tls_is_spoken_and_the_certificate_checked(redis_server: RedisServer, tm
 
 
 def test_urls_that_mean_one_server_and_one_user_are_known() -> None:
-    one = RedisConnection("redis://user:a@host:1/0")
-    assert one.server == RedisConnection("redis://user:a@host:1/5").server
+    redis = RedisConnections()
+    one = redis.connection("redis://user:a@host:1/0")
+    assert one.server == redis.connection("redis://user:a@host:1/5").server
     for other in ("redis://user:a@host:2/0", "redis://other:a@host:1/0", "rediss://user:a@host:1/0"):
-        assert one.server != RedisConnection(other).server
+        assert one.server != redis.connection(other).server
 
 
 @pytest.mark.parametrize("version", ["6.2.0", "6.10", "7.2.4", "255.255.255"])

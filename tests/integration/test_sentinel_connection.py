@@ -1,15 +1,15 @@
-"""Finding the primary: sentinels that are dead, silent, late or mistaken, and servers that are none. Their words are
-scripted here; real sentinels are in tests/faults/test_sentinel.py and tests/e2e/test_sentinel.py."""
+"""Finding a service's primary through sentinels that fail in every way, and following it when it is replaced.
+
+The sentinels are fakes here; real ones are in tests/faults/test_sentinel.py and tests/e2e/test_sentinel.py.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import ssl
-import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
-from threading import Thread
 from typing import Any, TypeVar
 
 import hiredis
@@ -18,25 +18,39 @@ import trustme
 from support.redis_server import RedisServer
 from support.tls_front import tls_in_front_of
 
-from producer.errors import RedisUnavailable
-from producer.redis.connection import RedisConnection
+from producer.errors import RedisLoginRefused, RedisUnavailable
+from producer.redis import sentinel as sentinel_module
+from producer.redis.connection import RedisConnection, RedisConnections
 from worker.celery_side.redis_urls import connect
 
 T = TypeVar("T")
-BOUND = 3.0  # seconds within which "Redis is away" is promised
+Use = Callable[[RedisConnections, str], Awaitable[T]]
 
 
-class Says:
-    """A sentinel that names a server, in the `epoch`-th failover; silent if told so."""
+class FakeSentinel:
+    """Names a server as the primary of "service", made so by failover number `epoch`."""
 
-    def __init__(self, port: int | None, *, epoch: int | str = 1, silent: bool = False, password: str = "") -> None:
-        self.names, self.epoch, self.silent, self.password = port, epoch, silent, password
-        self.asked = 0
+    def __init__(
+        self,
+        primary: int | None,
+        *,
+        epoch: int | str = 1,
+        silent: bool = False,
+        password: str = "",
+        refuses: bytes = b"",
+        nonsense: bytes = b"",
+    ) -> None:
+        """`primary`: a port; None if it watches no such service. `refuses`: a command. `nonsense`: its only answer."""
+        self.primary, self.epoch = primary, epoch
+        self.silent, self.password, self.refuses, self.nonsense = silent, password, refuses, nonsense
         self.port = 0
+        self.connections = self.questions = 0  # so far
+        self.open: list[asyncio.StreamWriter] = []
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         commands, known = hiredis.Reader(), not self.password
-        self.asked += 1
+        self.connections += 1
+        self.open.append(writer)
         while data := await reader.read(65536):
             commands.feed(data)
             while (command := commands.gets()) is not False:
@@ -44,24 +58,38 @@ class Says:
                     known = command[-1] == self.password.encode()
                 if not self.silent:
                     writer.write(self.answer(command) if known else b"-NOAUTH no\r\n")
+        self.open.remove(writer)
         writer.close()
 
     def answer(self, command: list[bytes]) -> bytes:
-        fields = {"name": "service", "ip": "127.0.0.1", "port": self.names, "flags": "master"}
-        fields |= {"num-other-sentinels": 0, "config-epoch": self.epoch}
-        state = _array(*(word for pair in fields.items() for word in pair))
+        state = {"name": "service", "ip": "127.0.0.1", "port": self.primary, "flags": "master"}
+        state |= {"num-other-sentinels": 0, "config-epoch": self.epoch}
+        flat = _array(*(word for pair in state.items() for word in pair))
+        as_map = b"%%%d" % len(state) + flat[flat.index(b"\r\n") :]  # as in version 3 of the protocol
+        if self.nonsense:
+            return self.nonsense
         match [word.upper() for word in command[:2]]:
+            case [word, *_] if word == self.refuses:
+                return b"-NOPERM no\r\n"
             case [b"AUTH", _]:
                 return b"+OK\r\n"
-            case [b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME"]:
-                return b"*-1\r\n" if self.names is None else _array("127.0.0.1", self.names)
-            case [b"SENTINEL", b"MASTER"] if self.names is not None:
-                return state
             case [b"HELLO", b"3"]:
                 return b"%1\r\n$5\r\nproto\r\n:3\r\n"
-            case [b"SENTINEL", b"MASTERS"]:  # in the third version of the protocol, which redis-py speaks
-                return b"*1\r\n%%%d" % len(fields) + state[state.index(b"\r\n") :]
+            case [b"SUBSCRIBE", _]:
+                return b">3\r\n" + _array("subscribe", "+switch-master")[4:] + b":1\r\n"
+            case [b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME"]:
+                self.questions += 1
+                return b"*-1\r\n" if self.primary is None else _array("127.0.0.1", self.primary)
+            case [b"SENTINEL", b"MASTER"] if self.primary is not None:
+                return flat if self.refuses == b"HELLO" else as_map
+            case [b"SENTINEL", b"MASTERS"]:  # redis-py's question
+                return b"*1\r\n" + as_map
         return b"-ERR unknown command\r\n"
+
+    def fail_over(self, primary: int, *, announce: bool) -> None:
+        self.primary, self.epoch = primary, int(self.epoch) + 1
+        for writer in self.open if announce else ():
+            writer.write(b">3\r\n" + _array("message", "+switch-master", "service 127.0.0.1 1 127.0.0.1 2")[4:])
 
 
 def _array(*words: object) -> bytes:
@@ -69,226 +97,212 @@ def _array(*words: object) -> bytes:
     return packed
 
 
-@contextmanager
-def speaking(*sentinels: Says) -> Iterator[str]:
-    """They listen; the URL."""
-    loop = asyncio.new_event_loop()
-    thread = Thread(target=loop.run_forever)
-    thread.start()
-
-    async def begin(sentinel: Says) -> asyncio.Server:
-        server = await asyncio.start_server(sentinel.serve, "127.0.0.1", 0)
-        sentinel.port = server.sockets[0].getsockname()[1]
-        return server
-
-    async def end() -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-
-    try:
-        servers = [asyncio.run_coroutine_threadsafe(begin(each), loop).result(5) for each in sentinels]
+@asynccontextmanager
+async def serving(*sentinels: FakeSentinel) -> AsyncIterator[str]:
+    """The sentinels listen; the URL of their service's database 3."""
+    async with AsyncExitStack() as stack:
+        for each in sentinels:
+            server = await stack.enter_async_context(await asyncio.start_server(each.serve, "127.0.0.1", 0))
+            each.port = server.sockets[0].getsockname()[1]
         yield f"redis+sentinel://{','.join(f'127.0.0.1:{each.port}' for each in sentinels)}/service/3"
-        for server in servers:
-            loop.call_soon_threadsafe(server.close)
-        asyncio.run_coroutine_threadsafe(end(), loop).result(5)
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(5)
-        loop.close()
 
 
-@pytest.fixture
-def servers() -> Iterator[tuple[RedisServer, RedisServer]]:
-    """A primary, and another one."""
-    with ExitStack() as stack:
-        yield stack.enter_context(RedisServer()), stack.enter_context(RedisServer())
-
-
-def using(url: str, use: Callable[[RedisConnection], Awaitable[T]]) -> T:
+def using(use: Use[T], *sentinels: FakeSentinel, query: str = "") -> T:
     async def main() -> T:
-        link = RedisConnection(url)
-        try:
-            return await use(link)
-        finally:
-            await link.close()
+        async with asyncio.timeout(30), serving(*sentinels) as url, RedisConnections() as redis:
+            return await use(redis, url + query)
 
     return asyncio.run(main())
 
 
-async def port_of(link: RedisConnection) -> int:
-    [[_, port]] = await link.run([("CONFIG", "GET", "port")])
+async def port_of(connection: RedisConnection) -> int:
+    [[_, port]] = await connection.run([("CONFIG", "GET", "port")])
     return int(port)
 
 
-def why(url: str) -> str:
-    """Why no primary is found; said in time."""
-    began = time.monotonic()
+async def find(redis: RedisConnections, url: str) -> int:
+    """The port of the primary that a new connection finds."""
+    return await port_of(redis.connection(url))
+
+
+def failure(*sentinels: FakeSentinel, query: str = "") -> RedisUnavailable:
     with pytest.raises(RedisUnavailable) as caught:
-        using(url, port_of)
-    assert time.monotonic() - began < BOUND
-    return str(caught.value)
+        using(find, *sentinels, query=query)
+    return caught.value
 
 
-def test_the_database_of_the_url_is_used_on_the_server_that_a_sentinel_names(redis_server: RedisServer) -> None:
-    with speaking(Says(redis_server.port)) as url:
-        using(url, lambda link: link.run([("SET", "where", "here")]))
+async def until(true: Callable[[], bool]) -> None:
+    while not true():  # noqa: ASYNC110 - `using` limits the time
+        await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+def servers() -> Iterator[tuple[RedisServer, RedisServer]]:
+    """A primary, and another server."""
+    with ExitStack() as stack:
+        yield stack.enter_context(RedisServer()), stack.enter_context(RedisServer())
+
+
+def test_the_database_of_the_url_is_used_on_the_primary(redis_server: RedisServer) -> None:
+    using(lambda redis, url: redis.connection(url).run([("SET", "key", "a")]), FakeSentinel(redis_server.port))
     with redis_server.client(3) as client:
-        assert client.getdel("where") == b"here"
+        assert client.getdel("key") == b"a"
 
 
-@pytest.mark.parametrize("first", [Says(None), Says(1), Says(0, silent=True), Says(0, password="secret")])
-def test_a_sentinel_of_no_help_is_passed_over_and_asked_last_from_then_on(
-    redis_server: RedisServer, first: Says
-) -> None:
-    second, third = Says(redis_server.port), Says(redis_server.port)
-
-    async def twice(link: RedisConnection) -> tuple[int, int]:
-        found = await port_of(link)
-        assert link._protocol is not None
-        link._protocol.transport.abort()
-        before = first.asked
-        return found, (await port_of(link)) + first.asked - before
-
-    with speaking(first, second, third) as url:
-        assert using(url, twice) == (redis_server.port, redis_server.port)
-    assert third.asked == 0
+UNHELPFUL: dict[str, dict[str, Any]] = {
+    "watches no such service": {"primary": None},
+    "names a dead server": {"primary": 1},
+    "is silent": {"primary": 1, "silent": True},
+    "wants a password": {"primary": 1, "password": "secret"},
+}
 
 
-class Raves(Says):
-    """A sentinel that answers each question with the same nonsense."""
+@pytest.mark.parametrize("unhelpful", UNHELPFUL.values(), ids=UNHELPFUL)
+def test_an_unhelpful_sentinel_is_passed_over(redis_server: RedisServer, unhelpful: dict[str, Any]) -> None:
+    async def use(redis: RedisConnections, url: str) -> None:
+        connection = redis.connection(url)
+        for _ in range(3):
+            assert await port_of(connection) == redis_server.port
+            await connection.close()
 
-    def __init__(self, nonsense: bytes) -> None:
-        super().__init__(0)
-        self.nonsense = nonsense
-
-    def answer(self, _command: list[bytes]) -> bytes:
-        return self.nonsense
+    using(use, *(FakeSentinel(**unhelpful) for _ in range(7)), FakeSentinel(redis_server.port))
 
 
 NONSENSE = [
-    *(Raves(each) for each in (b":1\r\n", b"*0\r\n", b"*2\r\n*0\r\n*0\r\n", _array("127.0.0.1"))),
-    *(Raves(_array(*each)) for each in (("a\0b", 6379), ("127.0.0.1", "port"), ("127.0.0.1", -1))),
-    *(Says(each) for each in (0, 65536)),
-    Says(1, epoch="none"),
+    *(FakeSentinel(1, nonsense=each) for each in (b":1\r\n", b"*0\r\n", b"*2\r\n*0\r\n*0\r\n", _array("127.0.0.1"))),
+    *(FakeSentinel(1, nonsense=_array(*each)) for each in (("a\0b", 6379), ("127.0.0.1", "port"), ("127.0.0.1", -1))),
+    *(FakeSentinel(each) for each in (0, 65536)),
+    FakeSentinel(1, epoch="none"),
 ]
 
 
 @pytest.mark.parametrize("first", NONSENSE, ids=range(len(NONSENSE)))
-def test_a_sentinel_that_talks_nonsense_is_passed_over(redis_server: RedisServer, first: Says) -> None:
-    with speaking(first, Says(redis_server.port)) as url:
-        assert using(url, port_of) == redis_server.port
-    with speaking(first) as url:
-        assert why(url) == "a sentinel answered something else"
+def test_a_sentinel_that_answers_nonsense_is_passed_over(redis_server: RedisServer, first: FakeSentinel) -> None:
+    assert using(find, first, FakeSentinel(redis_server.port)) == redis_server.port
+    assert str(failure(first)) == "a sentinel gave an invalid answer"
 
 
-def test_a_replica_is_no_primary_whatever_a_sentinel_says(servers: tuple[RedisServer, RedisServer]) -> None:
+def test_a_replica_is_never_taken_for_the_primary(servers: tuple[RedisServer, RedisServer]) -> None:
     primary, replica = servers
     with replica.client() as client:
         client.replicaof("127.0.0.1", str(primary.port))
-    with speaking(Says(replica.port), Says(primary.port)) as url:
-        assert using(url, port_of) == primary.port
-    with speaking(Says(replica.port)) as url:
-        assert "no primary" in why(url)
+    assert using(find, FakeSentinel(replica.port, epoch=2), FakeSentinel(primary.port)) == primary.port
+    assert "no primary" in str(failure(FakeSentinel(replica.port)))
 
 
-def test_why_there_is_no_primary_is_said_in_time() -> None:
-    with speaking(Says(None)) as url:
-        assert "watch no 'service'" in why(url)
-    with speaking(Says(0, silent=True), Says(0, silent=True), Says(0, silent=True)) as url:
-        assert why(url) == "no sentinel answers"
-    with speaking(Says(1)) as url:
-        assert "could not be reached" in why(url)
-    with speaking(Says(1, password="secret")) as url:
-        assert "NOAUTH" in why(url)
-
-
-def test_one_sentinel_behind_many_silent_ones_is_found_at_the_next_try(redis_server: RedisServer) -> None:
-    silent = [Says(0, silent=True) for _ in range(7)]
-
-    async def twice(link: RedisConnection) -> int:
-        with pytest.raises(RedisUnavailable):
-            await port_of(link)
-        return await port_of(link)
-
-    with speaking(*silent, Says(redis_server.port)) as url:
-        assert using(url, twice) == redis_server.port
+def test_the_error_says_why_no_primary_was_found() -> None:
+    assert "watch no 'service'" in str(failure(FakeSentinel(None)))
+    assert str(failure(*(FakeSentinel(1, silent=True) for _ in range(3)))) == "no sentinel answers"
+    assert "could not be reached" in str(failure(FakeSentinel(1)))
 
 
 def test_a_sentinel_gets_its_own_password(redis_server: RedisServer) -> None:
-    with speaking(Says(redis_server.port, password="secret")) as url:
-        assert using(f"{url}?sentinel_password=secret", port_of) == redis_server.port
-        assert "NOAUTH" in why(f"{url}?sentinel_password=wrong")
+    sentinel = FakeSentinel(redis_server.port, password="secret")
+    assert using(find, sentinel, query="?sentinel_password=secret") == redis_server.port
+    refused = failure(sentinel, query="?sentinel_password=wrong")
+    assert isinstance(refused, RedisLoginRefused)
+    assert str(refused).startswith("a sentinel refused the login (NOAUTH): check sentinel_username and")
 
 
-def test_a_primary_that_was_replaced_while_it_was_well_is_left_within_seconds(
-    servers: tuple[RedisServer, RedisServer],
+def test_connections_to_one_service_share_one_connection_to_each_sentinel(redis_server: RedisServer) -> None:
+    sentinels = [FakeSentinel(redis_server.port) for _ in range(3)]
+
+    async def use(redis: RedisConnections, url: str) -> None:
+        connections = [redis.connection(f"{url[:-1]}{database}") for database in range(10)]
+        for _ in range(3):
+            await asyncio.gather(*map(port_of, connections))
+            await asyncio.gather(*(each.close() for each in connections))
+        assert [len(each.open) for each in sentinels] == [1, 1, 1]
+        await redis.close()
+        await until(lambda: not any(each.open for each in sentinels))
+
+    using(use, *sentinels)
+    assert [each.connections for each in sentinels] == [1, 1, 1]
+    assert max(each.questions for each in sentinels) < 5
+
+
+def test_an_announced_failover_moves_all_connections(servers: tuple[RedisServer, RedisServer]) -> None:
+    old, new = servers
+    late, early = FakeSentinel(old.port), FakeSentinel(old.port)
+
+    async def use(redis: RedisConnections, url: str) -> None:
+        connections = [redis.connection(f"{url[:-1]}{database}") for database in range(5)]
+        assert {await port_of(each) for each in connections} == {old.port}
+        early.fail_over(new.port, announce=True)  # the other one has not heard of it, and the old primary is healthy
+        await until(lambda: not any(each.connected for each in connections))  # though nobody uses them
+        for _ in range(20):
+            assert {await port_of(each) for each in connections} == {new.port}
+            await asyncio.sleep(0.02)
+
+    using(use, late, early)
+
+
+@pytest.mark.parametrize(
+    ("refuses", "interval"), [(b"", "POLL_EVERY"), (b"HELLO", "LOOK_EVERY"), (b"SUBSCRIBE", "LOOK_EVERY")]
+)
+def test_a_failover_that_is_not_announced_is_noticed_by_asking(
+    servers: tuple[RedisServer, RedisServer], monkeypatch: pytest.MonkeyPatch, refuses: bytes, interval: str
 ) -> None:
+    monkeypatch.setattr(sentinel_module, interval, 0.1)
     old, new = servers
-    late, early = Says(old.port), Says(old.port)
+    sentinel = FakeSentinel(old.port, refuses=refuses)
 
-    async def follow(link: RedisConnection) -> float:
-        assert await port_of(link) == old.port
-        early.names, early.epoch = new.port, 2  # the other one has not heard of it, and the old one says it is one
-        began = time.monotonic()
-        while True:
-            try:
-                if await port_of(link) == new.port:
-                    break
-            except RedisUnavailable:
-                pass  # it was dropped just now
-            assert time.monotonic() - began < 10
-            await asyncio.sleep(0.02)
-        for _ in range(100):  # ... and it stays there
-            assert await port_of(link) == new.port
-            await asyncio.sleep(0.02)
-        return time.monotonic() - began
+    async def use(redis: RedisConnections, url: str) -> int:
+        connection = redis.connection(url)
+        assert await port_of(connection) == old.port
+        sentinel.fail_over(new.port, announce=False)
+        await until(lambda: not connection.connected)
+        return await port_of(connection)
 
-    with speaking(late, early) as url:
-        using(url, follow)
+    assert using(use, sentinel) == new.port
 
 
-def test_a_connection_that_nobody_uses_leaves_it_too(servers: tuple[RedisServer, RedisServer]) -> None:
+def test_a_lost_connection_to_a_sentinel_is_opened_again(
+    servers: tuple[RedisServer, RedisServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sentinel_module, "LOOK_EVERY", 0.1)
     old, new = servers
-    sentinel = Says(old.port)
+    sentinel = FakeSentinel(old.port)
 
-    async def idle(link: RedisConnection) -> int:
-        assert await port_of(link) == old.port
-        sentinel.names, sentinel.epoch = new.port, 2
-        async with asyncio.timeout(10):
-            while link.connected:  # noqa: ASYNC110 - a connection has no event to wait for
-                await asyncio.sleep(0.02)
-        return await port_of(link)
+    async def use(redis: RedisConnections, url: str) -> int:
+        connection = redis.connection(url)
+        assert await port_of(connection) == old.port
+        [lost] = sentinel.open
+        lost.transport.abort()
+        await until(lambda: sentinel.connections == 2)
+        assert connection.connected
+        sentinel.fail_over(new.port, announce=True)
+        await until(lambda: not connection.connected)
+        return await port_of(connection)
 
-    with speaking(sentinel) as url:
-        assert using(url, idle) == new.port
+    assert using(use, sentinel) == new.port
 
 
 def test_sentinels_that_were_set_up_anew_are_believed(redis_server: RedisServer) -> None:
-    sentinel = Says(redis_server.port, epoch=7)
+    sentinel = FakeSentinel(redis_server.port, epoch=7)
 
-    async def follow(link: RedisConnection) -> int:
-        await port_of(link)
+    async def use(redis: RedisConnections, url: str) -> int:
+        connection = redis.connection(url)
+        await port_of(connection)
         sentinel.epoch = 0
-        assert link._protocol is not None
-        link._protocol.transport.abort()
-        return await port_of(link)
+        sentinel.open[0].transport.abort()
+        await connection.close()
+        return await port_of(connection)
 
-    with speaking(sentinel) as url:
-        assert using(url, follow) == redis_server.port
+    assert using(use, sentinel) == redis_server.port
 
 
-def test_a_plain_url_asks_nobody(redis_server: RedisServer) -> None:
-    async def commands(link: RedisConnection) -> int:
-        await link.run([("PING",)])
+def test_a_plain_url_asks_no_sentinel(redis_server: RedisServer) -> None:
+    async def commands() -> int:
+        async with RedisConnections() as redis:
+            await redis.connection(redis_server.url()).run([("PING",)])
         with redis_server.client() as client:
             stats: dict[str, Any] = client.info("commandstats")
         return sum(each["calls"] for name, each in stats.items() if name in {"cmdstat_role", "cmdstat_sentinel"})
 
     with redis_server.client() as client:
         client.config_resetstat()
-    assert using(redis_server.url(), commands) == 0
+    assert asyncio.run(commands()) == 0
 
 
 def test_tls_is_spoken_with_sentinel_and_server_and_both_are_checked(redis_server: RedisServer, tmp_path: Path) -> None:
@@ -298,23 +312,20 @@ def test_tls_is_spoken_with_sentinel_and_server_and_both_are_checked(redis_serve
     authority.issue_cert("127.0.0.1").configure_cert(trusted)
     stranger.issue_cert("127.0.0.1").configure_cert(doubtful)
 
-    async def main(sentinel: Says, before_sentinel: ssl.SSLContext, before_server: ssl.SSLContext) -> None:
+    async def main(before_sentinel: ssl.SSLContext, before_server: ssl.SSLContext) -> None:
+        sentinel = FakeSentinel(0)
         async with (
-            tls_in_front_of(sentinel.port, before_sentinel) as asked,
-            tls_in_front_of(redis_server.port, before_server) as sentinel.names,
+            serving(sentinel),
+            tls_in_front_of(sentinel.port, before_sentinel) as port,
+            tls_in_front_of(redis_server.port, before_server) as sentinel.primary,
+            RedisConnections() as redis,
         ):
-            url = f"rediss+sentinel://127.0.0.1:{asked}/service/3?ssl_ca_certs={tmp_path}/ca.pem"
-            link = RedisConnection(url)
-            try:
-                assert await link.run([("PING",)]) == [b"PONG"]
-                with connect(url, timeout=2) as client:
-                    assert await asyncio.to_thread(client.ping)
-            finally:
-                await link.close()
+            url = f"rediss+sentinel://127.0.0.1:{port}/service/3?ssl_ca_certs={tmp_path}/ca.pem"
+            assert await redis.connection(url).run([("PING",)]) == [b"PONG"]
+            with connect(url, timeout=2) as client:
+                assert await asyncio.to_thread(client.ping)
 
-    sentinel = Says(0)
-    with speaking(sentinel):
-        asyncio.run(main(sentinel, trusted, trusted))
-        for contexts in ((doubtful, trusted), (trusted, doubtful)):
-            with pytest.raises(RedisUnavailable):
-                asyncio.run(main(sentinel, *contexts))
+    asyncio.run(main(trusted, trusted))
+    for contexts in ((doubtful, trusted), (trusted, doubtful)):
+        with pytest.raises(RedisUnavailable):
+            asyncio.run(main(*contexts))

@@ -12,6 +12,7 @@ from support.redis_server import RedisServer
 
 from producer.contract import ErrorCode, VerifyRequest, code_key, reply_key
 from producer.errors import RedisUnavailable
+from producer.redis.connection import RedisConnections
 from producer.settings import load
 from producer.store.codes import Answered, Claim, CodePolicy, IssueRequest, Wait
 from producer.store.redis_codes import RedisCodeStore
@@ -27,7 +28,8 @@ class Scene:
 
     def __init__(self, server: RedisServer) -> None:
         settings = load({"VERIFY_REDIS_URL": server.url()}, dotenv=None)
-        self.databases = Databases(settings)
+        self.redis = RedisConnections()
+        self.databases = Databases(settings, self.redis)
         codes = self.databases.codes
         self.store = RedisCodeStore(codes.connection, CodePolicy.of(settings), database=codes.number)
         self.done: Finished = []
@@ -62,7 +64,7 @@ def play(server: RedisServer, scene: Callable[[Scene], Awaitable[None]]) -> None
         try:
             await scene(stage)
         finally:
-            await stage.databases.close()
+            await stage.redis.close()
 
     asyncio.run(main())
 

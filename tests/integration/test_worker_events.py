@@ -21,7 +21,7 @@ from support.redis_server import RedisServer
 from support.rig import Rig
 
 from producer.contract import TASK, ErrorCode, VerifyRequest
-from producer.redis.connection import RedisConnection
+from producer.redis.connection import RedisConnection, RedisConnections
 from worker.celery_side import events as events_module
 from worker.celery_side.events import Events
 from worker.databases import Database
@@ -65,12 +65,12 @@ def run(server: RedisServer, use: Callable[[Events, RedisConnection], Coroutine[
     """Run `use` with events whose link is open, as it is when there are requests."""
 
     async def main() -> None:
-        link = RedisConnection(server.url(DATABASE))
-        await link.run([("PING",)])
-        events = Events(Database(link, DATABASE))
-        await use(events, link)
-        await events.close()
-        await link.close()
+        async with RedisConnections() as redis:
+            connection = redis.connection(server.url(DATABASE))
+            await connection.run([("PING",)])
+            events = Events(Database(connection, DATABASE))
+            await use(events, connection)
+            await events.close()
 
     asyncio.run(main())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from producer.redis.connection import RedisConnection, raise_errors
+from producer.redis.connection import RedisConnections, raise_errors
 from producer.settings import load_or_exit
 
 
@@ -21,9 +21,6 @@ class Queues:
     async def queues(self, names: Iterable[str]) -> list[dict[str, Any]]:
         """Name and length of each. Raises `RedisUnavailable`, which Flower logs."""
         names = list(names)
-        link = RedisConnection(self._url)
-        try:
-            lengths = raise_errors(await link.run([("LLEN", name) for name in names]))
-        finally:
-            await link.close()
+        async with RedisConnections() as redis:
+            lengths = raise_errors(await redis.connection(self._url).run([("LLEN", name) for name in names]))
         return [{"name": name, "messages": length} for name, length in zip(names, lengths, strict=True)]

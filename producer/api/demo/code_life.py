@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from producer.contract import code_key
 from producer.errors import VerifyError
-from producer.redis.connection import RedisConnection, ServerError
+from producer.redis.connection import RedisConnections, ServerError
 from producer.settings import Settings
 
 
 class CodeLife:
     """Asks Redis, over a connection of its own; of a code it learns nothing else."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._link = RedisConnection(settings.codes_url)
+    def __init__(self, settings: Settings, redis: RedisConnections) -> None:
+        self._link = redis.connection(settings.codes_url)
 
     async def left(self, email: str, purpose: str) -> float | None:
         """The seconds that the live code has left; None if there is none, or Redis does not say."""

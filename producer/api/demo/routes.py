@@ -77,7 +77,7 @@ def _add_page(app: FastAPI) -> None:
 
 def _add_asking(app: APIRouter, api: Api) -> None:
     settings = api.settings
-    task_events, code_life = TaskEvents(settings), CodeLife(settings)
+    task_events, code_life = TaskEvents(settings, api.redis), CodeLife(settings, api.redis)
     api.closing += [task_events.close, code_life.close]
 
     @app.get("/demo/facts", include_in_schema=False)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from producer.errors import VerifyError
-from producer.redis.connection import RedisConnection, raise_errors
+from producer.redis.connection import RedisConnection, RedisConnections, raise_errors
 from producer.settings import Settings
 
 LISTENING: Final = 1.0  # seconds that a request may wait for us to listen; later events are heard all the same
@@ -25,8 +25,8 @@ Hear = Callable[[str, float], None]  # an event's type, and the worker's clock i
 class TaskEvents:
     """Hears all task events on one connection, and passes on those of requests that someone follows."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._link = RedisConnection(settings.broker_url, on_push=self._take, on_open=self._subscribe)
+    def __init__(self, settings: Settings, redis: RedisConnections) -> None:
+        self._link = redis.connection(settings.broker_url, on_push=self._take, on_open=self._subscribe)
         self._followed: dict[str, Hear] = {}
         self._opening: asyncio.Task[None] | None = None
 
