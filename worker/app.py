@@ -1,7 +1,8 @@
-"""The Celery app. `celery -A worker.app worker`"""
+"""The Celery app: `celery -A worker.app worker`, `celery -A worker.app flower`."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -9,28 +10,31 @@ import threading
 from typing import Any
 
 import click
-from celery import Celery, signals
+from celery import signals
+from click.core import ParameterSource
 
+from celeryconfig import celery_config
 from producer import logs
+from producer.settings import load_or_exit
 from producer.tracing import setup as traces
 from worker.bootstrap import SERVICE
 from worker.celery_side import (
-    control,  # noqa: F401 - puts our inspect commands in the place of Celery's
+    control,  # noqa: F401 - importing it replaces Celery's inspect commands by ours
     transport,
 )
-from worker.celery_side.backend import ReplyBackend
-from worker.celery_side.flower import Queues
+from worker.celery_side.application import VerifyApp
+from worker.celery_side.flower import QueueLengths
 from worker.tasks import SendCode
-
-transport.register()
-app = Celery("verifyserver")
-app.config_from_object("celeryconfig")
-send_code = app.register_task(SendCode())
-
 
 EXIT_WITHIN = 14.0  # seconds; the contract says 15
 
 logger = logging.getLogger(__name__)
+
+# The one place where this process reads its settings: a later edit of .env counts from the next start.
+_settings = load_or_exit()
+transport.register(_settings.broker_url)
+app = VerifyApp(_settings, celery_config(_settings))
+send_code = app.register_task(SendCode())
 
 
 @signals.setup_logging.connect  # type: ignore[untyped-decorator]
@@ -39,34 +43,47 @@ def _configure_logs(loglevel: int | str | None = None, **_: Any) -> None:
 
 
 @signals.celeryd_init.connect  # type: ignore[untyped-decorator]
-def _before_start(sender: str, options: dict[str, Any] | None = None, **_: Any) -> None:
-    logs.allow_node_name(sender)
-    # The service runs on one loop in the worker's own process; a forked or green pool has no part in it.
-    pool = (options or {}).get("pool")
+def _before_start(instance: Any, options: dict[str, Any], **_: Any) -> None:
+    # The service runs on one loop in the worker's own process, which a forked or green pool would break.
+    pool = options.get("pool")
     if pool is not None and pool.__module__ not in {"celery.concurrency.thread", "celery.concurrency.solo"}:
         sys.stderr.write("--pool: the worker runs with threads only, which is the default; leave the option out\n")
         raise SystemExit(2)
+    # Celery's default name is the same for every worker of a host, and `inspect` warns of two with one name.
+    context = click.get_current_context(silent=True)
+    if context is not None and context.get_parameter_source("hostname") is ParameterSource.DEFAULT:
+        instance.hostname = f"worker-{os.getpid()}@{instance.hostname.partition('@')[2]}"
+    logs.allow_node_name(instance.hostname)
     traces.set_up_or_exit(SERVICE)
+
+
+@signals.celeryd_after_setup.connect  # type: ignore[untyped-decorator]
+def _check_queues(instance: Any, **_: Any) -> None:
+    queue, taken = app.settings.queue, list(instance.app.amqp.queues.consume_from)
+    if queue not in taken:
+        logger.warning(
+            "queue %s is not among -Q %s: this worker serves no verification requests", queue, ",".join(taken)
+        )
 
 
 @signals.import_modules.connect  # type: ignore[untyped-decorator]
 def _before_flower(**_: Any) -> None:
-    """Flower's process has no worker in it: what it logs, and the results that it shows, are masked from here."""
+    """Mask what Flower logs, and the results that it shows. Its process runs no worker."""
     context = click.get_current_context(silent=True)
     if context is not None and context.info_name == "flower":
         logs.configure(logging.getLogger().level)
-        ReplyBackend.masks = True
-        import flower.utils.broker  # noqa: PLC0415 - not where a worker runs
+        app.masks_results = True
+        import flower.utils.broker  # noqa: PLC0415 - a worker need not load Flower
 
-        flower.utils.broker.RedisSentinel = Queues  # the one place from which its pages take it
+        flower.utils.broker.RedisSentinel = functools.partial(QueueLengths, app.settings.broker_url)
 
 
 @signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]
-def _end_in_time(**_: Any) -> None:
-    """With Redis frozen, each of Celery's farewells to it waits for its whole timeout, one after the other."""
+def _exit_in_time(**_: Any) -> None:
+    """With Redis frozen, each of Celery's last commands waits for its whole timeout, one after the other."""
 
     def end() -> None:
-        logger.critical("the shutdown takes too long; what is in hand will be redelivered")
+        logger.critical("the shutdown takes too long; requests in hand will be redelivered")
         os._exit(1)
 
     timer = threading.Timer(EXIT_WITHIN, end)

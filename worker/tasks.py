@@ -1,4 +1,4 @@
-"""`verification.send_code` for what came through Celery's own machinery. No logic of its own: a batch of one."""
+"""`verification.send_code` for messages that need Celery's own machinery. No logic of its own: a batch of one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from celery.exceptions import Ignore
 from celery.worker.request import Request
 
 from producer.contract import DEFAULT_PURPOSE, TASK, Reply
-from worker.celery_side import bridge
 from worker.celery_side.events import shown
 
 
@@ -27,14 +26,14 @@ class StoredReply:
 
 
 class QuietRequest(Request):  # type: ignore[misc]  # Celery ships no types
-    """Celery's request, which shows no argument, and is answered as the contract says when it is revoked: 6, unsent."""
+    """Celery's request, except that it shows no argument, and that a revoked one is answered 6, unsent."""
 
     def info(self, safe: bool = False) -> dict[str, Any]:
-        """As Celery's, for `inspect`; the arguments as they may be shown."""
+        """As Celery's, for `inspect`, with masked arguments."""
         return {**super().info(safe=safe), "args": self.argsrepr, "kwargs": self.kwargsrepr}
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
-        bridge.current().revoke(self._message.delivery_tag)
+        self.app.bridge.revoke(self._message.delivery_tag)
         super()._announce_revoked(reason, terminated, signum, expired)
 
 
@@ -45,13 +44,13 @@ class SendCode(Task):  # type: ignore[misc]  # Celery ships no types
     Request = QuietRequest
 
     def run(self, email: object = None, purpose: object = DEFAULT_PURPOSE, locale: object = None, **_: object) -> Any:
-        """Serve the request whose message this is; its arguments were read from the message already.
+        """Serve the request of this message; the fetcher has read its arguments from the message already.
 
-        Raises `Ignore` if the request was parked for its next try: it will come back as a message.
+        Raises `Ignore` if a retry is scheduled: the request will come back as a message.
         """
         del email, purpose, locale
         tag = str((self.request.properties or {}).get("delivery_tag"))
-        reply = bridge.current().serve(tag)
+        reply = self.app.bridge.serve(tag)
         if reply is None:
             raise Ignore
         return StoredReply(reply)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.caller import address
+from support.redis_server import RedisServer
 from support.rig import Rig
 from support.worker_process import WorkerProcess
 
@@ -72,3 +73,27 @@ def test_another_queue_name_is_served(new_rig: Callable[..., Rig]) -> None:
     rig.caller.queue = "other.queue"
     rig.add_worker()
     assert rig.caller.ask(address())["error"] == 0
+
+
+def test_settings_are_read_once_so_an_edited_dotenv_stops_no_running_worker(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig()
+    rig.add_worker()
+    (rig.worker.directory / ".env").write_text("VERIFY_CODE_TTL=nonsense\nVERIFY_QUEUE=elsewhere\n")
+    rig.server.kill()
+    rig.worker.wait_for_log("waiting for Redis")
+    rig.server.start()
+    assert rig.caller.ask(address())["error"] == 0
+
+
+def test_a_refused_redis_login_is_not_reported_as_an_outage(new_redis_server: Callable[..., RedisServer]) -> None:
+    server = new_redis_server(password="right")
+    worker = WorkerProcess({"VERIFY_REDIS_URL": f"redis://:{HUSH}@127.0.0.1:{server.port}"})
+    try:
+        worker.start(wait=False)
+        worker.wait_for_log(
+            "refused the login (WRONGPASS): check user and password in VERIFY_BROKER_URL or VERIFY_REDIS_URL"
+        )
+        assert "waiting for Redis" not in worker.log
+        assert HUSH not in worker.log
+    finally:
+        worker.close()

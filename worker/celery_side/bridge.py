@@ -42,19 +42,6 @@ CUT_WITHIN = 1.5  # seconds in which a cold one puts back what it can; what is l
 _BEAT = 0.1  # seconds between two looks at Celery's state while waiting
 
 _T = TypeVar("_T")
-_current: Bridge | None = None
-
-
-def current() -> Bridge:
-    """The bridge of this process. Raises `VerifyError` outside a running worker."""
-    if _current is None:
-        raise VerifyError("verification.send_code runs in a worker only: celery -A worker.app worker")
-    return _current
-
-
-def held_by_service() -> int:
-    """How many requests are in this process' hands that Celery knows nothing of."""
-    return 0 if _current is None else sum(not job.through_celery for job in _current.held())
 
 
 class Bridge(CelerySide):
@@ -76,7 +63,6 @@ class Bridge(CelerySide):
 
     def open(self) -> None:
         """Start the loop and wire the service on it."""
-        global _current
         # While Celery's thread computes, the service's loop waits for the interpreter: 5 ms by default, at each reply.
         sys.setswitchinterval(SWITCH_INTERVAL)
         # What is imported stays, and a request leaves no cycles: the collector need not look through both all the time.
@@ -86,7 +72,6 @@ class Bridge(CelerySide):
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._thread.start()
         self._worker = self._call(wire(self._settings, self)).result()
-        _current = self
 
     def attach(self, consumer: Any) -> None:
         """A consumer is connected: it gets what lies in the inbox. Called anew at each reconnect."""
@@ -101,7 +86,6 @@ class Bridge(CelerySide):
 
     def close(self) -> None:
         """Finish what is in hand, put back the rest, end the loop. An order to terminate cuts it short."""
-        global _current
         if self._worker is None:
             return
         stopping = self._call(self._worker.stop(CUT_WITHIN if state.should_terminate else FINISH_WITHIN))
@@ -115,11 +99,11 @@ class Bridge(CelerySide):
             self._call(_call_off_all()).result(timeout=1)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=1)
-        self._worker = _current = None
+        self._worker = None
 
     def held(self) -> list[Job]:
-        """The requests in this worker's hands."""
-        return list(self._fetcher.held.values())
+        """The requests that the service holds and Celery does not know of."""
+        return [job for job in list(self._fetcher.held.values()) if not job.through_celery]
 
     def _empty_inbox(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -133,8 +117,9 @@ class Bridge(CelerySide):
     # Called by Celery, on any thread.
 
     def consume(self, *, on: bool) -> None:
-        """Take requests, or stop taking."""
-        self._loop.call_soon_threadsafe(functools.partial(self._fetcher.consume, on=on))
+        """Start or stop taking requests; nothing once the service is stopped."""
+        if self._worker is not None:
+            self._loop.call_soon_threadsafe(functools.partial(self._fetcher.consume, on=on))
 
     def serve(self, tag: str) -> Reply | None:
         """Serve the request that Celery runs as a task; None: it was parked, buried or put back."""

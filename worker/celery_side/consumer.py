@@ -1,4 +1,4 @@
-"""Celery's consumer with our service in it: when what opens and closes."""
+"""Celery's consumer with our service in it: when the service starts and stops."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from celery.utils.sysinfo import load_average
 from celery.worker import heartbeat, state
 from celery.worker.consumer import consumer, heart
 from celery.worker.consumer.tasks import Tasks
+from redis.exceptions import AuthenticationError
 
 from producer.setting_types import mask_url
-from producer.settings import load_or_exit
-from worker.celery_side import bridge
 from worker.celery_side.bridge import Bridge
-from worker.celery_side.transport import Transport
 
 logger = get_logger(__name__)
 
@@ -23,41 +21,45 @@ RETRY_FIRST, RETRY_STEP, RETRY_MOST = 0.2, 0.3, 2.0  # seconds between tries to 
 
 
 class ServiceStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
-    """Opens the service before the first request can be taken, and closes it before Celery lets go of the queue."""
+    """Starts the service before a request can be taken, and stops it before Celery lets go of the queue."""
 
     requires = (Tasks,)
 
-    def __init__(self, _consumer: Any, **_: Any) -> None:
-        self._bridge: Bridge | None = None
-
     def start(self, consumer: Any) -> None:
-        """Open once; each reconnect only attaches the new consumer."""
-        if self._bridge is None:
-            self._bridge = Bridge(load_or_exit())
-            self._bridge.open()
-            Transport.tap = self._bridge
-        self._bridge.attach(consumer)
+        """Start the service once; each reconnect only attaches the new consumer."""
+        app = consumer.app
+        if app.running_bridge is None:
+            bridge = Bridge(app.settings)
+            bridge.open()
+            app.running_bridge = bridge
+        consumer.connection.transport.request_source = app.bridge
+        app.bridge.attach(consumer)
 
     def stop(self, consumer: Any) -> None:
-        """Close, if the worker stops, by signal or by remote control; at a reconnect, the service goes on."""
+        """Stop the service if the worker stops, by signal or remote control; at a reconnect it carries on."""
         if consumer.blueprint.state in {bootsteps.CLOSE, bootsteps.TERMINATE}:
             self.shutdown(consumer)
 
-    def shutdown(self, _consumer: Any) -> None:
-        """Close. Celery stops no step of a consumer that waits for Redis, but shuts all down."""
-        if self._bridge is not None:
-            Transport.tap = None
-            self._bridge.close()
+    def shutdown(self, consumer: Any) -> None:
+        """Stop the service. Celery calls this, and not `stop`, on a consumer that waits for Redis."""
+        if consumer.app.running_bridge is not None:
+            consumer.app.bridge.close()
+            consumer.app.running_bridge = None
 
 
-class Pulse(heartbeat.Heart):  # type: ignore[misc]  # Celery ships no types
-    """Celery's heartbeats, in which the requests that the service holds are active too."""
+class Heartbeat(heartbeat.Heart):  # type: ignore[misc]  # Celery ships no types
+    """Celery's heartbeat, except that requests held by the service count as active too."""
+
+    def __init__(self, app: Any, *args: Any) -> None:
+        super().__init__(*args)
+        self._app = app
 
     def _send(self, event: str, retry: bool = True) -> Any:
+        bridge = self._app.running_bridge
         return self.eventer.send(
             event,
             freq=self.interval,
-            active=len(state.active_requests) + bridge.held_by_service(),
+            active=len(state.active_requests) + (0 if bridge is None else len(bridge.held())),
             processed=state.all_total_count[0],
             loadavg=load_average(),
             retry=retry,
@@ -65,24 +67,24 @@ class Pulse(heartbeat.Heart):  # type: ignore[misc]  # Celery ships no types
         )
 
 
-class Heart(heart.Heart):  # type: ignore[misc]  # Celery ships no types
-    """Celery's step, with our heartbeats."""
+class HeartbeatStep(heart.Heart):  # type: ignore[misc]  # Celery ships no types
+    """Celery's step, with our heartbeat."""
 
     def start(self, consumer: Any) -> None:
-        """Begin to beat."""
-        consumer.heart = Pulse(consumer.timer, consumer.event_dispatcher, self.heartbeat_interval)
+        """Send the first one, and the others from a timer."""
+        consumer.heart = Heartbeat(consumer.app, consumer.timer, consumer.event_dispatcher, self.heartbeat_interval)
         consumer.heart.start()
 
 
 class Consumer(consumer.Consumer):  # type: ignore[misc]  # Celery ships no types
-    """Celery's consumer, with the service, and without what costs O(workers^2) messages and a second at start."""
+    """Celery's consumer with the service, and without gossip and mingle, which cost O(workers^2) messages at start."""
 
     class Blueprint(consumer.Consumer.Blueprint):  # type: ignore[misc]  # Celery ships no types
         """Celery's steps, and ours."""
 
         default_steps = (
             *(step for step in consumer.Consumer.Blueprint.default_steps if not str(step).endswith(":Heart")),
-            Heart,
+            HeartbeatStep,
             ServiceStep,
         )
 
@@ -90,11 +92,16 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]  # Celery ships no type
         super().__init__(*args, **{**kwargs, "without_gossip": True, "without_mingle": True})
 
     def ensure_connected(self, conn: Any) -> Any:
-        """As Celery's, but back within two seconds of Redis' return."""
-        where = mask_url(load_or_exit().broker_url)  # kombu shows a password where none is set, and no sentinels
+        """As Celery's, but reconnects within two seconds of Redis' return, and tells a refused login from an outage."""
+        # From our settings: kombu's own text shows a password where none is set, and no sentinels.
+        where = mask_url(self.app.settings.broker_url)
 
         def waiting(exc: Exception, interval: float) -> None:
-            logger.error("waiting for Redis at %s (%s), next try in %.1f s", where, type(exc).__name__, interval)
+            why = f"waiting for Redis at {where} ({type(exc).__name__})"
+            if isinstance(exc, AuthenticationError):
+                advice = "check user and password in VERIFY_BROKER_URL or VERIFY_REDIS_URL"
+                why = f"Redis at {where} refused the login ({exc.status_code}): {advice}"
+            logger.error("%s, next try in %.1f s", why, interval)
 
         connected = conn.ensure_connection(
             waiting,

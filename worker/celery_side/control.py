@@ -1,6 +1,6 @@
-"""`celery inspect` tells the truth: what the service holds counts as active, and no argument is shown whole.
+"""`celery inspect` counts what the service holds as active, and shows no argument whole.
 
-Celery's own answers know only requests that went through its pool. Importing this module puts ours in their place.
+Celery's own commands know only requests that went through its pool. Importing this module replaces them by ours.
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ from typing import Any
 from celery.worker import control, state
 
 from producer.contract import TASK
-from producer.errors import VerifyError
 from producer.logs import mask_email
-from worker.celery_side import bridge
 
 
-def _held(hostname: str) -> dict[str, dict[str, Any]]:
-    try:
-        jobs = bridge.current().held()
-    except VerifyError:
+def _held(panel: Any) -> dict[str, dict[str, Any]]:
+    """By request id: the requests that the service holds and Celery does not know of."""
+    bridge = panel.app.running_bridge
+    if bridge is None:
         return {}
-    ahead = time.time() - time.monotonic()  # of the loop's clock
+    to_unix_time = time.time() - time.monotonic()
     return {
         job.request_id: {
             "id": job.request_id,
@@ -30,14 +28,13 @@ def _held(hostname: str) -> dict[str, dict[str, Any]]:
             "type": TASK,
             "args": [],
             "kwargs": {"email": mask_email(job.request.email)},
-            "hostname": hostname,
-            "time_start": job.began + ahead,
+            "hostname": panel.hostname,
+            "time_start": job.began + to_unix_time,
             "worker_pid": os.getpid(),
             "acknowledged": False,
-            "delivery_info": {"exchange": "", "routing_key": bridge.current().queue},
+            "delivery_info": {"exchange": "", "routing_key": panel.app.settings.queue},
         }
-        for job in jobs
-        if not job.through_celery
+        for job in bridge.held()
     }
 
 
@@ -45,7 +42,7 @@ def _held(hostname: str) -> dict[str, dict[str, Any]]:
 def active(panel: Any, safe: bool = False, **_: Any) -> list[dict[str, Any]]:
     """Requests that are being served now."""
     through_celery = [request.info(safe=safe) for request in tuple(state.active_requests)]
-    return [*_held(panel.hostname).values(), *through_celery]
+    return [*_held(panel).values(), *through_celery]
 
 
 @control.inspect_command(  # type: ignore[untyped-decorator]
@@ -54,6 +51,6 @@ def active(panel: Any, safe: bool = False, **_: Any) -> list[dict[str, Any]]:
 def query_task(panel: Any, ids: Any, **_: Any) -> dict[str, Any]:
     """Where these requests are, by id."""
     wanted = [ids] if isinstance(ids, str) else list(ids)
-    held = _held(panel.hostname)
+    held = _held(panel)
     found: dict[str, Any] = control.query_task(panel, wanted)
     return {**found, **{request_id: ("active", held[request_id]) for request_id in wanted if request_id in held}}

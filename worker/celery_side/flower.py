@@ -1,6 +1,6 @@
-"""The lengths of queues in Flower, where sentinels name the broker.
+"""Queue lengths in Flower when Sentinel manages the broker.
 
-Flower 2.2 asks the first sentinel only, and then looks into database 0 whatever the URL says.
+Flower 2.2 asks only the first sentinel, and then reads database 0 whatever the URL says.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from collections.abc import Iterable
 from typing import Any
 
 from producer.redis.connection import RedisConnections, raise_errors
-from producer.settings import load_or_exit
 
 
-class Queues:
-    """In the place of Flower's `RedisSentinel`, which is made for each page."""
+class QueueLengths:
+    """Stands in for Flower's `RedisSentinel`, which is constructed once a page."""
 
-    def __init__(self, *_args: object, **_options: object) -> None:
-        self._url = load_or_exit().broker_url
+    def __init__(self, url: str, *_args: object, **_options: object) -> None:
+        """`url`: the broker's, as in our settings; the rest is what Flower passes."""
+        self._url = url
 
     async def queues(self, names: Iterable[str]) -> list[dict[str, Any]]:
-        """Name and length of each. Raises `RedisUnavailable`, which Flower logs."""
+        """Name and length of each queue. Raises `RedisUnavailable`, which Flower logs."""
         names = list(names)
         async with RedisConnections() as redis:
             lengths = raise_errors(await redis.connection(self._url).run([("LLEN", name) for name in names]))

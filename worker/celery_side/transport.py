@@ -1,61 +1,68 @@
-"""Our kombu transport for Redis: Celery's control and events run on it unchanged; requests do not.
+"""Our kombu transport for Redis: Celery's control and events run on it unchanged, verification requests do not.
 
-Stock kombu takes a request with BRPOP and writes it to `unacked` with a second command; what dies in between loses it.
-Here the intake reserves requests, many in one atomic script, on its own connection; a channel that consumes the request
-queue only switches that intake on, and hands to Celery the few messages that need Celery's own machinery.
+Stock kombu takes a message with BRPOP and records it in `unacked` with a second command, so a crash between the two
+loses it. Here the fetcher reserves requests, many in one atomic script, on its own connection. A channel that consumes
+the request queue only switches the fetcher on, and passes Celery the few messages that need Celery's own machinery.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from kombu.transport import TRANSPORT_ALIASES, redis, virtual
 
-from producer.settings import load_or_exit
+from producer.setting_types import is_sentinel
 from worker.celery_side.redis_urls import sentinel_options
 
 
-class Tap(Protocol):
-    """What the transport needs of the intake. All methods may be called from any thread."""
+class RequestSource(Protocol):
+    """Where a worker's transport gets its requests from: the fetcher, called from Celery's threads."""
 
     queue: str
 
     def consume(self, *, on: bool) -> None:
-        """Take requests, or stop taking."""
+        """Start or stop taking requests."""
 
     def ack(self, tag: str) -> None:
-        """A message that went through Celery is done."""
+        """Celery is done with the message."""
 
     def dead_letter(self, tag: str) -> None:
-        """A message that Celery rejects becomes a dead letter."""
+        """Celery rejects the message."""
 
     def release(self, tag: str) -> None:
-        """A message that went to Celery goes back to the queue."""
+        """Return the message to the queue."""
 
 
 class QoS(redis.QoS):
-    """Messages that went to Celery stay in `unacked` until it is done with them, whatever becomes of its connection.
+    """Messages that went to Celery stay in `unacked` until it is done with them, whatever happens to its connection.
 
-    Stock kombu puts all of them back when a connection closes, while their tasks still run; and it does so on a
-    transport that is half torn down, which ends celery 5.7.0 with an AttributeError (tests/faults/test_redis.py).
+    Stock kombu returns all of them to the queue when a connection closes, while their tasks still run; and it does so
+    on a half-closed transport, which stops celery 5.7.0 with an AttributeError (tests/faults/test_redis.py).
     """
 
+    @property
+    def _source(self) -> RequestSource:
+        source: RequestSource | None = self.channel.request_source
+        if source is None:
+            raise RuntimeError("only a worker consumes requests: celery -A worker.app worker")
+        return source
+
     def append(self, message: Any, delivery_tag: str) -> None:
-        """The message is in `unacked` already: the script that took it put it there."""
+        """The message is in `unacked` already: the script that reserved it put it there."""
         virtual.QoS.append(self, message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
-        """Done. Through the intake: this channel's connection may be gone by now."""
-        self.channel.tap.ack(delivery_tag)
+        """Done. This channel's connection may be gone by now; the fetcher has its own."""
+        self._source.ack(delivery_tag)
         virtual.QoS.ack(self, delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
-        """Not done. Without `requeue`, Celery cannot make anything of it."""
-        (self.channel.tap.release if requeue else self.channel.tap.dead_letter)(delivery_tag)
+        """Not done; without `requeue`, Celery can make nothing of the message."""
+        (self._source.release if requeue else self._source.dead_letter)(delivery_tag)
         virtual.QoS.ack(self, delivery_tag)
 
     def restore_unacked(self, client: Any = None) -> None:
-        """Nothing: the intake puts back what is left when the worker stops."""
+        """Nothing: the fetcher returns what is left when the worker stops."""
         del client
         self._delivered.clear()
 
@@ -66,67 +73,65 @@ class QoS(redis.QoS):
         self._delivered.clear()
 
     def restore_visible(self, *_args: Any, **_kwargs: Any) -> None:
-        """Nothing: the intake tends `unacked`, by Redis' clock, and knows who lives."""
+        """Nothing: the worker's maintenance restores from `unacked`, by Redis' clock, and knows which workers live."""
 
 
 class Channel(redis.Channel):
-    """A channel on which the request queue is the intake's to read."""
+    """A channel on which kombu does not read the request queue; the fetcher does."""
 
     QoS = QoS
-
-    @property
-    def tap(self) -> Tap:
-        """The intake of this process."""
-        tap = Transport.tap
-        if tap is None:
-            raise RuntimeError("only a worker consumes requests: celery -A worker.app worker")
-        return tap
+    request_source: RequestSource | None = None  # of a channel that consumes the request queue
 
     def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **kwargs: Any) -> None:
-        """As kombu's, but kombu does not poll the request queue."""
+        """As kombu's, but the request queue is left to the fetcher."""
         super().basic_consume(queue, no_ack, callback, consumer_tag, **kwargs)
-        if Transport.tap is not None and queue == Transport.tap.queue:
+        source = self.connection.request_source
+        if source is not None and queue == source.queue:
             self._active_queues.remove(queue)
             self._update_queue_cycle()
-            self.tap.consume(on=True)
+            self.request_source = source  # kept here: a channel outlives its transport
+            source.consume(on=True)
 
     def basic_cancel(self, consumer_tag: str) -> None:
-        """As kombu's. A channel that closes with its connection cancels nothing: the intake has its own."""
-        queue = self._tag_to_queue.get(consumer_tag)
-        if Transport.tap is None or queue != Transport.tap.queue:
+        """As kombu's. A channel that closes with its connection stops no fetcher, which has its own connection."""
+        source, queue = self.request_source, self._tag_to_queue.get(consumer_tag)
+        if source is None or queue != source.queue:
             super().basic_cancel(consumer_tag)
             return
         if not self.closed:
-            self.tap.consume(on=False)
-        # kombu's own would take the queue out of its polling, where it never was.
+            source.consume(on=False)
+        # kombu's own method would remove the queue from its polling, where it never was.
         self._consumers.discard(consumer_tag)
         self._tag_to_queue.pop(consumer_tag, None)
 
 
 class Transport(redis.Transport):
-    """Set `Transport.tap` before connecting; without it (in Flower, say) this is kombu's own transport."""
+    """kombu's own transport, unless it is given a source of requests before the worker consumes from it."""
 
     Channel = Channel
-    tap: Tap | None = None
+    request_source: RequestSource | None = None
 
 
 class SentinelChannel(Channel, redis.SentinelChannel):
-    """The same over a server that sentinels name."""
+    """The same for a Redis that Sentinel manages.
 
-    @property
-    def sentinel_kwargs(self) -> dict[str, Any]:
-        """How these are asked; kombu would take it from its options."""
-        return sentinel_options(load_or_exit().broker_url)
+    `sentinel_kwargs` says how sentinels are asked. One value for the whole process: kombu makes channels itself and has
+    only its transport options to tell them anything, but `inspect stats` would show the password in those.
+    """
+
+    sentinel_kwargs: ClassVar[dict[str, Any]] = {}
 
 
 class SentinelTransport(Transport):
-    """The same for such a server. Has the same tap."""
+    """The same, with such channels."""
 
     default_port = redis.SentinelTransport.default_port  # type: ignore[assignment]  # its base says None
     Channel = SentinelChannel
 
 
-def register() -> None:
-    """Let `redis://`, `rediss://` and kombu's `sentinel://` mean these transports in this process."""
+def register(broker_url: str) -> None:
+    """Make `redis://`, `rediss://` and kombu's `sentinel://` mean these transports in this process."""
     plain = f"{__name__}:{Transport.__name__}"
     TRANSPORT_ALIASES.update(redis=plain, rediss=plain, sentinel=f"{__name__}:{SentinelTransport.__name__}")
+    if is_sentinel(broker_url):
+        SentinelChannel.sentinel_kwargs = sentinel_options(broker_url)

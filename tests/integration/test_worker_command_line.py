@@ -1,0 +1,66 @@
+"""`celery -A worker.app worker` with the options that a user may add, and with none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+from support.caller import address
+from support.process import eventually
+from support.rig import Rig
+from support.worker_process import WorkerProcess
+
+Start = Callable[..., WorkerProcess]
+
+
+@pytest.fixture
+def start(rig: Rig) -> Iterator[Start]:
+    """Starts one more worker of the rig's settings, with these words on its command line."""
+    with ExitStack() as stack:
+        yield lambda *options: stack.enter_context(WorkerProcess(rig.settings, log_level="INFO", options=options))
+
+
+def test_workers_started_without_a_name_get_names_of_their_own(rig: Rig, start: Start) -> None:
+    workers = [start(), start()]
+
+    def ping() -> str:
+        command = [sys.executable, "-m", "celery", "-A", "worker.app", "inspect", "ping", "-t", "5"]
+        env = rig.worker.environment
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+        return done.stdout + done.stderr
+
+    eventually(lambda: "3 nodes online" in ping())
+    said = ping()
+    assert "Duplicate" not in said
+    assert all(f"worker-{worker.process.pid}@" in said for worker in workers)
+
+
+def test_a_name_given_is_kept(start: Start) -> None:
+    assert "mine@here ready." in start("-n", "mine@here").log
+
+
+def test_a_worker_of_other_queues_says_that_it_serves_no_requests(start: Start) -> None:
+    said = "queue verification is not among -Q one,other: this worker serves no verification requests"
+    assert said in start("-Q", "one,other").log
+    assert "serves no verification requests" not in start("-Q", "one,verification").log
+
+
+def test_an_embedded_beat_leaves_no_file(rig: Rig, start: Start) -> None:
+    worker = start("-B")
+    worker.wait_for_log("beat: Starting...")
+    assert rig.caller.ask(address())["error"] == 0
+    assert worker.stop() == 0
+    assert [path.name for path in worker.directory.iterdir()] == ["worker.log"]
+
+
+def test_a_pool_of_processes_is_refused(rig: Rig) -> None:
+    worker = WorkerProcess(rig.settings, options=["--pool", "processes"])
+    try:
+        worker.start(wait=False)
+        assert worker.wait() == 2
+        assert worker.log == ("--pool: the worker runs with threads only, which is the default; leave the option out\n")
+    finally:
+        worker.close()
