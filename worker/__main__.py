@@ -5,7 +5,7 @@ try:
 except ModuleNotFoundError as exc:
     if exc.name not in {"typer", "rich"}:
         raise
-    raise SystemExit(f"{exc.name} is not installed: the command line needs the extra `cli`") from None
+    raise SystemExit(f"the command line needs {exc.name}: pip install 'verifyserver[cli]'") from None
 except KeyboardInterrupt:
     raise SystemExit(130) from None
 

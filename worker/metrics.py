@@ -27,27 +27,27 @@ from worker.databases import Database
 from worker.mail.failover import RelayStatus
 from worker.queue.message import DeadLetterCode, DeadLetterReason
 
-# Seconds: from a relay that answers at once to a request that was given up after the longest VERIFY_GIVE_UP_AFTER.
+# Seconds: from an immediate 250 to the longest VERIFY_GIVE_UP_AFTER.
 BOUNDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
 _LONGEST: Final = BOUNDS[-1]
 
 
 class Counters:
-    """One worker's numbers since its start."""
+    """What one worker has counted since its start."""
 
     def __init__(self) -> None:
-        self.mails = 0  # that a relay accepted
-        self.taken = 0  # requests that were taken from the queue, each time they were
-        self.through_celery = 0  # of these, what needed Celery's own machinery
+        self.mails = 0  # accepted by a relay
+        self.taken = 0  # requests taken from the queue; one that is retried counts each time
+        self.through_celery = 0  # of these, those that Celery ran
         self.replies = dict.fromkeys((error for error in ErrorCode if error < 1000), 0)
         self.until_reply = Histogram(BOUNDS)  # from `enqueued_at`
         self.until_accepted = Histogram(BOUNDS)
         self.retries = 0
         self.joins = 0
         self.hits = dict.fromkeys((COOLDOWN_HIT, BUCKET_HIT), 0)
-        self.restored = 0
+        self.restored = 0  # messages of dead workers
         self.dead: Counter[str] = Counter(dict.fromkeys(DeadLetterCode, 0))
-        self.last_dead_letter = ""
+        self.last_dead_letter = ""  # its reason
 
     def replied(self, error: ErrorCode, enqueued_at: float | None) -> None:
         """A request has its answer."""
@@ -137,7 +137,7 @@ class WorkerMetrics(ProcessMetrics):
 
 
 def _by_name(relays: Iterable[RelayStatus]) -> dict[str, RelayStatus]:
-    """Relays that differ only in what may not be shown, such as the user, as one."""
+    """The relays by their masked URL. Those that differ only in what is masked, such as the user, become one."""
     found: dict[str, RelayStatus] = {}
     for each in relays:
         found[each.relay] = _both(found[each.relay], each) if each.relay in found else each

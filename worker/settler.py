@@ -207,7 +207,7 @@ class Settler:
         item.until = asyncio.get_running_loop().time() + _TIMEOUT
         self._pending.append(item)
         if item.job.trace is not None:
-            item.job.trace.leaving()
+            item.job.trace.settling()
         for on_outcome in self._on_outcome:
             on_outcome()
         if self._flushing is None:

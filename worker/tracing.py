@@ -81,7 +81,7 @@ class Trace:
             attributes["verify.smtp_code"] = error.code
         self.events.append(_Event("smtp send", began, _now(), attributes, outcome if error is not None else ""))
 
-    def leaving(self) -> None:
+    def settling(self) -> None:
         """The request has its outcome, which is yet to be settled."""
         self._settling_since = _now()
 

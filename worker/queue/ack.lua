@@ -1,12 +1,13 @@
 --[[
-ack: these messages are done. On one server, a message whose reply was refused just before, in the same trip, stays.
+ack: remove messages that are done. If the databases are on one server, a message stays whose reply was refused just before
+in the same round trip.
 
 KEYS 1 unacked     hash
      2 index       zset
-ARGV 1 broker      int    number of its database
-     2 results     int    number of theirs; '' if the replies are known to be stored
+ARGV 1 broker      int    number of the broker database
+     2 results     int    number of the results database; '': the replies are known to be stored
      3 count       int    of tags
-     4 ...                tags, then the key of each one's reply
+     4 ...                tags, then as many keys of replies
 
 Returns how many stay.
 ]]
@@ -14,7 +15,7 @@ local count = tonumber(ARGV[3])
 local tags = { unpack(ARGV, 4, count + 3) }
 if ARGV[2] ~= '' then
     redis.call('SELECT', ARGV[2])
-    -- As a rule they all are stored, which one question tells.
+    -- Usually all are stored, and one command tells.
     if redis.call('EXISTS', unpack(ARGV, count + 4)) < count then
         tags = {}
         for i = 4, count + 3 do
@@ -26,7 +27,7 @@ if ARGV[2] ~= '' then
     redis.call('SELECT', ARGV[1])
 end
 if #tags > 0 then
-    -- The payload goes first: an index entry without one is harmless, not the reverse.
+    -- The message first: an index entry without a message is harmless, a message without an index entry is lost.
     redis.call('HDEL', KEYS[1], unpack(tags))
     redis.call('ZREM', KEYS[2], unpack(tags))
 end

@@ -61,7 +61,7 @@ class RequestQueue:
         self._owner = uuid.uuid4().hex
         self._calls = itertools.count()
         self._due, self._ready = f"{name}.parked.due", f"{name}.parked.ready"
-        self._parked, self._suspects = name + PARKED, name + SUSPECTS
+        self._delayed, self._suspects = name + PARKED, name + SUSPECTS
         self._woken, self._deaths = f"{name}.woken:", f"{name}.deaths:"
 
     def _prefix(self) -> str:
@@ -69,7 +69,7 @@ class RequestQueue:
 
     def reserve(self, count: int, *, held: int) -> Command:
         """Take up to `count` messages. `held`: how many this worker holds. Read the answer with `read_reserve`."""
-        keys = [self.name, self._ready, self._parked, self._suspects, UNACKED, INDEX, DEAD_LETTERS]
+        keys = [self.name, self._ready, self._delayed, self._suspects, UNACKED, INDEX, DEAD_LETTERS]
         keys += [f"{self.name}{PRIORITY_SEPARATOR}{step}" for step in PRIORITY_STEPS]
         codes = (DeadLetterCode.UNKNOWN_TASK, DeadLetterCode.ENVELOPE)
         return _RESERVE(keys, [count, self._prefix(), TASK, self.name, held, *codes])
@@ -97,7 +97,7 @@ class RequestQueue:
 
         `relay_healthy`: whether this worker has a healthy relay. Read the answer with `read_maintain`.
         """
-        keys = [INDEX, UNACKED, self.name, self._suspects, self._due, self._ready, self._parked]
+        keys = [INDEX, UNACKED, self.name, self._suspects, self._due, self._ready, self._delayed]
         keys += [self.name + WORKERS, self.name + UNHEALTHY_WORKERS]
         visibility = self._visibility_timeout if restore else 0
         arguments = [visibility, MAX_MOVES, self._prefix(), self._deaths, REPLY_TTL, POISON_DEATHS, self._owner]
@@ -123,13 +123,13 @@ class RequestQueue:
 
     def delay_request(self, tag: str, request_id: str, delay: float, enqueued_at: float | None) -> Command:
         """Hold a request back for `delay` seconds, or until it is woken. `enqueued_at`: Unix seconds."""
-        keys = [UNACKED, INDEX, self._due, self._parked, self.name, self._woken + request_id]
+        keys = [UNACKED, INDEX, self._due, self._delayed, self.name, self._woken + request_id]
         born = "" if enqueued_at is None else round(enqueued_at * 1000)
         return _DELAY(keys, [tag, request_id, round(delay * 1000), born])
 
     def wake(self, request_ids: list[str]) -> Command:
         """Put these delayed requests back on the queue, to be served next."""
-        return _WAKE([self._due, self._ready, self._parked, self.name], [self._woken, WOKEN_TTL, *request_ids])
+        return _WAKE([self._due, self._ready, self._delayed, self.name], [self._woken, WOKEN_TTL, *request_ids])
 
     @staticmethod
     def dead_letter(tag: str, reason: DeadLetterReason) -> Command:

@@ -1,5 +1,5 @@
 --[[
-dead_letter: a reserved message becomes a dead letter.
+dead_letter: move a reserved message to the dead letters.
 
 KEYS 1 unacked     hash
      2 index       zset

@@ -1,18 +1,19 @@
 --[[
-delay: a request that waits leaves `unacked` and stands under its own id until it is due or woken.
+delay: hold a reserved request back until it is due or woken.
 
 KEYS 1 unacked     hash
      2 index       zset
      3 due         zset   id by due time (ms)
-     4 parked      hash   id -> birth (ms), a space, message
+     4 delayed     hash   id -> birth (ms), a space, message
      5 queue       list
-     6 woken       string present: what it waits for has happened already
+     6 woken       string exists: what the request waits for has happened already, so it goes back to the queue
 ARGV 1 tag
      2 request id
      3 delay       ms
-     4 birth       ms     or '': now
+     4 birth       ms     Unix time; '': now
 
-Returns 1, or 0 if the tag is not ours any more. Written first, removed last: what is refused on the way loses nothing.
+Returns 1, or 0 if this worker does not hold the message any more. A command that is refused does not undo the script: the
+message is written to its new place first and removed from its old one last, so that it is not lost.
 ]]
 local entry = redis.call('HGET', KEYS[1], ARGV[1])
 if not entry then
@@ -26,7 +27,7 @@ else
     local time = redis.call('TIME')
     local now = time[1] * 1000 + math.floor(time[2] / 1000)
     local birth = math.max(math.min(tonumber(ARGV[4]) or now, now), 0)
-    -- Tried again, both only say the same once more.
+    -- Both can be repeated.
     redis.call('ZADD', KEYS[3], string.format('%.0f', now + ARGV[3]), ARGV[2])
     redis.call('HSET', KEYS[4], ARGV[2], string.format('%.0f ', birth) .. message)
 end

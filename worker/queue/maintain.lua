@@ -1,28 +1,28 @@
 --[[
-maintain: what a living worker does every second. Its own messages stay hidden; those of a worker that stood still for the
-whole visibility timeout come back; parked requests that are due become ready.
+maintain: what a living worker does every second. It renews its reservations; messages that no worker renewed for the whole
+visibility timeout go back to the queue; delayed requests that are due become ready; and it leaves a sign of life.
 
 KEYS 1 index       zset
      2 unacked     hash
      3 queue       list
-     4 suspects    list
-     5 due         zset   parked requests: id by due time (ms)
+     4 suspects    list   suspected poison messages
+     5 due         zset   delayed requests: id by due time (ms)
      6 ready       zset   id by birth (ms)
-     7 parked      hash   id -> birth (ms), a space, message
+     7 delayed     hash   id -> birth (ms), a space, message
      8 workers     zset   worker by its last sign of life (s)
-     9 unhealthy   zset   the same, of workers none of whose relays is healthy
-ARGV 1 visibility  s      0: only renew, restore nothing
-     2 most        int    to move in one call
-     3 tag prefix  string for messages that are taken here
-     4 deaths      string key prefix of the counters of died workers, by request id
-     5 remember    s      life of such a counter
-     6 deadly      int    deaths after which a message is not tried again
-     7 worker      string this one's name, unique to its process
-     8 healthy     1 or 0 whether it has a healthy relay
-     9 ...                tags that it holds
+     9 unhealthy   zset   the same, of workers without a healthy relay
+ARGV 1 visibility  s      the timeout; 0: restore nothing
+     2 most        int    messages to move in one call
+     3 tag prefix  string unique to this call
+     4 deaths      string key prefix of the counters of dead workers, by request id
+     5 life        s      of such a counter
+     6 poison      int    deaths after which a message is not tried again
+     7 worker      string unique to the process
+     8 healthy     1 or 0 whether the worker has a healthy relay
+     9 ...                tags that the worker holds
 
-Returns {ready, suspects, restored, tag, message ...}: the messages are reserved by this call because they killed `deadly`
-workers; they want an answer and a grave.
+Returns {ready, suspects, restored, tag, message ...}: this call has reserved these messages because each has killed so many
+workers as `poison` says; they must be answered and dead-lettered.
 ]]
 local time = redis.call('TIME')
 local seconds = time[1] + time[2] / 1000000
@@ -38,7 +38,7 @@ if visibility > 0 then
     for i = #stale, 1, -1 do
         local entry = redis.call('HGET', KEYS[2], stale[i])
         local message, queue = string.match(entry or '', '^%[(.*),%s*"[^"]*",%s*"([^"]*)"%]$')
-        -- kombu's keys are shared by all queues of a database: what is another's is not ours to judge.
+        -- All queues of a database share kombu's keys: leave another queue's messages alone.
         if queue == KEYS[3] then
             local fine, envelope = pcall(cjson.decode, message)
             local id = fine and type(envelope) == 'table' and type(envelope.headers) == 'table' and envelope.headers.id
@@ -47,7 +47,7 @@ if visibility > 0 then
             if type(deaths) == 'table' then
                 deaths = 1
             end
-            -- Written first, removed last: what is refused on the way loses nothing.
+            -- Written first and removed last, so that a refused command loses no message.
             if deaths >= tonumber(ARGV[6]) then
                 local tag = ARGV[3] .. #result
                 redis.call('HSET', KEYS[2], tag, entry)
@@ -75,7 +75,7 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', now, 'LIMIT', 0
     end
     redis.call('ZREM', KEYS[5], id)
 end
--- Last, and whatever becomes of it: a full server may refuse it, and must not refuse the rest.
+-- Last, and with its errors ignored: a full server may refuse this, and must not prevent the rest.
 redis.pcall('ZADD', KEYS[8], seconds, ARGV[7])
 if ARGV[8] == '1' then
     redis.pcall('ZREM', KEYS[9], ARGV[7])

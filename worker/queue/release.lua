@@ -1,12 +1,12 @@
 --[[
-release: put reserved messages back, to be served next, in the order in which they were taken.
+release: put reserved messages back on the queue, to be served next, in the order in which they were taken.
 
 KEYS 1 unacked     hash
      2 index       zset
      3 queue       list
 ARGV               tags, in the order in which they were taken
 
-Returns how many went back.
+Returns how many were put back.
 ]]
 local back = 0
 for i = #ARGV, 1, -1 do

@@ -1,11 +1,11 @@
 --[[
-reply: store and publish replies, one after the other; begins with each.lua. The first one stands: a request has exactly one.
+reply: store and publish replies, one after the other. The first reply to a request stands. Runs after each.lua.
 
-KEYS i reply       string  celery-task-meta-<id>, also the channel
+KEYS i reply       string celery-task-meta-<id>, also the channel
 ARGV 1 life        s
      i+1 payload   string
 
-Returns a list with an entry for each: 1 if it is the first, else 0, or an error of this one alone.
+Returns for each reply 1 if it is the first, 0 if not, or its error.
 ]]
 local life = ARGV[1]
 
@@ -17,7 +17,7 @@ return each(#KEYS, function(i)
     end
     local first = redis.call('MGET', key)[1]
     if not first then
-        -- Something else has our key, which no reply ever had.
+        -- The key holds another type, which no reply has.
         redis.call('SET', key, payload, 'EX', life)
         first = payload
     end

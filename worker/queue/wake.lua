@@ -1,16 +1,15 @@
 --[[
-wake: what these parked requests waited for has happened; they are served next. One that is about to be parked finds a
-note instead.
+wake: put delayed requests back on the queue, to be served next. A request that is yet to be delayed finds a note instead.
 
 KEYS 1 due         zset
      2 ready       zset
-     3 parked      hash
+     3 delayed     hash
      4 queue       list
 ARGV 1 woken       string key prefix of the notes
      2 life        ms     of a note
      3 ...                request ids
 
-Returns how many were parked.
+Returns how many were put back.
 ]]
 local found = 0
 for i = 3, #ARGV do
