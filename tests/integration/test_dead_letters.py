@@ -1,4 +1,4 @@
-"""`python -m worker dead`: dead letters are listed and shown masked, replayed by the rules for any request, dropped."""
+"""`python -m worker dead`: dead letters are listed and shown masked, replayed like any request, and dropped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Dead = Callable[..., Result]
 
 @pytest.fixture
 def dead(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> Dead:
-    """Runs the command, with no dead letters at first."""
+    """Runs the command in this process. There are no dead letters at first."""
     rig.broker.delete("verification.dead")
     for name, value in rig.settings.items():
         monkeypatch.setenv(name, value)
@@ -33,7 +33,7 @@ def dead(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> Dead:
 
 
 def letter(rig: Rig, envelope: Any, *, reason: str = "a reason", at: float | None = None) -> None:
-    """Leave one, as the worker does."""
+    """Push a dead letter, as an older worker does: without a code."""
     text = envelope if isinstance(envelope, str) else json.dumps(envelope)
     entry = {"reason": reason, "at": time.time() if at is None else at, "message": text}
     rig.broker.lpush("verification.dead", json.dumps(entry))
@@ -55,9 +55,7 @@ def names(dead: Dead) -> list[str]:
     return [json.loads(line)["name"] for line in dead("list", "--json").output.splitlines()]
 
 
-def test_what_a_worker_buried_is_listed_newest_first_with_reason_time_id_and_masked_address(
-    rig: Rig, dead: Dead
-) -> None:
+def test_the_list_shows_what_a_worker_dead_lettered_newest_first(rig: Rig, dead: Dead) -> None:
     assert "no dead letters" in dead("list").output
     email, request_id = address(), str(uuid.uuid4())
     began = time.time()
@@ -92,7 +90,7 @@ def test_the_list_breaks_no_words_at_80_columns_or_in_a_pipe(
         assert "\x1b" not in output
 
 
-def test_a_letter_is_shown_without_its_body_and_with_addresses_masked(rig: Rig, dead: Dead) -> None:
+def test_show_hides_the_body_and_masks_addresses(rig: Rig, dead: Dead) -> None:
     email = address()
     envelope = message({"email": email}, headers={"argsrepr": f"('{email}',)", "origin": email})
     letter(rig, envelope)
@@ -104,7 +102,7 @@ def test_a_letter_is_shown_without_its_body_and_with_addresses_masked(rig: Rig, 
         assert envelope["body"] not in shown.output
 
 
-def test_a_replayed_letter_is_served_as_a_request_of_its_age(rig: Rig, dead: Dead) -> None:
+def test_a_replayed_request_keeps_its_age(rig: Rig, dead: Dead) -> None:
     young, old, given = address(), address(), address()
     messages = [message({"email": email}) for email in (young, old)]
     messages.append(message({"email": given}, headers={"enqueued_at": time.time() - 301}))
@@ -117,7 +115,7 @@ def test_a_replayed_letter_is_served_as_a_request_of_its_age(rig: Rig, dead: Dea
     assert names(dead) == []
 
 
-def test_a_replayed_letter_whose_request_was_answered_brings_no_second_mail(rig: Rig, dead: Dead) -> None:
+def test_a_replayed_request_that_was_answered_sends_no_second_mail(rig: Rig, dead: Dead) -> None:
     email = address()
     envelope = message({"email": email})
     [request_id] = rig.caller.push(envelope)
@@ -130,7 +128,7 @@ def test_a_replayed_letter_whose_request_was_answered_brings_no_second_mail(rig:
     assert len(rig.mails_to(email)) == 1
 
 
-def test_what_is_still_unfit_is_not_replayed_and_stays(rig: Rig, dead: Dead) -> None:
+def test_an_unfit_message_is_not_replayed(rig: Rig, dead: Dead) -> None:
     letter(rig, "junk")
     letter(rig, message({"email": address()}))
     done = dead("replay", "--all")
@@ -140,7 +138,7 @@ def test_what_is_still_unfit_is_not_replayed_and_stays(rig: Rig, dead: Dead) -> 
     assert len(names(dead)) == 1
 
 
-def test_dropped_letters_are_gone_and_no_others(rig: Rig, dead: Dead) -> None:
+def test_only_the_named_letters_are_dropped(rig: Rig, dead: Dead) -> None:
     for _ in range(3):
         letter(rig, message({"email": address()}))
     one, *others = names(dead)
@@ -150,8 +148,8 @@ def test_dropped_letters_are_gone_and_no_others(rig: Rig, dead: Dead) -> None:
     assert names(dead) == []
 
 
-@pytest.mark.parametrize("arguments", [("replay",), ("drop",), ("replay", "--all", "x"), ("show",), ("bury",)])
-def test_wrong_usage_is_status_2(dead: Dead, arguments: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("arguments", [("replay",), ("drop",), ("replay", "--all", "x"), ("show",), ("discard",)])
+def test_wrong_usage_exits_with_2(dead: Dead, arguments: tuple[str, ...]) -> None:
     assert dead(*arguments).exit_code == 2
 
 
@@ -163,7 +161,7 @@ def test_wrong_usage_is_status_2(dead: Dead, arguments: tuple[str, ...]) -> None
         ("redis://me:hush-hush@127.0.0.1:{port}", "Redis at redis://***@127.0.0.1:{port}/1 refused the login"),
     ],
 )
-def test_an_error_is_one_line_and_status_1(rig: Rig, url: str, says: str) -> None:
+def test_an_error_is_one_line_and_exits_with_1(rig: Rig, url: str, says: str) -> None:
     done = run("show", "nothing", VERIFY_REDIS_URL=url.format(port=rig.server.port))
     assert (done.returncode, done.stdout) == (1, "")
     [line] = done.stderr.splitlines()

@@ -1,4 +1,4 @@
-"""What a caller may get wrong, and what it is told."""
+"""Requests that a worker can read but not fulfil, and how it answers them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from support.rig import Rig, letter
     ],
     ids=lambda value: ascii(value)[:24],
 )
-def test_what_is_no_address_is_answered_3_with_the_address_as_given(rig: Rig, email: Any) -> None:
+def test_an_invalid_address_is_answered_3_and_echoed(rig: Rig, email: Any) -> None:
     reply = rig.caller.ask(email)
     assert json.dumps(reply) == json.dumps({"email": email, "error": 3})
 
@@ -61,7 +61,7 @@ def test_a_malformed_purpose_is_answered_2_and_sends_nothing(rig: Rig, purpose: 
     assert list(rig.codes.scan_iter(f"*{email}*")) == []
 
 
-def test_a_purpose_has_a_code_of_its_own(rig: Rig) -> None:
+def test_each_purpose_has_its_own_code(rig: Rig) -> None:
     email = address()
     assert rig.caller.ask(email, purpose="reset_pass-1")["error"] == 0
     assert rig.codes.exists(f"code_{email}") == 0
@@ -69,14 +69,14 @@ def test_a_purpose_has_a_code_of_its_own(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("locale", ["xx", "", "e" * 10_000, 5, [], {}, True], ids=lambda value: repr(value)[:9])
-def test_an_unknown_locale_takes_the_setting(rig: Rig, locale: Any) -> None:
+def test_an_unknown_locale_falls_back_to_the_setting(rig: Rig, locale: Any) -> None:
     email = address()
     assert rig.caller.ask(email, locale=locale)["error"] == 0
     [mail] = rig.mails_to(email)
     assert letter(mail)["Content-Language"] == "en"
 
 
-def test_a_known_locale_is_the_mails_language(rig: Rig) -> None:
+def test_a_known_locale_sets_the_mails_language(rig: Rig) -> None:
     email = address()
     assert rig.caller.ask(email, locale="zh-CN")["error"] == 0
     [mail] = rig.mails_to(email)
@@ -89,20 +89,20 @@ def test_unknown_keyword_arguments_are_ignored(rig: Rig) -> None:
     assert len(rig.mails_to(email)) == 1
 
 
-def test_positional_arguments_are_understood(rig: Rig) -> None:
+def test_positional_arguments_are_read(rig: Rig) -> None:
     email = address()
     [request_id] = rig.caller.push(message({}, args=[email, "login", "zh-CN"]))
     assert rig.caller.reply(request_id) == {"email": email, "error": 0}
     assert rig.codes.exists(f"code:login:{email}") == 1
 
 
-def test_more_positional_arguments_than_there_are_names_are_ignored(rig: Rig) -> None:
+def test_extra_positional_arguments_are_ignored(rig: Rig) -> None:
     email = address()
     [request_id] = rig.caller.push(message({}, args=[email, "default", None, "more", {"still": "more"}]))
     assert rig.caller.reply(request_id) == {"email": email, "error": 0}
 
 
-def test_spaces_around_an_address_are_trimmed_for_sending_and_kept_in_reply_and_key(rig: Rig) -> None:
+def test_spaces_around_an_address_are_trimmed_only_for_sending(rig: Rig) -> None:
     email = address()
     assert rig.caller.ask(f"  {email} ") == {"email": f"  {email} ", "error": 0}
     assert len(rig.mails_to(email)) == 1
@@ -113,7 +113,7 @@ def test_a_special_use_domain_is_accepted(rig: Rig) -> None:
     assert rig.caller.ask("a@mailbox.test")["error"] == 0
 
 
-def test_an_international_domain_is_sent_to_in_its_ascii_form(rig: Rig) -> None:
+def test_an_international_domain_is_sent_to_in_ascii_form(rig: Rig) -> None:
     assert rig.caller.ask("用户@例子.com") == {"email": "用户@例子.com", "error": 0}
     assert len(rig.mails_to("用户@xn--fsqu00a.com")) == 1
 
@@ -129,7 +129,7 @@ def test_the_same_id_again_gets_the_same_reply_and_no_second_mail(rig: Rig) -> N
     assert len(rig.mails_to(email)) == 1
 
 
-def test_the_same_id_with_another_address_becomes_a_dead_letter_and_changes_nothing(rig: Rig) -> None:
+def test_the_same_id_with_another_address_is_dead_lettered(rig: Rig) -> None:
     email, other = address(), address()
     [request_id] = rig.caller.push(message({"email": email}))
     first = rig.caller.reply(request_id)
@@ -145,7 +145,7 @@ def test_the_same_id_with_another_address_becomes_a_dead_letter_and_changes_noth
 @pytest.mark.parametrize(
     "enqueued_at", [-1, "soon", None, True, [], 10**400, 1e308, 9e15], ids=lambda value: repr(value)[:9]
 )
-def test_an_odd_enqueued_at_does_not_hurt(rig: Rig, enqueued_at: Any) -> None:
+def test_an_invalid_enqueued_at_is_ignored(rig: Rig, enqueued_at: Any) -> None:
     [request_id] = rig.caller.push(message({"email": address()}, headers={"enqueued_at": enqueued_at}))
     old = isinstance(enqueued_at, int) and enqueued_at == -1
     assert rig.caller.reply(request_id)["error"] == (6 if old else 0)

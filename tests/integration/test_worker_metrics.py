@@ -1,4 +1,4 @@
-"""The worker's `/metrics`, scraped as Prometheus does: each number moves exactly as the traffic says."""
+"""The worker's `/metrics`, scraped as Prometheus does: each number changes exactly as the traffic says."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import re
 import socket
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from urllib.parse import urlsplit
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support.caller import address, message
-from support.process import eventually
+from support.process import WAIT_TIMEOUT, eventually
 from support.rig import Rig
 from support.smtp_server import HOST, Drop, Held, ScriptedServer
 from support.worker_process import WorkerProcess
@@ -22,17 +23,12 @@ from demo.redis import ask as ask_redis
 from producer.store.backlog import backlog, read_backlog
 
 Page = dict[str, float]  # by name and labels, as Prometheus writes them
-# What moves by itself.
-_RESTLESS = re.compile(r"process_|verify_queue_oldest_age|_seconds_sum|_seconds_bucket")
-
-
-def url_of(worker: WorkerProcess) -> str:
-    """Where this worker says that its metrics are."""
-    return worker.metrics_url
+# Metrics that change by themselves.
+_UNSTEADY = re.compile(r"process_|verify_queue_oldest_age|_seconds_sum|_seconds_bucket")
 
 
 def ask(url: str, method: str = "GET", path: str = "/metrics") -> tuple[int, str, str]:
-    """Status, content type and body."""
+    """Ask the metrics server; returns status, content type and body."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=10)
     with contextlib.closing(connection):
         connection.request(method, path)
@@ -41,7 +37,7 @@ def ask(url: str, method: str = "GET", path: str = "/metrics") -> tuple[int, str
 
 
 def scrape(worker: WorkerProcess) -> Page:
-    status, content_type, text = ask(url_of(worker))
+    status, content_type, text = ask(worker.metrics_url)
     assert status == 200
     assert content_type.startswith("text/plain; version=")
     page: Page = {}
@@ -55,32 +51,32 @@ def scrape(worker: WorkerProcess) -> Page:
     return page
 
 
-class SentinelServers:
-    """What moved in a worker's numbers since this was made."""
+class Changes:
+    """How a worker's metrics have changed since this was made."""
 
     def __init__(self, rig: Rig, worker: WorkerProcess | None = None) -> None:
         self.worker = worker or rig.worker
         self._relay = f"smtp://{HOST}:{rig.relay.port}"
         self._before = scrape(self.worker)
 
-    def moved(self) -> Page:
+    def now(self) -> Page:
         after = scrape(self.worker)
         assert after.keys() >= self._before.keys()
-        moved = {key: value - self._before.get(key, 0) for key, value in after.items() if not _RESTLESS.match(key)}
+        changed = {key: value - self._before.get(key, 0) for key, value in after.items() if not _UNSTEADY.match(key)}
         return {
             key.removeprefix("verify_").replace(f",relay={self._relay}", ""): value
-            for key, value in moved.items()
+            for key, value in changed.items()
             if value and not re.search("_seconds_(sum|bucket)", key)
         }
 
     def expect(self, wanted: Page) -> None:
-        """Exactly these moved; connections apart, which idle and end when they like."""
+        """Wait until exactly these have changed, connections apart, which end when they like."""
 
         def found() -> Page:
-            return {key: value for key, value in self.moved().items() if "relay_connections" not in key}
+            return {key: value for key, value in self.now().items() if "relay_connections" not in key}
 
         try:
-            eventually(lambda: found() == wanted, within=3)
+            eventually(lambda: found() == wanted)
         except AssertionError:
             assert found() == wanted  # to show the difference
 
@@ -91,23 +87,17 @@ def asked(rig: Rig, email: str, **headers: object) -> int:
     return error
 
 
-def now() -> float:
-    return datetime.now(UTC).timestamp()
-
-
-TAKEN, REPLIES, SENDS = (
-    "worker_requests_taken_total{path=%s}",
-    "worker_replies_total{error=%d}",
-    ("worker_sends_total{outcome=%s}"),
-)
+TAKEN = "worker_requests_taken_total{path=%s}"
+REPLIES = "worker_replies_total{error=%d}"
+SENDS = "worker_sends_total{outcome=%s}"
 
 
 def test_a_request_and_one_within_its_cooldown(rig: Rig) -> None:
     email = address()
-    watched = SentinelServers(rig)
-    assert asked(rig, email, enqueued_at=now()) == 0
-    assert asked(rig, email, enqueued_at=now()) == 0
-    watched.expect(
+    changes = Changes(rig)
+    assert asked(rig, email, enqueued_at=time.time()) == 0
+    assert asked(rig, email, enqueued_at=time.time()) == 0
+    changes.expect(
         {
             TAKEN % "fast": 2,
             REPLIES % 0: 2,
@@ -119,36 +109,38 @@ def test_a_request_and_one_within_its_cooldown(rig: Rig) -> None:
     )
 
 
-def test_an_answer_that_is_repeated_is_no_cooldown_hit(rig: Rig) -> None:
+def test_a_repeated_answer_is_not_a_cooldown_hit(rig: Rig) -> None:
     first = message({"email": address()})
     rig.caller.replies(rig.caller.push(first))
     rig.settled()
-    watched = SentinelServers(rig)
+    changes = Changes(rig)
     rig.caller.push(first)
-    watched.expect({TAKEN % "fast": 1, REPLIES % 0: 1})
+    changes.expect({TAKEN % "fast": 1, REPLIES % 0: 1})
 
 
 def test_durations_are_counted_from_enqueued_at(rig: Rig) -> None:
     before = scrape(rig.worker)
-    assert asked(rig, address(), enqueued_at=now() - 7) == 0
-    assert asked(rig, address(), enqueued_at=now() + 3600) == 0  # a clock that is ahead
-    assert asked(rig, address()) == 0  # nobody wrote it down
+    assert asked(rig, address(), enqueued_at=time.time() - 100) == 0
+    assert asked(rig, address(), enqueued_at=time.time() + 3600) == 0  # a clock that is ahead
+    assert asked(rig, address()) == 0  # no time in the message
     for name in ("verify_worker_reply_seconds", "verify_worker_accepted_seconds"):
         eventually(lambda: scrape(rig.worker)[f"{name}_count"] == before[f"{name}_count"] + 2)  # noqa: B023
         after = scrape(rig.worker)
-        assert after[f"{name}_sum"] - before[f"{name}_sum"] == pytest.approx(7.2, abs=0.5)
-        steps = {le: after[f"{name}_bucket{{le={le}}}"] - before[f"{name}_bucket{{le={le}}}"] for le in ("5.0", "10.0")}
-        assert steps == {"5.0": 1, "10.0": 2}
+        assert after[f"{name}_sum"] - before[f"{name}_sum"] == pytest.approx(200, abs=100)
+        steps = {
+            le: after[f"{name}_bucket{{le={le}}}"] - before[f"{name}_bucket{{le={le}}}"] for le in ("60.0", "300.0")
+        }
+        assert steps == {"60.0": 1, "300.0": 2}
         assert after[f"{name}_bucket{{le=+Inf}}"] == after[f"{name}_count"]
 
 
-def test_refusals_and_bad_input(rig: Rig) -> None:
+def test_rejected_mails_and_invalid_addresses(rig: Rig) -> None:
     gone, full = address(), address()
     rig.script(gone, rcpt="550 5.1.1 no such user")
     rig.script(full, dot="554 5.6.0 no")
-    watched = SentinelServers(rig)
+    changes = Changes(rig)
     assert [asked(rig, email) for email in (gone, full, "nobody")] == [5, 5, 3]
-    watched.expect(
+    changes.expect(
         {
             TAKEN % "fast": 3,
             REPLIES % 5: 2,
@@ -163,9 +155,9 @@ def test_retries(rig: Rig) -> None:
     later, lost = address(), address()
     rig.script(later, rcpt=["450 4.2.0 later"])
     rig.script(lost, dot=[Drop()])
-    watched = SentinelServers(rig)
+    changes = Changes(rig)
     assert [asked(rig, email) for email in (later, lost)] == [0, 0]
-    watched.expect(
+    changes.expect(
         {
             TAKEN % "fast": 4,
             REPLIES % 0: 2,
@@ -177,39 +169,32 @@ def test_retries(rig: Rig) -> None:
     )
 
 
-def test_joins_held_parked_and_connections(rig: Rig) -> None:
+def test_requests_that_wait_for_another_requests_send(rig: Rig) -> None:
     email, hold = address(), Held("250 ok")
     rig.script(email, dot=hold)
-    watched = SentinelServers(rig)
+    changes = Changes(rig)
     first = rig.caller.request(email)
-    assert hold.reached.wait(10)
+    assert hold.reached.wait(WAIT_TIMEOUT)
     others = [rig.caller.request(email) for _ in range(3)]
     eventually(lambda: rig.broker.hlen("verification.parked") == 3)
-    assert (
-        watched.moved().items()
-        >= {
-            "worker_requests_held": 1,
-            "worker_joins_total": 3,
-            "queue_delayed_requests": 3,
-            TAKEN % "fast": 4,
-        }.items()
-    )
+    wanted = {"worker_requests_held": 1, "worker_joins_total": 3, "queue_delayed_requests": 3, TAKEN % "fast": 4}
+    eventually(lambda: changes.now().items() >= wanted.items())
     assert scrape(rig.worker)[f"verify_worker_relay_connections{{relay=smtp://{HOST}:{rig.relay.port}}}"] >= 1
     hold.release.set()
     assert rig.caller.replies([first, *others]) == [0] * 4
-    watched.expect({TAKEN % "fast": 7, REPLIES % 0: 4, SENDS % "accepted": 1, "worker_joins_total": 3})
+    changes.expect({TAKEN % "fast": 7, REPLIES % 0: 4, SENDS % "accepted": 1, "worker_joins_total": 3})
 
 
-def test_what_goes_through_celery(rig: Rig) -> None:
-    watched = SentinelServers(rig)
+def test_a_request_that_celery_runs(rig: Rig) -> None:
+    changes = Changes(rig)
     assert asked(rig, address(), eta=(datetime.now(UTC) + timedelta(seconds=0.2)).isoformat()) == 0
-    watched.expect({TAKEN % "celery": 1, REPLIES % 0: 1, SENDS % "accepted": 1})
+    changes.expect({TAKEN % "celery": 1, REPLIES % 0: 1, SENDS % "accepted": 1})
 
 
-def test_dead_letters_by_the_kind_of_their_reason(rig: Rig) -> None:
+def test_dead_letters_by_code(rig: Rig) -> None:
     known = message({"email": address()})
     rig.caller.replies(rig.caller.push(known))
-    watched = SentinelServers(rig)
+    changes = Changes(rig)
     stranger = message({"email": address()})
     stranger["headers"]["task"] = "other"
     rig.broker.lpush("verification", b"no JSON")
@@ -220,7 +205,7 @@ def test_dead_letters_by_the_kind_of_their_reason(rig: Rig) -> None:
         message({"email": address()}, headers={"eta": "soon"}),
         message({"email": address()}, request_id=known["headers"]["id"]),
     )
-    watched.expect(
+    changes.expect(
         {
             "worker_dead_letters_total{reason=envelope}": 2,
             "worker_dead_letters_total{reason=unknown_task}": 1,
@@ -233,17 +218,17 @@ def test_dead_letters_by_the_kind_of_their_reason(rig: Rig) -> None:
     )
 
 
-def test_nothing_but_the_page_is_served_and_nobody_holds_it_up(rig: Rig) -> None:
-    url = url_of(rig.worker)
+def test_the_metrics_server_survives_idle_and_broken_clients(rig: Rig) -> None:
+    url = rig.worker.metrics_url
     port = urlsplit(url).port
     assert port
     idle = [socket.create_connection((HOST, port)) for _ in range(50)]
     assert [ask(url, *what)[0] for what in (("GET", "/"), ("POST", "/metrics"))] == [404, 405]
     assert ask(url, "HEAD")[::2] == (200, "")
     assert ask(url, path="/metrics?name[]=up")[0] == 200
-    for rubbish in (b"\x16\x03\x01 TLS\r\n\r\n", b"\r\n\r\n", b"G" * 100_000):
+    for junk in (b"\x16\x03\x01 TLS\r\n\r\n", b"\r\n\r\n", b"G" * 100_000):
         with socket.create_connection((HOST, port), timeout=10) as connection:
-            connection.sendall(rubbish)
+            connection.sendall(junk)
             connection.settimeout(10)
             answer = b""
             with contextlib.suppress(ConnectionResetError):
@@ -254,11 +239,11 @@ def test_nothing_but_the_page_is_served_and_nobody_holds_it_up(rig: Rig) -> None
         each.close()
 
 
-def test_two_workers_and_one_port(new_rig: Callable[..., Rig]) -> None:
+def test_a_worker_whose_metrics_port_is_taken_goes_on_without(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig()
     first = rig.add_worker(wait=False)
-    url = url_of(first)
-    first.wait_for_log(" ready.", 30)
+    url = first.metrics_url
+    first.wait_for_log(" ready.")
     rig.settings["VERIFY_METRICS_BIND"] = url.removeprefix("http://").removesuffix("/metrics")
     second = rig.add_worker()
     [line] = [line for line in second.log.splitlines() if "VERIFY_METRICS_BIND" in line]
@@ -271,23 +256,23 @@ def test_two_workers_and_one_port(new_rig: Callable[..., Rig]) -> None:
     assert len(rig.mails_to(email)) == 1
 
 
-def test_a_dead_workers_requests_come_back(new_rig: Callable[..., Rig]) -> None:
+def test_a_dead_workers_requests_are_counted_as_redelivered(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(visibility_timeout=1)
     email, hold = address(), Held("250 ok")
     rig.script(email, dot=[hold])
-    doomed, heir = rig.add_worker(wait=False), None
+    doomed = rig.add_worker(wait=False)
     request_id = rig.caller.request(email)
-    assert hold.reached.wait(30)
+    assert hold.reached.wait(WAIT_TIMEOUT)
     heir = rig.add_worker()
-    watched = SentinelServers(rig, heir)
+    changes = Changes(rig, heir)
     doomed.kill()
     hold.release.set()
-    assert rig.caller.reply(request_id, within=20)["error"] == 0
-    assert watched.moved()["worker_redeliveries_total"] == 1
+    assert rig.caller.reply(request_id, within=WAIT_TIMEOUT)["error"] == 0
+    eventually(lambda: changes.now().get("worker_redeliveries_total") == 1)
     assert scrape(heir)["verify_workers"] >= 1
 
 
-def test_a_sick_relay_and_an_empty_bucket(new_rig: Callable[..., Rig]) -> None:
+def test_an_unhealthy_relay_and_an_empty_bucket(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(max_sends_per_hour=1, resend_cooldown=0)
     away = ScriptedServer()  # which never starts
     with socket.socket() as taken:
@@ -298,15 +283,15 @@ def test_a_sick_relay_and_an_empty_bucket(new_rig: Callable[..., Rig]) -> None:
         worker = rig.add_worker()
         email = address()
         assert [asked(rig, email), asked(rig, email)] == [0, 4]
+        eventually(lambda: scrape(worker)["verify_worker_replies_total{error=4}"] == 1)
         page = scrape(worker)
-    unhealthy, well = f"smtp://***@{HOST}:{away.port}", f"smtp://{HOST}:{rig.relay.port}"
+    unhealthy, healthy = f"smtp://***@{HOST}:{away.port}", f"smtp://{HOST}:{rig.relay.port}"
     assert page[f"verify_worker_relay_unhealthy{{relay={unhealthy}}}"] == 1
-    assert page[f"verify_worker_relay_unhealthy{{relay={well}}}"] == 0
+    assert page[f"verify_worker_relay_unhealthy{{relay={healthy}}}"] == 0
     assert page[f"verify_worker_sends_total{{outcome=unavailable,relay={unhealthy}}}"] == 1
-    assert page[f"verify_worker_sends_total{{outcome=accepted,relay={well}}}"] == 1
+    assert page[f"verify_worker_sends_total{{outcome=accepted,relay={healthy}}}"] == 1
     assert page[f"verify_worker_relay_connections{{relay={unhealthy}}}"] == 0
     assert page["verify_worker_rate_limited_total"] == 1
-    assert page["verify_worker_replies_total{error=4}"] == 1
     assert not [key for key in page if "anna" in key or "secret" in key]
 
 
@@ -318,7 +303,7 @@ def test_the_sign_of_life_says_whether_any_relay_is_healthy(new_rig: Callable[..
     eventually(lambda: backlog_of(rig) == (0, 1, 1))
     assert 0 < rig.broker.ttl("verification.unhealthy_workers") <= 60
     del rig.relay.script["banner"]
-    assert rig.caller.reply(request_id, within=60)["error"] == 0
+    assert rig.caller.reply(request_id, within=WAIT_TIMEOUT)["error"] == 0
     eventually(lambda: backlog_of(rig) == (0, 1, 0))
 
 
@@ -328,10 +313,11 @@ def backlog_of(rig: Rig) -> tuple[int, int, int]:
     return found.queued, found.workers, found.unhealthy_workers
 
 
-def test_without_redis_the_page_still_comes_and_shows_no_stale_figures(new_rig: Callable[..., Rig]) -> None:
+def test_without_redis_the_page_shows_no_stale_figures(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig()
     worker = rig.add_worker()
     rig.caller.ask(address())
+    eventually(lambda: scrape(worker)["verify_worker_replies_total{error=0}"] == 1)
     assert scrape(worker)["verify_queue_requests"] == 0
     rig.server.kill()
     page = scrape(worker)
@@ -343,16 +329,17 @@ def test_without_redis_the_page_still_comes_and_shows_no_stale_figures(new_rig: 
 
 
 def test_the_queue_while_the_relay_is_slow(rig: Rig) -> None:
-    watched, hold, born = SentinelServers(rig), Held("250 ok"), now() - 5
+    changes, hold, born = Changes(rig), Held("250 ok"), time.time() - 5
     emails = [address() for _ in range(60)]
     for email in emails:
         rig.script(email, dot=hold)
     ids = rig.caller.push(*(message({"email": email}, headers={"enqueued_at": born}) for email in emails))
-    eventually(lambda: watched.moved().get("worker_requests_held") == 32)  # as many as connections
+    eventually(lambda: changes.now().get("worker_requests_held") == 32)  # as many as relay connections
     page = scrape(rig.worker)
     assert page["verify_queue_requests"] == 28
-    assert page["verify_queue_oldest_age_seconds"] == pytest.approx(now() - born, abs=1)
-    assert watched.moved()["worker_requests_held"] == 32
+    assert page["verify_queue_oldest_age_seconds"] <= time.time() - born
+    assert page["verify_queue_oldest_age_seconds"] >= 5
+    assert changes.now()["worker_requests_held"] == 32
     hold.release.set()
     assert set(rig.caller.replies(ids)) == {0}
     eventually(lambda: scrape(rig.worker)["verify_worker_requests_held"] == 0)

@@ -13,7 +13,7 @@ from worker.metrics import BOUNDS, Counters
 @pytest.mark.parametrize(
     ("ago", "counted"), [(0.02, 0.025), (7, 10.0), (-3600, BOUNDS[0]), (10**10, BOUNDS[-1]), (-(10**10), BOUNDS[0])]
 )
-def test_a_duration_falls_into_its_bucket_whatever_the_message_says(ago: float, counted: float) -> None:
+def test_an_age_is_clamped_to_the_buckets(ago: float, counted: float) -> None:
     counters = Counters()
     counters.accepted(time.time() - ago)
     durations = counters.until_accepted
@@ -21,7 +21,7 @@ def test_a_duration_falls_into_its_bucket_whatever_the_message_says(ago: float, 
     assert 0 <= durations.total <= BOUNDS[-1]
 
 
-def test_who_does_not_say_when_has_no_duration() -> None:
+def test_a_request_without_enqueued_at_has_no_age() -> None:
     counters = Counters()
     counters.replied(ErrorCode.SUCCESS, None)
     assert counters.replies[ErrorCode.SUCCESS] == 1

@@ -1,4 +1,4 @@
-"""A message is read or refused, and the reason for a refusal is one that an operator understands."""
+"""A task message is read, or refused with a code and a reason."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def nested(levels: int) -> Any:
         ((), {"email": "\ud800", "purpose": 2**70}, VerifyRequest("\ud800", 2**70)),
     ],
 )
-def test_arguments_by_place_and_by_name(args: tuple[Any, ...], kwargs: dict[str, Any], asked: VerifyRequest) -> None:
+def test_positional_and_keyword_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], asked: VerifyRequest) -> None:
     parsed = read(kwargs, args=args)
     assert parsed.job.request == asked
     assert parsed.job.tag == "tag"
@@ -67,7 +67,7 @@ def test_arguments_by_place_and_by_name(args: tuple[Any, ...], kwargs: dict[str,
         (None, None),
     ],
 )
-def test_when_it_was_enqueued(given: Any, seconds: float | None) -> None:
+def test_enqueued_at_is_a_number_in_range_or_none(given: Any, seconds: float | None) -> None:
     found = read({"email": ADDRESS}, headers={"enqueued_at": given}).job.enqueued_at
     assert found == seconds
     assert found is None or isinstance(found, float)
@@ -88,14 +88,14 @@ def test_when_it_was_enqueued(given: Any, seconds: float | None) -> None:
         ({}, NOTHING | {"chord": {"task": "next"}}, True),
     ],
 )
-def test_what_needs_celerys_own_machinery(headers: dict[str, Any], embed: Any, needs: bool) -> None:
+def test_which_messages_need_celery(headers: dict[str, Any], embed: Any, needs: bool) -> None:
     parsed = read({"email": ADDRESS}, headers=headers, embed=embed)
     assert parsed.needs_celery is needs
     assert parsed.job.scheduled is ("eta" in headers and headers["eta"] is not None)
 
 
 @pytest.mark.parametrize("zone", ["", "Z", "+00:00"])
-def test_times_are_utc_unless_they_say_otherwise(zone: str) -> None:
+def test_times_are_utc_unless_they_name_a_zone(zone: str) -> None:
     headers = {"expires": f"2030-01-01T00:00:00{zone}", "eta": "2030-01-01T01:00:00+01:00"}
     parsed = read({"email": ADDRESS}, headers=headers)
     assert parsed.job.expires_at == parsed.eta == 1893456000.0
@@ -149,19 +149,19 @@ REFUSED: list[tuple[dict[str, Any], tuple[Code, str]]] = [
 
 
 @pytest.mark.parametrize(("changes", "reason"), REFUSED, ids=lambda each: str(each)[:60])
-def test_what_is_refused_and_why(changes: dict[str, Any], reason: tuple[Code, str]) -> None:
+def test_an_unfit_message_is_refused_with_code_and_reason(changes: dict[str, Any], reason: tuple[Code, str]) -> None:
     with pytest.raises(Unfit) as refused:
         read(**{"kwargs": {"email": ADDRESS}, **changes})
     assert refused.value.reason == reason
 
 
 @pytest.mark.parametrize("raw", [b"", b"hello", b"null", b"[]", b'{"headers": NaN}', b"\xff", b"[" * 100_000], ids=repr)
-def test_what_is_no_envelope(raw: bytes) -> None:
+def test_anything_but_an_envelope_is_refused(raw: bytes) -> None:
     with pytest.raises(Unfit, match=ENVELOPE[1]):
         parse(Reserved("tag", raw))
 
 
-def test_celery_gets_neither_the_address_nor_a_header_that_could_make_it_drop_the_message() -> None:
+def test_celery_gets_no_address_and_no_header_that_makes_it_drop_the_message() -> None:
     headers = {"eta": "2030-01-01T00:00:00", "expires": "2020-01-01T00:00:00", "compression": "zlib", "retries": "x"}
     embed = {"chain": [{"task": "next"}]}
     parsed = read({"email": ADDRESS}, request_id="an-id", headers=headers, embed=embed)
