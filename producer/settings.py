@@ -6,9 +6,10 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Final, NoReturn
+from typing import Annotated, Any, Final
 from urllib.parse import quote
 
 from dotenv import dotenv_values
@@ -115,7 +116,8 @@ class Settings(BaseSettings):
     max_sends_per_hour: int = _setting(20, "a whole number, 0 (off) to 100000", ge=0, le=100000)
     max_attempts: int = _setting(5, "a whole number, 1 to 1000", ge=1, le=1000)
     give_up_after: Seconds = _setting(300, "seconds, 1 to 3600", ge=1, le=3600)
-    locale: str = _setting("zh-CN", "zh-CN or en", pattern=r"^(zh-CN|en)$")
+    # The worker checks that it has templates for it.
+    locale: str = _setting("zh-CN", "a language tag, such as en", pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*$")
     http_bind: BindTo = _setting(Bind("127.0.0.1", 8081), "host:port")
     grpc_bind: BindTo = _setting(Bind("127.0.0.1", 50051), "host:port")
     max_queue: int = _setting(100000, "a whole number, 1 or more", ge=1)
@@ -174,11 +176,9 @@ def load(environ: Mapping[str, str] | None = None, *, dotenv: Path | None = _DOT
 
 def load_or_exit() -> Settings:
     """`load()` for the start of a process, which a bad setting ends with one line; unknown names are reported."""
-    try:
+    with exit_on_bad_setting():
         settings = load()
         given = {*os.environ, *from_dotenv()}
-    except BadSetting as exc:
-        _exit(str(exc))
     for line in unknown_names(given - _reported):
         sys.stderr.write(f"{line}\n")
     _reported.update(given)
@@ -188,9 +188,14 @@ def load_or_exit() -> Settings:
 _reported: Final[set[str]] = set()  # names that this process has checked, as Celery loads settings more than once
 
 
-def _exit(line: str) -> NoReturn:
-    sys.stderr.write(f"{line}\n")
-    raise SystemExit(2)
+@contextmanager
+def exit_on_bad_setting() -> Iterator[None]:
+    """End the process with status 2 and the one line of a `BadSetting`."""
+    try:
+        yield
+    except BadSetting as exc:
+        sys.stderr.write(f"{exc}\n")
+        raise SystemExit(2) from None
 
 
 def unknown_names(given: set[str]) -> Iterator[str]:

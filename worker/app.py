@@ -15,7 +15,7 @@ from click.core import ParameterSource
 
 from celeryconfig import celery_config
 from producer import logs
-from producer.settings import load_or_exit
+from producer.settings import exit_on_bad_setting, load_or_exit
 from producer.tracing import setup as traces
 from worker.bootstrap import SERVICE
 from worker.celery_side import (
@@ -24,6 +24,7 @@ from worker.celery_side import (
 )
 from worker.celery_side.application import VerifyApp
 from worker.celery_side.flower import QueueLengths
+from worker.mail.render import check_locale
 from worker.tasks import SendCode
 
 EXIT_WITHIN = 14.0  # seconds; the contract says 15
@@ -54,6 +55,8 @@ def _before_start(instance: Any, options: dict[str, Any], **_: Any) -> None:
     if context is not None and context.get_parameter_source("hostname") is ParameterSource.DEFAULT:
         instance.hostname = f"worker-{os.getpid()}@{instance.hostname.partition('@')[2]}"
     logs.allow_node_name(instance.hostname)
+    with exit_on_bad_setting():
+        check_locale(_settings.locale)
     traces.set_up_or_exit(SERVICE)
 
 

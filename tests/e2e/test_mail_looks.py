@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from producer.setting_types import Sender
-from worker.mail.render import LOCALES, Renderer
+from worker.mail.render import Renderer, locales
 
 pytestmark = pytest.mark.tools
 
@@ -28,7 +28,7 @@ PAGE = """<!DOCTYPE html><title></title>{frames}
 }};</script>"""
 
 
-@pytest.mark.parametrize("locale", LOCALES)
+@pytest.mark.parametrize("locale", locales())
 def test_fits_any_width_and_the_code_is_large(locale: str, tmp_path: Path) -> None:
     renderer = Renderer(Sender("", "no-reply@example.com"), default_locale="zh-CN")
     frames = ""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from producer.setting_types import Sender
-from worker.mail.render import LOCALES, Renderer
+from worker.mail.render import Renderer, locales
 
 pytestmark = pytest.mark.tools
 
@@ -36,7 +36,7 @@ def received(raw: bytes, handover: str) -> bytes:
 
 @pytest.mark.parametrize("sender", SENDERS, ids=["bare", "named in Chinese"])
 @pytest.mark.parametrize("handover", HANDOVERS)
-@pytest.mark.parametrize("locale", LOCALES)
+@pytest.mark.parametrize("locale", locales())
 def test_score(locale: str, handover: str, sender: Sender, tmp_path: Path) -> None:
     raw = Renderer(sender, default_locale="zh-CN").render(
         recipient="a@example.net", code="482913", life=600, request_id="r-1", locale=locale

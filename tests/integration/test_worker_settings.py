@@ -19,6 +19,7 @@ HUSH = "hush-hush"
     ("name", "value", "says"),
     [
         ("VERIFY_CODE_TTL", "abc", "VERIFY_CODE_TTL: 'abc' is not allowed; allowed: whole seconds, 1 to 86400"),
+        ("VERIFY_LOCALE", "fr", "VERIFY_LOCALE: 'fr' is not allowed; allowed: en or zh-CN"),
         ("VERIFY_RELAYS", f"http://user:{HUSH}@mail", "VERIFY_RELAYS: the value is not allowed"),
         ("VERIFY_REDIS_URL", f"redis://:{HUSH}@127.0.0.1/5", "VERIFY_REDIS_URL: the value is not allowed"),
         ("VERIFY_CONFIG", "/nowhere/config.json", "VERIFY_CONFIG: '/nowhere/config.json' cannot be used"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import email
 import re
+import shutil
 from datetime import UTC, datetime, timedelta
 from email.header import decode_header, make_header
 from email.message import EmailMessage
 from email.policy import SMTP
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from producer import address
+from producer.errors import BadSetting
 from producer.setting_types import Sender
-from worker.mail.render import LOCALES, MAX_CODE, Renderer
+from worker.mail.render import MAX_CODE, TEMPLATES, Renderer, locales
 
 CODE = "482913"
 SENDER = Sender("", "no-reply@example.com")
@@ -128,7 +131,7 @@ def check_wire(raw: bytes) -> None:
         assert len(line.removeprefix(b".")) <= 76  # RFC 2045, 6.7
 
 
-@pytest.mark.parametrize("locale", LOCALES)
+@pytest.mark.parametrize("locale", locales())
 def test_headers(locale: str) -> None:
     message = parse(mail(locale=locale))
     assert sorted(message.keys()) == sorted(
@@ -147,7 +150,7 @@ def test_headers(locale: str) -> None:
     assert message["Message-ID"] == f"<{message['X-Entity-Ref-ID']}@example.com>"
 
 
-@pytest.mark.parametrize("locale", LOCALES)
+@pytest.mark.parametrize("locale", locales())
 def test_two_alternatives_text_first(locale: str) -> None:
     message = parse(mail(locale=locale))
     assert message.get_content_type() == "multipart/alternative"
@@ -170,7 +173,7 @@ def test_text_in_english() -> None:
     )
 
 
-@pytest.mark.parametrize("locale", LOCALES)
+@pytest.mark.parametrize("locale", locales())
 def test_html_says_what_the_text_says(locale: str) -> None:
     plain, markup = parts(parse(mail(locale=locale)))
     page = Page(markup)
@@ -181,7 +184,7 @@ def test_html_says_what_the_text_says(locale: str) -> None:
             assert re.sub(r"[\W_]", "", words) in spoken
 
 
-@pytest.mark.parametrize("locale", LOCALES)
+@pytest.mark.parametrize("locale", locales())
 def test_code_is_the_only_run_of_six_digits_in_the_whole_message(locale: str) -> None:
     raw = mail(locale=locale)
     assert re.findall(rb"\d{6,}", raw) == [CODE.encode()] * 2
@@ -190,7 +193,7 @@ def test_code_is_the_only_run_of_six_digits_in_the_whole_message(locale: str) ->
     assert re.findall(r"\d{6,}", markup) == [CODE]
 
 
-@pytest.mark.parametrize("locale", LOCALES)
+@pytest.mark.parametrize("locale", locales())
 def test_code_follows_the_word_code_as_autofill_expects(locale: str) -> None:
     plain, markup = parts(parse(mail(locale=locale)))
     page = Page(markup)
@@ -199,7 +202,7 @@ def test_code_follows_the_word_code_as_autofill_expects(locale: str) -> None:
     assert re.fullmatch(r"您的验证码|Your verification code", page.texts["title"])
 
 
-@pytest.mark.parametrize("locale", LOCALES)
+@pytest.mark.parametrize("locale", locales())
 def test_code_is_not_in_any_header(locale: str) -> None:
     assert all(CODE not in value for value in parse(mail(locale=locale)).values())
 
@@ -229,11 +232,11 @@ def test_life_is_said_in_minutes(life: float, minutes: int) -> None:
     ],
 )
 def test_locale_is_understood(asked: str, got: str) -> None:
-    for default in LOCALES:
+    for default in locales():
         assert parse(mail(Renderer(SENDER, default_locale=default), locale=asked))["Content-Language"] == got
 
 
-@pytest.mark.parametrize("default", LOCALES)
+@pytest.mark.parametrize("default", locales())
 @pytest.mark.parametrize(
     "asked",
     [
@@ -246,9 +249,33 @@ def test_any_other_locale_is_the_default(asked: object, default: str) -> None:
     assert parse(mail(Renderer(SENDER, default_locale=default), locale=asked))["Content-Language"] == default
 
 
-def test_a_default_locale_that_we_lack_is_refused() -> None:
-    with pytest.raises(ValueError, match="zh-CN, en"):
+def test_a_default_locale_without_templates_is_a_bad_setting() -> None:
+    with pytest.raises(BadSetting, match=r"^VERIFY_LOCALE: 'fr' is not allowed; allowed: en or zh-CN$"):
         Renderer(SENDER, default_locale="fr")
+
+
+def test_a_mail_language_is_one_folder_of_templates(tmp_path: Path) -> None:
+    templates = tmp_path / "templates"
+    shutil.copytree(TEMPLATES, templates)
+    for name, folder in (("pl", "en"), ("zh-TW", "zh-CN")):
+        shutil.copytree(templates / folder, templates / name)
+    (templates / "pl" / "body.txt").write_text(
+        "{{ code }}: {{ minutes }} {{ 'minuta' if minutes == 1 else 'minuty' if minutes in (2, 3, 4) else 'minut' }}"
+    )
+    renderer = Renderer(SENDER, default_locale="pl", templates=templates)
+    for life, text in ((60, "minuta"), (120, "minuty"), (300, "minut")):
+        message = parse(mail(renderer, locale="pl-PL", life=life))
+        assert message["Content-Language"] == "pl"
+        assert parts(message)[0] == f"482913: {life // 60} {text}"
+    asked = {
+        "zh-TW": "zh-TW",
+        "zh_tw.UTF-8": "zh-TW",
+        "zh-CN": "zh-CN",
+        "zh-Hans-CN": "zh-CN",
+        "zh": "zh-CN",
+        "x": "pl",
+    }
+    assert {tag: parse(mail(renderer, locale=tag))["Content-Language"] for tag in asked} == asked
 
 
 def test_message_id_depends_on_the_request_id_alone() -> None:
@@ -352,7 +379,7 @@ def test_recipient_that_cannot_stand_in_a_header_is_refused_without_being_told(r
         mail(recipient=recipient)
 
 
-@pytest.mark.parametrize("locale", LOCALES)
+@pytest.mark.parametrize("locale", locales())
 @pytest.mark.parametrize("length", range(4, 13))
 def test_our_own_codes_stand_as_they_are(locale: str, length: int) -> None:
     code = "0123456789012"[:length]
@@ -387,7 +414,7 @@ def test_our_own_codes_stand_as_they_are(locale: str, length: int) -> None:
     ],
     ids=lambda text: ascii(text)[:12],
 )
-@pytest.mark.parametrize("locale", LOCALES)
+@pytest.mark.parametrize("locale", locales())
 def test_a_strange_code_is_shown_on_one_line_and_harms_nothing(code: str, shown: str, locale: str) -> None:
     raw = mail(code=code, locale=locale)
     check_wire(raw)
@@ -414,7 +441,7 @@ def test_a_line_that_begins_with_a_dot_is_dot_stuffed() -> None:
 @given(
     code=st.text(max_size=300) | st.from_regex(r"[0-9]{4,12}", fullmatch=True) | st.text(".=\r\n \t<&-_%", max_size=90),
     life=st.floats(),
-    locale=st.sampled_from([*LOCALES, None, "fr"]) | st.text(max_size=9) | st.integers(),
+    locale=st.sampled_from([*locales(), None, "fr"]) | st.text(max_size=9) | st.integers(),
     request_id=st.text(max_size=50),
 )
 def test_both_parts_carry_the_same_code(code: str, life: float, locale: object, request_id: str) -> None:
@@ -432,7 +459,7 @@ def test_both_parts_carry_the_same_code(code: str, life: float, locale: object, 
         assert abs(int(minutes) - life / 60) <= 0.5
 
 
-@pytest.mark.parametrize("locale", LOCALES)
+@pytest.mark.parametrize("locale", locales())
 def test_html_is_small_and_asks_for_nothing(locale: str) -> None:
     markup = parts(parse(mail(locale=locale)))[1]
     assert len(markup.encode()) <= 12_000
@@ -446,7 +473,7 @@ def test_html_is_small_and_asks_for_nothing(locale: str) -> None:
     assert not re.search(r"display: *none|visibility|font-size: *0|opacity", markup)
 
 
-@pytest.mark.parametrize("locale", LOCALES)
+@pytest.mark.parametrize("locale", locales())
 def test_html_tells_language_scheme_and_structure(locale: str) -> None:
     markup = parts(parse(mail(locale=locale)))[1]
     page = Page(markup)
@@ -463,7 +490,7 @@ def test_html_tells_language_scheme_and_structure(locale: str) -> None:
     assert page.tags.count("title") == 1
 
 
-@pytest.mark.parametrize("locale", LOCALES)
+@pytest.mark.parametrize("locale", locales())
 def test_every_text_has_contrast_in_light_and_dark(locale: str) -> None:
     page = Page(parts(parse(mail(locale=locale)))[1])
     assert {mode for _, mode, _ in page.contrasts} == {"light", "dark"}
@@ -473,7 +500,7 @@ def test_every_text_has_contrast_in_light_and_dark(locale: str) -> None:
 
 def test_every_locale_has_the_same_markup_and_style() -> None:
     shapes = []
-    for locale in LOCALES:
+    for locale in locales():
         page = Page(parts(parse(mail(locale=locale)))[1])
         styles = [(t, n, re.sub(r"font-family: [^;]*;", "", v)) for t, n, v in page.attributes if n != "lang"]
         shapes.append((page.tags, styles, page.dark))
@@ -484,6 +511,6 @@ def test_no_file_is_read_after_the_start(monkeypatch: pytest.MonkeyPatch) -> Non
     renderer = Renderer(SENDER, default_locale="en")
     monkeypatch.setattr("builtins.open", None)
     monkeypatch.setattr("io.open", None)
-    for locale in (*LOCALES, "fr"):
+    for locale in (*locales(), "fr"):
         for life in (60, 600):
             mail(renderer, locale=locale, life=life)

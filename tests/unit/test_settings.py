@@ -188,7 +188,7 @@ BAD: list[tuple[str, str]] = [
     ("MAX_SENDS_PER_HOUR", "many"),
     ("MAX_ATTEMPTS", "0"),
     ("GIVE_UP_AFTER", "0"),
-    ("LOCALE", "fr"),
+    ("LOCALE", "no tag"),
     ("LOCALE", "en\n"),
     ("HTTP_BIND", "127.0.0.1"),
     ("HTTP_BIND", ":80"),

@@ -1,8 +1,9 @@
-"""The mail that carries a code: templates are prepared once, so that a mail costs one formatting of bytes."""
+"""The mail that carries a code. Templates are prepared once, so that a mail costs one formatting of bytes."""
 
 from __future__ import annotations
 
 import binascii
+import functools
 import hashlib
 import html
 import re
@@ -15,26 +16,25 @@ from typing import TYPE_CHECKING, Final
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+from producer.errors import BadSetting
+
 if TYPE_CHECKING:
     from producer.setting_types import Sender
 
-LOCALES: Final = ("zh-CN", "en")
-MAX_CODE: Final = 256  # characters shown of a code; ours have at most 12 digits, another server may have left any
-MAX_MINUTES: Final = 99_999  # a longer life is understated, because six digits would look like a code
-MAX_LINE: Final = 998  # octets, RFC 5322, 2.1.1
+TEMPLATES: Final = Path(__file__).parent / "templates"  # one folder for each language
+MAX_CODE: Final = 256  # characters shown of a code: ours have at most 12 digits, but the original server left any
+MAX_MINUTES: Final = 99_999  # six digits would look like a code
+MAX_LINE: Final = 998  # octets (RFC 5322, 2.1.1)
 
-_TEMPLATES: Final = Path(__file__).parent / "templates"
-# In quoted-printable a "=" is always followed by two hex digits or a line end (RFC 2045, 6.7), so neither part can
-# contain this.
+# In quoted-printable, "=" is always followed by two hex digits or a line end (RFC 2045, 6.7), so no part contains this.
 _BOUNDARY: Final = "=_verification_code"
-# What stands for code and minutes while the templates are prepared: private-use characters, which no template holds.
+# Stands for the code while a template is rendered: a private-use character, which no template contains.
 _CODE: Final = "\ue000"
-_MINUTES: Final = "\ue001"
-_SLOT: Final = re.compile(f"([{_CODE}{_MINUTES}])")
+_MESSAGES: Final = 256  # prepared messages that are kept, one for each locale and number of minutes
 _PLAIN_CODE: Final = re.compile(r"[0-9A-Za-z]{1,32}")  # the same in text, HTML and quoted-printable
-# One dot-atom mailbox, which is all that producer.address accepts; so no recipient can end its header or add another.
+# One dot-atom mailbox, all that producer.address accepts: a recipient can neither end its header nor add another.
 _MAILBOX: Final = re.compile(r"""[^\s()<>\[\]:;,"\\@\x00-\x20\x7f-\xa0\ud800-\udfff]+@[A-Za-z0-9.-]+""")
-_LANGUAGE: Final = re.compile(r"\s*([A-Za-z]{2,3})(?![A-Za-z0-9])")
+_LANGUAGE_TAG: Final = re.compile(r"\s*([A-Za-z]{2,3}(?:[-_][A-Za-z0-9]{1,8}){0,8})(?![A-Za-z0-9])")
 _FIRST_DOT: Final = re.compile(r"^\.", re.MULTILINE)
 _DIGITS_TO_LETTERS: Final = bytes.maketrans(b"0123456789", b"ghijklmnop")
 
@@ -69,49 +69,58 @@ Content-Transfer-Encoding: quoted-printable
 class Renderer:
     """Makes whole messages from the templates of every locale.
 
-    Thread-safe, and does no I/O after it was made.
+    Thread-safe, and does no I/O once it is made.
     """
 
-    def __init__(self, sender: Sender, *, default_locale: str) -> None:
-        """Read and prepare the templates. `default_locale`: one of `LOCALES`, for requests that name none of them."""
-        if default_locale not in LOCALES:
-            raise ValueError(f"{default_locale!r} is not a locale; allowed: {', '.join(LOCALES)}")
+    def __init__(self, sender: Sender, *, default_locale: str, templates: Path = TEMPLATES) -> None:
+        """Read the templates. `default_locale`: for requests that name no locale, or one without templates.
+
+        Raises `BadSetting` if `default_locale` has no templates.
+        """
+        check_locale(default_locale, templates)
         environment = Environment(
-            loader=FileSystemLoader(_TEMPLATES),
-            autoescape=select_autoescape(["html"]),
-            undefined=StrictUndefined,
+            loader=FileSystemLoader(templates), autoescape=select_autoescape(["html"]), undefined=StrictUndefined
         )
-        self._default = default_locale
-        self._locales = {locale.partition("-")[0]: locale for locale in LOCALES}
-        # One minute has its own grammar; every other number shares a message with a slot for it.
-        self._messages = {
-            (locale, minutes == 1): _prepare(environment, sender, locale, minutes)
-            for locale in LOCALES
-            for minutes in (1, _MINUTES)
+        names = locales(templates)
+        self._sender = sender
+        self._templates = {
+            locale: [environment.get_template(f"{locale}/{name}") for name in ("subject.txt", "body.txt", "body.html")]
+            for locale in names
         }
+        self._default = default_locale
+        # By language tag and by language alone, in lower case; of several locales with one language, the default wins.
+        self._locales = {locale.lower(): locale for locale in names}
+        for locale in (default_locale, *names):
+            self._locales.setdefault(locale.lower().partition("-")[0], locale)
+        self._message = functools.lru_cache(_MESSAGES)(self._prepare)
+        for locale in names:
+            self._message(locale, 10)  # a broken template fails here, not with the first mail
         self._date = (0, b"")
 
     def render(self, *, recipient: str, code: str, life: float, request_id: str, locale: object) -> bytes:
         """The message with `code`, ready for SMTP's DATA but for the final dot: CRLF lines, dot-stuffed.
 
-        `life`: seconds that the code still lives; shown in minutes. `locale`: whatever the caller sent. All of it is
-        7-bit unless `recipient` is not ASCII. Raises `ValueError` for a `recipient` that cannot stand in a header.
+        `life`: seconds until the code expires; shown in minutes. `locale`: any value that the caller sent. The message
+        is 7-bit unless `recipient` is not ASCII. Raises `ValueError` for a `recipient` that cannot stand in a header.
         """
-        minutes = _minutes(life)
         text, markup = _encode_code(code)
-        return self._messages[self._known(locale), minutes == 1] % {
+        return self._message(self._best(locale), _minutes(life)) % {
             b"date": self._now(),
             b"recipient": _header_mailbox(recipient),
             b"reference": _reference(request_id),
             b"text_code": text,
             b"html_code": markup,
-            b"minutes": b"%d" % minutes,
         }
 
-    def _known(self, locale: object) -> str:
+    def _best(self, locale: object) -> str:
         """The locale we have for the language of `locale`: `EN`, `en_US.UTF-8` and `en-GB,en;q=0.9` are all English."""
-        found = _LANGUAGE.match(locale) if isinstance(locale, str) else None
-        return self._locales.get(found[1].lower(), self._default) if found else self._default
+        found = _LANGUAGE_TAG.match(locale) if isinstance(locale, str) else None
+        tag = found[1].lower().replace("_", "-") if found else ""
+        while tag:
+            if tag in self._locales:
+                return self._locales[tag]
+            tag = tag.rpartition("-")[0]
+        return self._default
 
     def _now(self) -> bytes:
         now = int(time.time())
@@ -121,31 +130,35 @@ class Renderer:
             self._date = (now, text)
         return text
 
-
-def _prepare(environment: Environment, sender: Sender, locale: str, minutes: int | str) -> bytes:
-    """The message in one locale as a bytes format, with slots for what differs from mail to mail."""
-
-    def body(name: str, code_slot: str) -> str:
-        slots = {_CODE: _slot(code_slot), _MINUTES: _slot("minutes")}
-        shown = environment.get_template(f"{locale}/{name}").render(code=_CODE, minutes=minutes)
-        return "".join(slots.get(piece) or _literal(_quote(piece)) for piece in _SLOT.split(shown))
-
-    subject = environment.get_template(f"{locale}/subject.txt").render()
-    message = _MESSAGE.format(
-        sender=_literal(_from(sender)),
-        subject=_literal(_header_text(subject, "Subject")),
-        domain=_literal(sender.mailbox.rpartition("@")[2]),
-        locale=locale,
-        boundary=_BOUNDARY,
-        text=body("body.txt", "text_code"),
-        html=body("body.html", "html_code"),
-    )
-    return _crlf(message)
+    def _prepare(self, locale: str, minutes: int) -> bytes:
+        """The message as a bytes format, with slots for what differs from mail to mail."""
+        subject, plain, markup = self._templates[locale]
+        message = _MESSAGE.format(
+            sender=_literal(_from(self._sender)),
+            subject=_literal(_header_text(subject.render(), "Subject")),
+            domain=_literal(self._sender.mailbox.rpartition("@")[2]),
+            locale=locale,
+            boundary=_BOUNDARY,
+            text=_body(plain.render(code=_CODE, minutes=minutes), "text_code"),
+            html=_body(markup.render(code=_CODE, minutes=minutes), "html_code"),
+        )
+        return _crlf(message)
 
 
-def _slot(name: str) -> str:
-    # Alone between two soft line breaks: no line grows too long, and what follows begins a line too.
-    return f"=\n%({name})b=\n"
+def locales(templates: Path = TEMPLATES) -> list[str]:
+    """The mail languages: the names of the folders with templates."""
+    return sorted(folder.parent.name for folder in templates.glob("*/subject.txt"))
+
+
+def check_locale(locale: str, templates: Path = TEMPLATES) -> None:
+    """Raise `BadSetting` unless there are templates for `VERIFY_LOCALE`."""
+    if locale not in (names := locales(templates)):
+        raise BadSetting(f"VERIFY_LOCALE: {locale!r} is not allowed; allowed: {' or '.join(names)}")
+
+
+def _body(rendered: str, code_slot: str) -> str:
+    # The slot stands alone between two soft line breaks: no line grows too long, and the next piece begins a line, too.
+    return f"=\n%({code_slot})b=\n".join(_literal(_quote(piece)) for piece in rendered.split(_CODE))
 
 
 def _literal(text: str) -> str:
@@ -157,12 +170,12 @@ def _crlf(text: str) -> bytes:
 
 
 def _quote(text: str) -> str:
-    """`text`, which is to begin a line, in quoted-printable with LF lines, dot-stuffed (RFC 5321, 4.5.2)."""
+    """`text`, at the beginning of a line, in quoted-printable with LF lines, dot-stuffed (RFC 5321, 4.5.2)."""
     return _FIRST_DOT.sub("..", binascii.b2a_qp(text.encode(), istext=True).decode())
 
 
 def _encode_code(code: str) -> tuple[bytes, bytes]:
-    """`code` as it stands in the text and in the HTML part. What cannot be shown on one line becomes U+FFFD."""
+    """`code` for the text and for the HTML part. What cannot be shown on one line becomes U+FFFD."""
     if _PLAIN_CODE.fullmatch(code):
         plain = code.encode()
         return plain, plain
@@ -171,7 +184,7 @@ def _encode_code(code: str) -> tuple[bytes, bytes]:
 
 
 def _printable(text: str) -> str:
-    """`text` without line ends, control and invisible characters and lone surrogates: U+FFFD in their place."""
+    """`text` with U+FFFD for line ends, control characters, invisible characters and lone surrogates."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
@@ -181,24 +194,24 @@ def _minutes(life: float) -> int:
 
 
 def _reference(request_id: str) -> bytes:
-    """128 bits of the request id's hash: the same for every try of one request, and nothing to learn the id from.
+    """128 bits of the request id's hash: the same for every attempt of one request, without giving the id away.
 
-    In letters alone, because a program that looks for a code in the whole message must not find digits here.
+    In letters, because a program that searches the whole message for a code must find no digits here.
     """
     digest = hashlib.sha256(request_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-    return digest.encode().translate(_DIGITS_TO_LETTERS)  # six times as quick as a text's
+    return digest.encode().translate(_DIGITS_TO_LETTERS)  # six times as fast as with str
 
 
 def _header_mailbox(mailbox: str) -> bytes:
     octets = mailbox.encode() if _MAILBOX.fullmatch(mailbox) else b""
     if not octets or len("To: ") + len(octets) > MAX_LINE:
-        # The message never repeats the address.
+        # The error must not show the address.
         raise ValueError("the address cannot stand in a header")
     return octets
 
 
 def _header_text(text: str, header: str) -> str:
-    """`text` as it is if it can be, else in encoded words (RFC 2047), folded."""
+    """`text` as it is if possible, else in encoded words (RFC 2047), folded."""
     if text.isascii() and "=?" not in text and len(text) < 60:
         return text
     return Header(text, "utf-8", header_name=header).encode()
