@@ -50,10 +50,10 @@ faults: setup ## the whole fault suite: real processes, killed, frozen, cut off 
 
 MINUTES ?= 10
 soak: setup ## random faults under steady load, and a report: make soak MINUTES=10 SEED=1
-	PYTHONPATH=.:tests $(BIN)/python -m bench.soak.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m bench.soak run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 picture: setup ## a soak of a few long faults in turn, as the dashboard shows it: docs/dashboard.png; needs Debian's prometheus
-	PYTHONPATH=.:tests $(BIN)/python -m bench.soak.draw_dashboard docs/dashboard.png $(SECONDS)
+	$(BIN)/python -m bench.soak picture docs/dashboard.png $(SECONDS)
 
 bench: setup ## hold it against its peers; half an hour, or under 4 minutes with QUICK=1; BARS="a c" measures only these
 	@$(BIN)/python -m bench $(if $(filter-out 0,$(QUICK)),--quick) $(if $(BARS),--bars $(BARS))

@@ -1,7 +1,7 @@
-"""Stock Celery and ours under the same faults, counted: `PYTHONPATH=.:tests .venv/bin/python -m bench.soak.compare`.
+"""Counts what stock Celery and VerifyServer lose under the same faults: `.venv/bin/python -m bench.soak compare`.
 
-Both get the same messages from the same caller, and the same relay. A worker that ends by itself is not started again;
-one that the fault kills is, half a second later, as a supervisor would.
+Both get the same messages from the same caller, and the same relay. A worker that the fault kills is started again half
+a second later, as a supervisor would do; one that ends by itself is not.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import redis
-from support.caller import QUEUE, message
-from support.harness import Calling, Stage, eventually, held_in, new_address
-from support.process import ROOT
+from support.caller import QUEUE, address, message
+from support.process import eventually
+from support.rig import Calling, Rig, held_in
 from support.smtp_server import Act, Later, ScriptedServer
 from support.tcp_proxy import MUTE, PASS
 from support.worker_process import WorkerProcess
@@ -44,35 +44,20 @@ _SAME: Final = re.compile(rb"^(?:Message-ID: .*|\d{6,})", re.MULTILINE)  # what 
 
 
 class StockWorker(WorkerProcess):
-    """`celery -A faults.stock worker`, prefork."""
+    """`celery -A bench.soak.stock_celery worker`, prefork."""
 
-    def start(self, *, wait: bool = True) -> None:
-        """Start it; unless told otherwise, return when it says that it is ready."""
-        self.environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-        words = ["-A", "faults.stock", "worker", "-P", "prefork", "-c", str(PROCESSES), "-l", "INFO"]
-        with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "celery", *words, "-n", self.name, "--without-gossip", "--without-mingle"],
-                cwd=self._directory.name,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        if wait:
-            self.wait_for_log(" ready.", 60)
+    def __init__(self, settings: Mapping[str, str], *, log_level: str = "INFO") -> None:
+        super().__init__(settings, log_level=log_level)
+        words = ["-A", "bench.soak.stock_celery", "worker", "-P", "prefork", "-c", str(PROCESSES), "-l", log_level]
+        options = ["-n", self.name, "--without-gossip", "--without-mingle"]
+        self.command = [sys.executable, "-m", "celery", *words, *options]
 
     def kill(self) -> None:
-        """All its processes at once, as a host that dies does."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def close(self) -> None:
-        """End it, and what is left of its children."""
-        self.kill()
-        super().close()
+        """Kill all its processes at once, as when a host dies."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 @dataclass
@@ -106,7 +91,7 @@ class Side:
 
     def __init__(self, who: str, **options: Any) -> None:
         self.who = who
-        self.stage = Stage(aof="always", visibility_timeout=VISIBILITY, log_level="INFO", **options)
+        self.rig = Rig(aof="always", visibility_timeout=VISIBILITY, log_level="INFO", **options)
         self.ids: dict[str, str] = {}  # address -> id
         self.worker: WorkerProcess
         self.start_worker()
@@ -114,15 +99,15 @@ class Side:
     def start_worker(self) -> None:
         """One more."""
         kind = StockWorker if self.who == STOCK else WorkerProcess
-        self.worker = kind(self.stage.settings, log_level="INFO")
-        self.stage._stack.callback(self.worker.close)
+        self.worker = kind(self.rig.settings, log_level="INFO")
+        self.rig._stack.callback(self.worker.close)
         self.worker.start()
 
     def push(self, count: int, *, every: float = 0.0) -> list[str]:
         """Requests for addresses of their own; each is repeated under its id until Redis acknowledges it."""
         emails = []
         for _ in range(count):
-            email = new_address()
+            email = address()
             envelope = message({"email": email})
             self._insist(json.dumps(envelope).encode())
             self.ids[email] = envelope["headers"]["id"]
@@ -134,7 +119,7 @@ class Side:
         until = time.monotonic() + 30
         while True:
             try:
-                self.stage.broker.lpush(QUEUE, raw)
+                self.rig.broker.lpush(QUEUE, raw)
             except redis.RedisError:
                 assert time.monotonic() < until
                 time.sleep(0.1)
@@ -143,7 +128,7 @@ class Side:
 
     def restart_killed(self) -> None:
         """A supervisor's part."""
-        eventually(lambda: not self.worker.alive, 20)
+        eventually(lambda: not self.worker.alive)
         time.sleep(SUPERVISED)
         self.start_worker()
 
@@ -154,14 +139,14 @@ class Side:
             time.sleep(0.1)
         replies = Counter(self._final().values())
         counted = Counted(asked=len(self.ids), replies=replies.total(), failed=replies[False])
-        counted.dead_letters = self.stage.broker.llen("verification.dead")
+        counted.dead_letters = self.rig.broker.llen("verification.dead")
         fresh = self.ids.pop(self.push(1)[0])
         deadline = time.monotonic() + 10
-        while not self.stage.answered([fresh]) and time.monotonic() < deadline:
+        while not self.rig.caller.answered([fresh]) and time.monotonic() < deadline:
             time.sleep(0.1)
         counted.ended = not self.worker.alive
-        counted.serves = not counted.ended and bool(self.stage.answered([fresh]))
-        mails = [mail for mail in list(self.stage.sink.mails) if mail.recipient in self.ids]
+        counted.serves = not counted.ended and bool(self.rig.caller.answered([fresh]))
+        mails = [mail for mail in list(self.rig.relay.mails) if mail.recipient in self.ids]
         counted.mails = len(mails)
         counted.second = len(mails) - len({mail.recipient for mail in mails})
         named = [mail for mail in mails if b"Message-ID" in mail.content]
@@ -178,7 +163,7 @@ class Side:
 
     def _final(self) -> dict[str, bool]:
         """Whether each reply says Success. Stock Celery also stores that it will try again: that is none."""
-        stored = {each: self.stage.stored(each) for each in self.ids.values()}
+        stored = {each: self.rig.caller.stored(each) for each in self.ids.values()}
         return {
             each: meta["status"] == "SUCCESS" and meta["result"]["error"] == 0
             for each, meta in stored.items()
@@ -186,9 +171,9 @@ class Side:
         }
 
     def _still_there(self) -> str:
-        broker = self.stage.broker
+        broker = self.rig.broker
         places = [*broker.lrange(QUEUE, 0, -1), *broker.hvals("unacked"), *broker.hvals("verification.parked")]
-        return "\n".join(map(repr, [*places, *self.stage.dead_letters()]))
+        return "\n".join(map(repr, [*places, *self.rig.dead_letters()]))
 
 
 Fault = Callable[[Side], None]
@@ -207,7 +192,7 @@ class Scenario:
 
 def killed_at_reserve(side: Side) -> None:
     """Redis has handed a message out; the worker dies before it can say so."""
-    proxy = side.stage.redis_proxy
+    proxy = side.rig.redis_proxy
     assert proxy is not None
     for _ in range(ROUNDS):
         side.push(5, every=0.02)
@@ -224,11 +209,11 @@ def killed_at_reserve(side: Side) -> None:
 def _killed_at(step: str, text: str) -> Fault:
     def do(side: Side) -> None:
         for _ in range(ROUNDS):
-            emails = [new_address() for _ in range(10)]
+            emails = [address() for _ in range(10)]
             envelopes = [message({"email": email}) for email in emails]
             acts: list[Act] = [Calling(text, side.worker.kill)]
-            side.stage.script(emails[4], **{step: acts})
-            side.stage.broker.lpush(QUEUE, *(json.dumps(each) for each in envelopes))
+            side.rig.script(emails[4], **{step: acts})
+            side.rig.broker.lpush(QUEUE, *(json.dumps(each) for each in envelopes))
             side.ids |= {email: each["headers"]["id"] for email, each in zip(emails, envelopes, strict=True)}
             side.restart_killed()
 
@@ -248,16 +233,16 @@ def killed_under_load(side: Side) -> None:
 def redis_restarted(side: Side) -> None:
     """Killed while messages are held, back after a second; the caller goes on."""
     side.push(40)
-    side.stage.server.kill()
+    side.rig.server.kill()
     time.sleep(1)
-    side.stage.server.start()
+    side.rig.server.start()
     side.push(40, every=0.05)
 
 
 def _poison(raw: bytes) -> Fault:
     def do(side: Side) -> None:
         side.push(5)
-        side.stage.broker.lpush(QUEUE, raw)
+        side.rig.broker.lpush(QUEUE, raw)
         side.push(20)
 
     return do
@@ -268,13 +253,13 @@ def hung_up_on(side: Side) -> None:
     for _ in range(3):
         side.push(30, every=0.02)
         for kind in ("normal", "pubsub"):
-            side.stage.broker.client_kill_filter(_type=kind, skipme=True)
+            side.rig.broker.client_kill_filter(_type=kind, skipme=True)
         side.push(10, every=0.02)
 
 
 def results_away(side: Side) -> None:
     """For three seconds, with the broker there; the caller goes on."""
-    server = side.stage.servers["results"]
+    server = side.rig.servers["results"]
     side.push(20, every=0.02)
     server.kill()
     side.push(40, every=0.075)
@@ -284,10 +269,10 @@ def results_away(side: Side) -> None:
 
 def relay_busy(side: Side) -> None:
     """451 to every recipient for five seconds."""
-    side.stage.sink.script["rcpt"] = "451 4.3.0 later"
+    side.rig.relay.script["rcpt"] = "451 4.3.0 later"
     side.push(40, every=0.02)
     time.sleep(4)
-    del side.stage.sink.script["rcpt"]
+    del side.rig.relay.script["rcpt"]
 
 
 def stopped(side: Side) -> None:
@@ -400,11 +385,11 @@ SCENARIOS: Final = [
 
 def run(scenario: Scenario, who: str) -> Counted:
     """Once, on servers of its own."""
-    side = Side(who, sink=ScriptedServer(scenario.relay), **scenario.options)
-    with side.stage:
+    side = Side(who, relay=ScriptedServer(scenario.relay), **scenario.options)
+    with contextlib.closing(side.rig):
         scenario.do(side)
         counted = side.count()
-        left = held_in(side.stage.broker)
+        left = held_in(side.rig.broker)
     print(f"{scenario.name}: {who}: {counted}; left: {left or 'nothing'}", file=sys.stderr, flush=True)
     return counted
 
@@ -451,7 +436,3 @@ def main() -> None:
     print(text)
     if options.report is not None:
         options.report.write_text(text + "\n")
-
-
-if __name__ == "__main__":
-    main()

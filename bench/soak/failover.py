@@ -1,6 +1,6 @@
 """A primary that is replaced under load: what is lost, what is sent twice, how long nothing is served.
 
-`PYTHONPATH=.:tests .venv/bin/python -m bench.soak.failover --runs 10 killed` prints the counts.
+`.venv/bin/python -m bench.soak failover --runs 10 killed` prints the counts.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from itertools import pairwise
 from typing import Final
 
 from support.caller import META, Listener
-from support.callers import Askers
-from support.faults import Relay, unkept
-from support.harness import Stage
-from support.ledger import Ledger, Record
 from support.process import eventually
+from support.rig import Rig
 from support.sentinel_servers import SentinelServers, role
 from support.tcp_proxy import HOLE, TcpProxy
 
+from bench.soak.callers import Callers
+from bench.soak.faults import Relay, unkept
+from bench.soak.ledger import Ledger, Record
 from producer.settings import Settings
 
 GIVE_UP_AFTER: Final = 60
@@ -78,30 +78,30 @@ class Failover:
 
     def __init__(self, watched: SentinelServers, *, a_second: float = 100, workers: int = 2, seed: int = 1) -> None:
         self.ledger = Ledger(GIVE_UP_AFTER)
-        self.stage = Stage(
-            watched=watched,
-            sink=Relay(self.ledger),
+        self.rig = Rig(
+            sentinels=watched,
+            relay=Relay(self.ledger),
             visibility_timeout=3,
             give_up_after=GIVE_UP_AFTER,
             resend_cooldown=2,
         )
         self.watched = watched
-        self.stage._listener.heard = unkept(lambda _: None)
-        self.stage._events.heard = unkept(lambda _: None)
+        self.rig.caller.listener.heard = unkept(lambda _: None)
+        self.rig._events.heard = unkept(lambda _: None)
         # Each server is heard by itself: a replica says again what its primary says.
         self._listeners = [Listener(server.url(2), f"{META}*") for server in watched.servers]
         for listener in self._listeners:
             listener.heard = unkept(lambda heard: self.ledger.replied(*heard))
-        self.askers = Askers(self.ledger, Settings(redis_url=watched.url(), locale="en"), seed, a_second)
+        self.callers = Callers(self.ledger, Settings(redis_url=watched.url(), locale="en"), seed, a_second)
         try:
-            self.stage.add_workers(workers)
+            self.rig.add_workers(workers)
         except BaseException:
             self.close()
             raise
 
     def run(self, fault: Callable[[SentinelServers], object]) -> Outcome:
         """Load, the fault, load again, silence; what came of it."""
-        self.askers.start()
+        self.callers.start()
         time.sleep(BEFORE)
         old = self.watched.primary
         began = time.monotonic()
@@ -115,23 +115,23 @@ class Failover:
         if old.pid:
             eventually(lambda: role(old) == "slave", DEMOTED)
         demoted = time.monotonic()
-        self.askers.stop()
+        self.callers.stop()
         self._settle()
         return self._count(began, named + NOTICED, demoted if old.pid else named)
 
     def _settle(self) -> None:
         """Until nothing is left anywhere, read also the replies of which nothing was heard."""
-        for client in (self.stage.results, self.stage.broker):
+        for client in (self.rig.results, self.rig.broker):
             client.connection_pool.disconnect()  # it may still be on the old primary
         deadline = time.monotonic() + GIVE_UP_AFTER
         while True:
             missing = [record.request_id for record in self.ledger.unanswered() if record.request_id]
             for start in range(0, len(missing), BATCH):
                 keys = [META + each for each in missing[start : start + BATCH]]
-                for key, data in zip(keys, self.stage.results.mget(keys), strict=True):
+                for key, data in zip(keys, self.rig.results.mget(keys), strict=True):
                     if isinstance(data, bytes):
                         self.ledger.replied(key, data, stored=True)
-            held = self.stage.held()
+            held = self.rig.held()
             if not held:
                 break
             assert time.monotonic() < deadline, held
@@ -150,7 +150,7 @@ class Failover:
             acknowledged=sum(record.acknowledged for record in ledger.records),
             told_away=sum(record.told == 1 for record in ledger.records),
             doubled=sum(ledger.doubles.values()),
-            longest=self.askers.slowest,
+            longest=self.callers.slowest,
         )
         served = sorted(each.answered_at for each in ledger.records if each.error == 0)
         served = [at for at in served if began - WINDOW < at < noticed + CALM]
@@ -167,7 +167,7 @@ class Failover:
                 found.new_codes += 1
             elif not violation.startswith((*_CODES, _LOST, _REPLIES)):
                 found.unexplained.append(violation)
-        found.unexplained += [f"the worker ended:\n{w.log[-2000:]}" for w in self.stage.workers if not w.alive]
+        found.unexplained += [f"the worker ended:\n{w.log[-2000:]}" for w in self.rig.workers if not w.alive]
         return found
 
     def _gone(self) -> list[Record]:
@@ -182,15 +182,15 @@ class Failover:
 
     def ask_once_more(self) -> Record:
         """One request after all, with its answer."""
-        record = self.ledger.asking(self.askers.address("last"), "VerificationClient.request")
-        self.askers.last([record])
+        record = self.ledger.asking(self.callers.address("last"), "VerificationClient.request")
+        self.callers.last([record])
         return record
 
     def close(self) -> None:
         """End everything."""
         for listener in self._listeners:
             listener.close()
-        self.stage.close()
+        self.rig.close()
 
 
 def killed(watched: SentinelServers) -> None:
@@ -263,7 +263,3 @@ def main() -> int:
         totals.update(row)
     print(dict(totals))
     return 1 if any(outcome.unexplained for outcome in outcomes) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

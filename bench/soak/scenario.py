@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from support.faults import WORKERS, Planned
+from bench.soak.faults import WORKERS, PlannedFault
 
 SECONDS: Final = 560.0  # all of it, and calm at the end
 # When (seconds), what, to what, for how long (seconds). The longer ones outlast the `for` of their alert.
@@ -21,6 +21,6 @@ _STOPS: Final = (
 )
 
 
-def tour() -> list[Planned]:
+def long_faults() -> list[PlannedFault]:
     """The same every time."""
-    return [Planned(at, kind, where, seconds, number) for number, (at, kind, where, seconds) in enumerate(_STOPS)]
+    return [PlannedFault(at, kind, where, seconds, number) for number, (at, kind, where, seconds) in enumerate(_STOPS)]

@@ -1,6 +1,6 @@
 """The soak: steady load, a random fault every few seconds, every promise checked at the end, one page of report.
 
-`make soak MINUTES=10 SEED=1`, or `PYTHONPATH=.:tests .venv/bin/python -m bench.soak.soak --minutes 10 --seed 1`.
+`make soak MINUTES=10 SEED=1`, or `.venv/bin/python -m bench.soak run --minutes 10 --seed 1`.
 Ctrl-C ends the faults early and checks what was done until then; twice, it ends at once.
 """
 
@@ -23,15 +23,15 @@ from typing import Final, Self
 
 import redis
 from support.caller import META
-from support.callers import SHARES, Askers
-from support.faults import CALM, EVERY, MINUTE, WORKERS, Mischief, Planned, Relay, schedule, unkept
-from support.harness import Stage, held_in
-from support.ledger import KEPT, Ledger, Scanner
+from support.rig import Rig, held_in, keys_without_ttl
 from support.smtp_server import running
 from support.tcp_proxy import TcpProxy
 
-from bench.soak.record_metrics import Film
-from bench.soak.scenario import tour
+from bench.soak.callers import SHARES, Callers
+from bench.soak.faults import CALM, EVERY, MINUTE, WORKERS, FaultRunner, PlannedFault, Relay, schedule, unkept
+from bench.soak.ledger import KEPT, Ledger, Scanner
+from bench.soak.recording import Recording
+from bench.soak.scenario import long_faults
 from producer.contract import ErrorCode
 from producer.settings import Settings
 
@@ -54,8 +54,8 @@ class Soak:
         a_second: float,
         logs: Path | None,
         *,
-        faults: list[Planned] | None = None,
-        film: Film | None = None,
+        faults: list[PlannedFault] | None = None,
+        film: Recording | None = None,
     ) -> None:
         """`faults`: these, in place of random ones; `film`: watches."""
         self.seconds, self.seed, self.a_second = seconds, seed, a_second
@@ -70,41 +70,40 @@ class Soak:
     def __enter__(self) -> Self:
         stack, ledger = self._stack, self.ledger
         # A Redis that is killed loses what it has not yet written: its own loss, which appendfsync always rules out.
-        self.stage = stack.enter_context(
-            Stage(
-                aof="always",
-                visibility_timeout=VISIBILITY,
-                give_up_after=GIVE_UP_AFTER,
-                resend_cooldown=2,
-                connect_timeout=1,
-                send_timeout=4,
-            )
+        self.rig = Rig(
+            aof="always",
+            visibility_timeout=VISIBILITY,
+            give_up_after=GIVE_UP_AFTER,
+            resend_cooldown=2,
+            connect_timeout=1,
+            send_timeout=4,
         )
+        stack.callback(self.rig.close)
         relays = [Relay(ledger), Relay(ledger)]
         for relay in relays:
             stack.enter_context(running(relay))
         fronts = [stack.enter_context(TcpProxy(relay.port)) for relay in relays]
-        self.stage.settings["VERIFY_RELAYS"] = ",".join(f"smtp://127.0.0.1:{front.port}" for front in fronts)
-        self.stage._listener.heard = unkept(lambda heard: ledger.replied(*heard))
-        self.stage._events.heard = unkept(lambda heard: self.scanner.scan_event(heard[1]))
+        self.rig.settings["VERIFY_RELAYS"] = ",".join(f"smtp://127.0.0.1:{front.port}" for front in fronts)
+        self.rig.caller.listener.heard = unkept(lambda heard: ledger.replied(*heard))
+        self.rig._events.heard = unkept(lambda heard: self.scanner.scan_event(heard[1]))
         producer = logging.getLogger("producer")
         producer.setLevel(logging.DEBUG)
         producer.addHandler(self.scanner)
         producer.propagate = False
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the proxies' broken connections
-        settings = Settings(redis_url=self.stage.server.url(), locale="en")
-        self.askers = Askers(ledger, settings, self.seed, self.a_second)
-        self.mischief = Mischief(
-            self.stage, ledger, self.scanner, self.askers, list(zip(relays, fronts, strict=True)), self._logs
+        settings = Settings(redis_url=self.rig.server.url(), locale="en")
+        self.callers = Callers(ledger, settings, self.seed, self.a_second)
+        self.fault_runner = FaultRunner(
+            self.rig, ledger, self.scanner, self.callers, list(zip(relays, fronts, strict=True)), self._logs
         )
-        stack.callback(self.mischief.close)
+        stack.callback(self.fault_runner.close)
         if self._film is not None:
-            self.mischief.binds = self._film.binds
-        ways = [stack.enter_context(TcpProxy(self.stage.server.port)) for _ in range(WORKERS - 1)]
-        self.mischief.start_workers(ways)
+            self.fault_runner.binds = self._film.binds
+        ways = [stack.enter_context(TcpProxy(self.rig.server.port)) for _ in range(WORKERS - 1)]
+        self.fault_runner.start_workers(ways)
         if self._film is not None:
-            own = {"VERIFY_REDIS_URL": self.stage.server.url()}
-            stack.enter_context(self._film).open({**self.stage.settings, **own}, self.askers)
+            own = {"VERIFY_REDIS_URL": self.rig.server.url()}
+            stack.enter_context(self._film).open({**self.rig.settings, **own}, self.callers)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -113,20 +112,20 @@ class Soak:
     def run(self) -> None:
         """The faults, their end, and the verdict."""
         self.ledger.began = began = time.monotonic()
-        self.askers.start()
+        self.callers.start()
         if self._film is not None:
             self._film.roll()
         with contextlib.suppress(KeyboardInterrupt):
             self._play(began)
         self.took = time.monotonic() - began
         print("lifting all faults", flush=True)
-        self.mischief.lift()
-        self.askers.stop()
+        self.fault_runner.lift()
+        self.callers.stop()
         if self._film is not None:
             self._film.stop()
         self._settle()
         self._last_requests()
-        self.mischief.look()
+        self.fault_runner.look()
         self._judge()
 
     def _play(self, began: float) -> None:
@@ -134,17 +133,17 @@ class Soak:
         shown = 0.0
         while (now := time.monotonic() - began) < self.seconds:
             while faults and faults[0].at <= now:
-                self.mischief.play(faults.pop(0))
+                self.fault_runner.play(faults.pop(0))
             if now - shown >= PROGRESS:
                 shown = now
-                self.mischief.look()
+                self.fault_runner.look()
                 self._collect()
                 self._say(now)
             time.sleep(0.05)
 
     def _say(self, now: float) -> None:
         held = {}
-        with contextlib.suppress(redis.RedisError), self.stage.server.client(1, socket_timeout=1) as client:
+        with contextlib.suppress(redis.RedisError), self.rig.server.client(1, socket_timeout=1) as client:
             held = held_in(client)
         ledger = self.ledger
         for each in ledger.violations[self._told : MOST]:
@@ -152,14 +151,14 @@ class Soak:
         self._told = len(ledger.violations)
         print(
             f"{now:6.0f} s: {len(ledger.records)} asked, {len(ledger.unanswered())} open, {ledger.mails} mails, "
-            f"{self.mischief.done.total()} faults, {len(ledger.violations)} violations; held: {held or 'nothing'}",
+            f"{self.fault_runner.done.total()} faults, {len(ledger.violations)} violations; held: {held or 'nothing'}",
             flush=True,
         )
 
     def _collect(self) -> None:
         """Read what is stored under ids of which no reply was heard: the listener's connection suffers too."""
         missing = [record.request_id for record in self.ledger.unanswered() if record.request_id]
-        with contextlib.suppress(redis.RedisError), self.stage.server.client(2, socket_timeout=2) as client:
+        with contextlib.suppress(redis.RedisError), self.rig.server.client(2, socket_timeout=2) as client:
             for start in range(0, len(missing), BATCH):
                 ids = missing[start : start + BATCH]
                 for each, data in zip(ids, client.mget([META + each for each in ids]), strict=True):
@@ -168,19 +167,19 @@ class Soak:
 
     def _settle(self) -> None:
         deadline = time.monotonic() + SETTLED
-        while time.monotonic() < deadline and (self.stage.held() or self.ledger.unanswered()):
+        while time.monotonic() < deadline and (self.rig.held() or self.ledger.unanswered()):
             self._collect()
-            if not self.stage.held():
+            if not self.rig.held():
                 self._read_stored()
             time.sleep(1)
-        if held := self.stage.held():
+        if held := self.rig.held():
             self.ledger.violated(f"{SETTLED:.0f} s after the last fault there is still {held}")
 
     def _last_requests(self) -> None:
         """Without faults, everything succeeds at once, and nothing of it is sent twice."""
         how = "VerificationClient.request"
-        records = [self.ledger.asking(self.askers.address("last"), how) for _ in range(LAST)]
-        self.askers.last(records)
+        records = [self.ledger.asking(self.callers.address("last"), how) for _ in range(LAST)]
+        self.callers.last(records)
         for record in records:
             if record.told != ErrorCode.SUCCESS:
                 self.ledger.violated(f"after the last fault, a request was answered {record.told}", record)
@@ -188,7 +187,7 @@ class Soak:
     def _read_stored(self) -> None:
         """Every reply that is stored: of whom nothing was heard, and whether it is the one that was heard."""
         batch: list[bytes] = []
-        for key in self.stage.results.scan_iter(META + "*", count=1000):
+        for key in self.rig.results.scan_iter(META + "*", count=1000):
             batch.append(key)
             if len(batch) == BATCH:
                 self._compare(batch)
@@ -197,7 +196,7 @@ class Soak:
 
     def _compare(self, keys: list[bytes]) -> None:
         if keys:
-            for key, data in zip(keys, self.stage.results.mget(keys), strict=True):
+            for key, data in zip(keys, self.rig.results.mget(keys), strict=True):
                 if isinstance(data, bytes):
                     self.ledger.replied(key.decode(), data, stored=True)
 
@@ -207,24 +206,23 @@ class Soak:
         self._read_stored()
         ledger.judge()
         oldest = time.monotonic() - KEPT
-        stored = {key.decode().removeprefix(META) for key in self.stage.results.scan_iter(META + "*", count=1000)}
+        stored = {key.decode().removeprefix(META) for key in self.rig.results.scan_iter(META + "*", count=1000)}
         for record in ledger.records:
             if record.error is not None and record.at > oldest and record.request_id not in stored:
                 ledger.violated("the reply is not stored", record)
-        killers = sum(record.error == ErrorCode.EXCEPTION for record in ledger.records)
-        dead = self.stage.broker.llen("verification.dead")
-        if not ledger.dead_least <= dead <= ledger.dead_most + killers:
-            ledger.violated(f"{dead} dead letters, not {ledger.dead_least} to {ledger.dead_most + killers}")
-        try:
-            self.stage._check_ttls()
-        except AssertionError as exc:
-            ledger.violated(str(exc))
-        self.mischief.close()
+        poisonous = sum(record.error == ErrorCode.EXCEPTION for record in ledger.records)
+        dead = self.rig.broker.llen("verification.dead")
+        if not ledger.dead_least <= dead <= ledger.dead_most + poisonous:
+            ledger.violated(f"{dead} dead letters, not {ledger.dead_least} to {ledger.dead_most + poisonous}")
+        for which, client in (("codes", self.rig.codes), ("results", self.rig.results)):
+            if lasting := keys_without_ttl(client):
+                ledger.violated(f"keys without a TTL in {which}: {lasting[:5]}")
+        self.fault_runner.close()
         self.scanner.judge(ledger.codes())
 
     def report(self) -> str:
         """One page."""
-        ledger, mischief = self.ledger, self.mischief
+        ledger, fault_runner = self.ledger, self.fault_runner
         outcomes, lines = ledger.outcomes(), []
         names = {str(int(code)): code.title for code in ErrorCode}
         lost = sum(1 for record in ledger.records if record.acknowledged and record.error is None)
@@ -233,7 +231,7 @@ class Soak:
             "",
             (
                 f"**Lost: {lost}. Violations: {len(ledger.violations)}.** "
-                f"{len(ledger.records)} requests, {ledger.mails} mails, {mischief.done.total()} faults."
+                f"{len(ledger.records)} requests, {ledger.mails} mails, {fault_runner.done.total()} faults."
             ),
             "",
             "| requests by outcome | |",
@@ -249,7 +247,7 @@ class Soak:
             "",
             "| faults | times |",
             "|---|---:|",
-            *(f"| {name} | {count} |" for name, count in sorted(mischief.done.items())),
+            *(f"| {name} | {count} |" for name, count in sorted(fault_runner.done.items())),
             "",
             "| | |",
             "|---|---:|",
@@ -260,8 +258,8 @@ class Soak:
             if not any("dead letters" in each for each in ledger.violations)
             else "| dead letters | wrong |",
             f"| logs and events looked through | {self.scanner.bytes / 2**20:.0f} MiB |",
-            f"| worker processes | {mischief.started} |",
-            f"| most memory of a worker | {mischief.peak_rss / 1024:.0f} MiB |",
+            f"| worker processes | {fault_runner.started} |",
+            f"| most memory of a worker | {fault_runner.peak_rss / 1024:.0f} MiB |",
         ]
         if len(ledger.latencies) >= 20:
             cuts = statistics.quantiles(ledger.latencies, n=100)
@@ -269,12 +267,12 @@ class Soak:
                 f"| ask to reply while nothing was broken, p50 / p99 of {len(ledger.latencies)} "
                 f"| {cuts[49] * 1000:.0f} / {cuts[98] * 1000:.0f} ms |"
             )
-        lines.append(f"| longest that a client's `request` took | {self.askers.slowest:.1f} s |")
+        lines.append(f"| longest that a client's `request` took | {self.callers.slowest:.1f} s |")
         lines += ["", *self._conditions()]
         return "\n".join(lines)
 
     def _conditions(self) -> list[str]:
-        info = self.stage.results.info("server")
+        info = self.rig.results.info("server")
         server = f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info['redis_version']}"
         packages = ", ".join(
             f"{name} {importlib.metadata.version(name)}" for name in ("celery", "kombu", "redis", "hiredis")
@@ -304,19 +302,21 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="the schedule of faults; drawn and printed if not given")
     parser.add_argument("--rate", type=float, default=30.0, help="requests a second")
     parser.add_argument("--report", type=Path, help="write the report here too")
-    parser.add_argument("--film", type=Path, help="a few long faults in turn, and what the dashboard shows of it, here")
+    parser.add_argument(
+        "--record", type=Path, help="long faults in turn, and what the dashboard shows of them written here"
+    )
     parser.add_argument("--logs", type=Path, help="keep the workers' logs in this directory")
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else random.randrange(10**6)
     if options.logs is not None:
         options.logs.mkdir(parents=True, exist_ok=True)
     seconds = options.minutes * 60
-    faults, film = (tour(), Film()) if options.film is not None else (None, None)
+    faults, film = (long_faults(), Recording()) if options.record is not None else (None, None)
     print(f"soak: {options.minutes:g} minutes, seed {seed}", flush=True)
     with Soak(seconds, seed, options.rate, options.logs, faults=faults, film=film) as soak:
         soak.run()
         if film is not None:
-            film.develop(options.film, soak.ledger, min(seconds, soak.took))
+            film.develop(options.record, soak.ledger, min(seconds, soak.took))
         report = soak.report()
         violations = soak.ledger.violations
     print(f"\n{report}\n")
@@ -327,7 +327,3 @@ def main() -> int:
         for each in [each for each in violations if each.partition("\n")[0] == kind][:MOST]:
             print(each, file=sys.stderr)
     return 1 if violations else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,7 +13,7 @@ import redis
 from support.caller import address
 from support.process import eventually
 from support.redis_server import RedisServer
-from support.rig import letter
+from support.rig import parsed
 from support.smtp_server import ScriptedServer, running
 from support.worker_process import WorkerProcess
 
@@ -95,7 +95,7 @@ def test_a_raw_message_becomes_a_mail_and_no_log_shows_code_or_address(
 
     [mail] = relay.mails
     assert (mail.sender, mail.recipient) == ("no-reply@example.com", email)
-    message = letter(mail)
+    message = parsed(mail)
     assert message["To"] == email
     assert "验证码" in message["Subject"]
     for kind in ("plain", "html"):

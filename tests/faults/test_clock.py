@@ -1,4 +1,4 @@
-"""A worker whose host has the wrong time: all that counts is Redis' clock."""
+"""A worker on a host with a wrong clock: only Redis' clock counts."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.harness import BACK, Stage, eventually, new_address
-from support.process import ROOT
+from support.caller import address
+from support.process import ROOT, eventually
+from support.rig import Rig
 from support.smtp_server import Held
 
-NewStage = Callable[..., Stage]
+NewRig = Callable[..., Rig]
 DAY = 86_400
 
-# Python imports this at its start: every wall clock of the process is wrong by so many seconds from then on.
+# Python imports this at its start; from then on, every wall clock of the process is off by SHIFT seconds.
 SHIFT = """
 import datetime, os, time
 _by = float(os.environ["SHIFT"])
@@ -36,43 +37,41 @@ datetime.datetime = datetime_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [30, -30, DAY, -DAY])
-def test_a_worker_with_a_wrong_clock_does_as_well_as_one_with_the_right_one(
-    new_stage: NewStage, tmp_path: Path, seconds: int
-) -> None:
+def test_a_worker_with_a_wrong_clock_serves_as_well_as_any(new_rig: NewRig, tmp_path: Path, seconds: int) -> None:
     (tmp_path / "sitecustomize.py").write_text(SHIFT)
-    stage = new_stage(workers=0)
-    wrong = stage.add_worker(environment={"PYTHONPATH": f"{tmp_path}:{ROOT}", "SHIFT": str(seconds)}, wait=False)
-    right = stage.add_worker()
-    wrong.wait_for_log(" ready.", 30)
+    rig = new_rig(workers=0)
+    wrong = rig.add_worker(environment={"PYTHONPATH": f"{tmp_path}:{ROOT}", "SHIFT": str(seconds)}, wait=False)
+    right = rig.add_worker()
+    wrong.wait_for_log(" ready.")
     held = Held("250 2.0.0 ok")
-    slow = [new_address("slow") for _ in range(4)]
+    slow = [address("slow") for _ in range(4)]
     for email in slow:
-        stage.script(email, dot=[held])
+        rig.script(email, dot=[held])
     now = time.time()
-    ids = stage.push(*slow, headers={"enqueued_at": now})
-    ids += stage.push(*(new_address() for _ in range(300)), headers={"enqueued_at": now})
-    eventually(lambda: len(stage.sink.mails) >= 300)
-    time.sleep(3)  # more than the visibility timeout: nobody takes from the living
-    assert len(stage.sink.dotted) == 304
+    ids = rig.caller.request_all(*slow, headers={"enqueued_at": now})
+    ids += rig.caller.request_all(*(address() for _ in range(300)), headers={"enqueued_at": now})
+    eventually(lambda: len(rig.relay.mails) >= 300)
+    time.sleep(3)  # more than the visibility timeout: nothing is taken from a living worker
+    assert len(rig.relay.dotted) == 304
     held.release.set()
-    assert stage.replies(ids) == [0] * 304
-    too_old = stage.push(new_address("old"), headers={"enqueued_at": now - 400})
-    assert stage.replies(too_old) == [6]
-    again = [new_address() for _ in range(20)]
+    assert rig.caller.replies(ids) == [0] * 304
+    too_old = rig.caller.request_all(address("old"), headers={"enqueued_at": now - 400})
+    assert rig.caller.replies(too_old) == [6]
+    again = [address() for _ in range(20)]
     for email in again:
-        stage.script(email, rcpt=["451 4.3.0 later"])
-    ids = stage.push(*again)
-    assert stage.replies(ids) == [0] * 20
-    # Each serves alone, too; and the right one brings back what the wrong one held.
+        rig.script(email, rcpt=["451 4.3.0 later"])
+    ids = rig.caller.request_all(*again)
+    assert rig.caller.replies(ids) == [0] * 20
+    # Each also serves alone, and the right one takes over what the wrong one held when it died.
     right.pause()
-    assert stage.ask(new_address()) == 0
-    email = new_address("killed")
+    assert rig.caller.ask(address())["error"] == 0
+    email = address("killed")
     stuck = Held("250 2.1.5 ok")
-    stage.script(email, rcpt=[stuck])
-    [request_id] = stage.push(email)
+    rig.script(email, rcpt=[stuck])
+    request_id = rig.caller.request(email)
     eventually(stuck.reached.is_set)
     wrong.kill()
     right.resume()
-    assert stage.reply(request_id, BACK) == 0
+    assert rig.caller.reply(request_id)["error"] == 0
     stuck.release.set()
-    stage.check()
+    rig.audit()

@@ -1,22 +1,21 @@
-"""The tour of `make picture`: faults that there are, one after the other."""
+"""The faults that `make picture` shows one after the other."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
-from support.faults import KINDS
+from bench.soak.faults import KINDS
+from bench.soak.scenario import SECONDS, long_faults
 
-from bench.soak.scenario import SECONDS, tour
 
-
-def test_it_plays_faults_that_there_are_on_what_they_are_done_to() -> None:
+def test_its_faults_exist_and_fit_their_targets() -> None:
     known = {kind.name: kind.where for kind in KINDS}
-    for fault in tour():
+    for fault in long_faults():
         assert fault.where in known[fault.kind]
 
 
-def test_each_fault_is_over_before_the_next_begins_or_is_part_of_the_same() -> None:
-    planned = tour()
+def test_faults_come_one_after_the_other_or_begin_together() -> None:
+    planned = long_faults()
     for fault, after in pairwise(planned):
         assert fault.at + fault.seconds < after.at or fault.at == after.at
     assert planned[-1].at + planned[-1].seconds < SECONDS

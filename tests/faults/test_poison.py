@@ -1,4 +1,4 @@
-"""Messages that no producer of ours would send: answered, or among the dead letters; never lost, never in the way."""
+"""Malformed messages are answered or dead-lettered; none is lost, and none delays other requests."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.caller import META, QUEUE
-from support.harness import BACK, Calling, Stage, eventually, message, new_address
+from support.caller import META, QUEUE, address, message
+from support.process import eventually
+from support.rig import Calling, Rig
 
-NewStage = Callable[..., Stage]
+NewRig = Callable[..., Rig]
 # fmt: off
 VALUES: list[Any] = [
     None, True, False, 0, -1, 42, 1.5, 1e308, 2**63, 10**30, "", " ", "x", "\x00", "\xe9", "\U0001f600", "\ud800",
@@ -53,25 +54,25 @@ def from_field() -> dict[str, bytes]:
     }
 
 
-def test_every_known_poison_becomes_a_dead_letter_and_stops_no_worker(new_stage: NewStage) -> None:
-    stage = new_stage()
+def test_known_malformed_messages_are_dead_lettered_and_stop_no_worker(new_rig: NewRig) -> None:
+    rig = new_rig()
     poison = from_field()
     for each in poison.values():
-        stage.broker.lpush(QUEUE, each)
-        assert stage.ask(new_address("good")) == 0
-    stage.check(dead=len(poison))
+        rig.broker.lpush(QUEUE, each)
+        assert rig.caller.ask(address("good"))["error"] == 0
+    rig.audit(dead=len(poison))
 
 
 class Mutator:
-    """Breaks good envelopes, reproducibly."""
+    """Breaks good messages; the same seed breaks them the same way."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
 
     def mutated(self) -> bytes:
-        """One message: a good one with one to three changes, in its structure or in its bytes."""
+        """A good message with one to three changes, in its structure or in its bytes."""
         chance = self._random
-        envelope = message({"email": new_address("mutant")}, request_id=str(uuid.UUID(int=chance.getrandbits(128))))
+        envelope = message({"email": address("mutant")}, request_id=str(uuid.UUID(int=chance.getrandbits(128))))
         if chance.random() < 0.5:
             for _ in range(chance.choice([1, 1, 1, 2, 3])):
                 self._change(envelope)
@@ -90,7 +91,7 @@ class Mutator:
         chance = self._random
         value = copy.deepcopy(chance.choice(VALUES))
         if chance.random() < 0.4:
-            body = [[], {"email": new_address("mutant")}, {}]
+            body = [[], {"email": address("mutant")}, {}]
             where: Any = body
             if chance.random() < 0.7:
                 where = body[1]
@@ -133,77 +134,75 @@ class Mutator:
 
 
 @pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_every_mutated_message_is_answered_or_a_dead_letter_and_none_is_in_the_way(
-    new_stage: NewStage, count: int
-) -> None:
-    stage = new_stage(log_level="INFO", give_up_after=8)
+def test_a_mutated_message_is_answered_or_dead_lettered(new_rig: NewRig, count: int) -> None:
+    rig = new_rig(log_level="INFO", give_up_after=8)
     mutator = Mutator(seed=20261124)
     pushed: list[bytes] = []
     for _ in range(0, count, 500):
         batch = [mutator.mutated() for _ in range(500)]
         pushed += batch
-        stage.broker.lpush(QUEUE, *batch)
-        assert stage.ask(new_address("good"), 20) == 0
-    assert stage.worker.alive
-    eventually(lambda: not stage.held(), 40)
-    dead = [json.loads(raw.decode("utf-8", "surrogateescape")) for raw in stage.dead_letters()]
+        rig.broker.lpush(QUEUE, *batch)
+        assert rig.caller.ask(address("good"), 20)["error"] == 0
+    assert rig.worker.alive
+    eventually(lambda: not rig.held())
+    dead = [json.loads(raw.decode("utf-8", "surrogateescape")) for raw in rig.dead_letters()]
     dead_lettered = Counter(each["message"].encode("utf-8", "surrogateescape") for each in dead)
-    answered = {key.decode("utf-8", "replace").removeprefix(META) for key in stage.results.scan_iter(META + "*")}
+    answered = {key.decode("utf-8", "replace").removeprefix(META) for key in rig.results.scan_iter(META + "*")}
     assert dead_lettered - Counter(pushed) == Counter()
     served = Counter(pushed) - dead_lettered
     assert [raw for raw in served if json.loads(raw)["headers"]["id"] not in answered] == []
     assert len(pushed) == served.total() + len(dead)
     assert min(served.total(), len(dead)) > count / 10
     assert all(each["reason"] and isinstance(each["at"], (int, float)) for each in dead)
-    for key in stage.results.scan_iter(META + "*"):
-        assert json.loads(stage.results.get(key) or b"")["status"] == "SUCCESS"
-    stage._check_ttls()
-    assert "Traceback" not in stage.worker.log
+    for key in rig.results.scan_iter(META + "*"):
+        assert json.loads(rig.results.get(key) or b"")["status"] == "SUCCESS"
+    rig.assert_ttls()
+    assert "Traceback" not in rig.worker.log
 
 
-def test_the_same_id_with_another_address_is_a_dead_letter_and_changes_nothing(new_stage: NewStage) -> None:
-    stage = new_stage()
-    email, other = new_address(), new_address("other")
+def test_a_reused_id_with_another_address_is_dead_lettered(new_rig: NewRig) -> None:
+    rig = new_rig()
+    email, other = address(), address("other")
     first = message({"email": email})
     same_id = first["headers"]["id"]
-    stage.push_envelopes(first, emails=[email])
-    assert stage.reply(same_id) == 0
-    before = (stage.stored(same_id), stage.codes.get(f"code_{email}"), len(stage.sink.dotted))
-    stage.push_envelopes(message({"email": other}, request_id=same_id), emails=[email])
-    stage.push_envelopes(message({"email": email, "purpose": "login"}, request_id=same_id), emails=[email])
-    eventually(lambda: stage.broker.llen("verification.dead") == 2)
-    assert (stage.stored(same_id), stage.codes.get(f"code_{email}"), len(stage.sink.dotted)) == before
-    assert stage.codes.exists(f"code_{other}") == 0
-    stage.check(dead=2)
+    rig.caller.push(first)
+    assert rig.caller.reply(same_id)["error"] == 0
+    before = (rig.caller.stored(same_id), rig.codes.get(f"code_{email}"), len(rig.relay.dotted))
+    rig.caller.push(message({"email": other}, request_id=same_id))
+    rig.caller.push(message({"email": email, "purpose": "login"}, request_id=same_id))
+    eventually(lambda: rig.broker.llen("verification.dead") == 2)
+    assert (rig.caller.stored(same_id), rig.codes.get(f"code_{email}"), len(rig.relay.dotted)) == before
+    assert rig.codes.exists(f"code_{other}") == 0
+    rig.audit(dead=2)
 
 
-def test_one_envelope_twice_at_once_on_two_workers_sends_one_mail(new_stage: NewStage) -> None:
-    stage = new_stage(workers=2)
-    emails = [new_address() for _ in range(200)]
+def test_a_message_that_is_queued_twice_sends_one_mail(new_rig: NewRig) -> None:
+    rig = new_rig(workers=2)
+    emails = [address() for _ in range(200)]
     envelopes = [message({"email": email}) for email in emails]
-    stage.push_envelopes(*envelopes, *envelopes, emails=emails * 2)
+    rig.caller.push(*envelopes, *envelopes)
     interleaved = [each for envelope in envelopes for each in (envelope, envelope)]
-    stage.push_envelopes(*interleaved, emails=[email for email in emails for _ in range(2)])
-    finding = stage.check()
+    rig.caller.push(*interleaved)
+    finding = rig.audit()
     assert set(finding.errors.values()) == {0}
 
 
-def test_many_requests_for_one_address_at_once_yield_one_code_and_one_mail(new_stage: NewStage) -> None:
-    stage = new_stage(workers=2, max_sends_per_hour=1000)
-    email = new_address()
-    ids = stage.push(*[email] * 300)
-    assert stage.replies(ids, 20) == [0] * 300
-    assert len(stage.whole(email)) == 1
-    stage.check()
+def test_many_requests_for_one_address_yield_one_code_and_one_mail(new_rig: NewRig) -> None:
+    rig = new_rig(workers=2, max_sends_per_hour=1000)
+    email = address()
+    ids = rig.caller.request_all(*[email] * 300)
+    assert rig.caller.replies(ids) == [0] * 300
+    assert len(rig.dotted_to(email)) == 1
+    rig.audit()
 
 
-def test_joined_requests_outlive_the_worker_whose_send_they_wait_for(new_stage: NewStage) -> None:
-    stage = new_stage(max_sends_per_hour=1000)
-    email = new_address()
-    stage.script(email, rcpt=[Calling("250 2.1.5 ok", stage.worker.kill, after=0.3)])
-    ids = stage.push(*[email] * 50)
-    eventually(lambda: not stage.worker.alive)
-    stage.add_worker()
-    assert stage.replies(ids, BACK + 5) == [0] * 50
-    assert len(stage.whole(email)) == 1
-    stage.check()
+def test_requests_that_wait_for_the_send_of_a_dead_worker_are_served(new_rig: NewRig) -> None:
+    rig = new_rig(max_sends_per_hour=1000)
+    email = address()
+    rig.script(email, rcpt=[Calling("250 2.1.5 ok", rig.worker.kill, after=0.3)])
+    ids = rig.caller.request_all(*[email] * 50)
+    eventually(lambda: not rig.worker.alive)
+    rig.add_worker()
+    assert rig.caller.replies(ids) == [0] * 50
+    assert len(rig.dotted_to(email)) == 1
+    rig.audit()

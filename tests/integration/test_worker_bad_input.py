@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support.caller import address, message
-from support.rig import Rig, letter
+from support.rig import Rig, parsed
 
 
 @pytest.mark.parametrize(
@@ -73,14 +73,14 @@ def test_an_unknown_locale_falls_back_to_the_setting(rig: Rig, locale: Any) -> N
     email = address()
     assert rig.caller.ask(email, locale=locale)["error"] == 0
     [mail] = rig.mails_to(email)
-    assert letter(mail)["Content-Language"] == "en"
+    assert parsed(mail)["Content-Language"] == "en"
 
 
 def test_a_known_locale_sets_the_mails_language(rig: Rig) -> None:
     email = address()
     assert rig.caller.ask(email, locale="zh-CN")["error"] == 0
     [mail] = rig.mails_to(email)
-    assert letter(mail)["Content-Language"] == "zh-CN"
+    assert parsed(mail)["Content-Language"] == "zh-CN"
 
 
 def test_unknown_keyword_arguments_are_ignored(rig: Rig) -> None:

@@ -22,9 +22,9 @@ def app(rig: Rig) -> Iterator[Celery]:
     app = Celery("caller", set_as_current=False)
     app.config_from_object(
         {
-            "broker_url": rig.url("BROKER", 1),
+            "broker_url": rig.url("broker"),
             "broker_transport": "kombu.transport.redis:Transport",
-            "result_backend": rig.url("RESULTS", 2),
+            "result_backend": rig.url("results"),
             "task_routes": {TASK: {"queue": "verification"}},
         }
     )

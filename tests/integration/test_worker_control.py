@@ -20,7 +20,7 @@ from support.smtp_server import Held
 @pytest.fixture(scope="module")
 def app(rig: Rig) -> Iterator[Celery]:
     app = Celery("operator", set_as_current=False)
-    app.config_from_object({"broker_url": rig.url("BROKER", 1), "broker_transport": "kombu.transport.redis:Transport"})
+    app.config_from_object({"broker_url": rig.url("broker"), "broker_transport": "kombu.transport.redis:Transport"})
     yield app
     app.close()
 

@@ -309,7 +309,7 @@ def test_the_sign_of_life_says_whether_any_relay_is_healthy(new_rig: Callable[..
 
 def backlog_of(rig: Rig) -> tuple[int, int, int]:
     """Requests in the queue, living workers, and those of them without a healthy relay."""
-    found = read_backlog(ask_redis(rig.url("BROKER", 1), backlog("verification"))[0])
+    found = read_backlog(ask_redis(rig.url("broker"), backlog("verification"))[0])
     return found.queued, found.workers, found.unhealthy_workers
 
 

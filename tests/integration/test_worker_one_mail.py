@@ -210,7 +210,7 @@ def test_two_workers_on_one_queue_send_each_request_once(new_rig: Callable[..., 
 
 
 def test_two_producers_on_one_queue_get_their_own_replies(rig: Rig) -> None:
-    with Caller(rig.url("BROKER", 1), rig.url("RESULTS", 2)) as second:
+    with Caller(rig.url("broker"), rig.url("results")) as second:
         emails = [address() for _ in range(20)]
         ids = [(rig.caller, second)[number % 2].request(email) for number, email in enumerate(emails)]
         assert [rig.caller.reply(each)["email"] for each in ids] == emails

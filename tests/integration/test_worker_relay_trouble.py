@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import trustme
 from support.caller import address, message
-from support.rig import Rig, code_in, letter
+from support.rig import Rig, code_in, parsed
 from support.smtp_server import Act, Drop, Held, Last, ScriptedServer, Silence, Slowly, running
 
 
@@ -76,7 +76,7 @@ def test_an_unknown_outcome_is_tried_once_more_with_the_same_code_and_message_id
     assert len(hasty.mails_to(email)) == 1
     sent = hasty.dotted_to(email)
     assert len(sent) <= 2
-    assert len({(code_in(mail), letter(mail)["Message-ID"]) for mail in sent}) == 1
+    assert len({(code_in(mail), parsed(mail)["Message-ID"]) for mail in sent}) == 1
 
 
 def test_an_unknown_outcome_twice_is_answered_6_and_not_sent_again(hasty: Rig) -> None:

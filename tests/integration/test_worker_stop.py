@@ -146,9 +146,7 @@ def test_celerys_shutdown_command_stops_a_worker_the_same_way(new_rig: NewRig) -
     request_id = rig.caller.request(email)
     assert hold.reached.wait(WAIT_TIMEOUT)
     with Celery("operator", set_as_current=False) as app:
-        app.config_from_object(
-            {"broker_url": rig.url("BROKER", 1), "broker_transport": "kombu.transport.redis:Transport"}
-        )
+        app.config_from_object({"broker_url": rig.url("broker"), "broker_transport": "kombu.transport.redis:Transport"})
         app.control.shutdown(destination=[rig.worker.name])
     hold.release.set()
     assert rig.worker.wait() == 0

@@ -41,9 +41,9 @@ class TcpProxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
 
-    def url(self, database: int) -> str:
+    def url(self, database: int | None = None) -> str:
         """The Redis URL of the server as seen through the proxy."""
-        return f"redis://{HOST}:{self.port}/{database}"
+        return f"redis://{HOST}:{self.port}" + ("" if database is None else f"/{database}")
 
     def reset(self) -> None:
         """End every open connection with an RST."""

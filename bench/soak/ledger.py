@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from support.caller import META
-from support.harness import code_in, reference, reference_in
+from support.rig import code_in, reference, reference_in
 from support.smtp_server import Mail
 
 KEPT: Final = 3300.0  # seconds after which a stored reply is not looked for any more: it lives for an hour

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from support.api_process import ApiProcess
-from support.callers import Askers
-from support.faults import WORKERS
-from support.ledger import Ledger
 from support.process import free_port
 from support.prometheus_process import PrometheusProcess
 from support.watching import concrete, panels
+
+from bench.soak.callers import Callers
+from bench.soak.faults import WORKERS
+from bench.soak.ledger import Ledger
 
 STEP: Final = 2.0  # seconds between two points of a line
 WINDOW: Final = "10s"  # of rates
@@ -24,7 +25,7 @@ A_SECOND: Final = 4.0  # requests at each door
 TIMEOUT: Final = 20.0  # seconds for a door to answer
 
 
-class Film:
+class Recording:
     """ApiProcess beside a soak's workers, someone who asks at them, and Prometheus, which scrapes all every second."""
 
     def __init__(self) -> None:
@@ -34,7 +35,7 @@ class Film:
         self._threads: list[threading.Thread] = []
         self._lead = 0.0  # of Unix time before the monotonic clock
 
-    def open(self, settings: dict[str, str], askers: Askers) -> None:
+    def open(self, settings: dict[str, str], callers: Callers) -> None:
         """Start all of it."""
         self._doors = self._stack.enter_context(ApiProcess(settings))
         targets = {
@@ -43,7 +44,9 @@ class Film:
         }
         self._prometheus = self._stack.enter_context(PrometheusProcess(targets))
         self._lead = time.time() - time.monotonic()
-        self._threads = [threading.Thread(target=self._ask, args=(askers, door), daemon=True) for door in (True, False)]
+        self._threads = [
+            threading.Thread(target=self._ask, args=(callers, door), daemon=True) for door in (True, False)
+        ]
 
     def roll(self) -> None:
         """Begin to ask."""
@@ -56,14 +59,14 @@ class Film:
         for thread in self._threads:
             thread.join(TIMEOUT)
 
-    def _ask(self, askers: Askers, by_http: bool) -> None:
+    def _ask(self, callers: Callers, by_http: bool) -> None:
         while not self._stopping.wait(1 / A_SECOND):
-            record = askers.ledger.asking(askers.address("door"), "HTTP door" if by_http else "gRPC door")
+            record = callers.ledger.asking(callers.address("door"), "HTTP door" if by_http else "gRPC door")
             if by_http:
                 error = self._doors.get_code(record.email)["error"]
             else:
                 error = self._doors.call(record.email, timeout=TIMEOUT).error
-            askers.told(record, error)
+            callers.told(record, error)
 
     def develop(self, path: Path, ledger: Ledger, seconds: float) -> None:
         """Write what there was in the first `seconds` of the soak."""

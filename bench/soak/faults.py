@@ -17,14 +17,14 @@ from typing import Any, Final
 
 import redis
 from faults.test_poison import from_field
-
 from support.caller import QUEUE, message
-from support.callers import Askers
-from support.harness import Stage
-from support.ledger import Ledger, Scanner
+from support.rig import Rig
 from support.smtp_server import Act, Drop, Last, Mail, ScriptedServer, Silence, Slowly
 from support.tcp_proxy import HOLE, MUTE, PASS, STALL, TRICKLE, TcpProxy
 from support.worker_process import WorkerProcess
+
+from bench.soak.callers import Callers
+from bench.soak.ledger import Ledger, Scanner
 
 WORKERS: Final = 3
 MINUTE: Final = 60.0  # seconds
@@ -93,7 +93,7 @@ _SCRIPTS: Final[dict[str, dict[str, Act]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PlannedFault:
     """One fault of the schedule; `dice` seeds what it draws when it comes."""
 
     at: float
@@ -103,17 +103,19 @@ class Planned:
     dice: int
 
 
-def schedule(seed: int, seconds: float) -> list[Planned]:
+def schedule(seed: int, seconds: float) -> list[PlannedFault]:
     """The same for the same seed, and for a longer run the same at its beginning."""
     chance = random.Random(seed)
-    planned: list[Planned] = []
+    planned: list[PlannedFault] = []
     at = 3.0
     while True:
         at += chance.uniform(*EVERY)
         if at % MINUTE > MINUTE - CALM:
             at += MINUTE - at % MINUTE
         kind = chance.choices(KINDS, [kind.weight for kind in KINDS])[0]
-        fault = Planned(at, kind.name, chance.choice(kind.where), chance.uniform(*kind.seconds), chance.getrandbits(32))
+        fault = PlannedFault(
+            at, kind.name, chance.choice(kind.where), chance.uniform(*kind.seconds), chance.getrandbits(32)
+        )
         if at > seconds:
             return planned
         planned.append(fault)
@@ -170,20 +172,20 @@ class Relay(ScriptedServer):
             self._ledger.whole(mail)
 
 
-class Mischief:
+class FaultRunner:
     """Plays a schedule. What is done to one part is done in its order, on a thread of its own that lives to the end:
     a worker ends with the thread that started it."""
 
     def __init__(
         self,
-        stage: Stage,
+        stage: Rig,
         ledger: Ledger,
         scanner: Scanner,
-        askers: Askers,
+        callers: Callers,
         relays: list[tuple[Relay, TcpProxy]],
         logs: Path | None,
     ) -> None:
-        self._stage, self._ledger, self._scanner, self._askers = stage, ledger, scanner, askers
+        self._rig, self._ledger, self._scanner, self._askers = stage, ledger, scanner, callers
         self._relays, self._logs = relays, logs
         self._ways: dict[str, TcpProxy] = {}
         self.workers: dict[str, WorkerProcess] = {}
@@ -191,7 +193,7 @@ class Mischief:
         self.done: Counter[str] = Counter()
         parts = (*_WORKERS, "Redis", "relays", "queue")
         self._hands = {part: ThreadPoolExecutor(1, part) for part in parts}
-        self._queue = askers.raw_client()
+        self._queue = callers.raw_client()
         self._futures: list[Future[None]] = []
         self.binds: dict[str, str] = {}  # where a worker serves its metrics; else on any free port
         self.peak_rss = 0  # KiB
@@ -207,9 +209,9 @@ class Mischief:
 
     def _start(self, name: str) -> None:
         way = self._ways.get(name)
-        url = f"redis://127.0.0.1:{way.port}" if way else self._stage.server.url()
-        bind = self.binds.get(name, self._stage.settings["VERIFY_METRICS_BIND"])
-        settings = {**self._stage.settings, "VERIFY_REDIS_URL": url, "VERIFY_METRICS_BIND": bind}
+        url = f"redis://127.0.0.1:{way.port}" if way else self._rig.server.url()
+        bind = self.binds.get(name, self._rig.settings["VERIFY_METRICS_BIND"])
+        settings = {**self._rig.settings, "VERIFY_REDIS_URL": url, "VERIFY_METRICS_BIND": bind}
         worker = WorkerProcess(settings, log_level="DEBUG")
         self.workers[name] = worker
         self._read[worker] = 0
@@ -266,13 +268,13 @@ class Mischief:
 
     # The schedule
 
-    def play(self, fault: Planned) -> None:
+    def play(self, fault: PlannedFault) -> None:
         """Begin a fault, behind those that are still under way at the same part."""
         self._futures = [each for each in self._futures if not each.done()]
         part = "relays" if fault.where.startswith("relay") else fault.where
         self._futures.append(self._hands[part].submit(self._play, fault))
 
-    def _play(self, fault: Planned) -> None:
+    def _play(self, fault: PlannedFault) -> None:
         kind = _BY_NAME[fault.kind]
         window = self._ledger.begin(kind.name, fault.where, doubts=kind.doubts)
         group, _, what = kind.name.partition(": ")
@@ -286,7 +288,7 @@ class Mischief:
                 time.sleep(LINGERS)
             self._ledger.end(window)
 
-    def _do(self, fault: Planned, group: str, what: str) -> None:
+    def _do(self, fault: PlannedFault, group: str, what: str) -> None:
         match group:
             case "worker":
                 self._worker(fault, what)
@@ -301,7 +303,7 @@ class Mischief:
             case _:
                 self._messages(fault)
 
-    def _worker(self, fault: Planned, what: str) -> None:
+    def _worker(self, fault: PlannedFault, what: str) -> None:
         worker = self.workers[fault.where]
         if not worker.alive:  # `look` tells of it
             return
@@ -324,8 +326,8 @@ class Mischief:
         self._retire(fault.where)
         self._start(fault.where)
 
-    def _redis(self, fault: Planned, what: str) -> None:
-        server = self._stage.server
+    def _redis(self, fault: PlannedFault, what: str) -> None:
+        server = self._rig.server
         if what == "kill -9":
             server.kill()
             time.sleep(fault.seconds)
@@ -341,7 +343,7 @@ class Mischief:
                 for each in chance.sample(clients, min(len(clients), chance.randint(1, 8))):
                     client.client_kill_filter(_id=each, skipme=True)
 
-    def _way(self, proxies: list[TcpProxy], fault: Planned, what: str) -> None:
+    def _way(self, proxies: list[TcpProxy], fault: PlannedFault, what: str) -> None:
         for proxy in proxies:
             proxy.mode = _MODES.get(what, PASS)
         time.sleep(fault.seconds)
@@ -350,10 +352,10 @@ class Mischief:
                 proxy.reset()
             proxy.mode = PASS
 
-    def _chosen(self, fault: Planned) -> list[tuple[Relay, TcpProxy]]:
+    def _chosen(self, fault: PlannedFault) -> list[tuple[Relay, TcpProxy]]:
         return [each for i, each in enumerate(self._relays) if str(i) in fault.where]
 
-    def _relay(self, fault: Planned, what: str) -> None:
+    def _relay(self, fault: PlannedFault, what: str) -> None:
         chosen = self._chosen(fault)
         if what == "down":
             for _, proxy in chosen:
@@ -368,7 +370,7 @@ class Mischief:
         for relay, _ in chosen:
             relay.unsay(_SCRIPTS[what])
 
-    def _messages(self, fault: Planned) -> None:
+    def _messages(self, fault: PlannedFault) -> None:
         chance = random.Random(fault.dice)
         count = chance.randint(1, 6)
         if fault.kind == "poison":

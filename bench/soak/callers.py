@@ -15,13 +15,13 @@ from typing import Any, Final
 import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
+from support.caller import QUEUE, TASK, message
 
+from bench.soak.ledger import Ledger, Record
 from producer.aio import AsyncVerificationClient
 from producer.client import VerificationClient
 from producer.errors import RedisUnavailable
 from producer.settings import Settings
-from support.caller import QUEUE, TASK, message
-from support.ledger import Ledger, Record
 from worker.celery_side.redis_urls import broker_form, connect
 
 HOST: Final = "soak.example"
@@ -31,7 +31,7 @@ AGAIN: Final = 0.2  # seconds between two tries of one push
 _FAILED: Final = (redis.RedisError, RedisUnavailable, OperationalError, OSError)
 
 
-class Askers:
+class Callers:
     """`a_second` requests in all, until `stop`."""
 
     def __init__(self, ledger: Ledger, settings: Settings, seed: int, a_second: float) -> None:
