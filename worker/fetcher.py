@@ -25,7 +25,7 @@ from worker.queue.message import (
     DeadLetterCode,
     DeadLetterReason,
     Reserved,
-    Unfit,
+    UnfitMessage,
     for_celery,
     parse,
     unreadable_job,
@@ -203,7 +203,7 @@ class Fetcher:
             try:
                 parsed = parse(reserved)
                 message = for_celery(parsed) if parsed.needs_celery else None
-            except Unfit as exc:
+            except UnfitMessage as exc:
                 self._settler.dead_letter(unreadable_job(reserved.tag), exc.reason)
                 continue
             except Exception as exc:  # noqa: BLE001 - no message may stop the worker, or the rest of its batch

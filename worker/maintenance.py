@@ -14,7 +14,7 @@ from worker.databases import Database
 from worker.fetcher import Fetcher
 from worker.metrics import Counters
 from worker.queue.commands import RequestQueue
-from worker.queue.message import POISON, Reserved, Unfit, parse, unreadable_job
+from worker.queue.message import POISON, Reserved, UnfitMessage, parse, unreadable_job
 from worker.service import Service
 from worker.settler import Settler
 
@@ -97,7 +97,7 @@ class Maintenance:
         """Answer a message that killed its worker four times, and dead-letter it."""
         try:
             job = parse(poison).job
-        except Unfit:
+        except UnfitMessage:
             self._settler.dead_letter(unreadable_job(poison.tag), POISON)
             return
         job.validate()

@@ -44,11 +44,6 @@ def test_an_invalid_address_is_answered_3_and_echoed(rig: Rig, email: Any) -> No
     assert json.dumps(reply) == json.dumps({"email": email, "error": 3})
 
 
-def test_a_missing_address_is_answered_3(rig: Rig) -> None:
-    [request_id] = rig.caller.push(message({}))
-    assert rig.caller.reply(request_id) == {"email": None, "error": 3}
-
-
 @pytest.mark.parametrize(
     "purpose",
     ["", "Upper", "a b", "a" * 33, "a:b", "a\n", "ü", None, 7, True, [], {}],
@@ -81,32 +76,6 @@ def test_a_known_locale_sets_the_mails_language(rig: Rig) -> None:
     assert rig.caller.ask(email, locale="zh-CN")["error"] == 0
     [mail] = rig.mails_to(email)
     assert parsed(mail)["Content-Language"] == "zh-CN"
-
-
-def test_unknown_keyword_arguments_are_ignored(rig: Rig) -> None:
-    email = address()
-    assert rig.caller.ask(email, phone="12345", code="hush", args=[1])["error"] == 0
-    assert len(rig.mails_to(email)) == 1
-
-
-def test_positional_arguments_are_read(rig: Rig) -> None:
-    email = address()
-    [request_id] = rig.caller.push(message({}, args=[email, "login", "zh-CN"]))
-    assert rig.caller.reply(request_id) == {"email": email, "error": 0}
-    assert rig.codes.exists(f"code:login:{email}") == 1
-
-
-def test_extra_positional_arguments_are_ignored(rig: Rig) -> None:
-    email = address()
-    [request_id] = rig.caller.push(message({}, args=[email, "default", None, "more", {"still": "more"}]))
-    assert rig.caller.reply(request_id) == {"email": email, "error": 0}
-
-
-def test_spaces_around_an_address_are_trimmed_only_for_sending(rig: Rig) -> None:
-    email = address()
-    assert rig.caller.ask(f"  {email} ") == {"email": f"  {email} ", "error": 0}
-    assert len(rig.mails_to(email)) == 1
-    assert rig.codes.ttl(f"code_  {email} ") > 0
 
 
 def test_a_special_use_domain_is_accepted(rig: Rig) -> None:

@@ -1,4 +1,7 @@
-"""Messages that cannot be executed: each becomes a dead letter with a code and a reason, and the worker goes on."""
+"""Messages that cannot be executed: each becomes a dead letter with a code and a reason, and the worker goes on.
+
+The golden files in tests/contract have one for each missing field.
+"""
 
 from __future__ import annotations
 
@@ -21,40 +24,13 @@ def dump(kwargs: Any = None, **options: Any) -> bytes:
     return json.dumps(message({"email": "a@example.com"} if kwargs is None else kwargs, **options)).encode()
 
 
-def without(field: str) -> bytes:
-    """The minimal message without one field, named by its path."""
-    envelope = message({"email": "a@example.com"})
-    *path, last = field.split(".")
-    place = envelope
-    for step in path:
-        place = place[step]
-    del place[last]
-    return json.dumps(envelope).encode()
-
-
 def body(text: str | bytes) -> bytes:
     raw = text.encode() if isinstance(text, str) else text
     return dump(body=base64.b64encode(raw).decode())
 
 
-FIELDS = [
-    "body",
-    "content-type",
-    "content-encoding",
-    "headers",
-    "headers.task",
-    "headers.id",
-    "properties",
-    "properties.delivery_tag",
-    "properties.body_encoding",
-    "properties.delivery_info",
-    "properties.delivery_info.exchange",
-    "properties.delivery_info.routing_key",
-]
-
 UNFIT: dict[str, dict[str, bytes]] = {
     "envelope": {
-        **{f"no {field}": without(field) for field in FIELDS},
         "not JSON": b"hello",
         "empty": b"",
         "list": b"[]",
@@ -156,7 +132,7 @@ def test_dead_letters_are_logged_with_reason_and_count_in_few_lines(rig: Rig) ->
 
 def test_unfit_messages_do_not_hinder_the_others(rig: Rig) -> None:
     good = [message({"email": address()}) for _ in range(20)]
-    mixed = [part for each in good for part in (json.dumps(each).encode(), b"[]", without("headers.id"))]
+    mixed = [part for each in good for part in (json.dumps(each).encode(), b"[]", dump(headers={"id": None}))]
     rig.broker.lpush("verification", *mixed)
     assert rig.caller.replies([each["headers"]["id"] for each in good]) == [0] * len(good)
     rig.settled()

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 from support.caller import message
@@ -43,8 +44,7 @@ class Harness:
     def __init__(self) -> None:
         self.waiting: list[bytes] = []  # the queue in Redis
         self.asked: list[int] = []  # how many messages each `reserve` wanted
-        self.events: list[Finished] = []  # what Celery's side was told
-        self.to_celery: list[dict[str, Any]] = []
+        self.celery = Mock(CelerySide, **{"is_revoked.return_value": False})
         self.under_way = 0  # outcomes that are not settled yet
         self.counters = Counters()
         self.prefetch = Prefetch(FakeChannel(), self.counters)
@@ -52,8 +52,8 @@ class Harness:
         self.pushed = asyncio.Event()
         self._tags = itertools.count()
         queue = RequestQueue("verification", visibility_timeout=30)
-        us, waiter, celery = cast(Any, self), cast(Any, FakeWaiter(self.pushed)), FakeCelery(self)
-        self.fetcher = Fetcher(us, waiter, queue, us, us, celery, self.counters, self.prefetch)
+        us, waiter = cast(Any, self), cast(Any, FakeWaiter(self.pushed))
+        self.fetcher = Fetcher(us, waiter, queue, us, us, self.celery, self.counters, self.prefetch)
 
     def set_ahead(self, count: int) -> None:
         """Let the prefetch hold so many messages beyond what can be sent at once."""
@@ -79,32 +79,19 @@ class Harness:
     async def serve(self, jobs: list[Job]) -> None:
         """Start to serve, as the service does: the sends do not end by themselves."""
 
+    @property
+    def events(self) -> list[Finished]:
+        """The settled requests that Celery's side was told of, one entry a call."""
+        return [call.args[0] for call in self.celery.done.call_args_list]
+
+    @property
+    def celery_tags(self) -> list[str]:
+        """The delivery tags of the messages that went to Celery."""
+        return [call.args[0]["properties"]["delivery_tag"] for call in self.celery.to_celery.call_args_list]
+
     def finish(self, count: int) -> None:
         """Settle so many of those held."""
         self.fetcher.done([(job, ErrorCode.SUCCESS) for job in list(self.fetcher.held.values())[:count]])
-
-
-class FakeCelery(CelerySide):
-    """Keeps what it is told."""
-
-    def __init__(self, harness: Harness) -> None:
-        self._harness = harness
-
-    def received(self, jobs: list[Job]) -> None:
-        pass
-
-    def done(self, finished: Finished) -> None:
-        self._harness.events.append(finished)
-
-    def to_celery(self, message: dict[str, Any]) -> None:
-        self._harness.to_celery.append(message)
-
-    def is_revoked(self, request_id: str) -> bool:
-        del request_id
-        return False
-
-    def give_up(self, reason: str) -> None:
-        raise AssertionError(reason)
 
 
 class FakeWaiter:
@@ -263,10 +250,10 @@ def test_what_celery_has_to_run_counts_as_held_unless_it_waits_for_its_eta() -> 
         harness.push(5, headers=ETA)
         harness.push(3, headers=GROUP)
         await turns()
-        assert len(harness.to_celery) == 8
+        tags = harness.celery_tags
+        assert len(tags) == 8
         assert harness.fetcher._wanted() == AT_ONCE + AHEAD - 3
         assert harness.fetcher.load == 8
-        tags = [each["properties"]["delivery_tag"] for each in harness.to_celery]
         serving = [asyncio.create_task(harness.fetcher.serve_for_celery(tag)) for tag in (tags[0], tags[-1])]
         await turns()
         assert harness.fetcher._wanted() == AT_ONCE + AHEAD - 4  # the ETA of one has come
@@ -289,8 +276,8 @@ def test_messages_are_taken_again_once_celery_is_done_with_its_own() -> None:
         harness.push(3)
         await turns()
         assert harness.fetcher.held == {}
-        for each in harness.to_celery:
-            await harness.fetcher.leave_celery(each["properties"]["delivery_tag"], lambda _: [ACK])
+        for tag in harness.celery_tags:
+            await harness.fetcher.leave_celery(tag, lambda _: [ACK])
         await turns()
         assert len(harness.fetcher.held) == 3
 
@@ -306,7 +293,7 @@ def test_celery_is_told_once_of_all_that_a_round_trip_settled() -> None:
         harness.push(3)
         harness.push(1, headers=GROUP)
         await turns()
-        task = asyncio.create_task(harness.fetcher.serve_for_celery(harness.to_celery[0]["properties"]["delivery_tag"]))
+        task = asyncio.create_task(harness.fetcher.serve_for_celery(harness.celery_tags[0]))
         await turns()
         jobs = list(harness.fetcher.held.values())
         harness.fetcher.done([(job, ErrorCode.SUCCESS) for job in jobs[:2]] + [(job, None) for job in jobs[2:]])

@@ -10,7 +10,7 @@ import pytest
 from support.caller import message
 
 from producer.contract import TASK, VerifyRequest
-from worker.queue.message import MAX_NESTING, Parsed, Reserved, Unfit, for_celery, parse
+from worker.queue.message import MAX_NESTING, Parsed, Reserved, UnfitMessage, for_celery, parse
 from worker.queue.message import DeadLetterCode as Code
 
 ADDRESS = "anna@example.com"
@@ -150,14 +150,14 @@ REFUSED: list[tuple[dict[str, Any], tuple[Code, str]]] = [
 
 @pytest.mark.parametrize(("changes", "reason"), REFUSED, ids=lambda each: str(each)[:60])
 def test_an_unfit_message_is_refused_with_code_and_reason(changes: dict[str, Any], reason: tuple[Code, str]) -> None:
-    with pytest.raises(Unfit) as refused:
+    with pytest.raises(UnfitMessage) as refused:
         read(**{"kwargs": {"email": ADDRESS}, **changes})
     assert refused.value.reason == reason
 
 
 @pytest.mark.parametrize("raw", [b"", b"hello", b"null", b"[]", b'{"headers": NaN}', b"\xff", b"[" * 100_000], ids=repr)
 def test_anything_but_an_envelope_is_refused(raw: bytes) -> None:
-    with pytest.raises(Unfit, match=ENVELOPE[1]):
+    with pytest.raises(UnfitMessage, match=ENVELOPE[1]):
         parse(Reserved("tag", raw))
 
 

@@ -15,7 +15,7 @@ from producer.contract import DEAD_LETTERS
 from producer.errors import VerifyError
 from producer.logs import mask_email, mask_text
 from producer.redis.scripts import Script
-from worker.queue.message import Reserved, Unfit, parse
+from worker.queue.message import Reserved, UnfitMessage, parse
 
 _REPLAY = Script(Path(__file__).parent / "replay.lua")
 
@@ -55,7 +55,7 @@ class DeadLetter:
         """The request's id, masked address and purpose, as far as they can be read."""
         try:
             job = parse(Reserved("", self.message)).job
-        except Unfit:
+        except UnfitMessage:
             return {"id": None, "email": None}
         return {"id": job.request_id, "email": mask_email(job.request.email), "purpose": str(job.request.purpose)}
 
@@ -105,7 +105,7 @@ class DeadLetters:
         """
         try:
             parsed = parse(Reserved("", letter.message))
-        except Unfit as exc:
+        except UnfitMessage as exc:
             raise NotReplayable(f"it still cannot be executed ({exc}); replayed, it would only come back") from None
         # A request without a time of its own is at least as old as its letter.
         parsed.envelope["headers"].setdefault("enqueued_at", letter.at.timestamp())

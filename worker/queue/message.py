@@ -47,7 +47,7 @@ POISON = DeadLetterReason(DeadLetterCode.POISON, "it killed its worker four time
 CELERY_REJECTED = DeadLetterReason(DeadLetterCode.CELERY_REJECTED, "Celery rejected it")
 
 
-class Unfit(Exception):
+class UnfitMessage(Exception):
     """The message cannot be executed."""
 
     def __init__(self, code: DeadLetterCode, text: str) -> None:
@@ -81,7 +81,7 @@ def unreadable_job(tag: str) -> Job:
 def parse(reserved: Reserved) -> Parsed:
     """Read a message. `reserve.lua` has checked the envelope of one from the queue; a dead letter may have none.
 
-    Raises `Unfit`.
+    Raises `UnfitMessage`.
     """
     try:
         envelope = _read_json(reserved.message)
@@ -89,19 +89,19 @@ def parse(reserved: Reserved) -> Parsed:
         request_id = headers["id"]
         request_id.encode()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise Unfit(DeadLetterCode.ENVELOPE, "the envelope is not that of a task message") from None
+        raise UnfitMessage(DeadLetterCode.ENVELOPE, "the envelope is not that of a task message") from None
     try:
         body = _read_json(binascii.a2b_base64(text, strict_mode=True))
     except (ValueError, TypeError, RecursionError):
-        raise Unfit(DeadLetterCode.BODY, "the body is not JSON in base64") from None
+        raise UnfitMessage(DeadLetterCode.BODY, "the body is not JSON in base64") from None
     if not (isinstance(body, list) and len(body) == 3 and isinstance(body[0], list) and isinstance(body[1], dict)):
-        raise Unfit(DeadLetterCode.BODY, "the body is not [args, kwargs, embed]")
+        raise UnfitMessage(DeadLetterCode.BODY, "the body is not [args, kwargs, embed]")
     args, kwargs, embed = body
     given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs} if args else kwargs
     email, purpose = given.get("email"), given.get("purpose", DEFAULT_PURPOSE)
     for value in (email, purpose):
         if not isinstance(value, str) and not _is_shallow(value, MAX_NESTING):
-            raise Unfit(DeadLetterCode.BODY, "an argument is nested too deeply")
+            raise UnfitMessage(DeadLetterCode.BODY, "an argument is nested too deeply")
     get = headers.get
     expires = None if get("expires") is None else _timestamp(headers, "expires")
     eta = None if get("eta") is None else _timestamp(headers, "eta")
@@ -140,7 +140,7 @@ def _signatures(embed: object) -> dict[str, Any]:
         if not isinstance(each, list) or not all(
             isinstance(one, dict) and isinstance(one.get("task"), str) for one in each
         ):
-            raise Unfit(DeadLetterCode.BODY, f"{name} in the body: not a task signature")
+            raise UnfitMessage(DeadLetterCode.BODY, f"{name} in the body: not a task signature")
     return found
 
 
@@ -157,7 +157,7 @@ def _timestamp(headers: dict[str, Any], name: str) -> float:
         seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
         datetime.fromtimestamp(seconds, UTC)  # fails for a moment just before year 1 or after 9999 in UTC
     except (TypeError, ValueError, OverflowError):
-        raise Unfit(DeadLetterCode.TIME, f"{name} is not a time in ISO 8601") from None
+        raise UnfitMessage(DeadLetterCode.TIME, f"{name} is not a time in ISO 8601") from None
     return seconds
 
 

@@ -27,7 +27,7 @@ first, then written to where they go, and only then removed; if they cannot be r
 ]]
 local time = redis.call('TIME')
 local seconds = time[1] + time[2] / 1000000
-local score = string.format('%.6f', seconds) -- once: a number that is handed on is written out each time
+local score = string.format('%.6f', seconds) -- once: Lua would format a number for each command
 local count, prefix, held = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[5])
 local UNKNOWN_TASK, ENVELOPE = ARGV[6], ARGV[7]
 local suspects = redis.call('LLEN', KEYS[4])
@@ -66,7 +66,7 @@ end
 
 local taken = { suspects, 0 }
 
--- Moves these messages, of one source; the removals take them out of it. Returns what was refused, if anything.
+-- Moves messages of one source. `removals` are the commands that remove them there. Returns the error of a refused command.
 local function move(messages, removals)
     local from, payloads, index, dead = #taken, {}, {}, {}
     for _, message in ipairs(messages) do
@@ -84,16 +84,16 @@ local function move(messages, removals)
         taken[#taken + 1] = tag
         taken[#taken + 1] = message
     end
-    local lettered
+    local recorded
     local error = #payloads > 0 and (refused(redis.pcall('HSET', KEYS[5], unpack(payloads)))
         or refused(redis.pcall('ZADD', KEYS[6], unpack(index))))
     if not error and #dead > 0 then
         error = refused(redis.pcall('LPUSH', KEYS[7], unpack(dead)))
-        lettered = not error
+        recorded = not error
     end
     error = error or refused(redis.pcall(unpack(removals[1])))
     if not error then
-        -- They have moved. What another removal leaves behind points to nothing.
+        -- They have moved. What a further removal may leave behind points to nothing.
         for i = 2, #removals do
             redis.pcall(unpack(removals[i]))
         end
@@ -103,7 +103,7 @@ local function move(messages, removals)
         redis.pcall('ZREM', KEYS[6], payloads[i])
         redis.pcall('HDEL', KEYS[5], payloads[i])
     end
-    if lettered then
+    if recorded then
         redis.pcall('LTRIM', KEYS[7], #dead, -1)
     end
     for i = #taken, from + 1, -1 do
@@ -127,7 +127,7 @@ if suspects > 0 then
     return answer(move({ redis.call('LINDEX', KEYS[4], -1) }, { { 'RPOP', KEYS[4] } }))
 end
 
--- Moves one end of a list, the oldest (its last) first; the rest stays. Returns what was refused, if anything.
+-- Moves one end of a list, the oldest (rightmost) first, and keeps the rest. Returns the error of a refused command.
 local function take(key, from, to, rest_from, rest_to)
     local found, messages = redis.call('LRANGE', key, from, to), {}
     for j = #found, 1, -1 do
