@@ -179,13 +179,9 @@ def load_or_exit() -> Settings:
     with exit_on_bad_setting():
         settings = load()
         given = {*os.environ, *from_dotenv()}
-    for line in unknown_names(given - _reported):
+    for line in unknown_names(given):
         sys.stderr.write(f"{line}\n")
-    _reported.update(given)
     return settings
-
-
-_reported: Final[set[str]] = set()  # names that this process has checked, as Celery loads settings more than once
 
 
 @contextmanager

