@@ -6,9 +6,10 @@ An own code store is wired here, in place of `RedisCodeStore`; another mail chan
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING, Final
 
-from producer.errors import RedisUnavailable, ServerTooOld
+from producer.errors import RedisLoginRefused, RedisUnavailable, ServerTooOld
 from producer.metrics import MetricsServer
 from producer.redis.connection import RedisConnections, require_version
 from producer.settings import Settings
@@ -16,7 +17,7 @@ from producer.store.codes import CodePolicy
 from producer.store.redis_codes import RedisCodeStore
 from producer.tracing.setup import FAREWELL, set_up
 from worker.celery_side.events import Events
-from worker.databases import Databases
+from worker.databases import Database, Databases
 from worker.fetcher import CelerySide, Fetcher, Prefetch
 from worker.mail.failover import Failover
 from worker.mail.pool import SmtpPool
@@ -43,13 +44,17 @@ CHANNELS: Final[dict[str, Callable[[RelayURL, Settings], RelayChannel]]] = {
     "smtps": SmtpPool.of,
 }
 
+logger = logging.getLogger(__name__)
+
 SERVICE = "verifyserver-worker"  # in traces, unless OTEL_SERVICE_NAME says otherwise
 
 
 class Worker:
     """Everything that runs on the service's loop."""
 
-    def __init__(self, settings: Settings, celery_side: CelerySide, traces: Traces | None = None) -> None:
+    def __init__(
+        self, settings: Settings, make_celery_side: Callable[[Events], CelerySide], traces: Traces | None = None
+    ) -> None:
         self._redis = RedisConnections()
         self._databases = Databases(settings, self._redis)
         self._channel = Failover([CHANNELS[url.scheme](url, settings) for url in settings.relays])
@@ -57,6 +62,8 @@ class Worker:
         store = RedisCodeStore(codes.connection, CodePolicy.of(settings), database=codes.number)
         queue = RequestQueue(settings.queue, visibility_timeout=settings.visibility_timeout)
         counters = Counters()
+        self._events = Events(broker)
+        self._celery_side = make_celery_side(self._events)
         settler = Settler(store, self._databases, queue, counters)
         service = Service(
             store,
@@ -73,7 +80,7 @@ class Worker:
             queue,
             service,
             settler,
-            celery_side,
+            self._celery_side,
             counters,
             Prefetch(self._channel, counters),
             traced=traces is not None,
@@ -86,11 +93,9 @@ class Worker:
         parts = (broker, queue, service, settler, counters, self.fetcher)
         self._maintenance = Maintenance(*parts, lambda: self._channel.healthy)
         self._traces = traces
-        self.events = Events(broker)
         metrics = WorkerMetrics(counters, self._channel.statuses, lambda: self.fetcher.load, broker, settings.queue)
         self._metrics = MetricsServer(metrics.page)
         self._metrics_bind = settings.metrics_bind
-        self._celery_side = celery_side
         self._background: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -101,12 +106,17 @@ class Worker:
         self._background = asyncio.create_task(self._require_versions())
 
     async def _require_versions(self) -> None:
-        """Give up if a database's server is too old; wait for those that are not up yet."""
-        for database in (self._databases.codes, self._databases.broker, self._databases.results):
+        """Give up if a database's server is too old; wait for those that are not up yet, or refuse our login."""
+        for name in ("codes", "broker", "results"):
+            database: Database = getattr(self._databases, name)
+            warned = False
             while True:
                 try:
                     [info] = await database.run([("INFO", "server")])
-                except RedisUnavailable:
+                except RedisUnavailable as exc:
+                    if isinstance(exc, RedisLoginRefused) and not warned:
+                        logger.error("%s database (VERIFY_%s_URL): %s", name, name.upper(), exc)
+                        warned = True
                     await asyncio.sleep(1)
                     continue
                 break
@@ -124,7 +134,7 @@ class Worker:
         await self._maintenance.stop()
         self._request_log.flush()
         last_spans = None if self._traces is None else self._traces.close()
-        await self.events.close()
+        await self._events.close()
         await self._channel.close()
         await self._metrics.close()
         await self._redis.close()
@@ -132,8 +142,8 @@ class Worker:
             last_spans.join(FAREWELL)
 
 
-async def wire(settings: Settings, celery_side: CelerySide) -> Worker:
+async def wire(settings: Settings, make_celery_side: Callable[[Events], CelerySide]) -> Worker:
     """Make the worker and start it on the running loop."""
-    worker = Worker(settings, celery_side, set_up(SERVICE))
+    worker = Worker(settings, make_celery_side, set_up(SERVICE))
     await worker.start()
     return worker

@@ -98,3 +98,11 @@ def test_a_refused_redis_login_is_not_reported_as_an_outage(new_redis_server: Ca
         assert HUSH not in worker.log
     finally:
         worker.close()
+
+
+def test_a_refused_login_at_the_codes_alone_is_logged(redis_server: RedisServer) -> None:
+    codes = redis_server.url(0).replace("://", f"://nobody:{HUSH}@")
+    settings = {"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_CODES_URL": codes, "VERIFY_METRICS_BIND": "127.0.0.1:0"}
+    with WorkerProcess(settings) as worker:
+        worker.wait_for_log("codes database (VERIFY_CODES_URL): Redis refused the login (WRONGPASS)")
+        assert HUSH not in worker.log

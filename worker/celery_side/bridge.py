@@ -1,8 +1,8 @@
 """Where Celery's thread and the service's loop meet.
 
 Celery runs its hub in the main thread: control commands, heartbeats, and messages that need its own machinery. The
-service runs on one asyncio loop in a thread of its own. Whatever crosses from the loop to the hub lies in one deque,
-and a pipe wakes the hub; whatever crosses the other way is called on the loop. No plain request crosses at all.
+service runs on one asyncio loop in a thread of its own. What the loop wants of the hub is posted to a deque, and a pipe
+wakes the hub; what Celery wants of the service is called on the loop. A plain request never leaves the loop.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from celery.worker import state
 
@@ -29,23 +29,93 @@ from producer.contract import TASK, Reply
 from producer.errors import VerifyError
 from producer.settings import Settings
 from worker.bootstrap import Worker, wire
-from worker.fetcher import CelerySide, Fetcher
+from worker.celery_side.events import Events
+from worker.fetcher import Fetcher
 from worker.job import Finished, Job
 from worker.queue.commands import RequestQueue
 
 logger = logging.getLogger(__name__)
 
-FINISH_WITHIN = 11.0  # seconds a warm shutdown waits for sends in hand; one send takes VERIFY_SEND_TIMEOUT at most
-SWITCH_INTERVAL = 0.0002  # seconds
-YOUNGEST = 50_000  # objects more than at the last collection bring on the next; usually 700, which a few requests make
-CUT_WITHIN = 1.5  # seconds in which a cold one puts back what it can; what is left is redelivered
-_BEAT = 0.1  # seconds between two looks at Celery's state while waiting
+FINISH_WITHIN: Final = (
+    11.0  # seconds that a warm shutdown waits for sends in hand; one takes VERIFY_SEND_TIMEOUT at most
+)
+CUT_WITHIN: Final = 1.5  # seconds in which a cold shutdown puts back what it can; the rest is redelivered
+SWITCH_INTERVAL: Final = 0.0002  # seconds
+GC_THRESHOLD: Final = 50_000  # new objects until the next collection; the default of 700 is reached by a few requests
+_POLL: Final = 0.1  # seconds between two looks at Celery's state during the shutdown
 
 _T = TypeVar("_T")
 
 
-class Bridge(CelerySide):
-    """Runs the service's loop beside Celery's hub."""
+class HubPort:
+    """What the fetcher needs of Celery (`CelerySide`). Called on the service's loop, unless a method says otherwise."""
+
+    def __init__(self, queue: str, events: Events) -> None:
+        self._queue = queue
+        self._events = events
+        self._consumer: Any = None
+        self._posted: deque[Callable[[], None]] = deque()
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+
+    def received(self, jobs: list[Job]) -> None:
+        """Count the requests, and send their events."""
+        state.total_count[TASK] += len(jobs)
+        state.all_total_count[0] += len(jobs)
+        self._events.received(jobs)
+
+    def done(self, finished: Finished) -> None:
+        """Send the events of requests that this worker does not hold any more."""
+        self._events.done(finished)
+
+    def to_celery(self, message: dict[str, Any]) -> None:
+        """Deliver to Celery's consumer, through its transport."""
+        self._posted.append(functools.partial(self._deliver, message))
+        # With more than one, the hub is running them, or was woken for the first.
+        if len(self._posted) == 1:
+            with contextlib.suppress(BlockingIOError):
+                os.write(self._writer, b"\0")
+
+    def _deliver(self, message: dict[str, Any]) -> None:
+        # While Celery waits for Redis, nothing is delivered: at the reconnect, the message returns to the queue.
+        if self._consumer.connection is not None:
+            self._consumer.connection.transport._deliver(message, self._queue)  # noqa: SLF001 - as transports do
+
+    def is_revoked(self, request_id: str) -> bool:
+        """Whether `celery control revoke` named the request."""
+        return request_id in state.revoked
+
+    def give_up(self, reason: str) -> None:
+        """Stop the worker, with one line in the log."""
+        logger.critical(reason)
+        state.should_stop = 1
+
+    def attach(self, consumer: Any) -> bool:
+        """Called by Celery's thread with each connected consumer. Whether it replaces an earlier one."""
+        replaces, self._consumer = self._consumer is not None, consumer
+        self._events.attach(consumer.event_dispatcher)
+        # Read once the hub runs, not now: only then does the new channel know whose messages these are.
+        consumer.hub.add_reader(self._reader, self.run_posted)
+        # The hub sleeps for up to seconds. Without this, it would not wake for a signal either.
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        return replaces
+
+    def run_posted(self) -> None:
+        """Called by Celery's thread: run what was posted."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._reader, 65536)
+        while self._posted:
+            try:
+                self._posted.popleft()()
+            except Exception as exc:  # noqa: BLE001 - one failed call must not stop the next
+                logger.error("unforeseen error in Celery's thread", extra={"kind": type(exc).__name__})
+
+
+class Bridge:
+    """Runs the service's loop in a thread beside Celery's hub, and passes Celery's calls to it."""
+
+    _port: HubPort
 
     def __init__(self, settings: Settings) -> None:
         self.queue = settings.queue
@@ -53,50 +123,42 @@ class Bridge(CelerySide):
         self._worker: Worker | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="service", daemon=True)
-        self._inbox: deque[Callable[[], None]] = deque()
-        self._reader, self._writer = os.pipe()
-        os.set_blocking(self._reader, False)
-        os.set_blocking(self._writer, False)
-        self._consumer: Any = None
 
     # Called by Celery, on its own thread.
 
     def open(self) -> None:
         """Start the loop and wire the service on it."""
-        # While Celery's thread computes, the service's loop waits for the interpreter: 5 ms by default, at each reply.
+        # While Celery's thread computes, the loop waits for the interpreter: by default 5 ms, at each reply.
         sys.setswitchinterval(SWITCH_INTERVAL)
-        # What is imported stays, and a request leaves no cycles: the collector need not look through both all the time.
+        # Imported objects stay, and a request leaves no cycles: spare the garbage collector both.
         gc.freeze()
-        gc.set_threshold(YOUNGEST, *gc.get_threshold()[1:])
-        # The hub sleeps until it has something to do, a second and more: without this, in spite of a signal to stop.
-        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        gc.set_threshold(GC_THRESHOLD, *gc.get_threshold()[1:])
         self._thread.start()
-        self._worker = self._call(wire(self._settings, self)).result()
+        self._worker = self._call(wire(self._settings, self._make_port)).result()
+
+    def _make_port(self, events: Events) -> HubPort:
+        self._port = HubPort(self.queue, events)
+        return self._port
 
     def attach(self, consumer: Any) -> None:
-        """A consumer is connected: it gets what lies in the inbox. Called anew at each reconnect."""
-        if self._consumer is not None:
-            # Celery has forgotten what it had scheduled: with stock kombu, all of it comes again.
+        """Use this connected consumer from now on; Celery makes a new one at each reconnect."""
+        if self._port.attach(consumer):
+            # The new one has forgotten what the old one had scheduled; with stock kombu, all of it would come again.
             self._call(self._fetcher.celery_forgot())
-        self._consumer = consumer
-        if self._worker is not None:
-            self._worker.events.attach(consumer.event_dispatcher)
-        # Read when the hub runs, not now: only then does the new channel know whose messages these are.
-        consumer.hub.add_reader(self._reader, self._empty_inbox)
 
     def close(self) -> None:
-        """Finish what is in hand, put back the rest, end the loop. An order to terminate cuts it short."""
+        """Finish what is in hand, put back the rest, end the loop. Celery's order to terminate cuts it short."""
         if self._worker is None:
             return
         stopping = self._call(self._worker.stop(CUT_WITHIN if state.should_terminate else FINISH_WITHIN))
         cut_at = math.inf
         while not stopping.done() and time.monotonic() < cut_at:
-            concurrent.futures.wait([stopping], timeout=_BEAT)
-            self._empty_inbox()
+            concurrent.futures.wait([stopping], timeout=_POLL)
+            self._port.run_posted()
             if state.should_terminate and cut_at == math.inf:
                 cut_at = time.monotonic() + CUT_WITHIN
         with contextlib.suppress(TimeoutError):
-            self._call(_call_off_all()).result(timeout=1)
+            self._call(_cancel_all()).result(timeout=1)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=1)
         self._worker = None
@@ -105,37 +167,27 @@ class Bridge(CelerySide):
         """The requests that the service holds and Celery does not know of."""
         return [job for job in list(self._fetcher.held.values()) if not job.through_celery]
 
-    def _empty_inbox(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._reader, 65536)
-        while self._inbox:
-            try:
-                self._inbox.popleft()()
-            except Exception as exc:  # noqa: BLE001 - the next one is not this one's
-                logger.error("unforeseen error in the inbox", extra={"kind": type(exc).__name__})
-
     # Called by Celery, on any thread.
 
     def consume(self, *, on: bool) -> None:
-        """Start or stop taking requests; nothing once the service is stopped."""
+        """Start or stop taking requests; does nothing once the service has stopped."""
         if self._worker is not None:
             self._loop.call_soon_threadsafe(functools.partial(self._fetcher.consume, on=on))
 
     def serve(self, tag: str) -> Reply | None:
-        """Serve the request that Celery runs as a task; None: it was parked, buried or put back."""
-        reply: Reply | None = self._call(self._fetcher.serve_for_celery(tag)).result()
-        return reply
+        """Serve the request that Celery runs as a task. None: it was delayed, dead-lettered or put back."""
+        return self._call(self._fetcher.serve_for_celery(tag)).result()
 
     def ack(self, tag: str) -> None:
-        """A message that went to Celery is done."""
+        """Celery is done with the message."""
         self._call(self._fetcher.leave_celery(tag, lambda tag: [RequestQueue.ack([tag])]))
 
     def dead_letter(self, tag: str) -> None:
-        """A message that Celery rejects becomes a dead letter."""
+        """Celery rejects the message."""
         self._call(self._fetcher.dead_letter_from_celery(tag))
 
     def release(self, tag: str) -> None:
-        """A message that went to Celery goes back to the queue."""
+        """Return the message to the queue."""
         queue = self._fetcher.queue
         self._call(self._fetcher.leave_celery(tag, lambda tag: [queue.release([tag])]))
 
@@ -152,49 +204,9 @@ class Bridge(CelerySide):
     def _call(self, coroutine: Coroutine[Any, Any, _T]) -> concurrent.futures.Future[_T]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    # Called by the intake, on the service's loop.
 
-    def received(self, jobs: list[Job]) -> None:
-        """Count the requests, and send their events."""
-        state.total_count[TASK] += len(jobs)
-        state.all_total_count[0] += len(jobs)
-        if self._worker is not None:
-            self._worker.events.received(jobs)
-
-    def done(self, finished: Finished) -> None:
-        """Send the events of requests that are off this worker's hands."""
-        if self._worker is not None:
-            self._worker.events.done(finished)
-
-    def to_celery(self, message: dict[str, Any]) -> None:
-        """Deliver to Celery's consumer, through its transport."""
-
-        def deliver() -> None:
-            if self._consumer.connection is None:
-                return  # Celery waits for Redis: what it had not begun goes back to the queue then
-            self._consumer.connection.transport._deliver(message, self.queue)  # noqa: SLF001 - a transport's own way
-
-        self._post(deliver)
-
-    def is_revoked(self, request_id: str) -> bool:
-        """Whether `celery control revoke` named the request."""
-        return request_id in state.revoked
-
-    def give_up(self, reason: str) -> None:
-        """End the process, with one line."""
-        logger.critical(reason)
-        state.should_stop = 1
-
-    def _post(self, call: Callable[[], None]) -> None:
-        self._inbox.append(call)
-        # With more in it, the hub is emptying it, or has been woken for what came before.
-        if len(self._inbox) == 1:
-            with contextlib.suppress(BlockingIOError):
-                os.write(self._writer, b"\0")
-
-
-async def _call_off_all() -> None:
-    """Cancel whatever still runs on this loop, and what comes of that."""
+async def _cancel_all() -> None:
+    """Cancel all tasks of this loop, and those that their cancelling starts."""
     for _ in range(3):
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
