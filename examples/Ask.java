@@ -1,4 +1,4 @@
-// Asks for a code at the HTTP door, with nothing but a JDK (11 or newer), and prints the reply.
+// Asks the HTTP API for a code, with nothing but a JDK (11 or newer), and prints the reply.
 //
 //   java Ask.java a@example.com
 import java.net.URI;
@@ -9,14 +9,14 @@ import java.time.Duration;
 import java.util.regex.Pattern;
 
 public class Ask {
-    static final Pattern ERROR = Pattern.compile("^\\{\"error\": ?(\\d+)[,}]"); // a JSON library of yours does it better
+    static final Pattern ERROR = Pattern.compile("^\\{\"error\": ?(\\d+)[,}]"); // better: your JSON library
 
     public static void main(String[] words) throws Exception {
-        String door = System.getenv().getOrDefault("VERIFY_HTTP_DOOR", "http://127.0.0.1:8081");
-        String email = words[0].replace("\\", "\\\\").replace("\"", "\\\""); // as JSON has it
-        HttpRequest request = HttpRequest.newBuilder(URI.create(door + "/get_varifycode"))
+        String api = System.getenv().getOrDefault("HTTP_API", "http://127.0.0.1:8081");
+        String email = words[0].replace("\\", "\\\\").replace("\"", "\\\""); // escaped for JSON
+        HttpRequest request = HttpRequest.newBuilder(URI.create(api + "/get_varifycode"))
             .POST(HttpRequest.BodyPublishers.ofString("{\"email\": \"" + email + "\"}"))
-            .timeout(Duration.ofSeconds(10)) // the door answers within VERIFY_REPLY_TIMEOUT, 5 s unless set
+            .timeout(Duration.ofSeconds(10)) // the API answers within VERIFY_REPLY_TIMEOUT (5 s)
             .build();
         HttpClient client = HttpClient.newHttpClient();
         String reply = client.send(request, HttpResponse.BodyHandlers.ofString()).body();

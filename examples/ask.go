@@ -1,4 +1,4 @@
-// Asks for a code at the HTTP door, with nothing but Go, and prints the reply.
+// Asks the HTTP API for a code, with nothing but Go, and prints the reply.
 //
 //	go run ask.go a@example.com
 package main
@@ -14,17 +14,17 @@ import (
 )
 
 type reply struct {
-	Error *int   `json:"error"` // a pointer: an answer without it is no Success
+	Error *int   `json:"error"` // a pointer, so that an answer without it is not taken for 0
 	Email string `json:"email"`
 }
 
-func ask(door, email string) (given reply, err error) {
+func ask(api, email string) (given reply, err error) {
 	body, err := json.Marshal(map[string]string{"email": email})
 	if err != nil {
 		return given, err
 	}
-	client := http.Client{Timeout: 10 * time.Second} // the door answers within VERIFY_REPLY_TIMEOUT, 5 s unless set
-	answer, err := client.Post(door+"/get_varifycode", "application/json", bytes.NewReader(body))
+	client := http.Client{Timeout: 10 * time.Second} // the API answers within VERIFY_REPLY_TIMEOUT (5 s)
+	answer, err := client.Post(api+"/get_varifycode", "application/json", bytes.NewReader(body))
 	if err != nil {
 		return given, err
 	}
@@ -34,11 +34,11 @@ func ask(door, email string) (given reply, err error) {
 
 func main() {
 	log.SetFlags(0)
-	door := os.Getenv("VERIFY_HTTP_DOOR")
-	if door == "" {
-		door = "http://127.0.0.1:8081"
+	api := os.Getenv("HTTP_API")
+	if api == "" {
+		api = "http://127.0.0.1:8081"
 	}
-	given, err := ask(door, os.Args[1])
+	given, err := ask(api, os.Args[1])
 	if err != nil {
 		log.Fatal("no reply: ", err)
 	}

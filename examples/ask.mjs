@@ -1,11 +1,12 @@
-// Asks for a code over raw Redis, with nothing but Node: SUBSCRIBE, LPUSH, GET, as every caller does.
+// Asks for a code over plain Redis, with nothing but Node: SUBSCRIBE, LPUSH, GET.
 //
 //   node ask.mjs a@example.com
 import { randomUUID } from "node:crypto";
 import net from "node:net";
+import tls from "node:tls";
 
-const PATIENCE = 5; // seconds
-const { REDIS_HOST = "127.0.0.1", REDIS_PORT = "6379", REDIS_PASSWORD } = process.env;
+const { VERIFY_REDIS_URL = "redis://127.0.0.1:6379", VERIFY_REPLY_TIMEOUT = "5" } = process.env;
+const url = new URL(VERIFY_REDIS_URL);
 
 async function* linesOf(socket) {
   let text = "";
@@ -17,7 +18,7 @@ async function* linesOf(socket) {
   throw new Error("Redis closed the connection");
 }
 
-// One answer of Redis; no string in it has a line break, for it is JSON.
+// Reads one answer of Redis. No string in it has a line break, because all of them are JSON.
 async function read(lines) {
   const line = (await lines.next()).value;
   const [kind, text] = [line[0], line.slice(1)];
@@ -30,29 +31,31 @@ async function read(lines) {
 }
 
 async function connect() {
-  const socket = net.connect(Number(REDIS_PORT), REDIS_HOST);
+  const { protocol, hostname: host, username, password } = url;
+  const options = { host, port: Number(url.port || 6379), servername: host };
+  const socket = protocol === "rediss:" ? tls.connect(options) : net.connect(options);
   const lines = linesOf(socket);
   const call = (...words) => {
     socket.write(`*${words.length}\r\n` + words.map((word) => `$${Buffer.byteLength(word)}\r\n${word}\r\n`).join(""));
     return read(lines);
   };
-  if (REDIS_PASSWORD) await call("AUTH", REDIS_PASSWORD);
+  if (password) await call("AUTH", ...[username, password].filter(Boolean).map(decodeURIComponent));
   return { call, lines };
 }
 
-setTimeout(() => (console.error(`no reply within ${PATIENCE} s`), process.exit(1)), PATIENCE * 1000);
+setTimeout(() => (console.error(`no reply within ${VERIFY_REPLY_TIMEOUT} s`), process.exit(1)), VERIFY_REPLY_TIMEOUT * 1000);
 const id = randomUUID();
 const key = `celery-task-meta-${id}`;
 const body = Buffer.from(JSON.stringify([[], { email: process.argv[2] }, {}])).toString("base64");
 const headers = { task: "verification.send_code", id };
 const delivery_info = { exchange: "", routing_key: "verification" };
 const properties = { delivery_tag: randomUUID(), body_encoding: "base64", delivery_info };
-const form = { "content-type": "application/json", "content-encoding": "utf-8" };
-const [listener, client] = await Promise.all([connect(), connect()]);
-await listener.call("SUBSCRIBE", key);
+const content = { "content-type": "application/json", "content-encoding": "utf-8" };
+const [subscriber, client] = await Promise.all([connect(), connect()]);
+await subscriber.call("SUBSCRIBE", key);
 await client.call("SELECT", "1");
-await client.call("LPUSH", "verification", JSON.stringify({ body, ...form, headers, properties }));
+await client.call("LPUSH", "verification", JSON.stringify({ body, ...content, headers, properties }));
 await client.call("SELECT", "2");
-const reply = JSON.parse((await client.call("GET", key)) ?? (await read(listener.lines))[2]).result;
+const reply = JSON.parse((await client.call("GET", key)) ?? (await read(subscriber.lines))[2]).result;
 console.log(JSON.stringify(reply));
 process.exit(reply.error === 0 ? 0 : 1);

@@ -1,4 +1,4 @@
-"""Asks for a code over raw Redis, with the package `redis` only: SUBSCRIBE, LPUSH, GET, as every caller does.
+"""Asks for a code over plain Redis, with nothing but the package `redis`: SUBSCRIBE, LPUSH, GET.
 
 python ask.py a@example.com
 """
@@ -17,16 +17,15 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-TIMEOUT = 5.0  # seconds
-HOST, PORT = os.environ.get("REDIS_HOST", "127.0.0.1"), int(os.environ.get("REDIS_PORT", "6379"))
-PASSWORD = os.environ.get("REDIS_PASSWORD")
+TIMEOUT = float(os.environ.get("VERIFY_REPLY_TIMEOUT", "5"))  # seconds
+REDIS_URL = os.environ.get("VERIFY_REDIS_URL", "redis://127.0.0.1:6379")
 
 
 def ask(email: str) -> Any:
-    """The reply, or None: unknown, the mail may still arrive."""
+    """Return the reply, or None if there is none in time; the mail may still arrive."""
     deadline = time.monotonic() + TIMEOUT
-    bounds: Any = {"socket_timeout": TIMEOUT, "socket_connect_timeout": TIMEOUT, "retry": Retry(NoBackoff(), 0)}
-    broker, results = (redis.Redis(HOST, PORT, db, PASSWORD, **bounds) for db in (1, 2))
+    options: Any = {"socket_timeout": TIMEOUT, "socket_connect_timeout": TIMEOUT, "retry": Retry(NoBackoff(), 0)}
+    broker, results = (redis.Redis.from_url(REDIS_URL, db=db, **options) for db in (1, 2))
     request_id = str(uuid.uuid4())
     message = {
         "body": base64.b64encode(json.dumps([[], {"email": email}, {}]).encode()).decode(),
@@ -42,7 +41,7 @@ def ask(email: str) -> Any:
     key = f"celery-task-meta-{request_id}"
     with broker, results, results.pubsub() as subscription:  # type: ignore[no-untyped-call]
         subscription.subscribe(key)
-        subscription.get_message(timeout=TIMEOUT)  # Redis' word that we are subscribed
+        subscription.get_message(timeout=TIMEOUT)  # the confirmation of SUBSCRIBE
         broker.lpush("verification", json.dumps(message))
         payload = results.get(key)
         while payload is None and (left := deadline - time.monotonic()) > 0:

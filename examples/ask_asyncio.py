@@ -1,4 +1,4 @@
-"""Asks for codes with this project's own asyncio client, all at once: the package `verifyserver`.
+"""Asks for several codes at once with the asyncio client: needs the package `verifyserver`.
 
 python ask_asyncio.py a@example.com b@example.com
 """
@@ -14,7 +14,7 @@ from producer.contract import Reply
 
 
 async def ask(emails: list[str]) -> list[Reply]:
-    """The replies, in the order of the addresses."""
+    """Return the replies, in the order of the addresses."""
     async with AsyncVerificationClient() as client:  # one for the whole loop; tasks share it
         return await asyncio.gather(*(client.request(email) for email in emails))
 

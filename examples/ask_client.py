@@ -1,4 +1,4 @@
-"""Asks for a code with this project's own blocking client, for threads: the package `verifyserver`.
+"""Asks for a code with the blocking client, for threads: needs the package `verifyserver`.
 
 python ask_client.py a@example.com
 """

@@ -1,4 +1,4 @@
-// Asks for a code at the gRPC door, with @grpc/grpc-js and @grpc/proto-loader, and prints the reply.
+// Asks the gRPC API for a code, with @grpc/grpc-js and @grpc/proto-loader, and prints the reply.
 //
 //   npm install --no-save @grpc/grpc-js @grpc/proto-loader
 //   node ask_grpc.mjs a@example.com
@@ -6,14 +6,14 @@ import { fileURLToPath } from "node:url";
 import grpc from "@grpc/grpc-js";
 import { loadSync } from "@grpc/proto-loader";
 
-const { VERIFY_GRPC_DOOR = "127.0.0.1:50051" } = process.env;
+const { GRPC_API = "127.0.0.1:50051" } = process.env;
 const proto = new URL("../producer/api/message.proto", import.meta.url); // copy it into your own project
 
 const { message } = grpc.loadPackageDefinition(loadSync(fileURLToPath(proto)));
-const door = new message.VarifyService(VERIFY_GRPC_DOOR, grpc.credentials.createInsecure());
-// The door answers within VERIFY_REPLY_TIMEOUT, 5 s unless set; 10 s are for a door that is not there.
-door.GetVarifyCode({ email: process.argv[2] }, { deadline: Date.now() + 10_000 }, (trouble, reply) => {
-  if (trouble) console.error(`no reply: ${trouble.message}`);
+const api = new message.VarifyService(GRPC_API, grpc.credentials.createInsecure());
+// The API answers within VERIFY_REPLY_TIMEOUT (5 s); the 10 s are for an API that is down.
+api.GetVarifyCode({ email: process.argv[2] }, { deadline: Date.now() + 10_000 }, (error, reply) => {
+  if (error) console.error(`no reply: ${error.message}`);
   else console.log(JSON.stringify({ email: reply.email, error: reply.error ?? 0 }));
-  process.exit(!trouble && !reply.error ? 0 : 1);
+  process.exit(!error && !reply.error ? 0 : 1);
 });

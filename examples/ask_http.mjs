@@ -1,12 +1,12 @@
-// Asks for a code at the HTTP door, with nothing but Node, and prints the reply.
+// Asks the HTTP API for a code, with nothing but Node, and prints the reply.
 //
 //   node ask_http.mjs a@example.com
-const { VERIFY_HTTP_DOOR = "http://127.0.0.1:8081" } = process.env;
+const { HTTP_API = "http://127.0.0.1:8081" } = process.env;
 
-const answer = await fetch(`${VERIFY_HTTP_DOOR}/get_varifycode`, {
+const answer = await fetch(`${HTTP_API}/get_varifycode`, {
   method: "POST",
   body: JSON.stringify({ email: process.argv[2] }),
-  // The door answers within VERIFY_REPLY_TIMEOUT, 5 s unless set; 10 s are for a door that is not there.
+  // The API answers within VERIFY_REPLY_TIMEOUT (5 s); the 10 s are for an API that is down.
   signal: AbortSignal.timeout(10_000),
 });
 const reply = await answer.json();

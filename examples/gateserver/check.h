@@ -1,5 +1,5 @@
-// GateServer's two lines: its own compare becomes one call to VerifyServer's check, over HTTP, with Boost.Beast and
-// JsonCpp, which it has already. The right code works once; five wrong ones drop it.
+// Replaces GateServer's own compare by VerifyServer's check over HTTP. Needs Boost.Beast and JsonCpp, which GateServer
+// has. The right code works once; five wrong ones drop it.
 #pragma once
 #include <boost/asio.hpp>
 #include <boost/beast.hpp>
@@ -8,15 +8,15 @@
 #include <sstream>
 #include <string>
 
-// 0; 1003 no live code; 1004 wrong code; 1 Redis is away; 1002 (RPCFailed) if VerifyServer gives no answer within 4 s.
+// Returns 0, 1003 (no live code), 1004 (wrong code), 1 (Redis is down) or 1002 (no answer within 4 s).
 inline int CheckVarifyCode(const std::string& host, const std::string& port, const std::string& email,
                            const std::string& code) {
     namespace http = boost::beast::http;
     using boost::beast::error_code;
-    Json::Value given, answer;
-    given["email"] = email;
-    given["varifycode"] = code;
-    http::request<http::string_body> request(http::verb::post, "/check_varifycode", 11, given.toStyledString());
+    Json::Value question, answer;
+    question["email"] = email;
+    question["varifycode"] = code;
+    http::request<http::string_body> request(http::verb::post, "/check_varifycode", 11, question.toStyledString());
     request.set(http::field::host, host);
     request.prepare_payload();
     http::response<http::string_body> response;

@@ -1,4 +1,4 @@
-// Does what GateServer does, to try a VerifyServer out: asks for a code over gRPC without a deadline, or checks one.
+// Does what GateServer does, to try VerifyServer: asks for a code over gRPC without a deadline, or checks one.
 //
 //   protoc -I../../producer/api --cpp_out=. message.proto
 //   protoc -I../../producer/api --grpc_out=. --plugin=protoc-gen-grpc=$(which grpc_cpp_plugin) message.proto
@@ -20,14 +20,14 @@ int main(int count, char** words) {
         std::cerr << "client HOST GRPC_PORT EMAIL | client HOST HTTP_PORT EMAIL CODE\n";
         return 2;
     }
-    const std::string door = std::string(words[1]) + ":" + words[2];
-    auto stub = message::VarifyService::NewStub(grpc::CreateChannel(door, grpc::InsecureChannelCredentials()));
+    const std::string api = std::string(words[1]) + ":" + words[2];
+    auto stub = message::VarifyService::NewStub(grpc::CreateChannel(api, grpc::InsecureChannelCredentials()));
     grpc::ClientContext context;
     message::GetVarifyReq request;
     message::GetVarifyRsp reply;
     request.set_email(words[3]);
     const grpc::Status status = stub->GetVarifyCode(&context, request, &reply);
-    if (!status.ok()) reply.set_error(1002);  // RPCFailed, as GateServer says it
+    if (!status.ok()) reply.set_error(1002);  // GateServer's RPCFailed
     std::cout << reply.error() << " " << reply.email() << reply.code() << "\n";
     return reply.error() != 0;
 }

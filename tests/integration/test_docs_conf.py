@@ -1,4 +1,4 @@
-"""The lines for redis.conf and sentinel.conf in docs/high-availability.md, read by the real programs."""
+"""Real programs accept the lines for redis.conf and sentinel.conf in docs/high-availability.md."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ CONF = [block for block in pages.blocks(PAGE) if block.language == "conf"]
 REDIS, SENTINEL = (block.text.splitlines() for block in CONF)
 
 
-def test_a_server_takes_the_lines_for_redis_conf() -> None:
+def test_a_server_accepts_the_lines_for_redis_conf() -> None:
     words = [line.split() for line in REDIS]
     options = tuple(word for name, value in words for word in (f"--{name}", value))
     with RedisServer(options=options) as server, server.client() as client:
         assert {name: client.config_get(name)[name] for name, _ in words} == dict(words)
 
 
-def test_a_sentinel_takes_the_lines_for_sentinel_conf() -> None:
+def test_a_sentinel_accepts_the_lines_for_sentinel_conf() -> None:
     with RedisServer() as primary:
         sentinel = Sentinel(primary, quorum=1, down_after=1)
         file = Path(sentinel.directory) / "sentinel.conf"

@@ -1,4 +1,4 @@
-"""The project's pages as data: fenced blocks, commands in them and in sentences, headings, links."""
+"""The docs as data: fenced blocks, commands in blocks and in sentences, headings, links, tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).parents[2]
-# Where commands are looked for. CHANGELOG.md and bench/results are records, and give nobody anything to type.
+# The pages whose commands are tested. CHANGELOG.md and bench/results are records without commands.
 _GLOBS: Final = ("*.md", "docs/**/*.md", "examples/**/*.md", "bench/README.md", "deploy/**/*.md", "tests/contract/*.md")
 PAGES: Final = sorted(
     path.relative_to(ROOT).as_posix()
@@ -18,13 +18,13 @@ PAGES: Final = sorted(
     for path in ROOT.glob(pattern)
     if path.name != "CHANGELOG.md" and "node_modules" not in path.parts
 )
-LINKED: Final = sorted([*PAGES, "CHANGELOG.md", "bench/results/report.md"])  # where links are looked at
+LINKED: Final = sorted([*PAGES, "CHANGELOG.md", "bench/results/report.md"])  # the pages whose links are tested
 
 _FENCE: Final = re.compile(r"(?ms)^( *)```(\w*)\n(.*?)^\1```$")
 _PROGRAMS: Final = (
     r"(?:make|\.venv/bin/\w+|python3?|celery|docker|docker-compose|kubectl|helm|curl|npm|uv|redis-cli|export)"
 )
-# What a reader would type: a program, variables before it if need be, and at least one word after it.
+# What a reader would type: a program, perhaps with variables before it, and at least one word after it.
 _TYPED: Final = re.compile(rf"(?:[A-Z_]+=\S* )*{_PROGRAMS} \S.*")
 _COMMENT: Final = re.compile(r"(?:^|\s+)#(?: .*)?$")
 
@@ -41,7 +41,7 @@ class Block:
 
     @property
     def commands(self) -> tuple[str, ...]:
-        """The lines to type: continued ones joined, comments dropped."""
+        """The lines to type, with continued lines joined and without comments."""
         joined = self.text.replace("\\\n", " ")
         lines = (" ".join(_COMMENT.sub("", line).split()) for line in joined.splitlines())
         return tuple(line for line in lines if line)
@@ -70,13 +70,13 @@ def prose(page: str) -> str:
 
 
 def typed_in_sentences(page: str) -> list[str]:
-    """Commands that stand in a sentence, as code."""
+    """The commands that stand as code in a sentence."""
     spans = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", prose(page))
     return [" ".join(span.split()) for span in spans if _TYPED.fullmatch(span)]
 
 
 def looks_typed(line: str) -> bool:
-    """Whether a line is a command, in a block that does not say so."""
+    """Whether a line of a block without a language is a command."""
     return bool(_TYPED.fullmatch(line.strip().removeprefix("$ ")))
 
 
@@ -86,7 +86,7 @@ def headings(page: str) -> list[tuple[int, str]]:
 
 
 def anchors(page: str) -> set[str]:
-    """What GitHub makes of the headings: lower case, without punctuation, dashes for spaces, numbered if repeated."""
+    """GitHub's anchors of the headings: lower case, no punctuation, dashes for spaces, numbered if repeated."""
     found: dict[str, int] = {}
     for _, text in headings(page):
         plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
@@ -99,13 +99,13 @@ def anchors(page: str) -> set[str]:
 
 
 def links(page: str) -> Iterator[str]:
-    """The targets of a page's links and pictures, code aside."""
+    """The targets of a page's links and pictures."""
     text = re.sub(r"`[^`\n]*`", "", prose(page))
     yield from re.findall(r"\]\(([^)\s]+)\)", text)
 
 
 def rows(page: str, heading: str) -> list[list[str]]:
-    """The cells of each row of the tables below a heading, their heads aside."""
+    """The cells of each row of the tables below a heading, without the head rows."""
     text = prose(page)
     start = re.search(rf"(?m)^#+ {re.escape(heading)}$", text)
     assert start, heading

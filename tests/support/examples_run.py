@@ -1,4 +1,4 @@
-"""The examples as a reader runs them: copied, built by the lines in their own comments, started in a shell."""
+"""The examples as a reader runs them: copied, built with the lines in their comments, started in a shell."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from support.process import HOST, ROOT
-from support.redis_server import RedisServer
+from support.process import ROOT
 
 EXAMPLES: Final = ROOT / "examples"
 BUILD_TIMEOUT: Final = 240.0  # seconds; gRPC's and Beast's headers on a busy core take one minute
 
 
 def copied(directory: Path) -> Path:
-    """The examples, and the proto file where they look for it, in a directory of their own."""
+    """A copy of the examples, with the proto file where they look for it."""
     shutil.copytree(EXAMPLES, directory / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     (directory / "producer/api").mkdir(parents=True)
     shutil.copy(ROOT / "producer/api/message.proto", directory / "producer/api")
@@ -27,7 +26,7 @@ def copied(directory: Path) -> Path:
 
 
 def lines_at_top(source: Path) -> list[str]:
-    """The command lines in the comment at a source file's top."""
+    """The command lines in the comment at the top of a source file."""
     return re.findall(r"(?m)^//   (.+)$", source.read_text("utf-8"))
 
 
@@ -37,9 +36,9 @@ def fenced(readme: Path, language: str) -> list[str]:
 
 
 def shell(
-    command: str, directory: Path, environment: Mapping[str, str] | None = None, *, timeout: float = 30.0
+    command: str, directory: Path, environment: Mapping[str, str] | None = None, *, timeout: float = 120.0
 ) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a line; `python` is ours."""
+    """The exit status, stdout and stderr of a line; `python` is the tests'."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("VERIFY_", "REDIS_"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
@@ -56,11 +55,5 @@ def shell(
 
 def build(command: str, directory: Path) -> None:
     """Run a line that compiles something."""
-    code, _, said = shell(command, directory, timeout=BUILD_TIMEOUT)
-    assert code == 0, said
-
-
-def where(server: RedisServer) -> Mapping[str, str]:
-    """The environment that tells an example where Redis is."""
-    password = {"REDIS_PASSWORD": server.password} if server.password else {}
-    return {"REDIS_HOST": HOST, "REDIS_PORT": str(server.port), **password}
+    status, _, errors = shell(command, directory, timeout=BUILD_TIMEOUT)
+    assert status == 0, errors

@@ -1,4 +1,4 @@
-"""`.env.example` and the README list every setting, with the default that is in force."""
+"""`.env.example` and docs/settings.md list every setting with its default."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def test_each_value_is_said_and_not_left_to_the_default() -> None:
     assert {name for name, value in VALUES.items() if not value} == derived | given
 
 
-def test_the_readme_lists_them_with_the_same_defaults() -> None:
+def test_the_docs_list_them_with_the_same_defaults() -> None:
     rows = re.findall(
-        r"^\| `(VERIFY_\w+)` \| (?:`(.*?)`|.*?) \|", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE
+        r"^\| `(VERIFY_\w+)` \| (?:`(.*?)`|.*?) \|", (ROOT / "docs/settings.md").read_text("utf-8"), re.MULTILINE
     )
     assert {name for name, _ in rows} == NAMES
     values = {name: value for name, value in VALUES.items() if value and name in NAMES}
