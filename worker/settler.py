@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -287,7 +287,7 @@ class Settler:
         items = [item for item in batch if item.mark is not None and not item.ask]
         outcomes = [Outcome(item.job.claim, item.mark) for item in items if item.mark is not None]
 
-        def apply(results: list[Settled | StoreError]) -> None:
+        def apply(results: Sequence[Settled | StoreError]) -> None:
             _warn_of(results)
             for item, result in zip(items, results, strict=True):
                 if isinstance(result, StoreError):
@@ -303,7 +303,7 @@ class Settler:
     def _questions(self, items: list[Settlement]) -> _Work | None:
         requests = [IssueRequest(item.job.claim, "", item.error) for item in items]
 
-        def apply(results: list[Issue | StoreError]) -> None:
+        def apply(results: Sequence[Issue | StoreError]) -> None:
             _warn_of(results)
             for item, result in zip(items, results, strict=True):
                 if isinstance(result, StoreError):

@@ -107,7 +107,8 @@ class Wait(NamedTuple):
     joined: bool = False  # the other holder sends for another request to the same code key
 
 
-class Conflict(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Conflict:
     """The request id belongs to another address or purpose."""
 
 
@@ -154,10 +155,10 @@ class CodeStore(Protocol):
     def connection(self) -> object:
         """The `RedisConnection` of a store that returns `Step`s, so that they can share a write; else None."""
 
-    def issue(self, requests: Sequence[IssueRequest]) -> Awaitable[list[Issue | StoreError]]:
+    def issue(self, requests: Sequence[IssueRequest]) -> Awaitable[Sequence[Issue | StoreError]]:
         """Get or create the codes and take the leases."""
 
-    def settle(self, outcomes: Sequence[Outcome]) -> Awaitable[list[Settled | StoreError]]:
+    def settle(self, outcomes: Sequence[Outcome]) -> Awaitable[Sequence[Settled | StoreError]]:
         """Record how sends ended and free their leases."""
 
     def announce_data(self, claims: Sequence[Claim]) -> None:
@@ -166,7 +167,7 @@ class CodeStore(Protocol):
         From then on acceptance is unknown until the outcome is settled. Raises `StoreUnavailable` if that is known now.
         """
 
-    def renew(self, claims: Sequence[Claim]) -> Awaitable[list[bool]]:
+    def renew(self, claims: Sequence[Claim]) -> Awaitable[Sequence[bool]]:
         """Extend leases; whether each was still held."""
 
     def check(self, email: str, code: str, purpose: str) -> Awaitable[CheckResult]:

@@ -1,87 +1,140 @@
-"""The settler on a real Redis: what happens to one request on its way out holds up no other."""
+"""The settler on a real Redis server: marks, replies and acks of many requests, each in its order."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
 import redis as redis_py
+from support.memory_store import MemoryCodeStore
 from support.redis_server import RedisServer
+from support.store_driver import POLICY, claim_of
 
-from producer.contract import ErrorCode, VerifyRequest, code_key, reply_key
+from producer.contract import ErrorCode, VerifyRequest, read_reply, reply_key
 from producer.errors import RedisUnavailable
-from producer.redis.connection import RedisConnections
+from producer.redis.connection import RedisConnections, ServerError
+from producer.redis.scripts import Command
 from producer.settings import load
-from producer.store.codes import Answered, Claim, CodePolicy, IssueRequest, Wait
+from producer.store.codes import Answered, CodeStore, IssueRequest, Wait
 from producer.store.redis_codes import RedisCodeStore
 from worker.databases import Databases
 from worker.job import Finished, Job
 from worker.metrics import Counters
 from worker.queue.commands import INDEX, UNACKED, RequestQueue
-from worker.settler import Settler
+from worker.queue.message import ID_CONFLICT
+from worker.settler import Settler, store_replies
 
 
-class Scene:
-    """A settler, and the requests that it has in hand."""
+def new_job(request_id: str, email: object = "anna@example.com") -> Job:
+    return Job(request_id, f"tag-{request_id}", VerifyRequest(email), None, None)
 
-    def __init__(self, server: RedisServer) -> None:
-        settings = load({"VERIFY_REDIS_URL": server.url()}, dotenv=None)
+
+class Harness:
+    """A settler on one Redis server, and requests for it."""
+
+    def __init__(self, server: RedisServer, *, memory: bool) -> None:
         self.redis = RedisConnections()
-        self.databases = Databases(settings, self.redis)
-        codes = self.databases.codes
-        self.store = RedisCodeStore(codes.connection, CodePolicy.of(settings), database=codes.number)
-        self.done: Finished = []
-        self.wrong = False  # whether who is told of what is done raises
-        queue = RequestQueue("verification", visibility_timeout=15)
-        self.settler = Settler(self.store, self.databases, queue, Counters())
-        self.settler.subscribe(self._on_done)
+        self.databases = Databases(load({"VERIFY_REDIS_URL": server.url()}, dotenv=None), self.redis)
+        self.store: CodeStore = RedisCodeStore(self.databases.codes.connection, POLICY, database=0)
+        if memory:
+            self.store = MemoryCodeStore(POLICY)
+        self.queue = RequestQueue("verification", visibility_timeout=15)
+        self.settler = Settler(self.store, self.databases, self.queue, Counters())
+        self.settler.subscribe(self._on_settled)
+        self.settled: Finished = []
+        self.broken = False  # the subscriber raises
+        self.writes: list[int] = []  # how many databases each write was for
+        connection = self.databases.broker.connection
+        run_all = connection.run_all
 
-    def _on_done(self, finished: Finished) -> None:
-        self.done += finished
-        if self.wrong:
+        async def counting(parts: Sequence[Any]) -> Any:
+            self.writes.append(len(parts))
+            return await run_all(parts)
+
+        connection.run_all = counting  # type: ignore[method-assign]
+
+    def _on_settled(self, finished: Finished) -> None:
+        self.settled += finished
+        if self.broken:
             raise LookupError
 
-    async def sent(self, name: str) -> Job:
-        """A request that was issued to us and whose mail was accepted."""
-        email = f"{name}@example.com"
-        job = Job(name, f"tag-{name}", VerifyRequest(email), None, None)
-        job.claim = Claim.of(name, job.tag, email, "default", email)
+    async def sending(self, name: str) -> Job:
+        """A request in hand, whose mail is being sent."""
+        job = new_job(name, f"{name}@example.com")
+        job.validate()
         await self.store.issue([IssueRequest(job.claim, "123456")])
-        await self.databases.broker.run([("HSET", UNACKED, job.tag, "message"), ("ZADD", INDEX, 1, job.tag)])
+        entry = '["message", "", ""]'  # as kombu writes it: the message, exchange, routing key
+        await self.databases.broker.run([("HSET", UNACKED, job.tag, entry), ("ZADD", INDEX, 1, job.tag)])
+        self.writes.clear()
         return job
 
-    async def in_hand(self) -> int:
-        """How many messages are not acked."""
+    async def finish(self) -> None:
+        """Wait until everything is settled."""
+        async with asyncio.timeout(30):
+            await self.settler.drain()
+
+    async def replies(self, *names: str) -> list[ErrorCode]:
+        """The stored replies."""
+        stored = await self.databases.results.run([("GET", reply_key(name)) for name in names])
+        return [read_reply(payload).error for payload in stored]
+
+    async def unacked(self) -> int:
         [found] = await self.databases.broker.run([("HLEN", UNACKED)])
         return int(found)
 
 
-def play(server: RedisServer, scene: Callable[[Scene], Awaitable[None]]) -> None:
-    async def main() -> None:
-        stage = Scene(server)
-        try:
-            await scene(stage)
-        finally:
-            await stage.redis.close()
+@pytest.fixture(params=["redis", "memory"])
+def run(
+    request: pytest.FixtureRequest, redis: redis_py.Redis, redis_server: RedisServer
+) -> Callable[[Callable[[Harness], Awaitable[None]]], None]:
+    """Runs a scenario with the code store in Redis, where steps share a write, and with one elsewhere."""
+    del redis  # it has emptied the server
 
-    asyncio.run(main())
+    def run(scenario: Callable[[Harness], Awaitable[None]]) -> None:
+        async def main() -> None:
+            harness = Harness(redis_server, memory=request.param == "memory")
+            try:
+                await scenario(harness)
+            finally:
+                await harness.redis.close()
+
+        asyncio.run(main())
+
+    return run
 
 
-def test_a_reply_that_its_reader_deletes_at_once_holds_up_nothing(
-    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def scene(stage: Scene) -> None:
-        jobs = [await stage.sent(f"user{number}") for number in range(3)]
-        connection = stage.databases.results.connection
+Run = Callable[[Callable[[Harness], Awaitable[None]]], None]
+
+
+def test_outcomes_are_recorded_answered_and_acked(run: Run) -> None:
+    async def scenario(harness: Harness) -> None:
+        jobs = [await harness.sending(name) for name in ("one", "two")]
+        harness.settler.answer(jobs[0], ErrorCode.SUCCESS, mark=True)
+        harness.settler.answer(jobs[1], ErrorCode.MAIL_REJECTED, mark=True)
+        await harness.finish()
+        # One write for all three databases, or one for each of two beside the store.
+        assert harness.writes == ([3] if harness.store.connection else [1, 1])
+        assert await harness.replies("one", "two") == [ErrorCode.SUCCESS, ErrorCode.MAIL_REJECTED]
+        assert await harness.unacked() == 0
+        again = await harness.store.issue([IssueRequest(job.claim, "") for job in jobs])
+        assert again == [Answered(ErrorCode.SUCCESS), Answered(ErrorCode.MAIL_REJECTED)]
+
+    run(scenario)
+
+
+def test_a_reply_that_its_reader_deletes_at_once_holds_up_no_other(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(harness: Harness) -> None:
+        jobs = [await harness.sending(f"user{number}") for number in range(3)]
+        connection = harness.databases.results.connection
         run_all = connection.run_all
 
         async def deleting(parts: Any) -> Any:
             # Between the storing of the reply and the ack, as its reader may.
             parts = list(parts)
             if len(parts) == 3:
-                parts.insert(2, (stage.databases.results.number, [("DEL", reply_key("user0"))]))
+                parts.insert(2, (harness.databases.results.number, [("DEL", reply_key("user0"))]))
                 found = await run_all(parts)
                 del found[2]
                 return found
@@ -89,66 +142,144 @@ def test_a_reply_that_its_reader_deletes_at_once_holds_up_nothing(
 
         monkeypatch.setattr(connection, "run_all", deleting)
         for job in jobs:
-            stage.settler.answer(job, ErrorCode.SUCCESS, mark=True)
-        async with asyncio.timeout(5):
-            await stage.settler.drain()
-        assert sorted(job.request_id for job, _ in stage.done) == ["user0", "user1", "user2"]
-        assert await stage.in_hand() == 0
+            harness.settler.answer(job, ErrorCode.SUCCESS, mark=True)
+        await harness.finish()
+        assert sorted(job.request_id for job, _ in harness.settled) == ["user0", "user1", "user2"]
+        assert await harness.unacked() == 0
 
-    play(redis_server, scene)
+    run(scenario)
 
 
-def test_those_who_wait_for_a_send_are_woken_even_if_the_connection_is_lost_on_the_way(
-    redis_server: RedisServer, redis: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+def test_requests_that_wait_for_a_send_are_woken_though_the_connection_is_lost(
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def scene(stage: Scene) -> None:
-        job = await stage.sent("one")
-        joined = Claim.of("two", "tag-two", "one@example.com", "default", "one@example.com")
-        [found] = await stage.store.issue([IssueRequest(joined, "654321")])
+    async def scenario(harness: Harness) -> None:
+        job = await harness.sending("one")
+        joining = claim_of("two", "one@example.com")
+        [found] = await harness.store.issue([IssueRequest(joining, "654321")])
         assert isinstance(found, Wait)
         assert found.joined
-        parked = ("HSET", "verification.parked", "two", "1 message")
-        await stage.databases.broker.run([parked, ("ZADD", "verification.parked.due", 1e13, "two")])
-        run = stage.databases.broker.run
+        delayed = ("HSET", "verification.parked", "two", "1 message")
+        await harness.databases.broker.run([delayed, ("ZADD", "verification.parked.due", 1e13, "two")])
+        run_batch = harness.databases.broker.run
         lost: list[Any] = []
 
         async def losing(batch: Any) -> Any:
             if not lost:
                 lost.append(batch)
                 raise RedisUnavailable
-            return await run(batch)
+            return await run_batch(batch)
 
-        monkeypatch.setattr(stage.databases.broker, "run", losing)
-        stage.settler.answer(job, ErrorCode.SUCCESS, mark=True)
-        async with asyncio.timeout(5):
-            await stage.settler.drain()
+        monkeypatch.setattr(harness.databases.broker, "run", losing)
+        harness.settler.answer(job, ErrorCode.SUCCESS, mark=True)
+        await harness.finish()
         assert len(lost) == 1
-        assert await run([("LRANGE", "verification", 0, -1), ("HLEN", "verification.parked")]) == [[b"message"], 0]
+        queue = [("LRANGE", "verification", 0, -1), ("HLEN", "verification.parked")]
+        assert await run_batch(queue) == [[b"message"], 0]
 
-    assert redis.dbsize() == 0
-    play(redis_server, scene)
+    run(scenario)
 
 
-def test_an_error_of_those_who_are_told_keeps_no_request(redis_server: RedisServer) -> None:
-    async def scene(stage: Scene) -> None:
-        stage.wrong = True
+def test_a_dead_letter_is_answered_with_the_answer_that_its_request_has(run: Run) -> None:
+    async def scenario(harness: Harness) -> None:
+        known, new = await harness.sending("known"), await harness.sending("new")
+        harness.settler.answer(known, ErrorCode.SUCCESS, mark=True)
+        await harness.finish()
+        for job in (known, new):
+            harness.settler.dead_letter(job, ID_CONFLICT, answer=ErrorCode.EXCEPTION)
+        await harness.finish()
+        assert await harness.replies("known", "new") == [ErrorCode.SUCCESS, ErrorCode.EXCEPTION]
+        assert await harness.unacked() == 0
+
+    run(scenario)
+
+
+def test_a_subscriber_that_raises_keeps_no_request(run: Run) -> None:
+    async def scenario(harness: Harness) -> None:
+        harness.broken = True
         for name in ("one", "two"):
-            stage.settler.answer(await stage.sent(name), ErrorCode.SUCCESS, mark=True)
-            async with asyncio.timeout(5):
-                await stage.settler.drain()
-        assert stage.settler.under_way == 0
-        assert {job.request_id for job, _ in stage.done} == {"one", "two"}
-        assert await stage.in_hand() == 0
+            harness.settler.answer(await harness.sending(name), ErrorCode.SUCCESS, mark=True)
+            await harness.finish()
+        assert harness.settler.under_way == 0
+        assert {job.request_id for job, _ in harness.settled} == {"one", "two"}
+        assert await harness.unacked() == 0
 
-    play(redis_server, scene)
+    run(scenario)
 
 
-def test_an_answer_that_only_a_newer_worker_knows_is_read_as_an_unforeseen_one(redis_server: RedisServer) -> None:
-    async def scene(stage: Scene) -> None:
-        job = await stage.sent("later")
-        await stage.databases.codes.run([("HSET", "request:later", "error", 8)])
-        assert await stage.store.issue([IssueRequest(job.claim, "654321")]) == [Answered(ErrorCode.EXCEPTION)]
-        [code] = await stage.databases.codes.run([("GET", code_key("later@example.com", "default"))])
-        assert code == b"123456"
+def test_a_store_that_cannot_be_asked_is_answered_only_where_a_reply_can_be_stored(run: Run) -> None:
+    async def scenario(harness: Harness) -> None:
+        harness.settler.store_unavailable(await harness.sending("one"))
+        await harness.finish()
+        [(_, error)] = harness.settled
+        assert error is (None if harness.store.connection else ErrorCode.REDIS_ERR)
 
-    play(redis_server, scene)
+    run(scenario)
+
+
+# --- the commands ---
+
+
+def execute(server: RedisServer, *commands: tuple[int, Command]) -> list[Any]:
+    """Run commands, each in its database."""
+
+    async def main() -> list[Any]:
+        connections = RedisConnections()
+        try:
+            connection = connections.connection(server.url())
+            found = await connection.run_all([(number, [command]) for number, command in commands])
+        finally:
+            await connections.close()
+        return [answer for [answer] in found]
+
+    return asyncio.run(main())
+
+
+def test_each_reply_is_stored_and_published_and_the_first_one_stays(
+    redis: redis_py.Redis, redis_server: RedisServer
+) -> None:
+    success = ErrorCode.SUCCESS
+    execute(redis_server, (0, store_replies([(new_job("two"), ErrorCode.TIMEOUT)])))
+    redis.lpush(reply_key("three"), "no reply")
+    batch = [(new_job("one"), success), (new_job("two"), success), (new_job("three", "\ud800"), success)]
+    with redis.pubsub() as heard:  # type: ignore[no-untyped-call]
+        heard.psubscribe(reply_key("*"))
+        assert heard.get_message(timeout=30)
+        again = (new_job("one"), ErrorCode.EXCEPTION)
+        assert execute(redis_server, (0, store_replies([*batch, again]))) == [[1, 0, 0, 0]]
+        published = [heard.get_message(timeout=30) for _ in range(4)]
+    stored: dict[str, Any] = {name: redis.get(reply_key(name)) for name in ("one", "two", "three")}
+    assert [read_reply(payload).error for payload in stored.values()] == [success, ErrorCode.TIMEOUT, success]
+    assert [(each["channel"].decode(), each["data"]) for each in published if each] == [
+        (reply_key(name), stored[name]) for name in ("one", "two", "three", "one")
+    ]
+    assert all(3500 < redis.ttl(reply_key(name)) <= 3600 for name in stored)
+
+
+def test_a_full_server_refuses_each_reply_of_a_batch(new_redis_server: Callable[..., RedisServer]) -> None:
+    server = new_redis_server()
+    with server.client() as client:
+        client.config_set("maxmemory", 1)
+        [answer] = execute(server, (0, store_replies([(new_job(name), ErrorCode.SUCCESS) for name in ("one", "two")])))
+        assert [isinstance(entry, ServerError) for entry in answer] == [True, True]
+        assert client.dbsize() == 0
+
+
+@pytest.mark.parametrize("stored", [["one", "two", "three"], ["one", "three"], ["two"], []])
+def test_a_message_is_acked_only_if_its_reply_is_stored(
+    stored: list[str], redis: redis_py.Redis, redis_server: RedisServer
+) -> None:
+    ids = ["one", "two", "three"]
+    for name in ids:
+        redis.hset(UNACKED, name, "message")
+        redis.zadd(INDEX, {name: 1.0})
+    with redis_server.client(2) as results:
+        for name in stored:
+            results.set(reply_key(name), "a reply", ex=60)
+    ack = RequestQueue.ack_if_stored(ids, [reply_key(name) for name in ids], broker=0, results=2)
+    assert execute(redis_server, (0, ack)) == [3 - len(stored)]
+    left = sorted(set(ids) - set(stored))
+    tags, index = execute(redis_server, (0, ("HKEYS", UNACKED)), (0, ("ZRANGE", INDEX, 0, -1)))
+    assert sorted(tag.decode() for tag in tags) == sorted(tag.decode() for tag in index) == left
+    assert execute(redis_server, (0, RequestQueue.ack(ids))) == [0]
+    assert not redis.exists(UNACKED, INDEX)

@@ -1,21 +1,39 @@
-"""Drives a CodeStore on a real server, one blocking step at a time, and holds what must be true after each."""
+"""Drives a code store one blocking step at a time. Its clock can be moved, so no test waits."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import redis
-from redis.exceptions import NoScriptError
+import asyncio
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from producer.address import parse
-from producer.contract import ErrorCode
-from producer.redis.scripts import Command, in_full
-from producer.redis.steps import Step
-from producer.store import redis_codes
-from producer.store.codes import FAILED, UNKNOWN, Answered, Claim, CodePolicy, Issue, IssueRequest, Outcome, Send
-from producer.store.redis_codes import REQUEST, SENDING, RedisCodeStore
+from producer.contract import ErrorCode, code_key
+from producer.redis.connection import RedisConnections
+from producer.redis.steps import Step, run_steps
+from producer.store.codes import (
+    Answered,
+    Claim,
+    CodePolicy,
+    CodeStore,
+    Issue,
+    IssueRequest,
+    Outcome,
+    Result,
+    Send,
+    Settled,
+    StoreError,
+)
+from producer.store.redis_codes import RedisCodeStore
+from support.memory_store import Code, MemoryCodeStore
+from support.redis_server import RedisServer
+
+T = TypeVar("T")
 
 EMAIL = "anna@example.com"
+KEY = code_key(EMAIL)
 HOLDER = "this holder"
 POLICY = CodePolicy(
     ttl=600_000,
@@ -30,140 +48,227 @@ POLICY = CodePolicy(
 
 
 def claim_of(request_id: str, email: str = EMAIL, *, purpose: str = "default", token: str = HOLDER) -> Claim:
-    """A claim as a worker makes it for a request with a good address."""
+    """A claim as a worker makes it for a request with a valid address."""
     return Claim.of(request_id, token, email, purpose, parse(email).canonical)
 
 
-_read_issue: Any = redis_codes._read_issue
-_read_settle: Any = redis_codes._read_settle
+class Driver(ABC):
+    """One store with the contract's defaults, until `set_policy`."""
 
+    store: CodeStore
 
-class Posted:
-    """Stands for a connection: keeps what is posted."""
-
-    database = 0
-
-    def post(self, batch: Any, *, database: int) -> None:
-        """As `RedisConnection.post`."""
-        del database
-        [self.command] = batch
-
-
-def store_of(policy: CodePolicy) -> RedisCodeStore:
-    """A store whose steps a test sends itself."""
-    return RedisCodeStore(Posted(), policy)  # type: ignore[arg-type]
-
-
-def announce_data(store: RedisCodeStore, claims: list[Claim]) -> Command:
-    """The command that is posted."""
-    store.announce_data(claims)
-    command: Command = store.connection.command  # type: ignore[attr-defined]
-    return command
-
-
-def run(client: redis.Redis, command: Command | Step[Any]) -> Any:
-    """Send one command of the store's."""
-    if isinstance(command, Step):
-        [command] = command.commands
-    try:
-        return client.execute_command(*command)  # type: ignore[no-untyped-call]
-    except NoScriptError:
-        return client.execute_command(*in_full(command))  # type: ignore[no-untyped-call]
-
-
-def is_error(entry: object) -> bool:
-    """Whether Redis refused this one of a batch."""
-    return isinstance(entry, redis.ResponseError)
-
-
-class Driver:
-    """A store, a client, and the invariants. `outside`: keys that a test itself left without a TTL."""
-
-    def __init__(self, client: redis.Redis, policy: CodePolicy = POLICY) -> None:
-        self.client = client
-        self.store = store_of(policy)
-        self.outside: set[bytes] = set()
+    def __init__(self) -> None:
+        self._runner = asyncio.Runner()
         self._candidates = iter(f"{number:06}" for number in range(1_000_000))
+        self.policy = POLICY
+        self.set_policy()
 
-    def issue(self, claim: Claim, candidate: str | None = None, **options: Any) -> Issue:
-        """Issue with `candidate`, or with a code never used before."""
-        issue: Issue = _read_issue(self.one(self.store.issue([self.asked(claim, candidate, **options)])))
-        return issue
+    def set_policy(self, **changes: int) -> None:
+        """Go on with a policy that differs from the present one."""
+        self.policy = replace(self.policy, **changes)
+        self._open(self.policy)
 
-    def asked(self, claim: Claim, candidate: str | None = None, **options: Any) -> IssueRequest:
-        """What is asked for one request."""
+    @abstractmethod
+    def _open(self, policy: CodePolicy) -> None:
+        """Set `store`, on the data that is there already."""
+
+    @abstractmethod
+    def now(self) -> float:
+        """The store's clock, in Unix seconds."""
+
+    @abstractmethod
+    def pass_time(self, ms: int) -> None:
+        """Move the store's clock."""
+
+    @abstractmethod
+    def put_code(self, value: str, life: int, email: str = EMAIL) -> None:
+        """Write a code that lives `life` ms, as another program does."""
+
+    @abstractmethod
+    def code(self, email: str = EMAIL, purpose: str = "default") -> tuple[str, float] | None:
+        """The live code and its life in ms."""
+
+    @abstractmethod
+    def snapshot(self) -> Any:
+        """Everything in the store, to compare."""
+
+    def close(self) -> None:
+        """Close connections."""
+        self._runner.close()
+
+    def wait(self, step: Awaitable[T]) -> T:
+        """Take one step."""
+
+        async def take() -> T:
+            return await step
+
+        return self._runner.run(take())
+
+    def request(self, claim: Claim, candidate: str | None = None, **options: Any) -> IssueRequest:
+        """A request, with a candidate that was never used before if none is given."""
         return IssueRequest(claim, candidate or next(self._candidates), **options)
 
-    def issue_all(self, asked: list[IssueRequest]) -> list[Issue | redis.ResponseError]:
-        """Issue for a batch: what each got, or the error in its place."""
-        return [entry if is_error(entry) else _read_issue(entry) for entry in self.run(self.store.issue(asked))]
+    def issue_all(self, *requests: Claim | IssueRequest) -> list[Issue | StoreError]:
+        """Issue for a batch."""
+        batch = [self.request(each) if isinstance(each, Claim) else each for each in requests]
+        return [*self.wait(self.store.issue(batch))]
+
+    def issue(self, claim: Claim, candidate: str | None = None, **options: Any) -> Issue:
+        """Issue for one request."""
+        [found] = self.issue_all(self.request(claim, candidate, **options))
+        assert not isinstance(found, StoreError), found
+        return found
 
     def send(self, claim: Claim, candidate: str | None = None, **options: Any) -> Send:
-        """Issue, where the lease must be had."""
+        """Issue, where the lease must be granted."""
         found = self.issue(claim, candidate, **options)
         assert isinstance(found, Send), found
         return found
 
-    def deliver(self, claim: Claim, candidate: str | None = None) -> str:
-        """Send and be accepted; the code in the mail."""
-        code = self.send(claim, candidate).code
-        self.accepted(claim)
-        return code
-
-    def accepted(self, claim: Claim) -> list[str]:
-        """A relay accepted the mail. The ids to wake."""
-        return self.settle(Outcome(claim, ErrorCode.SUCCESS))
-
-    def answered(self, claim: Claim, error: ErrorCode) -> list[str]:
-        """The request has another final answer. The ids to wake."""
-        return self.settle(Outcome(claim, error))
-
-    def failed(self, claim: Claim) -> list[str]:
-        """No relay accepted the mail. The ids to wake."""
-        return self.settle(Outcome(claim, FAILED))
-
-    def unknown(self, claim: Claim) -> list[str]:
-        """A relay may have accepted the mail. The ids to wake."""
-        return self.settle(Outcome(claim, UNKNOWN))
-
-    def settle(self, outcome: Outcome) -> list[str]:
-        """Settle, where the lease must be ours."""
-        ours, wake = _read_settle(self.one(self.store.settle([outcome])))
-        assert ours
-        return list(wake)
-
-    def settle_late(self, outcome: Outcome) -> None:
-        """Settle, where the lease must be lost; nothing changes."""
-        before = self.everything()
-        assert _read_settle(self.one(self.store.settle([outcome]))) == (False, [])
-        assert self.everything() == before
-
-    def announce_data(self, claim: Claim) -> bool:
-        """Announce the final dot."""
-        return bool(self.one(announce_data(self.store, [claim])) == 1)
-
-    def renew(self, *claims: Claim) -> list[int]:
-        """Renew leases."""
-        kept: list[int] = self.run(self.store.renew(list(claims)))
-        return kept
-
-    def lapse(self, claim: Claim) -> None:
-        """As if the lease had stood still for its whole length."""
-        self.client.hset(REQUEST + claim.request_id, "until", 1)
-        self.client.delete(SENDING + claim.code_key)
-
-    def check(self, code: str, email: str = EMAIL, purpose: str = "default") -> ErrorCode:
-        """Check a code."""
-        return ErrorCode(self.run(self.store.check(email, code, purpose)))
-
     def answer_of(self, claim: Claim) -> ErrorCode:
-        """The final answer that is remembered."""
+        """The final answer that the store remembers."""
         found = self.issue(claim)
         assert isinstance(found, Answered), found
         return found.error
 
-    def everything(self) -> dict[bytes, Any]:
-        """All keys and values."""
+    def settle_all(self, *outcomes: Outcome) -> list[Settled | StoreError]:
+        """Settle a batch."""
+        return [*self.wait(self.store.settle(outcomes))]
+
+    def settle(self, claim: Claim, result: Result = ErrorCode.SUCCESS) -> list[str]:
+        """Settle, where the lease must be held. The ids to wake."""
+        [found] = self.settle_all(Outcome(claim, result))
+        assert isinstance(found, Settled)
+        assert found.held
+        return found.wake
+
+    def settle_late(self, claim: Claim, result: Result) -> None:
+        """Settle, where the lease must be lost: nothing changes."""
+        before = self.snapshot()
+        assert self.settle_all(Outcome(claim, result)) == [Settled(held=False, wake=[])]
+        assert self.snapshot() == before
+
+    def deliver(self, claim: Claim, candidate: str | None = None) -> str:
+        """Send, and a relay accepts the mail. The code in it."""
+        code = self.send(claim, candidate).code
+        self.settle(claim)
+        return code
+
+    def announce_data(self, claim: Claim) -> None:
+        """Announce the final dot."""
+
+        async def announce() -> None:
+            self.store.announce_data([claim])
+
+        self.wait(announce())
+
+    def renew(self, *claims: Claim) -> list[bool]:
+        """Renew leases."""
+        return [*self.wait(self.store.renew(claims))]
+
+    def lapse(self) -> None:
+        """Let every lease expire."""
+        self.pass_time(self.policy.lease)
+
+    def check(self, code: str, email: str = EMAIL, purpose: str = "default") -> ErrorCode:
+        """Check a code."""
+        return self.wait(self.store.check(email, code, purpose)).error
+
+
+class MemoryDriver(Driver):
+    """Drives a `MemoryCodeStore`."""
+
+    store: MemoryCodeStore
+
+    def _open(self, policy: CodePolicy) -> None:
+        if not hasattr(self, "store"):
+            self.store = MemoryCodeStore(policy)
+            self.store.now = 1.7e12
+        self.store.policy = policy
+
+    def now(self) -> float:
+        return self.store.now / 1000
+
+    def pass_time(self, ms: int) -> None:
+        self.store.now += ms
+
+    def put_code(self, value: str, life: int, email: str = EMAIL) -> None:
+        self.store.state.codes[code_key(email)] = Code(value, self.store.now + life)
+
+    def code(self, email: str = EMAIL, purpose: str = "default") -> tuple[str, float] | None:
+        found = self.store.state.codes.get(code_key(email, purpose))
+        return None if found is None else (found.value, found.end - self.store.now)
+
+    def snapshot(self) -> Any:
+        return copy.deepcopy(self.store.state)
+
+
+# Moves everything that the server holds into the past, as its own clock cannot be moved.
+PASS_TIME = """
+local dt = tonumber(ARGV[1])
+for _, key in ipairs(redis.call('KEYS', '*')) do
+    if redis.call('TYPE', key).ok == 'hash' then
+        for _, name in ipairs({ 'until', 'first' }) do
+            local value = redis.call('HGET', key, name)
+            if value then
+                redis.call('HSET', key, name, string.format('%.0f', value - dt))
+            end
+        end
+    elseif string.sub(key, 1, 7) == 'bucket:' then
+        redis.call('SET', key, string.format('%.0f', redis.call('GET', key) - dt), 'KEEPTTL')
+    end
+    local life = redis.call('PTTL', key)
+    if life >= 0 then
+        redis.call('PEXPIRE', key, life - dt)
+    end
+end
+"""
+
+
+class RedisDriver(Driver):
+    """Drives a `RedisCodeStore` on a real server. After each step every key must have a time to live."""
+
+    store: RedisCodeStore
+
+    def __init__(self, server: RedisServer) -> None:
+        self.client = server.client()
+        self._connections = RedisConnections()
+        self.connection = self._connections.connection(server.url(0))
+        self.without_ttl: set[str] = set()  # keys that a test itself wrote so
+        self._passed = 0  # ms
+        super().__init__()
+        super().wait(self.connection.run([("PING",)]))  # `announce_data` needs an open connection
+
+    def _open(self, policy: CodePolicy) -> None:
+        self.store = RedisCodeStore(self.connection, policy)
+
+    def close(self) -> None:
+        super().wait(self._connections.close())
+        self.client.close()
+        super().close()
+
+    def now(self) -> float:
+        return self.clock(self.client.time()) / 1000
+
+    def pass_time(self, ms: int) -> None:
+        self.client.eval(PASS_TIME, 0, ms)
+        self._passed += ms
+
+    def request(self, claim: Claim, candidate: str | None = None, **options: Any) -> IssueRequest:
+        found = super().request(claim, candidate, **options)
+        times = {name: getattr(found, name) for name in ("enqueued_at", "expires_at")}
+        return found._replace(**{name: at and at - self._passed / 1000 for name, at in times.items()})
+
+    def put_code(self, value: str, life: int, email: str = EMAIL) -> None:
+        self.client.set(code_key(email), value, px=life)
+
+    def code(self, email: str = EMAIL, purpose: str = "default") -> tuple[str, float] | None:
+        key = code_key(email, purpose)
+        value: Any = self.client.get(key)
+        life: Any = self.client.pttl(key)
+        return None if value is None else (value.decode(), life)
+
+    def snapshot(self) -> Any:
         found: dict[bytes, Any] = {}
         for key in self.client.scan_iter(count=1000):
             kind = self.client.type(key)
@@ -175,21 +280,25 @@ class Driver:
                 found[key] = self.client.get(key)
         return found
 
-    def one(self, command: Command | Step[Any]) -> Any:
-        """Run a command for one request; its entry. Raises what stands there if that is an error."""
-        [entry] = self.run(command)
-        if is_error(entry):
-            raise entry
-        return entry
-
-    def run(self, command: Command | Step[Any]) -> Any:
-        """Run a command; then every key must have a time to live."""
-        answer = run(self.client, command)
+    def wait(self, step: Awaitable[T]) -> T:
+        result = super().wait(step)
+        super().wait(self.connection.run([("PING",)]))  # what was only posted is executed by now
         keys = list(self.client.scan_iter(count=1000))
         with self.client.pipeline(transaction=False) as pipe:
             for key in keys:
                 pipe.pttl(key)
             for key, life in zip(keys, pipe.execute(), strict=True):
-                assert life != -1 or key in self.outside, f"{key!r} lives for ever"
+                assert life != -1 or key.decode() in self.without_ttl, f"{key!r} lives for ever"
                 assert not key.startswith(b"code_") or self.client.type(key) == b"string"
-        return answer
+        return result
+
+    def timed(self, step: Step[T]) -> tuple[float, T]:
+        """Take one step. The clock in ms at that moment, and the result."""
+        clock = Step(self.connection, 0, [("TIME",)], lambda answers: answers[0])
+        time, result = super().wait(run_steps([clock, step]))
+        return self.clock(time), result
+
+    def clock(self, time: tuple[Any, Any]) -> float:
+        """The store's clock in ms, from an answer to TIME."""
+        seconds, micros = map(int, time)
+        return self._passed + seconds * 1000 + micros / 1000

@@ -1,0 +1,251 @@
+"""A code store in plain Python: what the contract says, as simply as possible. Its clock is an attribute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from producer.contract import CheckResult, ErrorCode, code_key
+from producer.store.codes import (
+    BUCKET_HIT,
+    COOLDOWN_HIT,
+    UNKNOWN,
+    Answered,
+    Claim,
+    CodePolicy,
+    Conflict,
+    Issue,
+    IssueRequest,
+    Outcome,
+    Send,
+    Settled,
+    Wait,
+)
+
+FINAL_FOR_MAILBOX = {ErrorCode.INVALID_ADDRESS, ErrorCode.MAIL_REJECTED}
+
+
+@dataclass
+class Code:
+    value: str
+    end: float
+    wrong: int = 0
+
+
+@dataclass
+class Record:
+    who: str
+    first: float
+    end: float = 0
+    token: str = ""
+    until: float = 0
+    charged: bool = False
+    doubts: int = 0
+    dot: bool = False
+    sent: str = ""
+    tries: int = 0
+    error: ErrorCode | None = None
+
+
+@dataclass
+class State:
+    """What the store remembers. Times are ms; what has ended is forgotten when the clock moves."""
+
+    codes: dict[str, Code] = field(default_factory=dict)
+    records: dict[str, Record] = field(default_factory=dict)
+    cooldowns: dict[str, tuple[str, float]] = field(default_factory=dict)  # the code in the mail, and the end
+    sending: dict[str, tuple[str, float]] = field(default_factory=dict)  # the request, and the end
+    joined: dict[str, tuple[set[str], float]] = field(default_factory=dict)
+    full: dict[str, float] = field(default_factory=dict)  # when a bucket is full again
+
+
+class MemoryCodeStore:
+    """A `CodeStore`."""
+
+    connection = None
+
+    def __init__(self, policy: CodePolicy) -> None:
+        self.policy = policy
+        self.state = State()
+        self._now = 0.0
+
+    @property
+    def lease(self) -> float:
+        return self.policy.lease / 1000
+
+    @property
+    def now(self) -> float:
+        """The clock, in ms."""
+        return self._now
+
+    @now.setter
+    def now(self, now: float) -> None:
+        self._now, state = now, self.state
+        state.codes = {key: code for key, code in state.codes.items() if code.end > now}
+        state.records = {key: record for key, record in state.records.items() if record.end > now}
+        state.cooldowns = {key: pair for key, pair in state.cooldowns.items() if pair[1] > now}
+        state.sending = {key: pair for key, pair in state.sending.items() if pair[1] > now}
+        state.joined = {key: pair for key, pair in state.joined.items() if pair[1] > now}
+
+    # The port.
+
+    async def issue(self, requests: Sequence[IssueRequest]) -> list[Issue]:
+        return [self.issue_one(request) for request in requests]
+
+    async def settle(self, outcomes: Sequence[Outcome]) -> list[Settled]:
+        return [self.settle_one(outcome) for outcome in outcomes]
+
+    def announce_data(self, claims: Sequence[Claim]) -> None:
+        for claim in claims:
+            if (record := self._held(claim)) is not None:
+                record.dot = True
+
+    async def renew(self, claims: Sequence[Claim]) -> list[bool]:
+        return [self.renew_one(claim) for claim in claims]
+
+    async def check(self, email: str, code: str, purpose: str) -> CheckResult:
+        return CheckResult(email, self.check_one(code_key(email, purpose), code))
+
+    # One request at a time.
+
+    def issue_one(self, request: IssueRequest) -> Issue:
+        claim, now = request.claim, self._now
+        record = self.state.records.get(claim.request_id) or Record(claim.who, now)
+        born = min(now if request.enqueued_at is None else request.enqueued_at * 1000, record.first)
+        deadline = born + self.policy.give_up_after
+        if request.expires_at is not None:
+            deadline = min(deadline, request.expires_at * 1000)
+        return (
+            self._known(claim, record, request.error)
+            or self._hindered(claim, record, deadline)
+            or self._send(claim, record, request.candidate, deadline)
+        )
+
+    def _known(self, claim: Claim, record: Record, error: ErrorCode | None) -> Issue | None:
+        if record.who != claim.who:
+            return Conflict()
+        if record.error is not None:
+            return Answered(record.error)
+        if error is not None:
+            return self._answer(claim, record, error)
+        if record.token not in {"", claim.token} and record.until > self._now:
+            return Wait((record.until - self._now) / 1000)
+        return None
+
+    def _hindered(self, claim: Claim, record: Record, deadline: float) -> Issue | None:
+        state, policy, key = self.state, self.policy, claim.code_key
+        code = state.codes.get(key)
+        if deadline <= self._now:
+            return self._answer(claim, record, ErrorCode.TIMEOUT)
+        if policy.cooldown:
+            if code and state.cooldowns.get(key, ("", 0))[0] == code.value:
+                return self._answer(claim, record, ErrorCode.SUCCESS, COOLDOWN_HIT)
+            holder, end = state.sending.get(key, (claim.request_id, 0.0))
+            if holder != claim.request_id:
+                record.token = ""
+                self._remember(claim, record)
+                waiting = state.joined.get(key, (set(), 0))[0]
+                state.joined[key] = (waiting | {claim.request_id}, self._now + policy.remember)
+                return Wait((min(end, deadline) - self._now) / 1000, joined=True)
+        doubts = record.doubts + record.dot
+        if doubts > 1 or (doubts == 1 and (code is None or code.value != record.sent)):
+            return self._answer(claim, record, ErrorCode.TIMEOUT)
+        full = max(state.full.get(claim.canonical, 0), self._now)
+        if policy.interval and not record.charged and full - self._now > (policy.burst - 1) * policy.interval:
+            return self._answer(claim, record, ErrorCode.TOO_MANY_REQUESTS, BUCKET_HIT)
+        return None
+
+    def _send(self, claim: Claim, record: Record, candidate: str, deadline: float) -> Send:
+        state, policy, key = self.state, self.policy, claim.code_key
+        code = state.codes.get(key)
+        if policy.interval and not record.charged:
+            state.full[claim.canonical] = max(state.full.get(claim.canonical, 0), self._now) + policy.interval
+        record.doubts, record.dot = record.doubts + record.dot, False
+        if code is None or (record.doubts == 0 and code.end - self._now < policy.min_life):
+            code = state.codes[key] = Code(candidate, self._now + policy.ttl)
+        record.token, record.until, record.charged = claim.token, self._now + policy.lease, policy.interval > 0
+        record.sent = code.value
+        self._remember(claim, record)
+        if policy.cooldown:
+            state.sending[key] = (claim.request_id, record.until)
+        return Send(code.value, (code.end - self._now) / 1000, (deadline - self._now) / 1000, record.tries)
+
+    def settle_one(self, outcome: Outcome, wake: str | None = None) -> Settled:
+        """`wake`: which of several joined requests may send, if one may."""
+        claim, result = outcome
+        record, state, key = self._held(claim), self.state, claim.code_key
+        if record is None:
+            return Settled(held=False, wake=[])
+        error = result if isinstance(result, ErrorCode) else None
+        accepted = error is ErrorCode.SUCCESS
+        perhaps = result == UNKNOWN or record.doubts > 0 or (error is ErrorCode.TIMEOUT and record.dot)
+        if not accepted and not perhaps:
+            self._refund(claim, record)
+        record.token, record.dot, record.error = "", False, error
+        if error is None:
+            record.tries += 1
+            record.doubts += result == UNKNOWN
+        self._remember(claim, record)
+        code = state.codes.get(key)
+        live = accepted and self.policy.cooldown > 0 and code is not None and code.value == record.sent
+        if live and code:
+            state.cooldowns[key] = (code.value, min(self._now + self.policy.cooldown, code.end))
+        if state.sending.get(key, ("", 0))[0] != claim.request_id:
+            return Settled(held=True, wake=[])
+        del state.sending[key]
+        waiting = state.joined.get(key, (set(), 0))[0]
+        if live or error in FINAL_FOR_MAILBOX:
+            state.joined.pop(key, None)
+            for request_id in waiting:
+                joined = state.records.setdefault(request_id, Record(claim.who, self._now))
+                joined.error = error if joined.error is None else joined.error
+                joined.token = ""
+                joined.end = self._now + self.policy.remember
+            return Settled(held=True, wake=sorted(waiting))
+        unanswered = {each for each in waiting if each not in state.records or state.records[each].error is None}
+        if not unanswered:
+            return Settled(held=True, wake=[])
+        woken = wake if wake in unanswered else min(unanswered)
+        waiting.discard(woken)
+        return Settled(held=True, wake=[woken])
+
+    def renew_one(self, claim: Claim) -> bool:
+        record = self._held(claim)
+        if record is None:
+            return False
+        record.until = self._now + self.policy.lease
+        if self.state.sending.get(claim.code_key, ("", 0))[0] == claim.request_id:
+            self.state.sending[claim.code_key] = (claim.request_id, record.until)
+        return True
+
+    def check_one(self, key: str, given: str) -> ErrorCode:
+        code = self.state.codes.get(key)
+        if code is None:
+            return ErrorCode.VARIFY_EXPIRED
+        if given == code.value:
+            del self.state.codes[key]
+            return ErrorCode.SUCCESS
+        code.wrong += 1
+        if code.wrong == self.policy.max_attempts:
+            del self.state.codes[key]
+        return ErrorCode.VARIFY_CODE_ERR
+
+    def _held(self, claim: Claim) -> Record | None:
+        record = self.state.records.get(claim.request_id)
+        return record if record and record.token == claim.token and record.error is None else None
+
+    def _answer(self, claim: Claim, record: Record, error: ErrorCode, why: str = "") -> Answered:
+        if record.doubts + record.dot == 0:
+            self._refund(claim, record)
+        record.error, record.token = error, ""
+        self._remember(claim, record)
+        return Answered(error, why)
+
+    def _refund(self, claim: Claim, record: Record) -> None:
+        if record.charged:
+            self.state.full[claim.canonical] = self.state.full.get(claim.canonical, 0) - self.policy.interval
+            record.charged = False
+
+    def _remember(self, claim: Claim, record: Record) -> None:
+        record.end = self._now + self.policy.remember
+        self.state.records[claim.request_id] = record
