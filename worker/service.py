@@ -155,14 +155,15 @@ class Service:
             self._counters.accepted(job.enqueued_at)
             self._settler.answer(job, ErrorCode.SUCCESS, mark=True)
         elif isinstance(error, RecipientRejected | MessageRejected):
-            logger.info("mail rejected", extra={"reply": str(error)})
+            _log_rejection(job, error)
             self._settler.answer(job, ErrorCode.MAIL_REJECTED, mark=True)
         elif isinstance(error, Smtputf8Unsupported):
             self._settler.answer(job, ErrorCode.INVALID_ADDRESS, mark=True)
         elif isinstance(error, MailError):
             delay = 0.0 if self._stopping else retry_delay(send.tries, send.remaining)
             if not self._stopping and not isinstance(error, SendAborted):
-                logger.warning("mail deferred", extra={"reply": str(error), "next_try_in": round(delay, 1)})
+                extra = {"request_id": job.request_id, "reply": str(error), "next_try_in": round(delay, 1)}
+                logger.warning("mail deferred", extra=extra)
             self._settler.retry(job, delay, unknown=isinstance(error, AcceptanceUnknown))
         else:
             # Its text and its traceback may carry the address or the code, so only the kind is logged.
@@ -211,3 +212,12 @@ class Service:
             await asyncio.wait([self._drained], timeout=seconds)
         self._stopping = True
         await self._channel.close()
+
+
+def _log_rejection(job: Job, error: MailError) -> None:
+    extra = {"request_id": job.request_id, "relay": error.relay, "reply": error.reply}
+    if error.sender_refused:
+        # The caller is told that the mail was rejected, but it is not the mailbox that is wrong.
+        logger.warning("the relay refused the sender: check VERIFY_MAIL_FROM", extra=extra)
+    else:
+        logger.info("mail rejected", extra=extra)

@@ -1,0 +1,240 @@
+"""The use case with a store in memory and a mail channel that a test answers for: no Redis, no SMTP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+import pytest
+from support.memory_store import MemoryCodeStore
+from support.store_driver import POLICY, claim_of
+
+from producer.contract import ErrorCode, VerifyRequest
+from producer.errors import StoreUnavailable
+from producer.setting_types import Sender
+from producer.store.codes import COOLDOWN_HIT, Outcome
+from worker.job import Job
+from worker.mail.errors import AcceptanceUnknown, MailError, MessageDeferred, Smtputf8Unsupported, Step, classify
+from worker.mail.message import Mail
+from worker.mail.render import Renderer
+from worker.metrics import Counters
+from worker.service import RETRY_BASE, RETRY_CAP, Service, retry_delay
+
+Call = tuple[Any, ...]
+
+
+class Harness:
+    """A service, the mails that its channel got, and what it told its settler."""
+
+    def __init__(self) -> None:
+        self.store = MemoryCodeStore(POLICY)
+        self.counters = Counters()
+        self.mails: list[Mail] = []
+        self.settled: list[Call] = []
+        sender = Sender("", "no-reply@example.com")
+        renderer = Renderer(sender, default_locale="en")
+        us = cast(Any, self)  # as the channel, and as the settler
+        self.service = Service(self.store, us, renderer, us, self.counters, sender=sender.mailbox, code_length=6)
+
+    async def serve(self, *names: str) -> list[Mail]:
+        """Serve a request for each name. Their mails."""
+        return await self.serve_all(
+            *(Job(name, f"tag-{name}", VerifyRequest(f"{name}@example.com"), None, None) for name in names)
+        )
+
+    async def serve_all(self, *jobs: Job) -> list[Mail]:
+        """Serve requests. Their mails."""
+        before = len(self.mails)
+        await self.service.serve(list(jobs))
+        return self.mails[before:]
+
+    # As the mail channel.
+
+    def send(self, mail: Mail) -> None:
+        self.mails.append(mail)
+
+    async def close(self) -> None:
+        for mail in self.mails:
+            mail.done(MessageDeferred())
+
+    # As the settler.
+
+    def answer(self, job: Job, error: ErrorCode, *, mark: bool) -> None:
+        self.settled.append((job.request_id, error, mark))
+
+    def retry(self, job: Job, delay: float, *, unknown: bool) -> None:
+        assert 0 <= delay <= RETRY_CAP
+        self.settled.append((job.request_id, "retry", unknown))
+
+    def wait(self, job: Job, delay: float) -> None:
+        assert delay > 0
+        self.settled.append((job.request_id, "wait"))
+
+    def store_unavailable(self, job: Job) -> None:
+        self.settled.append((job.request_id, "unavailable"))
+
+
+def run(scenario: Callable[[Harness], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await scenario(Harness())
+
+    asyncio.run(main())
+
+
+def test_retries_back_off_exponentially_up_to_a_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "uniform", lambda _low, high: high)
+    delays = [retry_delay(tries, 1000.0) for tries in (0, 1, 5, 6, 7, 10_000)]
+    assert delays == [RETRY_BASE, 2.0, 32.0, RETRY_CAP, RETRY_CAP, RETRY_CAP]
+    assert retry_delay(7, 3.0) == 3.0  # never past the deadline
+
+
+def test_retries_are_jittered() -> None:
+    delays = {retry_delay(5, 1000.0) for _ in range(50)}
+    assert len(delays) > 40
+    assert all(0 <= delay <= 32 for delay in delays)
+
+
+@pytest.mark.parametrize(
+    ("error", "settled"),
+    [
+        (None, (ErrorCode.SUCCESS, True)),
+        (classify(Step.RCPT, 550, None), (ErrorCode.MAIL_REJECTED, True)),
+        (classify(Step.CONTENT, 554, None), (ErrorCode.MAIL_REJECTED, True)),
+        (Smtputf8Unsupported(), (ErrorCode.INVALID_ADDRESS, True)),
+        (MessageDeferred(450), ("retry", False)),
+        (AcceptanceUnknown(), ("retry", True)),
+        (LookupError("anna@example.com"), (ErrorCode.EXCEPTION, True)),
+    ],
+)
+def test_each_outcome_of_a_send_is_settled(
+    error: Exception | None, settled: Call, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(harness: Harness) -> None:
+        [mail] = await harness.serve("anna")
+        mail.done(error)
+        assert harness.settled == [("anna", *settled)]
+
+    run(scenario)
+    assert "anna@" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "level", "message"),
+    [
+        (classify(Step.MAIL, 553, "5.1.8"), logging.WARNING, "the relay refused the sender: check VERIFY_MAIL_FROM"),
+        (classify(Step.RCPT, 550, "5.1.1"), logging.INFO, "mail rejected"),
+    ],
+)
+def test_a_refused_sender_is_told_apart_from_a_refused_mailbox(
+    error: MailError, level: int, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    error.relay = "smtp://***@relay.example.com"
+
+    async def scenario(harness: Harness) -> None:
+        [mail] = await harness.serve("anna")
+        mail.done(error)
+        assert harness.settled == [("anna", ErrorCode.MAIL_REJECTED, True)]
+
+    with caplog.at_level(logging.INFO):
+        run(scenario)
+    [line] = caplog.records
+    assert (line.levelno, line.getMessage()) == (level, message)
+    expected = {"request_id": "anna", "relay": error.relay, "reply": error.reply}
+    assert vars(line).items() >= expected.items()
+
+
+def test_a_request_that_needs_no_mail_is_settled_at_once() -> None:
+    async def scenario(harness: Harness) -> None:
+        [mail] = await harness.serve("anna")
+        anna = VerifyRequest("anna@example.com")
+        assert await harness.serve_all(Job("two", "b", anna, None, None)) == []
+        mail.done(None)
+        await harness.store.settle([Outcome(claim_of("anna", token="tag-anna"), ErrorCode.SUCCESS)])
+        invalid = Job("four", "d", VerifyRequest("no address"), None, None)
+        assert await harness.serve_all(Job("three", "c", anna, None, None), invalid) == []
+        assert harness.settled == [
+            ("two", "wait"),
+            ("anna", ErrorCode.SUCCESS, True),
+            ("three", ErrorCode.SUCCESS, False),
+            ("four", ErrorCode.INVALID_ADDRESS, False),
+        ]
+        assert (harness.counters.joins, harness.counters.hits[COOLDOWN_HIT]) == (1, 1)
+
+    run(scenario)
+
+
+def test_an_unavailable_store_and_a_failing_template_each_settle_every_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(harness: Harness) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(harness.store, "issue", _unavailable)
+            assert await harness.serve("anna", "bob") == []
+        with monkeypatch.context() as patch:
+            patch.setattr(Renderer, "render", _unavailable)
+            assert await harness.serve("carl") == []
+        assert harness.settled == [
+            ("anna", "unavailable"),
+            ("bob", "unavailable"),
+            ("carl", ErrorCode.EXCEPTION, True),
+        ]
+
+    run(scenario)
+
+
+def _unavailable(*_: object, **__: object) -> Any:
+    raise StoreUnavailable
+
+
+def test_content_is_written_only_under_a_lease_and_after_its_announcement(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(harness: Harness) -> None:
+        mails = await harness.serve("anna", "bob")
+        allowed: list[bool] = []
+        announced: list[list[str]] = []
+        monkeypatch.setattr(
+            harness.store, "announce_data", lambda claims: announced.append([claim.request_id for claim in claims])
+        )
+        for mail in mails:
+            mail.before_data(allowed.append)
+        assert allowed == []
+        await asyncio.sleep(0)
+        assert (announced, allowed) == ([["anna", "bob"]], [True, True])
+
+        monkeypatch.setattr(harness.store, "announce_data", _unavailable)
+        mails[0].before_data(allowed.append)
+        await asyncio.sleep(0)
+        assert allowed == [True, True, False]
+
+        monkeypatch.undo()
+        harness.service._leased["tag-bob"].lease_until = 0.0
+        mails[1].before_data(allowed.append)
+        await asyncio.sleep(0)
+        assert allowed == [True, True, False, False]
+
+    run(scenario)
+
+
+def test_a_renewed_lease_is_extended_and_a_lost_one_is_not() -> None:
+    async def scenario(harness: Harness) -> None:
+        await harness.serve("anna", "bob")
+        leased = harness.service._leased
+        for job in leased.values():
+            job.lease_until = 1.0
+        harness.store.state.records["bob"].token = "another worker's"
+        await harness.service.renew_leases()
+        assert leased["tag-anna"].lease_until > 1.0
+        assert leased["tag-bob"].lease_until == 1.0
+
+    run(scenario)
+
+
+def test_a_stopping_worker_cancels_what_does_not_finish_and_retries_it_at_once() -> None:
+    async def scenario(harness: Harness) -> None:
+        await harness.serve("anna")
+        await harness.service.drain(0.01)
+        assert harness.settled == [("anna", "retry", False)]
+
+    run(scenario)
