@@ -14,7 +14,8 @@ from producer.core.publisher import Publisher
 from producer.core.replies import Replies
 from producer.core.requests import RequestObserver, build_request, certain_error, encode, is_text, require_request_id
 from producer.errors import QueueFull, RedisUnavailable
-from producer.redis.connection import REDIS_TIMEOUT, TOO_LATE, RedisConnections, check_version
+from producer.redis.connection import REDIS_TIMEOUT, RedisConnections, check_version
+from producer.redis.protocol import TOO_LATE
 from producer.settings import Settings, load
 from producer.store.codes import CodePolicy
 from producer.store.redis_codes import RedisCodeStore

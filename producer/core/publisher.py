@@ -12,7 +12,8 @@ from typing import Any
 
 from producer.core.deadlines import Deadlines
 from producer.errors import QueueFull, RedisUnavailable, VerifyError
-from producer.redis.connection import REDIS_TIMEOUT, TOO_LATE, RedisConnections, check_version, raise_errors
+from producer.redis.connection import REDIS_TIMEOUT, RedisConnections, check_version, raise_errors
+from producer.redis.protocol import TOO_LATE
 from producer.store import backlog
 
 MAX_PUSH = 500  # messages of about 800 bytes: the first reply of a crowd need not wait for the crowd's last message

@@ -23,7 +23,6 @@ from producer.setting_types import SentinelURL, is_sentinel
 
 CONNECT_TIMEOUT = 1.0  # seconds; with the protocol's ANSWER_TIMEOUT it stays within REDIS_TIMEOUT
 REDIS_TIMEOUT = 2.6  # seconds until "Redis cannot be reached", which is promised within 3
-TOO_LATE = "Redis did not answer in time"
 OLDEST = (6, 2)
 
 # Error replies of a server that is up and cannot work: it loads its files, runs a long script, has become a replica, or

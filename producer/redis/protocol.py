@@ -15,6 +15,7 @@ from producer.redis.scripts import Command
 
 BUFFER = 65536  # bytes
 ANSWER_TIMEOUT = 1.5  # seconds a write waits for its replies before the connection counts as dead
+TOO_LATE = "Redis did not answer in time"
 _PUSHED = ([b"message"], [b"pmessage"])
 
 OnPush = Callable[[Any], None]
@@ -120,7 +121,7 @@ class Protocol(asyncio.BufferedProtocol):
             self.timer = self.loop.call_at(due, self._look)
             return
         # A reply is missing, so later ones could not be matched with their writes.
-        self._fail("Redis did not answer in time")
+        self._fail(TOO_LATE)
         self.transport.abort()
 
 

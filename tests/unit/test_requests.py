@@ -1,4 +1,4 @@
-"""What both clients decide without asking anybody."""
+"""What a client decides about a request without Redis."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_request_ids_are_uuids_of_version_4() -> None:
     assert uuid.UUID(given).variant == uuid.RFC_4122
 
 
-def test_one_pattern_hears_all_ids_of_one_maker_and_no_other() -> None:
+def test_one_pattern_matches_the_ids_of_one_client_only() -> None:
     ours, theirs = RequestIds(), RequestIds()
     mine = {ours.new() for _ in range(1000)}
     assert len(mine) == 1000
@@ -31,25 +31,25 @@ def test_one_pattern_hears_all_ids_of_one_maker_and_no_other() -> None:
     "email",
     ["", "   ", "a", "a@", "@b.com", "a@b@c.com", "a\r\nb@c.com", "a" * 10_000 + "@example.com", None, 7, b"a@b.c"],
 )
-def test_what_is_no_address_is_refused_at_once(email: object) -> None:
+def test_an_invalid_address_is_a_certain_error(email: object) -> None:
     assert certain_error(build_request(email, "default", None)) is ErrorCode.INVALID_ADDRESS
 
 
 @pytest.mark.parametrize("purpose", ["", "A", "a b", "ä", "a" * 33, None, 7, ["default"]])
-def test_a_malformed_purpose_is_an_exception_whatever_the_address(purpose: object) -> None:
+def test_a_malformed_purpose_comes_before_the_address(purpose: object) -> None:
     assert certain_error(build_request("a@example.com", purpose, None)) is ErrorCode.EXCEPTION
     assert certain_error(build_request("not an address", purpose, None)) is ErrorCode.EXCEPTION
 
 
 @pytest.mark.parametrize("email", ["a@example.com", " a@example.com ", "用户@例子.中国", "a@localhost.test"])
-def test_an_address_is_not_refused(email: str) -> None:
+def test_a_valid_request_has_no_certain_error(email: str) -> None:
     assert certain_error(build_request(email, "password-reset", "xx")) is None
 
 
 @pytest.mark.parametrize("locale", [None, "", 7, b"en", ["en"], object()])
-def test_what_is_no_locale_is_none(locale: object) -> None:
+def test_an_invalid_locale_is_left_out(locale: object) -> None:
     assert build_request("a@example.com", "default", locale).locale is None
 
 
-def test_an_unknown_locale_travels() -> None:
+def test_an_unknown_locale_is_sent() -> None:
     assert build_request("a@example.com", "default", "xx").locale == "xx"
