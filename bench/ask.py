@@ -79,9 +79,9 @@ async def ours(rig: Rig, sink: Sink, connections: int, workers: int) -> AsyncIte
         return (await rig.counts())._asdict()
 
     with rig.workers(workers, RELAYS=sink.url, RELAY_CONNECTIONS=str(connections)) as children:
-        doors = processes.doors(rig.directory, environment, usual=False)
+        doors = processes.api(rig.directory, environment, usual=False)
         try:
-            [place] = await asyncio.to_thread(doors.says, r"gRPC door is open on [\d.]+:(\d+)")
+            [place] = await asyncio.to_thread(doors.says, r"gRPC API listens on [\d.]+:(\d+)")
             await rig.until_workers(rig.settings().queue, workers)
             client, port = {"worker": [child.pid for child in children]}, int(place)
             door = client | {"doors": [doors.pid]}

@@ -94,9 +94,9 @@ async def connections(rig: Rig) -> None:
             await asyncio.sleep(2)
             before = await count()
             binds = {"HTTP_BIND": "127.0.0.1:0", "GRPC_BIND": "127.0.0.1:0"}
-            doors = processes.doors(rig.directory, rig.environment(**binds), usual=False)
+            doors = processes.api(rig.directory, rig.environment(**binds), usual=False)
             try:
-                where = (await asyncio.to_thread(doors.says, r"HTTP door is open on ([\d.:]+)"))[0]
+                where = (await asyncio.to_thread(doors.says, r"HTTP API listens on ([\d.:]+)"))[0]
                 async with httpx.AsyncClient(base_url=f"http://{where}", trust_env=False, timeout=30) as client:
                     await client.post("/get_varifycode", json={"email": "door@example.com"})
                     await client.post("/check_varifycode", json={"email": "door@example.com", "varifycode": "1"})

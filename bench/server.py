@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-from demo import redis
+from demo import embedded_redis
 from demo.processes import Child
 
 # Those of docker-compose.yml. Its bound of 512 MB is left out, since a million waiting requests need more.
@@ -15,9 +15,9 @@ FLAGS: Final = ("--save", "", "--appendonly", "yes", "--appendfsync", "everysec"
 
 def program() -> str:
     """The machine's `redis-server`; the embedded one if there is none."""
-    return shutil.which("redis-server") or redis.embedded()
+    return shutil.which("redis-server") or embedded_redis.embedded()
 
 
 def start(directory: Path) -> tuple[Child, str]:
     """Start a server that keeps its files in `directory`; its URL. Raises `CannotStart`."""
-    return redis.start(directory, program(), FLAGS)
+    return embedded_redis.start(directory, program(), FLAGS)

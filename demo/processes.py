@@ -17,15 +17,14 @@ from producer.errors import VerifyError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
-START_PATIENCE = 60.0  # seconds until a program is ready; a very busy machine is no failure
-STOP_PATIENCE = 15.0  # seconds for an orderly end; a worker finishes the sends in its hands
-HTTP_PORT, GRPC_PORT, FLOWER_PORT = 8081, 50051, 5555  # each taken if it is free
+START_TIMEOUT = 60.0  # seconds until a program is ready; long, as the machine may be busy
+STOP_TIMEOUT = 15.0  # seconds for an orderly end: a worker finishes the sends that it has begun
+HTTP_PORT, GRPC_PORT, FLOWER_PORT = 8081, 50051, 5555  # the usual ports, used if they are free
 TAIL = 15  # lines of a log that a failure shows
 
-# The shell leaves a watcher behind and becomes the program. The watcher waits for a line; the end of its input means
-# that the demo is gone without a word (SIGKILL, a crash): then the program goes too, and the demo's files. Works on
-# every Unix, unlike PR_SET_PDEATHSIG. In a session of its own, so that Ctrl-C reaches the demo only, which knows the
-# order in which to stop.
+# The shell starts a watcher and becomes the program. The watcher reads a line; if its input ends without one, the demo
+# was killed or crashed, and the watcher kills the program and removes the demo's files. Unlike PR_SET_PDEATHSIG, this
+# works on every Unix. The program has its own session: Ctrl-C reaches only the demo, which stops everything in order.
 _GUARD = """
 directory=$1; log=$2; shift 2
 exec 3<&0 </dev/null >>"$log" 2>&1
@@ -45,7 +44,7 @@ class Child:
     """A program that runs beside the demo, with its output in a log file."""
 
     def __init__(self, name: str, command: list[str], directory: Path, env: Mapping[str, str] | None = None) -> None:
-        """`directory` is the demo's own: the log lies there, and it is removed if the demo dies without cleaning up."""
+        """`directory` holds the log. It is removed if the demo dies without cleaning up."""
         self.name = name
         self.log = directory / f"{name}.log"
         self._process = subprocess.Popen(  # noqa: S603 - the demo's own commands
@@ -82,27 +81,25 @@ class Child:
             raise PartMissing(f"the {self.name} process has ended ({how}):\n{self.tail()}")
 
     def until(self, ready: Callable[[], _T | None]) -> _T:
-        """The first answer of `ready` that is true. Raises `PartMissing`."""
-        end = time.monotonic() + START_PATIENCE
+        """Wait until `ready` returns something true, and return it. Raises `PartMissing`."""
+        end = time.monotonic() + START_TIMEOUT
         while not (answer := ready()):
             self.require_running()
             if time.monotonic() > end:
-                raise PartMissing(
-                    f"the {self.name} process was not ready within {START_PATIENCE:.0f} s:\n{self.tail()}"
-                )
+                raise PartMissing(f"the {self.name} process was not ready within {START_TIMEOUT:.0f} s:\n{self.tail()}")
             time.sleep(0.1)
         return answer
 
     def says(self, pattern: str) -> list[str]:
-        """What its log says of `pattern`, once it does. Raises `PartMissing`."""
+        """Wait until `pattern` is in its log, and return the matches. Raises `PartMissing`."""
         return self.until(lambda: re.findall(pattern, self.written()))
 
     def stop(self) -> None:
-        """Ask it to end, and end it if it does not; then let the watcher go. Once more is no harm."""
+        """Terminate it, kill it if that takes too long, and release the watcher. May be called twice."""
         if self.running:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(STOP_PATIENCE)
+                self._process.wait(STOP_TIMEOUT)
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         self._process.wait()
@@ -118,17 +115,17 @@ def worker(directory: Path, env: Mapping[str, str]) -> Child:
     return Child("worker", [sys.executable, "-m", "celery", "-A", "worker.app", "worker"], directory, env)
 
 
-def doors(directory: Path, env: Mapping[str, str], *, usual: bool = True) -> Child:
-    """Both doors, `python -m producer serve`; `usual`: at their usual ports, where these are free."""
+def api(directory: Path, env: Mapping[str, str], *, usual: bool = True) -> Child:
+    """The API, `python -m producer serve`; `usual`: on its usual ports, where these are free."""
     ports = [
-        f"--{door}-bind={HOST}:{_port(port) if usual else 0}"
-        for door, port in (("http", HTTP_PORT), ("grpc", GRPC_PORT))
+        f"--{protocol}-bind={HOST}:{_port(port) if usual else 0}"
+        for protocol, port in (("http", HTTP_PORT), ("grpc", GRPC_PORT))
     ]
-    return Child("doors", [sys.executable, "-m", "producer", "serve", *ports], directory, env)
+    return Child("api", [sys.executable, "-m", "producer", "serve", *ports], directory, env)
 
 
 def flower(directory: Path, env: Mapping[str, str], *, usual: bool = True) -> Child:
-    """Flower, `celery -A worker.app flower`; `usual`: at its usual port, if that is free."""
+    """Flower, `celery -A worker.app flower`; `usual`: on its usual port, if that is free."""
     options = [f"--address={HOST}", f"--port={_port(FLOWER_PORT) if usual else 0}"]
     env = {name: value for name, value in env.items() if not name.startswith("FLOWER_")}  # settings of another Flower
     return Child("flower", [sys.executable, "-m", "celery", "-A", "worker.app", "flower", *options], directory, env)
@@ -136,10 +133,10 @@ def flower(directory: Path, env: Mapping[str, str], *, usual: bool = True) -> Ch
 
 def _port(usual: int) -> int:
     """The usual port, or 0 (the program takes a free one) if it is busy."""
-    with socket.socket() as readiness:
-        readiness.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have just ended do not count
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have just ended do not count
         try:
-            readiness.bind((HOST, usual))
+            probe.bind((HOST, usual))
         except OSError:
             return 0
     return usual

@@ -1,4 +1,4 @@
-"""The steps that are shown, each of which must be true."""
+"""The steps that the demo shows and verifies."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import time
 import uuid
 from typing import Any
 
-from demo import redis
-from demo.api import Doors, NoAnswer
+from demo import embedded_redis
+from demo.api_client import ApiClient, NoAnswer
 from demo.catcher import Catcher, Mail
 from demo.screen import Screen
 from producer.api.proto import METHOD, SERVICE
 from producer.contract import ErrorCode, code_key
 from producer.settings import Settings
 
-MAIL_PATIENCE = 10.0  # seconds between the reply and the mail in the mailbox; the reply already says that it is there
+MAIL_TIMEOUT = 10.0  # seconds from the reply, which says that the mail was accepted, to the mail in the mailbox
 
 
 class StepFailed(Exception):
-    """A step was not true."""
+    """A step failed."""
 
     def __init__(self, step: str, why: str) -> None:
         super().__init__(f"{step}: {why}")
@@ -28,19 +28,19 @@ class StepFailed(Exception):
 
 
 class Tour:
-    """Asks for a code twice and checks it twice, at the HTTP door; then asks once at the gRPC door."""
+    """Asks for a code twice and checks it twice over HTTP; then asks once over gRPC."""
 
-    def __init__(self, settings: Settings, doors: Doors, catcher: Catcher, screen: Screen) -> None:
+    def __init__(self, settings: Settings, api: ApiClient, catcher: Catcher, screen: Screen) -> None:
         self._settings = settings
-        self._doors = doors
+        self._api = api
         self._catcher = catcher
         self._screen = screen
-        # New in each run: what an earlier one left in Redis has no say.
+        # New in each run: an earlier run may have left codes and cooldowns in Redis.
         name = f"demo-{uuid.uuid4().hex[:8]}"
         self._email, self._other_email = f"{name}@example.com", f"{name}-grpc@example.com"
 
     def run(self) -> None:
-        """All steps. Raises `StepFailed` at the first that is not true."""
+        """Run all steps. Raises `StepFailed` at the first that fails."""
         email = self._email
         self._screen.title("1  Ask for a code")
         code, life = self._first(email)
@@ -53,8 +53,8 @@ class Tour:
         key = code_key(email)
         _require(gone is None, "the code is consumed", f"{key} still holds {gone}")
         self._screen.done(f"{key} is gone: a code works once")
-        self._screen.title("4  Ask at the gRPC door, as GateServer does")
-        self._through_rpc(self._other_email)
+        self._screen.title("4  Ask over gRPC, as GateServer does")
+        self._over_grpc(self._other_email)
 
     def _first(self, email: str) -> tuple[str, float]:
         mail = self._request(email)
@@ -83,12 +83,12 @@ class Tour:
         self._screen.fact("in Redis", f"{key} = {code}, {left:.0f} s left")
         self._screen.done(f"{step}, and its expiry did not move")
 
-    def _through_rpc(self, email: str) -> None:
+    def _over_grpc(self, email: str) -> None:
         step = "a call is answered with Success, and without the code"
         self._screen.note(f'{SERVICE}/{METHOD}(email="{email}")')
         began = time.monotonic()
         try:
-            reply = self._doors.get_varify_code(email)
+            reply = self._api.get_varify_code(email)
         except NoAnswer as exc:
             raise StepFailed(step, str(exc)) from exc
         took = (time.monotonic() - began) * 1000
@@ -109,11 +109,11 @@ class Tour:
         return self._arrived(email)
 
     def _arrived(self, email: str) -> Mail:
-        mail = self._catcher.wait(MAIL_PATIENCE)
+        mail = self._catcher.wait(MAIL_TIMEOUT)
         while mail is not None and mail.recipient != email:
-            mail = self._catcher.wait(MAIL_PATIENCE)
+            mail = self._catcher.wait(MAIL_TIMEOUT)
         if mail is None:
-            raise StepFailed("the mail arrives", f"none came within {MAIL_PATIENCE:.0f} s")
+            raise StepFailed("the mail arrives", f"none came within {MAIL_TIMEOUT:.0f} s")
         return mail
 
     def _require_code(self, mail: Mail, code: str, email: str) -> None:
@@ -125,23 +125,23 @@ class Tour:
     def _check(self, email: str, code: str, expected: ErrorCode, step: str) -> None:
         answer, _ = self._post(step, "/check_varifycode", email=email, varifycode=code)
         self._screen.fact("reply", json.dumps(answer))
-        _require(answer == {"error": int(expected), "email": email}, step, f"expected was {_named(expected)}")
+        _require(answer == {"error": int(expected), "email": email}, step, f"expected {_named(expected)}")
         self._screen.done(f"{step}: {_named(expected)}")
 
     def _post(self, step: str, path: str, **content: str) -> tuple[dict[str, Any], float]:
         """The answer, and how many milliseconds it took."""
-        self._screen.note(f"POST {self._doors.http}{path}  {json.dumps(content)}")
+        self._screen.note(f"POST {self._api.http}{path}  {json.dumps(content)}")
         began = time.monotonic()
         try:
-            answer = self._doors.post(path, **content)
+            answer = self._api.post(path, **content)
         except NoAnswer as exc:
             raise StepFailed(step, str(exc)) from exc
         return answer, (time.monotonic() - began) * 1000
 
     def _stored(self, email: str) -> tuple[str | None, float]:
-        """The code as GateServer reads it, and the seconds that it lives."""
+        """The code as GateServer reads it, and the seconds it has left."""
         key = code_key(email)
-        code, life = redis.ask(self._settings.codes_url, ("GET", key), ("PTTL", key))
+        code, life = embedded_redis.ask(self._settings.codes_url, ("GET", key), ("PTTL", key))
         return None if code is None else code.decode(), life / 1000
 
 
@@ -155,5 +155,5 @@ def _named(error: ErrorCode) -> str:
 
 
 def _other(code: str) -> str:
-    """A code that it is not."""
+    """Another code."""
     return ("1" if code[0] == "0" else "0") + code[1:]

@@ -1,4 +1,4 @@
-"""Where the doors listen, and who may knock there."""
+"""Where the API listens, and who may reach it there."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from producer.errors import VerifyError
 from producer.setting_types import Bind
 from producer.settings import Settings
 
-BACKLOG = 2048  # connections that may wait to be accepted; the kernel's own bound is often 4096
+LISTEN_BACKLOG = 2048  # connections that may wait to be accepted; the kernel's own limit is often 4096
 
 
 class CannotListen(VerifyError):
-    """A door cannot be opened where it was told to."""
+    """The API cannot listen where its settings say."""
 
 
 def require_permission(settings: Settings) -> None:
-    """Raises `CannotListen` if a door would speak in clear, or to anyone, beyond this host, and nothing allows it."""
+    """Raises `CannotListen` if the API would serve other hosts without keys or TLS and no setting allows it."""
     if settings.allow_plaintext:
         return
     if not settings.api_keys and not is_loopback(settings.http_bind, "VERIFY_HTTP_BIND"):
@@ -30,8 +30,8 @@ def require_permission(settings: Settings) -> None:
         )
     if not is_loopback(settings.grpc_bind, "VERIFY_GRPC_BIND"):
         raise CannotListen(
-            f"VERIFY_GRPC_BIND: {settings.grpc_bind} is beyond loopback, and this door has neither TLS nor keys;"
-            " set VERIFY_ALLOW_PLAINTEXT=1 to open it all the same"
+            f"VERIFY_GRPC_BIND: {settings.grpc_bind} is beyond loopback, and gRPC has neither TLS nor keys;"
+            " set VERIFY_ALLOW_PLAINTEXT=1 to listen there all the same"
         )
 
 
@@ -47,23 +47,23 @@ def listen(bind: Bind, name: str) -> list[socket.socket]:
                 if family == socket.AF_INET6:
                     each.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 each.bind((address[0], port, *address[2:]))
-                each.listen(BACKLOG)
+                each.listen(LISTEN_BACKLOG)
             except OSError as exc:
                 raise CannotListen(f"{name}: cannot listen on {bind} ({os.strerror(exc.errno or 0)})") from None
-            port = each.getsockname()[1]  # port 0 picks one, and then it is all addresses'
+            port = each.getsockname()[1]  # port 0 picks one, which the other addresses then use
             sockets.append(each)
         opened.pop_all()
     return sockets
 
 
-def readiness(bind: Bind, name: str) -> None:
-    """Raises `CannotListen` as `listen` would: gRPC itself says why on several lines, and not to us."""
+def require_free(bind: Bind, name: str) -> None:
+    """Raises `CannotListen` as `listen` would: gRPC says only on stderr, on several lines, why it cannot."""
     for each in listen(bind, name):
         each.close()
 
 
 def is_loopback(bind: Bind, name: str) -> bool:
-    """Whether nobody beyond this host can knock there. Raises `CannotListen`; `name` is the setting's."""
+    """Whether only this host can connect. Raises `CannotListen`; `name` is the setting's."""
     return all(ipaddress.ip_address(address[0].partition("%")[0]).is_loopback for _, address in _addresses(bind, name))
 
 

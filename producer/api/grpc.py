@@ -1,4 +1,4 @@
-"""The gRPC door: what the old server answered, and the standard health and reflection services."""
+"""The gRPC API: the old server's service, and the standard health and reflection services."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from producer.api.context import BODY_LIMIT, Api
+from producer.api.body import BODY_LIMIT
 from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp, file_descriptor
+from producer.api.state import Api
 
 _OPTIONS: Final = (
-    ("grpc.so_reuseport", 0),  # a busy port is an error, not a share of its connections
+    ("grpc.so_reuseport", 0),  # a busy port is an error
     ("grpc.max_receive_message_length", BODY_LIMIT),
     ("grpc.max_metadata_size", BODY_LIMIT),
     ("grpc.server_handshake_timeout_ms", 10_000),  # for connections that send nothing
-    # Half-open connections are found and closed; GateServer keeps its own open for ever, so age is no reason to.
+    # Half-open connections are closed. Old ones are not: GateServer keeps its own open for ever.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
@@ -33,7 +34,7 @@ class GrpcServer:
         self._api = api
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stub is older
         self._server = grpc.aio.server(options=_OPTIONS)
-        # Requests come in as bytes, so that what cannot be parsed gets an answer of ours.
+        # Requests are parsed by us: gRPC would answer a malformed one with an error of its own.
         handler = grpc.unary_unary_rpc_method_handler(
             self._get_varify_code if api.traces is None else self._traced,
             response_serializer=GetVarifyRsp.SerializeToString,
@@ -44,18 +45,18 @@ class GrpcServer:
         reflection.enable_server_reflection(services, self._server, pool=_reflected())
 
     async def start(self, address: str) -> int:
-        """Listen on `host:port`; the port. Raises `RuntimeError` if that is not possible."""
+        """Listen on `host:port` and return the port. Raises `RuntimeError` if that is not possible."""
         port: int = self._server.add_insecure_port(address)
         await self._server.start()
         await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         return port
 
-    async def say_goodbye(self) -> None:
-        """Tell those who watch our health that this server is about to go."""
+    async def announce_shutdown(self) -> None:
+        """Tell clients that watch our health that this server is about to shut down."""
         await self._health.enter_graceful_shutdown()
 
     async def stop(self, grace: float) -> None:
-        """Take no new calls or connections, and give those under way `grace` seconds. A second time shortens it."""
+        """Accept nothing new, and give calls under way `grace` seconds. A second call can shorten that."""
         await self._server.stop(grace)
 
     async def _traced(self, raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
@@ -72,12 +73,14 @@ class GrpcServer:
             email = GetVarifyReq.FromString(raw).email
         except DecodeError:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a message.GetVarifyReq")
-        # `code` stays empty: who asks must not be able to read what only the mailbox' owner may know.
-        return GetVarifyRsp(error=int(await self._api.request("grpc", email)), email=email)
+        wait = self._api.relays.wait()
+        error = await self._api.answer("grpc", "request", wait.reply(self._api.client.request(email, observer=wait)))
+        # `code` stays empty: only the owner of the mailbox may read it.
+        return GetVarifyRsp(error=int(error), email=email)
 
 
 def _reflected() -> DescriptorPool:
-    """A pool that describes all our services; the standard ones are only in protobuf's default pool."""
+    """A pool with all our services: ours is not in protobuf's default pool, the standard ones are only there."""
     pool = DescriptorPool()
     files = (health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR)
     for file in (file_descriptor(), *(FileDescriptorProto.FromString(each.serialized_pb) for each in files)):

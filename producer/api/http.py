@@ -1,4 +1,4 @@
-"""The HTTP door."""
+"""The HTTP API."""
 
 from __future__ import annotations
 
@@ -7,16 +7,29 @@ import hmac
 import json
 from typing import TYPE_CHECKING, Any, Final
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse
+from fastapi import APIRouter, FastAPI, Request, Response, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse
+from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from producer.api import demo
-from producer.api import docs as pages
-from producer.api.body import NotOurs, purpose_in, read, text_in
-from producer.api.connection import refusal
-from producer.api.context import Api
+from producer.api.body import JsonRoute, malformed_fields
+from producer.api.http_connection import refusal
+from producer.api.models import (
+    CheckAnswer,
+    CodeCheck,
+    CodeRequest,
+    Health,
+    Malformed,
+    ReadinessAnswer,
+    Refusal,
+    RequestAnswer,
+    error_table,
+)
+from producer.api.state import Api
 from producer.contract import ErrorCode
 from producer.metrics import CONTENT_TYPE
 
@@ -24,106 +37,157 @@ if TYPE_CHECKING:
     from producer.tracing.spans import Traces
 
 JSON: Final = "application/json"
-OPEN: Final = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})  # no key: probes have none; nothing secret
-
+_DOCS: Final = ("/docs", "/static-offline-docs/")
+# Paths that need no key: probes have none, and the rest holds nothing secret. One that ends in / stands for all below.
+OPEN: Final = frozenset({"/healthz", "/readyz", "/openapi.json", *_DOCS})
+TRACED: Final = frozenset({"/get_varifycode", "/get_verifycode", "/check_varifycode", "/check_verifycode"})
 
 # FastAPI's own spans and logs would go wherever the process exports to, with paths and errors as callers made them.
 _NO_TELEMETRY: Final[Any] = dict.fromkeys(("tracing", "metrics", "logs", "operation_spans", "auto_configure"), False)
-TRACED: Final = frozenset({"/get_varifycode", "/check_varifycode"})
+_DESCRIPTION: Final = f"""\
+Every answered request is HTTP 200 with a number in `error`. A body is JSON whatever its content type, of at most 16 kB.
+
+{error_table()}
+"""
+_REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
+    "4XX": {
+        "model": Refusal,
+        "description": "400 the body ended early, 401 the key is missing or wrong, 408 the body did not arrive within"
+        " 5 s, 413 the body has more than 16 kB",
+    }
+}
+# The page that FastAPI makes has an inline script; everything that it loads comes from here.
+_DOCS_POLICY: Final = (
+    b"default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:;"
+    b" connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_DOCS_HEADERS: Final = (
+    (b"content-security-policy", _DOCS_POLICY),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+)
 
 
-def make_app(api: Api) -> ASGIApp:
-    """The door as an ASGI application."""
-    app = FastAPI(
+def make_app(api: Api, url: str = "http://127.0.0.1:8081") -> ASGIApp:
+    """The API as an ASGI application. `url`: where its examples ask."""
+    app = FastAPIOffline(
+        redoc_url=None,
         title="VerifyServer",
         summary="Sends email verification codes and checks them.",
-        description=pages.DESCRIPTION,
+        description=_DESCRIPTION,
         version="1",
-        docs_url=None,
-        redoc_url=None,
         redirect_slashes=False,
         telemetry=_NO_TELEMETRY,
-        exception_handlers={HTTPException: _refuse, Exception: _unforeseen},
+        swagger_ui_parameters={"defaultModelsExpandDepth": -1, "tryItOutEnabled": True},
+        exception_handlers={HTTPException: _refuse, Exception: _unexpected},
     )
 
-    @app.post("/get_varifycode", summary="Send a code", **pages.describe(pages.REQUEST, pages.REQUEST_ANSWER))
-    async def get_varifycode(request: Request) -> Response:
-        """Send a code to `email`, and wait for the outcome."""
-        try:
-            given = await read(request)
-            email, purpose = text_in(given, "email"), purpose_in(given)
-        except NotOurs:
-            return _not_ours(api)
-        error = await api.request("http", email, purpose=purpose, locale=given.get("locale"))
-        return _answer({"error": int(error), "email": email})
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_request: Request, exc: RequestValidationError) -> Response:
+        if api.traces is not None:
+            api.traces.answered(ErrorCode.ERROR_JSON)
+        return _json({"error": int(ErrorCode.ERROR_JSON), "detail": malformed_fields(exc)})
 
-    @app.post("/check_varifycode", summary="Check a code", **pages.describe(pages.CHECK, pages.CHECK_ANSWER))
-    async def check_varifycode(request: Request) -> Response:
-        """Check a code; the right one is consumed. Each check is an attempt."""
-        try:
-            given = await read(request)
-            email, code, purpose = text_in(given, "email"), text_in(given, "varifycode"), purpose_in(given)
-        except NotOurs:
-            return _not_ours(api)
-        error = await api.check("http", email, code, purpose=purpose)
-        return _answer({"error": int(error), "email": email})
-
-    _add_looks(app, api)
-    # Within the guard: who has no key leaves no trace.
-    guarded: ASGIApp = app if api.traces is None else _Traced(app, api.traces)
+    with_key = [Security(HTTPBearer(auto_error=False, scheme_name="key"))] if api.settings.api_keys else []
+    app.include_router(_verbs(api, url), dependencies=with_key)
+    app.include_router(_metrics(api), dependencies=with_key)
+    _add_probes(app, api)
     free = OPEN
     if api.settings.demo:
         free |= demo.add(app, api)
+    # Inside the key check: a caller without a key leaves no trace.
+    guarded: ASGIApp = app if api.traces is None else _Traced(app, api.traces)
     if api.settings.api_keys:
-        app.openapi_schema = pages.with_keys(app.openapi(), OPEN)
-        guarded = _Guard(guarded, api.settings.api_keys, free)
-    return _Counted(guarded, api)
+        guarded = _KeyCheck(guarded, api.settings.api_keys, free)
+    return _Outermost(guarded, api)
 
 
-def _add_looks(app: FastAPI, api: Api) -> None:
-    """What is looked at and changes nothing."""
+def _verbs(api: Api, url: str) -> APIRouter:
+    router = APIRouter(route_class=JsonRoute)
 
-    async def healthz() -> Response:
-        """The process is up."""
-        return _answer({"status": "ok"})
+    @router.post("/get_verifycode", include_in_schema=False)
+    @router.post(
+        "/get_varifycode",
+        summary="Send a code",
+        description=_described("Sends a code to `email` and waits for the outcome.", url, "get", CodeRequest),
+        response_model=RequestAnswer | Malformed,
+        responses=_REFUSALS,
+    )
+    async def get_varifycode(asked: CodeRequest) -> Response:
+        wait = api.relays.wait()
+        reply = api.client.request(asked.email, purpose=asked.purpose, locale=asked.locale, observer=wait)
+        error = await api.answer("http", "request", wait.reply(reply))
+        return _json({"error": int(error), "email": asked.email})
 
-    async def readyz() -> Response:
-        """Broker, results and codes can be reached, and a worker gave a sign of life within 5 s; else 503."""
-        found = await api.readiness.find()
-        parts = {"broker": found.broker, "results": found.results, "codes": found.codes, "workers": found.workers}
-        ready = found.ready and not api.leaving
-        return _answer({"ready": ready, **parts, "leaving": api.leaving}, 200 if ready else 503)
+    @router.post("/check_verifycode", include_in_schema=False)
+    @router.post(
+        "/check_varifycode",
+        summary="Check a code",
+        description=_described(
+            "Checks a code and consumes the right one. Each check is an attempt.", url, "check", CodeCheck
+        ),
+        response_model=CheckAnswer | Malformed,
+        responses=_REFUSALS,
+    )
+    async def check_varifycode(given: CodeCheck) -> Response:
+        result = api.client.check(given.email, given.varifycode, purpose=given.purpose)
+        return _json({"error": int(await api.answer("http", "check", result)), "email": given.email})
 
+    return router
+
+
+def _described(text: str, url: str, verb: str, body: type[CodeRequest | CodeCheck]) -> str:
+    schema: Any = body.model_config["json_schema_extra"]
+    example = json.dumps(schema["example"])
+    alias = f"`/{verb}_verifycode` is the same."
+    return f"{text} {alias}\n\n```sh\ncurl {url}/{verb}_varifycode -d '{example}'\n```"
+
+
+def _metrics(api: Api) -> APIRouter:
+    router = APIRouter()
+
+    @router.head("/metrics", include_in_schema=False)
+    @router.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Prometheus metrics."""
         return Response(api.metrics.render((await api.readiness.find()).backlog), media_type=CONTENT_TYPE)
 
-    async def docs(request: Request) -> Response:
-        """This description, for people; it needs nothing from elsewhere."""
-        return HTMLResponse(pages.page(app.openapi(), request.headers.get("host", "")))
-
-    for path, shown, endpoint in (
-        ("/healthz", pages.HEALTH, healthz),
-        ("/readyz", pages.READY, readyz),
-        ("/metrics", pages.METRICS, metrics),
-    ):
-        app.add_api_route(path, endpoint, methods=["GET"], summary=endpoint.__doc__, **shown)
-        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
-    app.add_api_route("/docs", docs, methods=["GET"], include_in_schema=False)
+    return router
 
 
-class _Guard:
+def _add_probes(app: FastAPI, api: Api) -> None:
+    @app.head("/healthz", include_in_schema=False)
+    @app.get("/healthz", summary="The process is up", response_model=Health)
+    async def healthz() -> Response:
+        return _json({"status": "ok"})
+
+    @app.head("/readyz", include_in_schema=False)
+    @app.get(
+        "/readyz",
+        summary="Redis can be reached and a worker is alive",
+        description="Broker, results and codes can be reached, and a worker gave a sign of life within 5 s; else 503.",
+        response_model=ReadinessAnswer,
+        responses={503: {"model": ReadinessAnswer, "description": "Not ready"}},
+    )
+    async def readyz() -> Response:
+        found = await api.readiness.find()
+        ready = found.ready and not api.leaving
+        databases = {name: found.up(name) for name in ("broker", "results", "codes")}
+        problem = {"problem": found.problem} if found.problem else {}
+        answer = {"ready": ready, **databases, "workers": found.workers, "leaving": api.leaving, **problem}
+        return _json(answer, 200 if ready else 503)
+
+
+class _KeyCheck:
     """Asks for a key before anything else is looked at."""
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...], free: frozenset[str]) -> None:
-        """`free`: paths that need none; one that ends in `/`, but for the first, stands for all below it."""
         self._app = app
         self._free = free
         self._free_below = tuple(path for path in free if path.endswith("/") and path != "/")
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self._is_free(scope["path"]) and not self._may(scope):
+        if scope["type"] == "http" and not self._is_free(scope["path"]) and not self._has_key(scope):
             answer = Response(refusal("a key is needed: Authorization: Bearer KEY"), 401, media_type=JSON)
             answer.headers["WWW-Authenticate"] = "Bearer"
             await answer(scope, receive, send)
@@ -133,7 +197,7 @@ class _Guard:
     def _is_free(self, path: str) -> bool:
         return path in self._free or path.startswith(self._free_below)
 
-    def _may(self, scope: Scope) -> bool:
+    def _has_key(self, scope: Scope) -> bool:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         scheme, _, key = (given[0] if len(given) == 1 else b"").partition(b" ")
         # Digests have one length, and all are compared: the time taken tells nothing about any key.
@@ -142,20 +206,23 @@ class _Guard:
         return scheme.lower() == b"bearer" and any(matches)
 
 
-class _Counted:
-    """Counts answers that are not 200."""
+class _Outermost:
+    """Counts answers other than 200, and adds the headers that protect the page at /docs."""
 
     def __init__(self, app: ASGIApp, api: Api) -> None:
         self._app = app
-        self._api = api
+        self._refusals = api.metrics.refusals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def counting(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] != 200:
-                self._api.metrics.refusals[message["status"]] += 1
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                if message["status"] != 200:
+                    self._refusals[message["status"]] += 1
+                if scope["path"].startswith(_DOCS):
+                    message["headers"] = [*message["headers"], *_DOCS_HEADERS]
             await send(message)
 
-        await self._app(scope, receive, counting)
+        await self._app(scope, receive, sending)
 
 
 class _Traced:
@@ -178,21 +245,16 @@ class _Traced:
         }
         with self._traces.serving(f"POST {path}", scope["headers"], attributes) as span:
 
-            async def noting(message: Message) -> None:
+            async def sending(message: Message) -> None:
                 if message["type"] == "http.response.start":
                     span.set_attribute("http.response.status_code", message["status"])
                 await send(message)
 
-            await self._app(scope, receive, noting)
+            await self._app(scope, receive, sending)
 
 
-def _not_ours(api: Api) -> Response:
-    if api.traces is not None:
-        api.traces.answered(ErrorCode.ERROR_JSON)
-    return _answer({"error": int(ErrorCode.ERROR_JSON)})
-
-
-def _answer(content: dict[str, Any], status: int = 200) -> Response:
+def _json(content: dict[str, Any], status: int = 200) -> Response:
+    # Not FastAPI's own rendering: old callers get the same bytes as ever, spaces included.
     try:
         body = json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -208,8 +270,8 @@ async def _refuse(_request: Request, exc: Exception) -> Response:
     return Response(refusal(exc.detail), exc.status_code, headers, media_type=JSON)
 
 
-async def _unforeseen(_request: Request, _exc: Exception) -> Response:
-    return Response(refusal("unforeseen error", int(ErrorCode.EXCEPTION)), 500, media_type=JSON)
+async def _unexpected(_request: Request, _exc: Exception) -> Response:
+    return Response(refusal("unexpected error", int(ErrorCode.EXCEPTION)), 500, media_type=JSON)
 
 
 def _digest(key: bytes) -> bytes:

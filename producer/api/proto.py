@@ -1,6 +1,6 @@
-"""`message.proto` without generated code: the same descriptor, built here.
+"""The descriptor of `message.proto`, built here instead of by generated code.
 
-Generated code binds a checkout to one protobuf version, and its compiler would be needed wherever the doors are set up.
+Generated code works with one protobuf version only, and every installation would need its compiler.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MESSAGES: Final = {
 
 
 def file_descriptor() -> descriptor_pb2.FileDescriptorProto:
-    """What a compiler makes of `message.proto`."""
+    """What protoc makes of `message.proto`."""
     package, _, service = SERVICE.partition(".")
     file = descriptor_pb2.FileDescriptorProto(name="message.proto", package=package, syntax="proto3")
     for name, fields in _MESSAGES.items():
@@ -29,11 +29,11 @@ def file_descriptor() -> descriptor_pb2.FileDescriptorProto:
             message.field.add(name=field, number=number, type=kind, label=_Field.LABEL_OPTIONAL, json_name=field)
     method = file.service.add(name=service).method.add(name=METHOD)
     method.input_type, method.output_type = (f".{package}.{name}" for name in _MESSAGES)
-    method.options.SetInParent()  # `{}` after the method is an empty set of options
+    method.options.SetInParent()  # the `{}` after the method is an empty set of options
     return file
 
 
-# A pool of our own: a caller's process may hold the tutorial's generated code, of the same names, in the default one.
+# Not the default pool: there a caller's process may hold the tutorial's generated code with the same names.
 POOL: Final = descriptor_pool.DescriptorPool()
 POOL.Add(file_descriptor())
 GetVarifyReq: Final[Any] = message_factory.GetMessageClass(POOL.FindMessageTypeByName("message.GetVarifyReq"))

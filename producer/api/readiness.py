@@ -1,4 +1,4 @@
-"""Whether the doors lead anywhere: the three databases, and a worker behind the queue."""
+"""Whether the API can serve: the three databases answer, and a worker is alive."""
 
 from __future__ import annotations
 
@@ -6,72 +6,81 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Any, NamedTuple
 
-from producer.errors import VerifyError
+from producer.errors import RedisLoginRefused, VerifyError
 from producer.redis.connection import REDIS_TIMEOUT, RedisConnections, check_version, raise_errors
 from producer.settings import Settings
 from producer.store.backlog import Backlog, backlog, read_backlog
 
-FRESH = 0.25  # seconds that a finding serves all who ask, so that a crowd of them costs Redis nothing
+FRESH = 0.25  # seconds for which one look serves everyone who asks, so that a crowd costs Redis nothing
+_DATABASES = ("broker", "results", "codes")
 
 
 class Finding(NamedTuple):
-    """What was found."""
+    """What one look found."""
 
-    broker: bool
-    results: bool
-    codes: bool
-    backlog: Backlog | None  # None: the broker did not answer
+    errors: dict[str, Exception]  # by database, of those that cannot be used
+    backlog: Backlog | None  # None: the broker cannot be used
+
+    def up(self, database: str) -> bool:
+        """Whether a database can be used."""
+        return database not in self.errors
 
     @property
     def workers(self) -> int:
-        """How many are alive."""
+        """How many workers are alive."""
         return 0 if self.backlog is None else self.backlog.workers
 
     @property
     def ready(self) -> bool:
         """Whether a request can be served."""
-        return self.broker and self.results and self.codes and self.workers > 0
+        return not self.errors and self.workers > 0
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with which databases, without their URLs; empty if they can be used."""
+        kinds: dict[str, list[str]] = {}
+        for database, error in self.errors.items():
+            refused = isinstance(error, RedisLoginRefused)
+            kinds.setdefault("Redis refused the login" if refused else "Redis cannot be reached", []).append(database)
+        return "; ".join(f"{kind} ({', '.join(databases)})" for kind, databases in kinds.items())
 
 
 class Readiness:
-    """Looks over connections of its own: what the client's are busy with is no sign of health."""
+    """Looks over connections of its own: whatever keeps the client's busy says nothing about health."""
 
     def __init__(self, settings: Settings, redis: RedisConnections) -> None:
         self._queue = settings.queue
         urls = (settings.broker_url, settings.results_url, settings.codes_url)
-        self._links = [redis.connection(url, on_open=check_version) for url in urls]
+        self._connections = [redis.connection(url, on_open=check_version) for url in urls]
         self._look: asyncio.Task[Finding] | None = None
         self._found_at = 0.0  # loop time
 
     async def find(self) -> Finding:
-        """How it stands now, within 3 s whatever is down."""
+        """The state now, within 3 s whatever is down."""
         look = self._look
         if look is None or (look.done() and asyncio.get_running_loop().time() - self._found_at > FRESH):
             look = self._look = asyncio.create_task(self._find())
-        return await asyncio.shield(look)  # one for all; who is cancelled takes it from nobody
+        return await asyncio.shield(look)  # one look for all; a caller that is cancelled does not cancel it
 
     async def close(self) -> None:
-        """Drop the connections."""
+        """Stop looking."""
         if self._look is not None:
             self._look.cancel()
-        for link in self._links:
-            await link.close()
 
     async def _find(self) -> Finding:
-        broker, results, codes = self._links
-        figures, *answers = await asyncio.gather(
-            _answer(broker.run([backlog(self._queue)])),
-            _answer(results.run([("PING",)])),
-            _answer(codes.run([("PING",)])),
-        )
+        commands = (backlog(self._queue), ("PING",), ("PING",))
+        runs = [connection.run([command]) for connection, command in zip(self._connections, commands, strict=True)]
+        answers = await asyncio.gather(*(_answer(run) for run in runs))
         self._found_at = asyncio.get_running_loop().time()
-        results_up, codes_up = (answer is not None for answer in answers)
-        return Finding(figures is not None, results_up, codes_up, None if figures is None else read_backlog(figures[0]))
+        found = dict(zip(_DATABASES, answers, strict=True))
+        errors = {database: answer for database, answer in found.items() if isinstance(answer, Exception)}
+        figures = found["broker"]
+        return Finding(errors, None if isinstance(figures, Exception) else read_backlog(figures[0]))
 
 
-async def _answer(replies: Awaitable[list[Any]]) -> list[Any] | None:
+async def _answer(replies: Awaitable[list[Any]]) -> list[Any] | Exception:
     try:
         async with asyncio.timeout(REDIS_TIMEOUT):
             return raise_errors(await replies)
-    except (OSError, VerifyError):  # TimeoutError is of the first kind
-        return None
+    except (OSError, VerifyError) as exc:  # TimeoutError is an OSError
+        return exc

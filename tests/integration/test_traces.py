@@ -23,10 +23,10 @@ from support.rig import code_in
 from support.smtp_server import ScriptedServer
 
 from producer.aio import AsyncVerificationClient
-from producer.api.context import Api
 from producer.api.grpc import GrpcServer
 from producer.api.http import make_app
 from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp
+from producer.api.state import Api
 from producer.contract import DEFAULT_QUEUE
 from producer.settings import load
 from producer.tracing.spans import Traces, caller_of

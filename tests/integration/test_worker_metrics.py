@@ -19,7 +19,7 @@ from support.rig import Rig
 from support.smtp_server import HOST, Drop, Held, ScriptedServer
 from support.worker_process import WorkerProcess
 
-from demo.redis import ask as ask_redis
+from demo.embedded_redis import ask as ask_redis
 from producer.store.backlog import backlog, read_backlog
 
 Page = dict[str, float]  # by name and labels, as Prometheus writes them

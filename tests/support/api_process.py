@@ -18,7 +18,7 @@ from support.process import START_TIMEOUT, Process, own_environment
 
 STOP_WITHIN: Final = 10.0  # seconds after SIGTERM: what the docs promise
 TIMEOUT: Final = 60.0  # seconds for an answer
-LOUD: Final = ("Traceback", "unforeseen", "never retrieved", "never awaited", "destroyed but it is pending")
+LOUD: Final = ("Traceback", "unexpected", "never retrieved", "never awaited", "destroyed but it is pending")
 
 
 class ApiProcess(Process):
@@ -34,7 +34,7 @@ class ApiProcess(Process):
         self.channel: grpc.Channel
 
     def _wait_until_ready(self) -> None:
-        opened = r"gRPC .*\bopen on \S+:(\d+)", r"HTTP .*\bopen on \S+:(\d+)"
+        opened = r"gRPC API listens on \S+:(\d+)", r"HTTP API listens on \S+:(\d+)"
         self.wait_for(lambda: re.search(opened[0], self.log), START_TIMEOUT)
         self.grpc_port, self.http_port = (int(re.findall(each, self.log)[-1]) for each in opened)
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.http_port}", timeout=TIMEOUT, trust_env=False)

@@ -99,10 +99,10 @@ WAYS: Final[dict[str, Way]] = {
     "VERIFY_METRICS_BIND=127.0.0.1:0 .venv/bin/celery -A worker.app worker -n second@%h": Serve(
         "second worker", gives=("code",)
     ),
-    ".venv/bin/python -m producer serve": Serve("api", r"gRPC .*\bopen on", needs=("worker",)),
+    ".venv/bin/python -m producer serve": Serve("api", r"gRPC API listens on", needs=("worker",)),
     f"{CONFIG} .venv/bin/python -m producer settings": Run(r"VERIFY_MAIL_FROM=chat@example\.com", unset=REDIS),
     f"{CONFIG} .venv/bin/celery -A worker.app worker": Serve("worker", gives=("code",), unset=REDIS),
-    f"{CONFIG} .venv/bin/python -m producer serve": Serve("api", r"gRPC .*\bopen on", unset=REDIS),
+    f"{CONFIG} .venv/bin/python -m producer serve": Serve("api", r"gRPC API listens on", unset=REDIS),
     "cp .env.example .env": Run(),
     ".venv/bin/python -m hatchling build -t wheel": Run(r"verifyserver-\S+\.whl"),
     # containers and a cluster

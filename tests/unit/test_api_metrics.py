@@ -6,7 +6,7 @@ import math
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from producer.api.metrics import BOUNDS, ApiMetrics
+from producer.api.counts import BOUNDS, ApiMetrics
 from producer.contract import ErrorCode
 from producer.store.backlog import Backlog
 

@@ -1,8 +1,9 @@
-"""One request on its way: door, queue, worker, relay, reply. What is known of it is told as it becomes known."""
+"""The progress of one request: API, queue, worker, relay, reply, each reported as soon as it is known."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
@@ -11,41 +12,41 @@ from producer.api.demo.task_events import TaskEvents
 from producer.api.readiness import Readiness
 from producer.contract import ErrorCode
 
-STATIONS: Final = ("door", "queue", "worker", "relay", "reply")
-# A worker tells that it took a request and that it began to serve it in one breath; what follows is the relay's time.
-_MEANING: Final = {"task-received": "worker", "task-started": "relay"}
-_AGAIN: Final = "task-retried"  # parked: for its next try, or until another request's mail is out
-GRACE: Final = 0.3  # seconds after the reply in which events may still come: a worker gathers them for 0.05 s
+STAGES: Final = ("api", "queue", "worker", "relay", "reply")
+# A worker sends both events in one message, right before it turns to the relay.
+_STAGE_OF: Final = {"task-received": "worker", "task-started": "relay"}
+_RETRIED: Final = "task-retried"  # delayed: until its retry, or until another request's mail is sent
+GRACE: Final = 0.3  # seconds after the reply in which events may still come: a worker collects them for 0.05 s
 LOOK: Final = 1.0  # seconds between two looks for workers while a request waits
-# Answers without a worker's part in them, or so late that its events came long before.
-_UNHEARD: Final = frozenset({ErrorCode.REDIS_ERR, ErrorCode.TIMEOUT})
+# Replies in which no worker had a part, or so late that its events came long before.
+_WITHOUT_EVENTS: Final = frozenset({ErrorCode.REDIS_ERR, ErrorCode.TIMEOUT})
 
-Answer = dict[str, Any]  # `error`, and what else the last line shall have
-Ask = Callable[["RequestProgress"], Awaitable[Answer]]
+Answer = dict[str, Any]  # `error`, and what else the last line has
+Ask = Callable[[], Awaitable[Answer]]
 
 
 class RequestProgress:
-    """Follows one request (a `RequestObserver`). Its lines have `station` and `at`, seconds since the request came.
+    """Follows one request as its `RequestObserver`. A line has `stage` and `at`, seconds since the request came.
 
-    Stations are told once each, in their order, at times that never go back, whatever clock a worker has. A line with a
-    `note` tells why the request is still where it is: `no worker`, or `again` when a try to send it failed for now. The
-    last line has the `error`.
+    Each stage is reported once, in order, at times that never go back, whatever clock a worker has. A line with `note`
+    says why the request is still where it is: `no worker`, or `again` if an attempt to send it failed for now. The last
+    line has `error`.
     """
 
     def __init__(self, task_events: TaskEvents, readiness: Readiness) -> None:
         self._task_events = task_events
-        self._probe = readiness
+        self._readiness = readiness
         self._began, self._clock = time.perf_counter(), time.time()
         self._lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         self._request_id = ""
         self._at = self._answered = 0.0
-        self._reached = 0  # index in STATIONS
-        self._heard = asyncio.Event()  # the relay's part is known
-        self._lines.put_nowait({"station": STATIONS[0], "at": 0.0})
+        self._reached = 0  # index in STAGES
+        self._at_relay = asyncio.Event()
+        self._lines.put_nowait({"stage": STAGES[0], "at": 0.0})
 
     async def lines(self, ask: Ask) -> AsyncIterator[dict[str, Any]]:
-        """Ask, and tell. Who stops reading takes the question back."""
-        tasks = [asyncio.create_task(self._ask(ask)), asyncio.create_task(self._look())]
+        """Call `ask` and yield what becomes known. Whoever stops reading cancels the request."""
+        tasks = [asyncio.create_task(self._ask(ask)), asyncio.create_task(self._watch_workers())]
         try:
             while (line := await self._lines.get()) is not None:
                 yield line
@@ -55,68 +56,60 @@ class RequestProgress:
                 task.cancel()
 
     def on_publish(self, request_id: str) -> None:
-        """It is about to be pushed, under this id."""
+        """The request is about to be pushed under this id."""
         self._request_id = request_id
-        self._task_events.follow(request_id, self._hear)
-
-    def answered(self) -> None:
-        """The reply is here; what is still to be found out about it takes none of its time."""
-        self._answered = self._elapsed()
+        self._task_events.follow(request_id, self._on_event)
 
     def on_confirmed(self) -> None:
-        """Redis has it."""
+        """Redis has the request."""
         self._reach("queue", self._elapsed())
+
+    def answered(self) -> None:
+        """The reply is here; what is found out afterwards does not count as its time."""
+        self._answered = self._elapsed()
 
     async def _ask(self, ask: Ask) -> None:
         try:
             await self._task_events.listen()
-            answer = await ask(self)
-            if self._request_id and answer["error"] not in _UNHEARD:
-                await self._rest()
+            answer = await ask()
+            if self._request_id and answer["error"] not in _WITHOUT_EVENTS:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(GRACE):
+                        await self._at_relay.wait()
             self._reach("reply", self._answered, **answer)
         finally:
             self._lines.put_nowait(None)
 
-    async def _rest(self) -> None:
-        """Events leave a worker later than its reply."""
-        try:
-            async with asyncio.timeout(GRACE):
-                await self._heard.wait()
-        except TimeoutError:
-            pass
-
-    async def _look(self) -> None:
-        """While it waits, see whether anyone is there to serve it."""
-        told = False
+    async def _watch_workers(self) -> None:
+        was_missing = False
         while True:
             await asyncio.sleep(LOOK)
-            backlog = (await self._probe.find()).backlog
+            backlog = (await self._readiness.find()).backlog
             missing = backlog is not None and backlog.workers == 0
-            if missing and not told:
+            if missing and not was_missing:
                 self._note("no worker")
-            told = missing
+            was_missing = missing
 
-    def _hear(self, kind: str, stamp: float) -> None:
-        if kind == _AGAIN:
+    def _on_event(self, kind: str, timestamp: float) -> None:
+        if kind == _RETRIED:
             self._note("again")
-        elif kind in _MEANING:
-            self._reach(_MEANING[kind], min(stamp - self._clock, self._elapsed()))
-        if self._reached >= STATIONS.index("relay"):
-            self._heard.set()
+        elif kind in _STAGE_OF:
+            self._reach(_STAGE_OF[kind], min(timestamp - self._clock, self._elapsed()))
+        if self._reached >= STAGES.index("relay"):
+            self._at_relay.set()
 
-    def _reach(self, station: str, at: float, **more: Any) -> None:
-        index = STATIONS.index(station)
+    def _reach(self, stage: str, at: float, **more: Any) -> None:
+        index = STAGES.index(stage)
         if index <= self._reached:
             return
-        if station == "worker" and STATIONS[self._reached] == "door":
-            self._reach("queue", at)  # taken before Redis' word that it was there reached us
+        if stage == "worker" and STAGES[self._reached] == "api":
+            self._reach("queue", at)  # a worker took it before Redis' confirmation reached us
         self._reached = index
         self._at = max(self._at, at)
-        self._lines.put_nowait({"station": station, "at": round(self._at, 6), **more})
+        self._lines.put_nowait({"stage": stage, "at": round(self._at, 6), **more})
 
     def _note(self, note: str) -> None:
-        line = {"station": STATIONS[self._reached], "at": round(self._elapsed(), 6), "note": note}
-        self._lines.put_nowait(line)
+        self._lines.put_nowait({"stage": STAGES[self._reached], "at": round(self._elapsed(), 6), "note": note})
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._began

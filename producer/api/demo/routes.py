@@ -1,30 +1,32 @@
-"""Where the demo page and what it asks for are found at the HTTP door."""
+"""The routes of the demo page: the page itself, a request with its progress, and the inbox."""
 
 from __future__ import annotations
 
+import ipaddress
 import json
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
-from starlette.exceptions import HTTPException
 
-from producer.api.body import NotOurs, purpose_in, read, text_in
-from producer.api.connection import refusal
-from producer.api.context import Api
-from producer.api.demo.code_life import CodeLife
+from producer.api.body import JsonRoute
 from producer.api.demo.fetch import CannotFetch
-from producer.api.demo.host_check import require_local
-from producer.api.demo.mailpit import Inbox
+from producer.api.demo.inbox import Inbox
 from producer.api.demo.progress import Answer, RequestProgress
 from producer.api.demo.task_events import TaskEvents
-from producer.contract import ErrorCode
+from producer.api.http_connection import refusal
+from producer.api.models import CodeRequest
+from producer.api.state import Api
+from producer.contract import ErrorCode, code_key
+from producer.errors import VerifyError
+from producer.redis.connection import ServerError
 
 _PAGE: Final = Path(__file__).parent / "page"
 _TYPES: Final = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-FREE: Final = frozenset({"/", "/page/"})  # no key: the page itself holds nothing, and asks for a key
-# Scripts, styles and pictures of the page's own, and a frame for the mail; nothing inline, nothing from elsewhere.
+FREE: Final = frozenset({"/", "/page/"})  # paths that need no key: the page holds nothing secret, and asks for a key
+# The page loads its own scripts, styles and images, and a frame for the mail; nothing inline, nothing from elsewhere.
 _PAGE_POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; frame-src 'self';"
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -35,52 +37,69 @@ _MAIL_POLICY: Final = (
     " frame-ancestors 'self'; sandbox"
 )
 _COMMON: Final = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
-# A reverse proxy that gathers an answer before it passes it on would spoil this one: nginx looks at the last header.
-_STREAM: Final[dict[str, Any]] = {
-    "headers": {**_COMMON, "X-Accel-Buffering": "no"},
-    "media_type": "application/x-ndjson",
-}
 
 
 def add(app: FastAPI, api: Api) -> frozenset[str]:
-    """Add the page and its parts to the door; the paths that need no key."""
+    """Add the routes to the API. Returns the paths that need no key."""
     settings = api.settings
-    inbox = Inbox(settings.demo_inbox) if settings.demo_inbox else None
-    data = APIRouter(dependencies=[] if settings.api_keys else [Depends(require_local)])
+    data = APIRouter(route_class=JsonRoute, dependencies=[] if settings.api_keys else [Depends(require_local)])
     _add_page(app)
-    _add_asking(data, api)
-    _add_inbox(data, inbox)
-    app.include_router(data)
+    _add_request(data, api)
+    _add_inbox(data, Inbox(settings.demo_inbox) if settings.demo_inbox else None)
+    app.include_router(data, include_in_schema=False)
     return FREE
+
+
+async def require_local(request: Request) -> None:
+    """Raises `HTTPException` unless the request was made to `localhost` or to an IP address.
+
+    Any web site may point its own name at 127.0.0.1 and then read, in the browser of whoever visits it, all that this
+    API answers: mails, with the codes in them.
+    """
+    if not _is_local(request.headers.get("host", "")):
+        raise HTTPException(403, "ask for 127.0.0.1 or localhost, or set VERIFY_API_KEYS")
+
+
+def _is_local(host: str) -> bool:
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or name.endswith(".localhost") or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
 
 
 def _add_page(app: FastAPI) -> None:
     headers = {**_COMMON, "Content-Security-Policy": _PAGE_POLICY}
-    # Read once: what is served is what is here, whatever a path looks like.
+    # Read once: a path can name only what is here.
     files = {each.name: (each.read_bytes(), _TYPES[each.suffix]) for each in _PAGE.iterdir() if each.suffix in _TYPES}
 
-    async def page() -> Response:
-        return _file("index.html")
-
-    async def part(name: str) -> Response:
-        return _file(name)
-
-    def _file(name: str) -> Response:
+    async def part(name: str = "index.html") -> Response:
         if name not in files:
             raise HTTPException(404)
         content, kind = files[name]
         return Response(content, headers=headers, media_type=kind)
 
+    async def page() -> Response:
+        return await part()
+
     app.add_api_route("/", page, methods=["GET", "HEAD"], include_in_schema=False)
     app.add_api_route("/page/{name}", part, methods=["GET", "HEAD"], include_in_schema=False)
 
 
-def _add_asking(app: APIRouter, api: Api) -> None:
+def _add_request(app: APIRouter, api: Api) -> None:
     settings = api.settings
-    task_events, code_life = TaskEvents(settings, api.redis), CodeLife(settings, api.redis)
-    api.closing += [task_events.close, code_life.close]
+    task_events, codes = TaskEvents(settings, api.redis), api.redis.connection(settings.codes_url)
+    api.on_close.append(task_events.close)
 
-    @app.get("/demo/facts", include_in_schema=False)
+    async def life(email: str, purpose: str) -> float | None:
+        """The seconds that the live code has left, as a resend does not extend them; None if Redis does not say."""
+        try:
+            [left] = await codes.run([("PTTL", code_key(email, purpose))])
+        except VerifyError:
+            return None
+        return None if isinstance(left, ServerError) or left < 0 else left / 1000
+
+    @app.get("/demo/facts")
     async def facts() -> Response:
         """What the page must know; times are seconds."""
         return _json(
@@ -95,51 +114,53 @@ def _add_asking(app: APIRouter, api: Api) -> None:
             }
         )
 
-    @app.post("/demo/request", include_in_schema=False)
-    async def request(request: Request) -> Response:
-        """As /get_varifycode, with the way of the request as JSON lines; the last one has the error."""
+    @app.post("/demo/request")
+    async def request(asked: CodeRequest) -> Response:
+        """As /get_varifycode, with the request's progress as JSON lines; the last line has the error."""
         progress = RequestProgress(task_events, api.readiness)
-        try:
-            given = await read(request)
-            email, purpose = text_in(given, "email"), purpose_in(given)
-        except NotOurs:
-            return Response(_line({"station": "reply", "at": 0.0, "error": int(ErrorCode.ERROR_JSON)}), **_STREAM)
 
-        async def ask(observer: RequestProgress) -> Answer:
-            error = await api.request("http", email, purpose=purpose, locale=given.get("locale"), observer=observer)
-            observer.answered()
-            life = await code_life.left(email, purpose) if error is ErrorCode.SUCCESS else None
-            return {"error": int(error), **({} if life is None else {"life": life})}
+        async def ask() -> Answer:
+            wait = api.relays.wait(progress)
+            reply = api.client.request(asked.email, purpose=asked.purpose, locale=asked.locale, observer=wait)
+            error = await api.answer("http", "request", wait.reply(reply))
+            progress.answered()
+            left = await life(asked.email, asked.purpose) if error is ErrorCode.SUCCESS else None
+            return {"error": int(error), **({} if left is None else {"life": left})}
 
-        return StreamingResponse((_line(each) async for each in progress.lines(ask)), **_STREAM)
+        # nginx would collect the whole answer before it passes it on, but for the last header.
+        return StreamingResponse(
+            (json.dumps(line).encode() + b"\n" async for line in progress.lines(ask)),
+            headers={**_COMMON, "X-Accel-Buffering": "no"},
+            media_type="application/x-ndjson",
+        )
 
 
 def _add_inbox(app: APIRouter, inbox: Inbox | None) -> None:
-    def there() -> Inbox:
+    def require_inbox() -> Inbox:
         if inbox is None:
             raise HTTPException(404, "there is no inbox to look at: VERIFY_DEMO_INBOX is not set")
         return inbox
 
-    @app.get("/demo/inbox", include_in_schema=False)
+    @app.get("/demo/inbox")
     async def mails() -> Response:
         """The newest mails."""
         try:
-            return _json({"mails": await there().mails()})
+            return _json({"mails": await require_inbox().mails()})
         except CannotFetch as exc:
-            return _away(exc)
+            return _unreachable(exc)
 
-    @app.get("/demo/inbox/{mail_id}", include_in_schema=False)
+    @app.get("/demo/inbox/{mail_id}")
     async def mail(mail_id: str) -> Response:
         """One mail."""
         try:
-            return _json(await there().mail(mail_id))
+            return _json(await require_inbox().mail(mail_id))
         except CannotFetch as exc:
-            return _away(exc)
+            return _unreachable(exc)
 
-    @app.get("/page/mail/{name}", include_in_schema=False)
+    @app.get("/page/mail/{name}")
     async def view(name: str) -> Response:
-        """A mail's HTML, for a frame. It needs no key, which a frame could not bring: its name is one."""
-        html = there().view(name)
+        """A mail's HTML, for a frame. It needs no key, which a frame could not send: nobody can guess its name."""
+        html = require_inbox().view(name)
         if html is None:
             raise HTTPException(404)
         return Response(
@@ -149,15 +170,10 @@ def _add_inbox(app: APIRouter, inbox: Inbox | None) -> None:
         )
 
 
-def _line(content: dict[str, Any]) -> bytes:
-    return json.dumps(content).encode() + b"\n"
-
-
 def _json(content: dict[str, Any]) -> Response:
     return Response(json.dumps(content), headers=_COMMON, media_type="application/json")
 
 
-def _away(why: CannotFetch) -> Response:
-    return Response(
-        refusal(f"the inbox: {why}", int(ErrorCode.EXCEPTION)), 502, headers=_COMMON, media_type="application/json"
-    )
+def _unreachable(why: CannotFetch) -> Response:
+    body = refusal(f"the inbox: {why}", int(ErrorCode.EXCEPTION))
+    return Response(body, 502, headers=_COMMON, media_type="application/json")

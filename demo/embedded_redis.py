@@ -19,9 +19,9 @@ from producer.redis.scripts import Command
 from producer.settings import Settings
 from producer.store.backlog import Backlog, backlog, read_backlog
 
-START_PATIENCE = 30.0  # seconds
+START_TIMEOUT = 30.0  # seconds
 KEEPS_NOTHING = ("--save", "", "--appendonly", "no")  # flags: nothing on disk
-_TRIES = 3  # another program may take the port between our look and the server's
+_TRIES = 3  # another program may take the port before the server does
 
 
 class CannotStart(VerifyError):
@@ -48,13 +48,13 @@ def embedded() -> str:
 
 
 def start(directory: Path, program: str | None = None, flags: Sequence[str] = KEEPS_NOTHING) -> tuple[Child, str]:
-    """Start a server that works in `directory`, the embedded one unless a `program` is named; its URL."""
+    """Start a server in `directory`, the embedded one unless `program` names another. Returns its URL, too."""
     program = program or embedded()
     child: Child | None = None
     for _ in range(_TRIES):
-        with socket.socket() as readiness:
-            readiness.bind((HOST, 0))
-            port = readiness.getsockname()[1]
+        with socket.socket() as probe:
+            probe.bind((HOST, 0))
+            port = probe.getsockname()[1]
         words = ["--bind", HOST, "--port", str(port), "--dir", str(directory), *flags]
         child = Child("redis", [program, *words], directory)
         url = f"redis://{HOST}:{port}"
@@ -65,7 +65,7 @@ def start(directory: Path, program: str | None = None, flags: Sequence[str] = KE
 
 
 def _answers(child: Child, url: str) -> bool:
-    until = time.monotonic() + START_PATIENCE
+    until = time.monotonic() + START_TIMEOUT
     while child.running and time.monotonic() < until:
         try:
             with redis.Redis.from_url(url) as client:
@@ -76,7 +76,7 @@ def _answers(child: Child, url: str) -> bool:
 
 
 def version(url: str) -> str:
-    """What the server at `url` is. Raises `RedisUnavailable`, or `ServerTooOld`."""
+    """Name and version of the server at `url`. Raises `RedisUnavailable` or `ServerTooOld`."""
     [info] = ask(url, ("INFO", "server"))
     require_version(info)
     fields = dict(line.split(":", 1) for line in info.decode().splitlines() if ":" in line)
@@ -86,12 +86,12 @@ def version(url: str) -> str:
 
 
 def look(settings: Settings) -> Backlog:
-    """How its queue stands there, and how many workers serve it."""
+    """The figures of the queue, and how many workers serve it."""
     return read_backlog(ask(settings.broker_url, backlog(settings.queue))[0])
 
 
 def require_free(settings: Settings) -> None:
-    """Raises `Occupied` if the demo would meet others on the queue: it would take their requests, or they its own."""
+    """Raises `Occupied` if others use the queue: the demo would take their requests, or they the demo's."""
     queue, found = settings.queue, look(settings)
     if waiting := found.queued + found.parked + found.suspects:
         raise Occupied(f"requests wait on its queue {queue!r} ({waiting}); the demo's worker would take them")

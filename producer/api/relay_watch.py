@@ -1,0 +1,109 @@
+"""Answers early while no worker has a healthy relay: the mail cannot go out now, so waiting for it is pointless.
+
+A caller such as GateServer blocks until it has its answer. The request stays on the queue and the mail goes out later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Final
+
+from producer.api.readiness import Readiness
+from producer.contract import ErrorCode, Reply
+from producer.core.requests import RequestObserver
+
+LOOK_AFTER: Final = 0.1  # seconds that a request waits before anyone looks; most are answered by then
+LOOK_EVERY: Final = 0.5  # seconds between two looks while requests wait
+ANSWER_AFTER: Final = 0.3  # seconds on the queue, in which a worker can still answer without a mail: 0, 3, 4 or 5
+
+
+class RelayWatch:
+    """Knows, while requests wait, whether every living worker says that none of its relays is healthy."""
+
+    def __init__(self, readiness: Readiness) -> None:
+        self._readiness = readiness
+        self.no_relay = False
+        self._waits: set[RelayWait] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._looking: asyncio.Task[None] | None = None
+
+    def wait(self, observer: RequestObserver | None = None) -> RelayWait:
+        """The wait of one request, which is also its observer; what it observes goes on to `observer`."""
+        return RelayWait(self, observer)
+
+    def add(self, wait: RelayWait) -> None:
+        """A request begins to wait."""
+        self._waits.add(wait)
+        if self._timer is None and self._looking is None:
+            self._timer = asyncio.get_running_loop().call_later(LOOK_AFTER, self._start_looking)
+
+    def discard(self, wait: RelayWait) -> None:
+        """The request waits no longer."""
+        self._waits.discard(wait)
+
+    async def close(self) -> None:
+        """Stop looking."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._looking is not None:
+            self._looking.cancel()
+
+    def _start_looking(self) -> None:
+        self._timer = None
+        if self._waits:
+            self._looking = asyncio.create_task(self._look())
+
+    async def _look(self) -> None:
+        try:
+            while self._waits:
+                backlog = (await self._readiness.find()).backlog
+                self.no_relay = backlog is not None and 0 < backlog.workers <= backlog.unhealthy_workers
+                if self.no_relay:
+                    for wait in self._waits:
+                        wait.shorten()
+                await asyncio.sleep(LOOK_EVERY)
+        finally:
+            self.no_relay = False
+            self._looking = None
+
+
+class RelayWait:
+    """One request while it waits for its reply."""
+
+    def __init__(self, watch: RelayWatch, observer: RequestObserver | None) -> None:
+        self._watch = watch
+        self._observer = observer
+        self._deadline = asyncio.timeout(None)
+        self._queued_at: float | None = None  # loop time
+
+    async def reply(self, outcome: Awaitable[Reply]) -> Reply:
+        """The reply, or `TIMEOUT` soon after the request was queued if no worker has a healthy relay."""
+        self._watch.add(self)
+        try:
+            async with self._deadline:
+                return await outcome
+        except TimeoutError:
+            if not self._deadline.expired():
+                raise
+            return Reply(None, ErrorCode.TIMEOUT)
+        finally:
+            self._watch.discard(self)
+
+    def on_publish(self, request_id: str) -> None:
+        """Part of `RequestObserver`."""
+        if self._observer is not None:
+            self._observer.on_publish(request_id)
+
+    def on_confirmed(self) -> None:
+        """Part of `RequestObserver`: Redis has the request."""
+        self._queued_at = asyncio.get_running_loop().time()
+        if self._watch.no_relay:
+            self.shorten()
+        if self._observer is not None:
+            self._observer.on_confirmed()
+
+    def shorten(self) -> None:
+        """Answer `ANSWER_AFTER` the request was queued; one that is not queued yet waits on."""
+        if self._queued_at is not None and self._deadline.when() is None:
+            self._deadline.reschedule(self._queued_at + ANSWER_AFTER)
