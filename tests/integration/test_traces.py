@@ -1,4 +1,4 @@
-"""One request from door to relay in one trace: the doors and the worker's service in this process, all else real."""
+"""One trace from the API to the relay: API and worker run in this process, everything else is real."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ ATTRIBUTES = {  # all that there may be, so that nothing else slips in
 }
 
 
-class Stage:
-    """The service, both doors and their spans, on one loop."""
+class Harness:
+    """Worker, API and their spans on one loop."""
 
     def __init__(self, server: RedisServer, relay: ScriptedServer, **settings: str) -> None:
         own = {
@@ -65,7 +65,7 @@ class Stage:
         provider.add_span_processor(SimpleSpanProcessor(self._kept))
         self.traces = Traces(provider)
         self.api = Api(self.settings, self.traces)
-        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(make_app(self.api)), base_url="http://door")
+        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(make_app(self.api)), base_url="http://api")
         self._rpc = GrpcServer(self.api)
         self.workers: list[Worker] = []
         self._secrets: set[str] = set()
@@ -91,12 +91,12 @@ class Stage:
         return worker
 
     async def post(self, path: str, headers: dict[str, str] | None = None, **body: object) -> Any:
-        """The JSON answer of the HTTP door."""
+        """The JSON answer of the HTTP API."""
         self._secrets |= {str(value) for name, value in body.items() if name in {"email", "varifycode"}}
         return (await self.http.post(path, json=body, headers=headers)).json()
 
     async def call(self, email: str, **metadata: str) -> int:
-        """The error that the gRPC door answers."""
+        """The error that the gRPC API answers."""
         self._secrets.add(email)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{self.grpc_port}") as channel:
             method = channel.unary_unary(
@@ -131,10 +131,10 @@ class Stage:
         return spans
 
 
-def play(server: RedisServer, scene: Callable[[Stage], Awaitable[None]], **settings: str) -> None:
+def run(server: RedisServer, scenario: Callable[[Harness], Awaitable[None]], **settings: str) -> None:
     async def main() -> None:
-        async with ScriptedServer() as relay, Stage(server, relay, **settings) as stage:
-            await scene(stage)
+        async with ScriptedServer() as relay, Harness(server, relay, **settings) as harness:
+            await scenario(harness)
 
     asyncio.run(main())
 
@@ -170,11 +170,11 @@ def assert_nested(spans: list[ReadableSpan]) -> None:
 
 class TestOneRequest:
     def test_is_one_trace_from_the_http_door_to_the_relay(self, redis_server: RedisServer) -> None:
-        async def scene(stage: Stage) -> None:
+        async def scenario(harness: Harness) -> None:
             email = address()
-            answer = await stage.post("/get_varifycode", {"traceparent": PARENT}, email=email)
+            answer = await harness.post("/get_varifycode", {"traceparent": PARENT}, email=email)
             assert answer == {"error": 0, "email": email}
-            spans = await stage.spans(1)
+            spans = await harness.spans(1)
             assert tree(spans) == {
                 "POST /get_varifycode": "caller",
                 "send verification": "POST /get_varifycode",
@@ -212,18 +212,18 @@ class TestOneRequest:
             assert facts(issued) == {"db.system.name": "redis", "db.operation.name": "issue", "verify.issue": "send"}
             assert facts(tried) == {
                 "server.address": "127.0.0.1",
-                "server.port": stage.relay.port,
+                "server.port": harness.relay.port,
                 "network.protocol.name": "smtp",
                 "verify.outcome": "accepted",
                 "verify.retry": 0,
             }
 
-        play(redis_server, scene)
+        run(redis_server, scenario)
 
     def test_is_one_trace_through_the_grpc_door_too(self, redis_server: RedisServer) -> None:
-        async def scene(stage: Stage) -> None:
-            assert await stage.call(address(), traceparent=PARENT) == 0
-            spans = await stage.spans(1)
+        async def scenario(harness: Harness) -> None:
+            assert await harness.call(address(), traceparent=PARENT) == 0
+            spans = await harness.spans(1)
             assert spans[0].name == "message.VarifyService/GetVarifyCode"
             assert len(spans) == 6
             assert {f"{span.context.trace_id:032x}" for span in spans} == {TRACE_ID}
@@ -235,70 +235,70 @@ class TestOneRequest:
                 "verify.error": 0,
             }
 
-        play(redis_server, scene)
+        run(redis_server, scenario)
 
     def test_without_a_caller_begins_its_own_trace(self, redis_server: RedisServer) -> None:
-        async def scene(stage: Stage) -> None:
-            await stage.post("/get_varifycode", email=address())
-            await stage.call(address())
-            spans = await stage.spans(2)
+        async def scenario(harness: Harness) -> None:
+            await harness.post("/get_varifycode", email=address())
+            await harness.call(address())
+            spans = await harness.spans(2)
             assert len({span.context.trace_id for span in spans}) == 2
             assert [span.kind for span in spans if span.parent is None] == [SpanKind.SERVER] * 2
 
-        play(redis_server, scene)
+        run(redis_server, scenario)
 
     def test_whose_caller_does_not_sample_is_not_sampled_anywhere(self, redis_server: RedisServer) -> None:
-        async def scene(stage: Stage) -> None:
-            await stage.post("/get_varifycode", {"traceparent": UNSAMPLED}, email=address())
-            await stage.post("/get_varifycode", email=address())
-            assert len(await stage.spans(1)) == 6
+        async def scenario(harness: Harness) -> None:
+            await harness.post("/get_varifycode", {"traceparent": UNSAMPLED}, email=address())
+            await harness.post("/get_varifycode", email=address())
+            assert len(await harness.spans(1)) == 6
 
-        play(redis_server, scene)
+        run(redis_server, scenario)
 
     def test_that_waits_for_anothers_mail_says_so(self, redis_server: RedisServer) -> None:
-        async def scene(stage: Stage) -> None:
+        async def scenario(harness: Harness) -> None:
             email = address()
-            assert await stage.call(email) == 0
-            assert await stage.call(email) == 0
-            spans = await stage.spans(2)
+            assert await harness.call(email) == 0
+            assert await harness.call(email) == 0
+            spans = await harness.spans(2)
             assert [facts(span)["verify.issue"] for span in named(spans, "issue")] == ["send", "answered"]
             assert len(named(spans, "smtp send")) == 1
 
-        play(redis_server, scene)
+        run(redis_server, scenario)
 
     def test_that_is_refused_at_the_door_has_the_doors_span(self, redis_server: RedisServer) -> None:
-        async def scene(stage: Stage) -> None:
-            assert (await stage.post("/get_varifycode", email="nobody"))["error"] == 3
-            assert (await stage.post("/get_varifycode"))["error"] == 1001
-            found = await stage.spans(0)
+        async def scenario(harness: Harness) -> None:
+            assert (await harness.post("/get_varifycode", email="nobody"))["error"] == 3
+            assert (await harness.post("/get_varifycode"))["error"] == 1001
+            found = await harness.spans(0)
             assert [(span.name, facts(span)["verify.error"]) for span in found] == [
                 ("POST /get_varifycode", 3),
                 ("POST /get_varifycode", 1001),
             ]
 
-        play(redis_server, scene)
+        run(redis_server, scenario)
 
 
 def test_checks_and_nothing_else_at_the_door_have_spans(redis_server: RedisServer) -> None:
-    async def scene(stage: Stage) -> None:
+    async def scenario(harness: Harness) -> None:
         email = address()
-        await stage.call(email)
-        code = code_in(stage.relay.mails[0])
-        assert (await stage.post("/check_varifycode", email=email, varifycode="no such code"))["error"] == 1004
-        assert (await stage.post("/check_varifycode", {"traceparent": PARENT}, email=email, varifycode=code))[
+        await harness.call(email)
+        code = code_in(harness.relay.mails[0])
+        assert (await harness.post("/check_varifycode", email=email, varifycode="no such code"))["error"] == 1004
+        assert (await harness.post("/check_varifycode", {"traceparent": PARENT}, email=email, varifycode=code))[
             "error"
         ] == 0
         for path in ("/healthz", "/readyz", "/metrics", "/docs", f"/{email}"):
-            await stage.http.get(path)
-            await stage.http.post(path)
-        checks = [span for span in await stage.spans(1) if span.name.startswith("POST")]
+            await harness.http.get(path)
+            await harness.http.post(path)
+        checks = [span for span in await harness.spans(1) if span.name.startswith("POST")]
         assert [(span.name, facts(span)["verify.error"]) for span in checks] == [
             ("POST /check_varifycode", 1004),
             ("POST /check_varifycode", 0),
         ]
         assert f"{checks[1].context.trace_id:032x}" == TRACE_ID
 
-    play(redis_server, scene)
+    run(redis_server, scenario)
 
 
 def test_the_web_framework_makes_no_spans_of_its_own(
@@ -309,26 +309,26 @@ def test_the_web_framework_makes_no_spans_of_its_own(
     provider.add_span_processor(SimpleSpanProcessor(kept))
     monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER", provider)
 
-    async def scene(stage: Stage) -> None:
-        await stage.post("/get_varifycode", email=address())
-        await stage.http.get("/somebody@example.com")
-        await stage.spans(1)
+    async def scenario(harness: Harness) -> None:
+        await harness.post("/get_varifycode", email=address())
+        await harness.http.get("/somebody@example.com")
+        await harness.spans(1)
 
-    play(redis_server, scene)
+    run(redis_server, scenario)
     assert kept.get_finished_spans() == ()
 
 
 def test_a_retry_is_part_of_the_same_trace_in_whichever_worker(redis_server: RedisServer) -> None:
-    async def scene(stage: Stage) -> None:
-        first = stage.workers[0]
-        stage.relay.script["rcpt"] = ["450 4.2.1 later"]
+    async def scenario(harness: Harness) -> None:
+        first = harness.workers[0]
+        harness.relay.script["rcpt"] = ["450 4.2.1 later"]
         email = address()
-        asking = asyncio.create_task(stage.post("/get_varifycode", {"traceparent": PARENT}, email=email))
-        await stage.spans(1)  # it is parked
+        asking = asyncio.create_task(harness.post("/get_varifycode", {"traceparent": PARENT}, email=email))
+        await harness.spans(1)  # it is parked
         first.fetcher.consume(on=False)
-        await stage.add_worker()
+        await harness.add_worker()
         assert (await asking)["error"] == 0
-        spans = await stage.spans(2)
+        spans = await harness.spans(2)
         assert {f"{span.context.trace_id:032x}" for span in spans} == {TRACE_ID}
         assert [facts(span)["verify.settled"] for span in named(spans, "process verification")] == ["delay", "ack"]
         refused, accepted = named(spans, "smtp send")
@@ -340,21 +340,21 @@ def test_a_retry_is_part_of_the_same_trace_in_whichever_worker(redis_server: Red
         assert {"verify.outcome": "accepted", "verify.retry": 1}.items() <= facts(accepted).items()
         assert [facts(span)["messaging.operation.name"] for span in named(spans, "settle")] == ["delay", "ack"]
 
-    play(redis_server, scene)
+    run(redis_server, scenario)
 
 
 def test_a_request_that_is_given_up_is_a_fault_and_a_refused_mailbox_is_none(redis_server: RedisServer) -> None:
-    async def scene(stage: Stage) -> None:
-        stage.relay.script["rcpt"] = ["550 5.1.1 no such user", *["450 4.2.1 later"] * 50]
-        assert await stage.call(address()) == 5
-        assert await stage.call(address()) == 6
-        spans = await stage.spans(3)
+    async def scenario(harness: Harness) -> None:
+        harness.relay.script["rcpt"] = ["550 5.1.1 no such user", *["450 4.2.1 later"] * 50]
+        assert await harness.call(address()) == 5
+        assert await harness.call(address()) == 6
+        spans = await harness.spans(3)
         last = {facts(span)["verify.error"]: span for span in spans if "verify.error" in facts(span)}
         assert last[5].status.status_code is StatusCode.UNSET
         assert last[6].status.status_code is StatusCode.ERROR
         assert facts(last[6])["error.type"] == "Timeout"
 
-    play(redis_server, scene, VERIFY_GIVE_UP_AFTER="1", VERIFY_REPLY_TIMEOUT="4")
+    run(redis_server, scenario, VERIFY_GIVE_UP_AFTER="1", VERIFY_REPLY_TIMEOUT="4")
 
 
 @pytest.mark.parametrize(
@@ -375,13 +375,13 @@ def test_a_request_that_is_given_up_is_a_fault_and_a_refused_mailbox_is_none(red
     ids=lambda headers: str(headers)[:30],
 )
 def test_what_is_no_trace_context_in_a_message_is_ignored(redis_server: RedisServer, headers: dict[str, Any]) -> None:
-    async def scene(stage: Stage) -> None:
-        stage.push(address(), headers)
-        [processed, *_] = await stage.spans(1)
+    async def scenario(harness: Harness) -> None:
+        harness.push(address(), headers)
+        [processed, *_] = await harness.spans(1)
         assert processed.parent is None
         assert facts(processed)["verify.error"] == 0
 
-    play(redis_server, scene)
+    run(redis_server, scenario)
 
 
 @pytest.mark.parametrize(
@@ -390,13 +390,13 @@ def test_what_is_no_trace_context_in_a_message_is_ignored(redis_server: RedisSer
     ids=str,
 )
 def test_a_trace_state_that_is_none_or_may_hold_an_address_is_dropped(redis_server: RedisServer, state: object) -> None:
-    async def scene(stage: Stage) -> None:
-        stage.push(address(), {"traceparent": PARENT, "tracestate": state})
-        [processed, *_] = await stage.spans(1)
+    async def scenario(harness: Harness) -> None:
+        harness.push(address(), {"traceparent": PARENT, "tracestate": state})
+        [processed, *_] = await harness.spans(1)
         assert f"{processed.context.trace_id:032x}" == TRACE_ID
         assert not processed.context.trace_state
 
-    play(redis_server, scene)
+    run(redis_server, scenario)
 
 
 @pytest.mark.parametrize(
@@ -412,59 +412,59 @@ def test_what_is_no_trace_context_is_ignored_without_a_word(text: str, caplog: p
 
 
 def test_hostile_headers_at_the_doors_are_ignored_and_a_vendors_state_travels(redis_server: RedisServer) -> None:
-    async def scene(stage: Stage) -> None:
+    async def scenario(harness: Harness) -> None:
         for value in ("", "nonsense", "00-" + "f" * 8000, "\t", "00-é"):
             headers = [(b"traceparent", value.encode("latin-1"))]
-            answer = await stage.http.post("/get_varifycode", json={"email": address()}, headers=headers)
+            answer = await harness.http.post("/get_varifycode", json={"email": address()}, headers=headers)
             assert answer.json()["error"] == 0
         twice = [("traceparent", PARENT), ("traceparent", PARENT)]
-        await stage.http.post("/get_varifycode", json={"email": address()}, headers=twice)
-        assert await stage.call(address(), traceparent="nonsense") == 0
-        assert all(f"{span.context.trace_id:032x}" != TRACE_ID for span in await stage.spans(7))
+        await harness.http.post("/get_varifycode", json={"email": address()}, headers=twice)
+        assert await harness.call(address(), traceparent="nonsense") == 0
+        assert all(f"{span.context.trace_id:032x}" != TRACE_ID for span in await harness.spans(7))
         fine = {"traceparent": PARENT, "tracestate": "vendor=1,other=2"}
-        await stage.post("/get_varifycode", fine, email=address())
-        states = [dict(span.context.trace_state) for span in await stage.spans(8) if span.context.trace_state]
+        await harness.post("/get_varifycode", fine, email=address())
+        states = [dict(span.context.trace_state) for span in await harness.spans(8) if span.context.trace_state]
         assert states == [{"vendor": "1", "other": "2"}] * 6
 
-    play(redis_server, scene)
+    run(redis_server, scenario)
 
 
 def test_an_address_as_request_id_is_masked(redis_server: RedisServer) -> None:
-    async def scene(stage: Stage) -> None:
-        stage.push(address(), {}, request_id=f"whole.{uuid.uuid4()}@example.com")
-        [processed, *_] = await stage.spans(1)
+    async def scenario(harness: Harness) -> None:
+        harness.push(address(), {}, request_id=f"whole.{uuid.uuid4()}@example.com")
+        [processed, *_] = await harness.spans(1)
         assert facts(processed)["messaging.message.id"] == "***"
 
-    play(redis_server, scene)
+    run(redis_server, scenario)
 
 
 def test_an_unfit_message_and_a_conflict_do_no_harm(redis_server: RedisServer, redis: Redis) -> None:
-    async def scene(stage: Stage) -> None:
-        same = stage.push(address(), {"traceparent": PARENT})
-        await stage.spans(1)
-        stage.push(address(), {"traceparent": PARENT}, request_id=same)
-        with stage.server.client(1) as client:
+    async def scenario(harness: Harness) -> None:
+        same = harness.push(address(), {"traceparent": PARENT})
+        await harness.spans(1)
+        harness.push(address(), {"traceparent": PARENT}, request_id=same)
+        with harness.server.client(1) as client:
             client.lpush(DEFAULT_QUEUE, "no JSON", json.dumps({**message(), "body": "no body"}))
-        spans = await stage.spans(2)
+        spans = await harness.spans(2)
         conflict = named(spans, "process verification")[1]
         assert facts(conflict)["verify.settled"] == "dead_letter"
         assert "conflict" in {facts(span)["verify.issue"] for span in named(spans, "issue")}
-        assert await stage.call(address()) == 0
-        await stage.spans(3)
+        assert await harness.call(address()) == 0
+        await harness.spans(3)
 
-    play(redis_server, scene)
+    run(redis_server, scenario)
     del redis
 
 
 def test_a_client_sends_from_the_current_span_and_enqueue_ends_once_redis_has_it(redis_server: RedisServer) -> None:
-    async def scene(stage: Stage) -> None:
-        async with AsyncVerificationClient(stage.settings, traces=stage.traces) as client:
-            with stage.traces.tracer.start_as_current_span("sign up"):
+    async def scenario(harness: Harness) -> None:
+        async with AsyncVerificationClient(harness.settings, traces=harness.traces) as client:
+            with harness.traces.tracer.start_as_current_span("sign up"):
                 await client.enqueue(address())
                 await client.request(address())
-        spans = await stage.spans(2)
+        spans = await harness.spans(2)
         assert len({span.context.trace_id for span in spans}) == 1
         assert tree(spans)["send verification"] == "sign up"
         assert_nested(spans)
 
-    play(redis_server, scene)
+    run(redis_server, scenario)

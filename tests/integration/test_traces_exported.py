@@ -1,4 +1,4 @@
-"""Traces as an operator turns them on: real doors and real workers, which export to a collector, or do not."""
+"""Traces as an operator turns them on: real API processes and workers that export to a collector, or fail to."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def traced(collector: Collector) -> Iterator[Rig]:
 
 
 @pytest.fixture(scope="module")
-def doors(traced: Rig) -> Iterator[ApiProcess]:
-    with ApiProcess(traced.settings) as doors:
-        yield doors
+def api(traced: Rig) -> Iterator[ApiProcess]:
+    with ApiProcess(traced.settings) as api:
+        yield api
 
 
 def of_trace(collector: Collector, trace_id: str, count: int) -> list[Kept]:
@@ -75,15 +75,15 @@ def assert_private(collector: Collector, rig: Rig, *secrets: str) -> None:
     assert "@" not in collector.texts()
 
 
-def test_one_trace_goes_through_both_processes(collector: Collector, traced: Rig, doors: ApiProcess) -> None:
+def test_one_trace_goes_through_both_processes(collector: Collector, traced: Rig, api: ApiProcess) -> None:
     email = address("somebody")
-    answer = doors.post("/get_varifycode", {"email": email}, headers={"traceparent": PARENT})
+    answer = api.post("/get_varifycode", {"email": email}, headers={"traceparent": PARENT})
     assert answer == {"error": 0, "email": email}
     spans = of_trace(collector, TRACE_ID, 6)
     names = {span.span_id: span.name for span in spans}
     assert {(span.service, span.name, names.get(span.parent_id, span.parent_id)) for span in spans} == {
-        ("verifyserver-doors", "POST /get_varifycode", CALLER),
-        ("verifyserver-doors", "send verification", "POST /get_varifycode"),
+        ("verifyserver-api", "POST /get_varifycode", CALLER),
+        ("verifyserver-api", "send verification", "POST /get_varifycode"),
         ("verifyserver-worker", "process verification", "send verification"),
         ("verifyserver-worker", "issue", "process verification"),
         ("verifyserver-worker", "smtp send", "process verification"),
@@ -93,12 +93,12 @@ def test_one_trace_goes_through_both_processes(collector: Collector, traced: Rig
 
 
 def test_a_retry_shows_both_tries_in_one_trace_and_a_check_is_one_of_its_own(
-    collector: Collector, traced: Rig, doors: ApiProcess
+    collector: Collector, traced: Rig, api: ApiProcess
 ) -> None:
     email, trace_id = address("patient"), "1" * 32
     traced.script(email, rcpt=["450 4.2.1 <patient@example.com> later"])
     parent = f"00-{trace_id}-{CALLER}-01"
-    assert doors.post("/get_varifycode", {"email": email}, headers={"traceparent": parent})["error"] == 0
+    assert api.post("/get_varifycode", {"email": email}, headers={"traceparent": parent})["error"] == 0
     tries = [span.facts for span in of_trace(collector, trace_id, 10) if span.name == "smtp send"]
     assert [(each["verify.retry"], each["verify.outcome"], each.get("verify.smtp_code")) for each in tries] == [
         (0, "deferred", 450),
@@ -107,7 +107,7 @@ def test_a_retry_shows_both_tries_in_one_trace_and_a_check_is_one_of_its_own(
     code, check_id = code_in(traced.mails_to(email)[0]), "2" * 32
     check = {"email": email, "varifycode": code}
     headers = {"traceparent": f"00-{check_id}-{CALLER}-01"}
-    assert doors.post("/check_varifycode", check, headers=headers)["error"] == 0
+    assert api.post("/check_varifycode", check, headers=headers)["error"] == 0
     [span] = of_trace(collector, check_id, 1)
     assert (span.name, span.facts["verify.error"]) == ("POST /check_varifycode", 0)
     assert_private(collector, traced, email, code)
@@ -129,11 +129,11 @@ def test_what_is_left_is_exported_when_a_process_ends(new_rig: Callable[..., Rig
         rig = new_rig()
         rig.settings |= {**collector.environment, "OTEL_BSP_SCHEDULE_DELAY": "600000", "OTEL_SERVICE_NAME": "ours"}
         worker = rig.add_worker()
-        with ApiProcess(rig.settings) as doors:
-            assert doors.call(address()).error == 0
+        with ApiProcess(rig.settings) as api:
+            assert api.call(address()).error == 0
             assert collector.spans() == []
-            doors.signal(signal.SIGTERM)
-            assert doors.wait() == 0
+            api.signal(signal.SIGTERM)
+            assert api.wait() == 0
             assert {span.name for span in collector.spans()} == {
                 "message.VarifyService/GetVarifyCode",
                 "send verification",
@@ -154,19 +154,19 @@ def test_without_a_collector_all_is_served_and_ends_in_time(new_rig: Callable[..
         rig.settings |= {**ON, "OTEL_EXPORTER_OTLP_ENDPOINT": url, "OTEL_BSP_SCHEDULE_DELAY": "50"}
         rig.settings |= {"OTEL_EXPORTER_OTLP_TIMEOUT": "30" if silent else "1"}
         worker = rig.add_worker()
-        with ApiProcess(rig.settings) as doors:
+        with ApiProcess(rig.settings) as api:
             for _ in range(20):
-                assert doors.get_code(address())["error"] == 0
+                assert api.get_code(address())["error"] == 0
             if not silent:
-                eventually(lambda: "traces cannot be exported" in doors.log and "cannot be exported" in worker.log)
+                eventually(lambda: "traces cannot be exported" in api.log and "cannot be exported" in worker.log)
                 time.sleep(1)
             began = time.monotonic()
-            doors.signal(signal.SIGTERM)
+            api.signal(signal.SIGTERM)
             worker.terminate()
-            assert doors.wait() == 0
+            assert api.wait() == 0
             assert worker.wait() == 0
             assert time.monotonic() - began < STOP_WITHIN
-            for log in (doors.log, worker.log):
+            for log in (api.log, worker.log):
                 assert log.count("traces cannot be exported") == (0 if silent else 1)
         rig.check()
 
@@ -175,7 +175,7 @@ def start_of(process: str, **environment: str) -> tuple[int, list[str]]:
     """With what status a process ends that must not start, and all the lines that it says."""
     command = {
         "worker": [sys.executable, "-m", "celery", "-A", "worker.app", "worker", "-P", "solo"],
-        "doors": [
+        "api": [
             sys.executable,
             "-m",
             "producer",
@@ -200,7 +200,7 @@ def start_of(process: str, **environment: str) -> tuple[int, list[str]]:
     return done.returncode, (done.stdout + done.stderr).splitlines()
 
 
-@pytest.mark.parametrize("process", ["worker", "doors"])
+@pytest.mark.parametrize("process", ["worker", "api"])
 class TestStarting:
     @pytest.mark.parametrize(
         ("environment", "line"),
@@ -254,15 +254,15 @@ def test_off_nothing_of_it_is_loaded_and_messages_say_nothing_of_it(
     rig = new_rig()
     rig.settings |= {"PYTHONPATH": f"{tmp_path}:{ROOT}", "OTEL_EXPORTER_OTLP_ENDPOINT": ""}
     rig.settings |= {} if value is None else {"OTEL_TRACES_EXPORTER": value}
-    with ApiProcess({**rig.settings, "VERIFY_REPLY_TIMEOUT": "0.2"}) as doors:
-        doors.post("/get_varifycode", {"email": address()}, headers={"traceparent": PARENT})
+    with ApiProcess({**rig.settings, "VERIFY_REPLY_TIMEOUT": "0.2"}) as api:
+        api.post("/get_varifycode", {"email": address()}, headers={"traceparent": PARENT})
         [pushed] = (json.loads(each) for each in rig.broker.lrange("verification", 0, -1))
         assert {"traceparent", "tracestate"} & pushed["headers"].keys() == set()
         worker = rig.add_worker()
         rig.settled()
         assert worker.stop() == 0
-        doors.signal(signal.SIGTERM)
-        assert doors.wait() == 0
+        api.signal(signal.SIGTERM)
+        assert api.wait() == 0
     loaded = [set(json.loads(path.read_text())) for path in tmp_path.glob("*.json")]
     assert [{"worker.service", "producer.api.server"} & each for each in loaded if "producer.settings" in each] != []
     assert {"worker.service", "producer.api.server"} <= set.union(*loaded)
