@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench.record import Run, Spread, valid
+from bench.record import Run
 from bench.report import plots
 from bench.table import SENSES, figure, span
-
-_PARTS_SHOWN: Final = ("client", "doors", "worker", "server", "peer", "pool", "redis", "sink")
 
 
 def write(raw: Mapping[str, Any], directory: Path, name: str) -> Path:
@@ -67,8 +65,6 @@ def write(raw: Mapping[str, Any], directory: Path, name: str) -> Path:
     for file, title, told, draw in pictures:
         _save(draw(), directory / f"{file}.svg")
         lines += ["", f"## {title}", "", told, "", f"![{title}]({file}.svg)"]
-        if file == "cpu":
-            lines += ["", *_costs(runs, titles)]
     lines += ["", *_settings(raw["systems"]), "", *_conditions(raw, name)]
     path = directory / "report.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -108,36 +104,6 @@ def _table(bars: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             sides = (span(case[side]) if side in case else "" for side in ("ours", "theirs"))
             cpu = "{:,.0f} : {:,.0f} µs".format(*case["cpu_us"]) if "cpu_us" in case else ""
             yield f"| {' | '.join([*first, figure(case['value'], case['unit']), goal, verdict, *sides, cpu])} |"
-
-
-def _costs(runs: Sequence[Run], titles: Mapping[str, str]) -> Iterator[str]:
-    """The CPU of each process, of every kind of run."""
-    yield "<details><summary>The CPU of each process in every kind of run: medians, in µs for a request</summary>"
-    yield ""
-    yield f"| run | {' | '.join(_PARTS_SHOWN)} | all |"
-    yield f"|---|{'--:|' * (len(_PARTS_SHOWN) + 1)}"
-    kinds: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for run in valid(runs):
-        if run.cpu_count:
-            kinds.setdefault((_kind(run), titles[run.system]), []).append(run.cpu_each())
-    for (where, title), each in kinds.items():
-        parts = [Spread.of(used[part] for used in each if part in used) for part in _PARTS_SHOWN]
-        cells = ["" if part is None else f"{part.median:,.0f}" for part in parts]
-        yield f"| {where}: {title} | {' | '.join(cells)} | {sum(part.median for part in parts if part):,.0f} |"
-    yield ""
-    yield "</details>"
-
-
-def _kind(run: Run) -> str:
-    """What the run was, in some words."""
-    relay = f"relay {run.relay_ms:g} ms"
-    match run.scenario:
-        case "ask":
-            return f"ask, {relay}, {run.callers} caller{'s' if run.callers > 1 else ''}"
-        case "backlog":
-            return f"drain, {relay}, {run.backlog:,} wait"
-    processes = f"{run.workers} process{'es' if run.workers > 1 else ''}"
-    return f"drain, {relay}, {processes} with {run.connections} connections"
 
 
 def _settings(systems: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
