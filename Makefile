@@ -8,7 +8,7 @@ PLAIN := not tools and not slow
 PYTEST_ARGS ?= -n 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all faults soak picture bench lint lock
+.PHONY: help setup demo test test-all faults soak picture bench lint docs lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -62,6 +62,9 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup ## write the docs' tables of error codes and settings, from producer/contract.py and .env.example
+	$(BIN)/python docs/tables.py
 
 # Seven days old at least: what is withdrawn or not yet on every mirror is not in it. The build backend is in the group
 # dev. No host name comes in. The second lock is the part of the first that runs in production.

@@ -1,0 +1,76 @@
+"""`python docs/tables.py [--check]`: writes the docs' tables of error codes and settings.
+
+Error codes come from producer/contract.py, settings from .env.example. `--check` writes nothing and exits 1 if a page
+is out of date.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from producer.contract import ErrorCode  # noqa: E402 - the checkout is on the path only now
+
+_ERROR: Final = re.compile(r"(?m)^\| (\d+) \| \w+ \| [^|]+ \|(.*)\n")
+_SETTINGS: Final = re.compile(r"(?m)(^## (.+)\n(?:(?!## ).*\n)*?\| name .*\n\|.*\n)(?:\| .*\n)*")
+
+
+def error_codes(column: str) -> Callable[[str], str]:
+    """A page with the code, its name and this column of the contract; further columns stay as they are."""
+
+    def rewritten(page: str) -> str:
+        others = {int(number): rest for number, rest in _ERROR.findall(page)}
+        rows = (f"| {int(c)} | {c.title} | {getattr(c, column)} |{others.get(c, '')}\n" for c in ErrorCode)
+        before, rest = page[: (start := page.index("\n| 0 |") + 1)], page[start:]
+        return before + "".join(rows) + _ERROR.sub("", rest)
+
+    return rewritten
+
+
+def settings(page: str) -> str:
+    """The page with a table below each heading that is a section of .env.example."""
+    sections = re.split(r"(?m)^# --- (.+) ---$", (ROOT / ".env.example").read_text("utf-8"))
+    tables = {}
+    for heading, text in zip(sections[1::2], sections[2::2], strict=True):
+        entries = re.findall(r"((?:^# .*\n)+?)^(?:# )?(VERIFY_\w+)=(.*)$", text, re.MULTILINE)
+        tables[heading] = "".join(
+            f"| `{name}` | {f'`{default}`' if default else 'none'} | {_sentence(comment)} |\n"
+            for comment, name, default in entries
+        )
+    return _SETTINGS.sub(lambda found: found[1] + tables[found[2]], page)
+
+
+def _sentence(comment: str) -> str:
+    return " ".join(line.removeprefix("# ") for line in comment.splitlines())
+
+
+PAGES: Final = {
+    "README.md": error_codes("meaning"),
+    "docs/callers.md": error_codes("advice"),
+    "docs/settings.md": settings,
+}
+
+
+def main() -> int:
+    """Write the tables, or check them."""
+    status = 0
+    for name, rewrite in PAGES.items():
+        path = ROOT / name
+        before = path.read_text("utf-8")
+        if (after := rewrite(before)) != before:
+            if "--check" in sys.argv:
+                sys.stderr.write(f"{name} is out of date: make docs\n")
+                status = 1
+            else:
+                path.write_text(after, "utf-8")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
