@@ -9,14 +9,11 @@ from typing import NamedTuple
 
 import pytest
 from support.fake_channel import ERRORS, FakeChannel
-from support.relays import ENVELOPE, asyncio_test, make, outcome, until
+from support.relays import ENVELOPE, asyncio_test, outcome, pool_of, until
 from support.smtp_server import Act, Drop, ScriptedServer, Silence
 
 from worker.mail.channel import RelayChannel
 from worker.mail.errors import MailError, RelayUnavailable, SendAborted, SendCancelled
-
-FOREVER = 600.0  # seconds
-
 
 SCRIPTS: dict[str, dict[str, Act | list[Act]]] = {
     "accept": {},
@@ -39,7 +36,7 @@ class Harness(NamedTuple):
 @asynccontextmanager
 async def smtp() -> AsyncIterator[Harness]:
     async with ScriptedServer() as server:
-        channel = make(server, connect_timeout=FOREVER, send_timeout=FOREVER)
+        channel = pool_of(server)
         yield Harness(
             channel,
             lambda how: setattr(server, "script", SCRIPTS[how]),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import trustme
 from aiosmtpd.smtp import SMTP, AuthResult
-from support.relays import asyncio_test, outcome
+from support.relays import ENVELOPE, FOREVER, UTF8_ENVELOPE, asyncio_test, outcome, rig
 from support.smtp_server import HOST, Act, ScriptedServer, Silence
 
 from producer.setting_types import RelayURL
@@ -21,7 +21,6 @@ from worker.mail.errors import MailError, MessageDeferred, RelayUnavailable, Smt
 from worker.mail.message import Envelope
 from worker.mail.pool import SmtpPool
 
-ENVELOPE = Envelope("no-reply@example.com", "alice@example.com", False, b"Subject: code\r\n\r\nhello\r\n")
 USER, PASSWORD = "用户@example.com", "pä:ss /wörd"
 CA = trustme.CA()
 
@@ -42,7 +41,7 @@ def trusting() -> ssl.SSLContext:
 
 
 class Inbox:
-    """An aiosmtpd handler that keeps what it is given."""
+    """An aiosmtpd handler that keeps all mails."""
 
     def __init__(self) -> None:
         self.envelopes: list[Any] = []
@@ -75,14 +74,14 @@ async def aiosmtpd(
         server.close()
 
 
-async def attempt(url: RelayURL, tls: ssl.SSLContext | None = None, envelope: Envelope = ENVELOPE) -> MailError | None:
-    """Send once with a relay of its own; the outcome."""
-    relay = SmtpPool(url, connections=2, connect_timeout=1, send_timeout=2, tls=tls)
+async def send_to(url: RelayURL, tls: ssl.SSLContext | None = None, envelope: Envelope = ENVELOPE) -> MailError | None:
+    """Send once with a pool of its own; the outcome."""
+    pool = SmtpPool(url, connections=2, connect_timeout=FOREVER, send_timeout=FOREVER, tls=tls)
     try:
-        return await outcome(relay, envelope)
+        return await outcome(pool, envelope)
     finally:
-        await relay.close()
-        assert relay.open_connections == 0
+        await pool.close()
+        assert pool.open_connections == 0
 
 
 @pytest.mark.parametrize("scheme", ["smtps", "smtp+starttls"])
@@ -90,20 +89,20 @@ async def attempt(url: RelayURL, tls: ssl.SSLContext | None = None, envelope: En
 async def test_a_mail_goes_over_tls(scheme: str) -> None:
     inbox = Inbox()
     async with aiosmtpd(inbox, scheme, context(HOST)) as url:
-        assert await attempt(url, trusting()) is None
-    assert inbox.envelopes[0].content == ENVELOPE.content
-    # aiosmtpd knows of STARTTLS only; with implicit TLS the server speaks nothing else.
+        assert await send_to(url, trusting()) is None
+    assert inbox.envelopes[0].content == ENVELOPE.content.replace(b"\r\n..", b"\r\n.")
+    # aiosmtpd reports STARTTLS only; with implicit TLS it accepts nothing else.
     assert inbox.tls == [scheme == "smtp+starttls"]
 
 
 @pytest.mark.parametrize("scheme", ["smtps", "smtp+starttls"])
 @pytest.mark.parametrize("bad", ["name", "expired", "unknown authority"])
 @asyncio_test
-async def test_a_bad_certificate_is_never_spoken_to(scheme: str, bad: str) -> None:
+async def test_nothing_is_sent_to_a_bad_certificate(scheme: str, bad: str) -> None:
     inbox = Inbox()
     server = context("mail.example.com" if bad == "name" else HOST, expired=bad == "expired")
     async with aiosmtpd(inbox, scheme, server) as url:
-        error = await attempt(url, None if bad == "unknown authority" else trusting())
+        error = await send_to(url, None if bad == "unknown authority" else trusting())
     assert type(error) is RelayUnavailable
     assert isinstance(error.__cause__, ssl.SSLCertVerificationError)
     assert not inbox.envelopes
@@ -122,31 +121,24 @@ REFUSALS: list[dict[str, Act | list[Act]] | None] = [
 @asyncio_test
 async def test_starttls_never_falls_back_to_plain(script: dict[str, Act | list[Act]] | None) -> None:
     offers = ("PIPELINING", "AUTH PLAIN") if script is None else ("STARTTLS", "AUTH PLAIN")
-    async with ScriptedServer(script, offers=offers) as server:
-        relay = SmtpPool(server.url("smtp+starttls", "u", "p"), connections=1, connect_timeout=0.3, send_timeout=1)
-        assert type(await outcome(relay, ENVELOPE)) is RelayUnavailable
-        await relay.close()
-        assert relay.open_connections == 0
+    options: dict[str, Any] = {"scheme": "smtp+starttls", "login": ("u", "p"), "connect_timeout": 0.3}
+    async with rig(script, offers=offers, **options) as (server, pool):
+        assert type(await outcome(pool)) is RelayUnavailable
         assert not [line for line in server.commands if line.startswith(("AUTH", "MAIL"))]
-        await asyncio.sleep(0.05)
-        assert server.open == 0
 
 
 @pytest.mark.parametrize("scheme", ["smtps", "smtp"])
 @asyncio_test
-async def test_a_stall_in_the_opening_is_cut(scheme: str) -> None:
-    async with ScriptedServer({"banner": Silence()}) as server:
-        relay = SmtpPool(server.url(scheme), connections=1, connect_timeout=0.2, send_timeout=5)
-        assert type(await outcome(relay, ENVELOPE)) is RelayUnavailable
-        await relay.close()
-        assert relay.open_connections == 0
+async def test_a_silent_handshake_times_out(scheme: str) -> None:
+    async with rig({"banner": Silence()}, scheme=scheme, connect_timeout=0.2) as (_, pool):
+        assert type(await outcome(pool)) is RelayUnavailable
 
 
 @asyncio_test
-async def test_what_is_said_before_tls_does_not_count() -> None:
+async def test_replies_before_tls_do_not_count() -> None:
     injected = b"220 go\r\n250-evil\r\n250 AUTH PLAIN\r\n235 in\r\n250 ok\r\n250 ok\r\nnonsense"
     async with ScriptedServer({"starttls": injected}, offers=("STARTTLS", "EVIL"), tls=context(HOST)) as server:
-        assert await attempt(server.url("smtp+starttls"), trusting()) is None
+        assert await send_to(server.url("smtp+starttls"), trusting()) is None
         assert [mail.content for mail in server.mails] == [ENVELOPE.content]
         assert [line.split()[0] for line in server.commands].count("EHLO") == 2
 
@@ -155,8 +147,7 @@ async def test_what_is_said_before_tls_does_not_count() -> None:
 async def test_extensions_are_those_offered_after_tls() -> None:
     script: dict[str, Act | list[Act]] = {"ehlo": ["250-x\r\n250-STARTTLS\r\n250 SMTPUTF8", "250-x\r\n250 HELP"]}
     async with ScriptedServer(script, tls=context(HOST)) as server:
-        wants = ENVELOPE._replace(recipient="用户@example.com", needs_smtputf8=True)
-        assert type(await attempt(server.url("smtp+starttls"), trusting(), wants)) is Smtputf8Unsupported
+        assert type(await send_to(server.url("smtp+starttls"), trusting(), UTF8_ENVELOPE)) is Smtputf8Unsupported
 
 
 @pytest.mark.parametrize("excluded", [[], ["PLAIN"], ["LOGIN"]], ids=["both", "LOGIN", "PLAIN"])
@@ -165,11 +156,11 @@ async def test_auth_uses_what_the_relay_offers(excluded: list[str]) -> None:
     inbox = Inbox()
     options = {"authenticator": authenticator, "auth_required": True, "auth_exclude_mechanism": excluded}
     async with aiosmtpd(inbox, "smtp+starttls", context(HOST), **options) as url:
-        assert await attempt(url._replace(user=USER, password=PASSWORD), trusting()) is None
+        assert await send_to(url._replace(user=USER, password=PASSWORD), trusting()) is None
         assert len(inbox.envelopes) == 1
-        wrong = await attempt(url._replace(user=USER, password="wrong"), trusting())
+        wrong = await send_to(url._replace(user=USER, password="wrong"), trusting())
         assert (type(wrong), wrong and wrong.code) == (RelayUnavailable, 535)
-        missing = await attempt(url, trusting())
+        missing = await send_to(url, trusting())
         assert (type(missing), missing and missing.code) == (RelayUnavailable, 530)
         assert len(inbox.envelopes) == 1
 
@@ -177,15 +168,15 @@ async def test_auth_uses_what_the_relay_offers(excluded: list[str]) -> None:
 @pytest.mark.parametrize("offer", ["AUTH CRAM-MD5", "AUTH", "HELP"])
 @asyncio_test
 async def test_without_a_known_mechanism_nothing_is_sent(offer: str) -> None:
-    async with ScriptedServer(offers=(offer,)) as server:
-        assert type(await attempt(server.url("smtp", "u", "p"))) is RelayUnavailable
+    async with rig(offers=(offer,), login=("u", "p")) as (server, pool):
+        assert type(await outcome(pool)) is RelayUnavailable
         assert not server.mails
 
 
 @asyncio_test
-async def test_the_old_form_of_the_offer_is_understood() -> None:
-    async with ScriptedServer(offers=("AUTH=LOGIN",)) as server:
-        assert await attempt(server.url("smtp", "u", "p")) is None
+async def test_the_old_form_of_offering_auth_is_understood() -> None:
+    async with rig(offers=("AUTH=LOGIN",), login=("u", "p")) as (server, pool):
+        assert await outcome(pool) is None
         said = server.commands[server.commands.index("AUTH LOGIN") + 1 :][:2]
         assert [base64.b64decode(line) for line in said] == [b"u", b"p"]
 
@@ -201,8 +192,8 @@ async def test_the_old_form_of_the_offer_is_understood() -> None:
 @pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN"])
 @asyncio_test
 async def test_every_reply_to_auth(mechanism: str, reply: str, kind: type[MailError]) -> None:
-    async with ScriptedServer({"auth": reply}, offers=(f"AUTH {mechanism}",)) as server:
-        error = await attempt(server.url("smtp", "user@example.com", "secret"))
+    async with rig({"auth": reply}, offers=(f"AUTH {mechanism}",), login=("user@example.com", "secret")) as (_, pool):
+        error = await outcome(pool)
         assert type(error) is kind
         assert not any(word in str(error) for word in ("user", "secret"))
 
@@ -213,21 +204,21 @@ async def test_smtputf8_is_used_when_needed_and_offered() -> None:
     wants = Envelope("no-reply@example.com", "用户@example.com", True, content)
     inbox = Inbox()
     async with aiosmtpd(inbox, "smtp", enable_SMTPUTF8=True) as url:
-        assert await attempt(url, None, wants) is None
+        assert await send_to(url, None, wants) is None
         assert inbox.envelopes[0].rcpt_tos == ["用户@example.com"]
         assert set(inbox.envelopes[0].mail_options) == {"SMTPUTF8", "BODY=8BITMIME"}
-        assert await attempt(url) is None
+        assert await send_to(url) is None
         assert inbox.envelopes[1].mail_options == []
     async with aiosmtpd(inbox, "smtp", enable_SMTPUTF8=False) as url:
-        assert type(await attempt(url, None, wants)) is Smtputf8Unsupported
+        assert type(await send_to(url, None, wants)) is Smtputf8Unsupported
     assert len(inbox.envelopes) == 2
 
 
 @asyncio_test
-async def test_a_dead_port_is_an_unavailable_relay() -> None:
+async def test_a_closed_port_is_an_unavailable_relay() -> None:
     async with ScriptedServer() as server:
         url = server.url()
-    error = await attempt(url)
+    error = await send_to(url)
     assert type(error) is RelayUnavailable
     assert isinstance(error.__cause__, ConnectionRefusedError)
-    assert type(await attempt(url._replace(host="x" * 64 + ".invalid"))) is RelayUnavailable
+    assert type(await send_to(url._replace(host="x" * 64 + ".invalid"))) is RelayUnavailable

@@ -1,4 +1,4 @@
-"""Sending through a relay in tests, and that nothing is left of it."""
+"""Sending through an SMTP pool, to a scripted server, in tests."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import asyncio
 import functools
 import gc
 import math
-from collections.abc import Callable, Coroutine
-from typing import Final, ParamSpec
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final, ParamSpec
 
-from support.smtp_server import ScriptedServer
+from support.smtp_server import PLAIN_OFFERS, Act, ScriptedServer
 from worker.mail.channel import MailChannel
 from worker.mail.errors import MailError
 from worker.mail.message import Envelope, Mail
@@ -17,7 +18,11 @@ from worker.mail.pool import SmtpPool
 
 P = ParamSpec("P")
 
-CONTENT: Final = b"Subject: code\r\n\r\nhello\r\n"
+ENVELOPE: Final = Envelope(
+    "no-reply@example.com", "alice@example.com", False, b"Subject: code\r\n\r\n..stuffed\r\nhello\r\n"
+)
+UTF8_ENVELOPE: Final = ENVELOPE._replace(recipient="用户@example.com", needs_smtputf8=True)
+FOREVER: Final = 600.0  # seconds; longer than any test on a busy machine
 
 
 def asyncio_test(test: Callable[P, Coroutine[None, None, None]]) -> Callable[P, None]:
@@ -30,29 +35,52 @@ def asyncio_test(test: Callable[P, Coroutine[None, None, None]]) -> Callable[P, 
     return run
 
 
-def make(server: ScriptedServer, connections: int = 4, **options: float) -> SmtpPool:
-    """A relay for `server`; `options` are timeouts in seconds."""
-    timeouts = {"connect_timeout": 2.0, "send_timeout": 5.0, **options}
-    return SmtpPool(server.url(), connections=connections, **timeouts)  # type: ignore[arg-type]  # floats only
+def pool_of(
+    server: ScriptedServer, scheme: str = "smtp", *, login: tuple[str, str] | None = None, **options: Any
+) -> SmtpPool:
+    """A pool for `server`, with 4 connections and without timeouts unless `options` say otherwise."""
+    options = {"connections": 4, "connect_timeout": FOREVER, "send_timeout": FOREVER, **options}
+    return SmtpPool(server.url(scheme, *(login or ())), **options)
 
 
-ENVELOPE: Final = Envelope("no-reply@example.com", "alice@example.com", False, CONTENT)
-UTF8_ENVELOPE: Final = ENVELOPE._replace(recipient="用户@example.com", needs_smtputf8=True)
+@asynccontextmanager
+async def rig(
+    script: Mapping[str, Act | list[Act]] | None = None,
+    *,
+    offers: Sequence[str] = PLAIN_OFFERS,
+    most: int | None = None,
+    **options: Any,
+) -> AsyncIterator[tuple[ScriptedServer, SmtpPool]]:
+    """A scripted server and a pool; `options` are the pool's. In the end, no connection and no task may be left."""
+    async with ScriptedServer(script, offers=offers, most=most) as server:
+        pool = pool_of(server, **options)
+        yield server, pool
+        await pool.close()
+        assert pool.open_connections == 0
+        await until(lambda: server.open == 0)
+        gc.collect()
+        server_tasks = {task for task in asyncio.all_tasks() if "ScriptedServer" in repr(task)}
+        assert asyncio.all_tasks() - server_tasks == {asyncio.current_task()}
 
 
-async def send(relay: SmtpPool, name: str = "alice") -> MailError | None:
-    """Send once; the outcome."""
-    return await outcome(relay, ENVELOPE._replace(recipient=f"{name}@example.com"))
+async def send(through: MailChannel, name: str = "alice", **how: Any) -> MailError | None:
+    """Send one mail to `name`; the outcome."""
+    return await outcome(through, ENVELOPE._replace(recipient=f"{name}@example.com"), **how)
+
+
+async def send_many(through: MailChannel, count: int) -> list[MailError | None]:
+    """Send so many mails at once; their outcomes."""
+    return await asyncio.gather(*(send(through, f"user{number}") for number in range(count)))
 
 
 async def outcome(
     through: MailChannel,
-    envelope: Envelope,
+    envelope: Envelope = ENVELOPE,
     *,
     deadline: float = math.inf,
     wanted: Callable[[], bool] = lambda: True,
 ) -> MailError | None:
-    """Send `envelope`, to be done by `deadline` (loop time); the outcome. Raises what is no `MailError`."""
+    """Send `envelope` by `deadline` (loop time); the outcome. Raises any error that is no `MailError`."""
     done: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
     through.send(Mail(envelope, deadline, lambda go: go(wanted()), done.set_result))
     error = await done
@@ -62,17 +90,7 @@ async def outcome(
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what will come true soon."""
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 what is waited for is the server's, or the kernel's
+    """Wait for a condition that soon becomes true."""
+    async with asyncio.timeout(FOREVER / 5):
+        while not condition():  # noqa: ASYNC110 the server or the kernel makes it true
             await asyncio.sleep(0.01)
-
-
-async def assert_nothing_left(relay: SmtpPool, server: ScriptedServer) -> None:
-    """Close `relay`: no connection and no task remains."""
-    await relay.close()
-    assert relay.open_connections == 0
-    await until(lambda: server.open == 0)
-    gc.collect()
-    server_tasks = {task for task in asyncio.all_tasks() if "ScriptedServer" in repr(task)}
-    assert asyncio.all_tasks() - server_tasks == {asyncio.current_task()}

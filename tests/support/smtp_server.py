@@ -1,7 +1,7 @@
-"""An SMTP server that plays a script: any reply at any step, drops, silence, one byte at a time.
+"""An SMTP server that follows a script: any reply at any step, drops, silence, one byte at a time.
 
-In a test's own loop: `async with ScriptedServer({"rcpt": "550 5.1.1 gone"}) as server:`.
-Beside a blocking test or another process: `with running(ScriptedServer()) as server:`.
+In the test's loop: `async with ScriptedServer({"rcpt": "550 5.1.1 gone"}) as server:`.
+In a thread of its own: `with running(ScriptedServer()) as server:`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Final, NamedTuple, Self
 from producer.setting_types import RelayURL
 
 HOST: Final = "127.0.0.1"
+PLAIN_OFFERS: Final = ("PIPELINING", "8BITMIME", "SMTPUTF8")
+# "content": its first line has arrived; "dot": the final dot has.
 STEPS: Final = ("banner", "ehlo", "starttls", "auth", "rset", "mail", "rcpt", "data", "content", "dot", "quit")
 
 
@@ -33,18 +35,18 @@ class Slowly(NamedTuple):
 
 
 class Later(NamedTuple):
-    """A reply that takes its time."""
+    """A reply that comes after `seconds`."""
 
     text: str
     seconds: float
 
     async def pause(self) -> None:
-        """Take it."""
+        """Wait for that long."""
         await asyncio.sleep(self.seconds)
 
 
 class Held:
-    """A reply that comes when the test sets `release`; `reached` tells that the dialogue stands there."""
+    """A reply that comes when the test sets `release`; `reached` is set when the dialogue has come to it."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -52,7 +54,7 @@ class Held:
         self.release = threading.Event()
 
     async def pause(self) -> None:
-        """Tell the test, and wait for it."""
+        """Set `reached` and wait for `release`."""
         self.reached.set()
         while not self.release.is_set():  # noqa: ASYNC110 - the test is in another thread
             await asyncio.sleep(0.005)
@@ -63,15 +65,15 @@ class Drop(NamedTuple):
 
 
 class Silence(NamedTuple):
-    """No reply any more; what the client still says is read and ignored."""
+    """No reply from here on; what the client says is read and ignored."""
 
 
-# str: a reply, CRLF is added; bytes: written as they are.
+# str: a reply without its CRLF; bytes: written as they are.
 Act = str | bytes | Last | Slowly | Later | Held | Drop | Silence
 
 
 class Mail(NamedTuple):
-    """A mail that the server accepted; content as it came, dots still stuffed, without the final one."""
+    """A mail as it arrived: still dot-stuffed, without the final dot."""
 
     sender: str
     recipient: str
@@ -83,21 +85,22 @@ class _HangUpError(Exception):
 
 
 class ScriptedServer:
-    """Listens on a free port. `script` maps a step to an act, or to a list: one a use, the usual when used up.
+    """Listens on a free port.
 
-    A recipient in `scripts` has a script of its own from RCPT on.
+    `script` maps a step to an act, or to a list of acts, each used once before the usual reply. `scripts` has scripts
+    for single recipients, from RCPT on.
     """
 
     def __init__(
         self,
         script: Mapping[str, Act | list[Act]] | None = None,
         *,
-        offers: Sequence[str] = ("PIPELINING", "8BITMIME", "SMTPUTF8"),
+        offers: Sequence[str] = PLAIN_OFFERS,
         tls: ssl.SSLContext | None = None,
         implicit_tls: bool = False,
         most: int | None = None,
     ) -> None:
-        """`tls` serves STARTTLS, or, with `implicit_tls`, the whole connection; beyond `most` connections: 421."""
+        """`tls`: for STARTTLS, or for the whole connection with `implicit_tls`. Beyond `most` connections: 421."""
         unknown = set(script or {}) - set(STEPS)
         if unknown:
             raise ValueError(f"no such steps: {unknown}")
@@ -107,17 +110,17 @@ class ScriptedServer:
         self.tls, self.implicit_tls, self.most = tls, implicit_tls, most
         self.port = 0
         self.mails: list[Mail] = []
-        self.dotted: list[Mail] = []  # every mail whose final dot came, accepted or not
+        self.dotted: list[Mail] = []  # every mail whose final dot has arrived, accepted or not
         self.commands: list[str] = []
-        self.connections = 0  # all there were
-        self.peak = 0  # most at a time
+        self.connections = 0  # since the start
+        self.peak = 0  # most at one time
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
     @property
     def open(self) -> int:
-        """Connections that are open now."""
+        """Open connections."""
         return len(self._writers)
 
     def url(self, scheme: str = "smtp", user: str | None = None, password: str | None = None) -> RelayURL:
@@ -125,12 +128,12 @@ class ScriptedServer:
         return RelayURL(scheme, HOST, self.port, user, password)
 
     def drop_all(self) -> None:
-        """Hang up on everyone."""
+        """Close all connections."""
         for writer in self._writers:
             writer.close()
 
     def say_to_all(self, text: str) -> None:
-        """Write to everyone, asked or not."""
+        """Write to all connections, unasked."""
         for writer in self._writers:
             writer.write(f"{text}\r\n".encode())
 
@@ -141,7 +144,7 @@ class ScriptedServer:
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
-        """Hang up, and listen no more."""
+        """Close all connections and listen no more."""
         if self._server:
             self._server.close()
         for task in self._tasks:
@@ -184,14 +187,14 @@ class _Session:
     async def talk(self) -> None:
         """From the banner to the end."""
         if self._server.most is not None and self._server.open > self._server.most:
-            await self._play(Last("421 4.7.0 too many connections"))
+            await self._perform(Last("421 4.7.0 too many connections"))
         await self._act("banner", "220 scripted ESMTP")
         while True:
             line = (await self._reader.readuntil(b"\r\n")).decode("utf-8", "surrogateescape").rstrip("\r\n")
             self._server.commands.append(line)
             verb = getattr(self, f"_{line.split(' ')[0].lower()}", None)
             if verb is None:
-                await self._play("500 5.5.2 what?")
+                await self._perform("500 5.5.2 what?")
             else:
                 await verb(line)
 
@@ -207,14 +210,14 @@ class _Session:
     async def _auth(self, line: str) -> None:
         if line.upper() == "AUTH LOGIN":
             for prompt in ("VXNlcm5hbWU6", "UGFzc3dvcmQ6"):
-                await self._play(f"334 {prompt}")
+                await self._perform(f"334 {prompt}")
                 self._server.commands.append((await self._reader.readuntil(b"\r\n")).decode().strip())
         await self._act("auth", "235 2.7.0 welcome")
 
     async def _mail(self, line: str) -> None:
         self._recipient = ""
         if self._sender:
-            await self._play("503 5.5.1 nested MAIL")
+            await self._perform("503 5.5.1 nested MAIL")
         elif (await self._act("mail", "250 2.1.0 ok")).startswith("2"):
             self._sender = _path(line)
 
@@ -224,22 +227,22 @@ class _Session:
             self._recipient = _path(line)
 
     async def _data(self, _line: str) -> None:
-        whether = "554 5.5.1 no recipients"
-        usual = "354 go ahead" if self._recipient else whether
+        refusal = "554 5.5.1 no recipients"
+        usual = "354 go ahead" if self._recipient else refusal
         if not (await self._act("data", usual, self._recipient)).startswith("354"):
             return
         content = await self._content()
         mail = Mail(self._sender, self._recipient, content)
         self._sender = self._recipient = ""
         self._server.dotted.append(mail)
-        act = self._choose("dot", "250 2.0.0 ok" if mail.recipient else whether, mail.recipient)
+        act = self._choose("dot", "250 2.0.0 ok" if mail.recipient else refusal, mail.recipient)
         if isinstance(act, Later | Held):
             await act.pause()
             act = act.text
-        # Kept before it is said: whoever acts upon the reply finds the mail.
+        # Before the reply: whoever acts on it finds the mail.
         if isinstance(act, str) and act.startswith("2") and mail.recipient:
             self._server.mails.append(mail)
-        said = await self._play(act)
+        said = await self._perform(act)
         if not isinstance(act, str) and said.startswith("2") and mail.recipient:
             self._server.mails.append(mail)
 
@@ -260,8 +263,8 @@ class _Session:
         raise _HangUpError
 
     async def _act(self, step: str, usual: Act, recipient: str = "") -> str:
-        """Play what the script has for `step`; returns what was said."""
-        return await self._play(self._choose(step, usual, recipient))
+        """Do what the script has for `step`; returns the reply."""
+        return await self._perform(self._choose(step, usual, recipient))
 
     def _choose(self, step: str, usual: Act, recipient: str) -> Act:
         act = self._server.scripts.get(recipient, self._server.script).get(step, usual)
@@ -269,7 +272,7 @@ class _Session:
             act = act.pop(0) if act else usual
         return act
 
-    async def _play(self, act: Act) -> str:
+    async def _perform(self, act: Act) -> str:
         match act:
             case Last():
                 self._writer.write(f"{act.text}\r\n".encode())
@@ -302,7 +305,7 @@ def _path(line: str) -> str:
 
 @contextmanager
 def running(server: ScriptedServer, port: int = 0) -> Iterator[ScriptedServer]:
-    """Run `server` in a loop and thread of its own."""
+    """Run `server` in a thread with a loop of its own."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
