@@ -16,7 +16,7 @@ from bench.rig import Rig, say
 from bench.sink import Sink
 from demo import processes
 from producer.aio import AsyncVerificationClient
-from producer.store.backlog import PARKED
+from producer.store.backlog import DELAYED
 from worker.queue.commands import RequestQueue
 
 TIMEOUT: Final = 600.0  # seconds for the longest part
@@ -43,7 +43,7 @@ async def queued_and_parked(rig: Rig, count: int) -> None:
         taken = commands.read_reserve(answer).taken
         parked = [commands.delay_request(each.tag, f"{start + i:036}", 600.0, 1.0) for i, each in enumerate(taken)]
         await rig.ask(*parked, database=1)
-    [held] = await rig.ask(("HLEN", queue + PARKED), database=1)
+    [held] = await rig.ask(("HLEN", queue + DELAYED), database=1)
     assert held == count, held  # noqa: S101 - else the figure means nothing
     say(("parked, its queue part", f"{(await rig.memory() - before) / count:.0f}"), (30, 8))
     await rig.ask(("FLUSHALL",))

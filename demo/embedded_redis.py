@@ -93,7 +93,7 @@ def look(settings: Settings) -> Backlog:
 def require_free(settings: Settings) -> None:
     """Raises `Occupied` if others use the queue: the demo would take their requests, or they the demo's."""
     queue, found = settings.queue, look(settings)
-    if waiting := found.queued + found.parked + found.suspects:
+    if waiting := found.queued + found.delayed + found.suspects:
         raise Occupied(f"requests wait on its queue {queue!r} ({waiting}); the demo's worker would take them")
     if found.workers:
         raise Occupied(f"a worker serves its queue {queue!r}, or did seconds ago; it might take the demo's request")

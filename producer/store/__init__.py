@@ -1,1 +1,1 @@
-"""The code store and the backlog: commands with their Lua, and how their answers are read."""
+"""The code store, the backlog and their Lua."""

@@ -1,4 +1,4 @@
-"""Where requests stand in the broker database, as far as a producer looks: how many wait, who serves them."""
+"""The queue as producers see it: how many requests wait and how many workers are alive. Also `push`."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from producer.redis.scripts import Command, Script
 _LUA = Path(__file__).parent
 _PUSH, _BACKLOG = (Script(_LUA / f"{name}.lua") for name in ("push", "backlog"))
 
-# What the worker keeps beside the queue, named after it.
-PARKED: Final = ".parked"  # a hash: requests that wait for another's send, or for their next try
-SUSPECTS: Final = ".suspects"  # a list: requests whose worker died twice
-WORKERS: Final = ".workers"  # a zset: workers by the time of their last sign of life, which each gives every second
-UNHEALTHY_WORKERS: Final = ".unhealthy_workers"  # a zset: the same, of workers none of whose relays is healthy
+# Suffixes of the keys that workers keep beside the queue.
+DELAYED: Final = ".parked"  # a hash: requests that wait for another request's send, or for a retry
+SUSPECTS: Final = ".suspects"  # a list: messages that have killed two workers
+WORKERS: Final = ".workers"  # a zset: each worker by the time of its last sign of life, given every second
+UNHEALTHY_WORKERS: Final = ".unhealthy_workers"  # a zset: likewise, the workers that have no healthy relay
 SILENCE: Final = 5.0  # seconds after which a worker without a sign of life counts as gone
 
 
 class Backlog(NamedTuple):
-    """How the queue stands."""
+    """How many requests wait, and for whom."""
 
     queued: int
-    parked: int
+    delayed: int
     suspects: int
     dead: int  # dead letters
     workers: int  # that are alive
-    oldest: float | None  # seconds since the oldest request was made, of those that say it; None if none does
+    oldest: float | None  # age of the oldest queued request in seconds; None: no message says when it was enqueued
     unhealthy_workers: int = 0  # of `workers`, those without a healthy relay; an older worker counts as healthy
 
 
 def backlog(queue: str) -> Command:
-    """Ask how the queue stands; read with `read_depth`."""
+    """Ask for the backlog; read the answer with `read_backlog`."""
     workers = (queue + WORKERS, queue + UNHEALTHY_WORKERS)
-    return _BACKLOG([queue, queue + PARKED, queue + SUSPECTS, DEAD_LETTERS, *workers], [SILENCE])
+    return _BACKLOG([queue, queue + DELAYED, queue + SUSPECTS, DEAD_LETTERS, *workers], [SILENCE])
 
 
 def read_backlog(answer: Sequence[Any]) -> Backlog:
-    """What `depth` answered."""
-    queued, parked, suspects, dead, workers, oldest, unhealthy = answer
-    return Backlog(queued, parked, suspects, dead, workers, None if oldest < 0 else oldest / 1000, unhealthy)
+    """Read the answer to `backlog`."""
+    queued, delayed, suspects, dead, workers, oldest, unhealthy = answer
+    return Backlog(queued, delayed, suspects, dead, workers, None if oldest < 0 else oldest / 1000, unhealthy)
 
 
 def push(queue: str, messages: Sequence[bytes], *, limit: int | None) -> Command:
-    """Put messages on the queue; answers how many, the first ones, have room: none once more than `limit` wait."""
+    """Put messages on the queue until more than `limit` requests wait. Answers how many were put, first ones first."""
     if limit is None:
         return ("LPUSH", queue, *messages)
-    return _PUSH([queue, queue + PARKED, queue + SUSPECTS], [limit, *messages])
+    return _PUSH([queue, queue + DELAYED, queue + SUSPECTS], [limit, *messages])

@@ -1,4 +1,4 @@
-"""A client that was told how long the queue may grow, against a real Redis server."""
+"""A client with a limit on the queue, on a real Redis server."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from producer.aio import AsyncVerificationClient
 from producer.contract import ErrorCode
 from producer.errors import QueueFull
 
-pytestmark = pytest.mark.usefixtures("redis")  # the shared server is empty at first
+pytestmark = pytest.mark.usefixtures("redis")  # it has emptied the shared server
 
 
 def test_nothing_is_added_to_a_full_queue(redis_server: RedisServer) -> None:
     async def work() -> None:
         async with AsyncVerificationClient(settings(redis_server), max_queue=2) as client:
-            for i in range(3):  # it is full once more than two wait
+            for i in range(3):  # full once more than two wait
                 await client.enqueue(f"u{i}@example.com")
             with pytest.raises(QueueFull):
                 await client.enqueue("late@example.com")
@@ -29,18 +29,18 @@ def test_nothing_is_added_to_a_full_queue(redis_server: RedisServer) -> None:
         assert broker.llen("verification") == 3
 
 
-def test_a_crowd_gets_what_room_there_is(redis_server: RedisServer) -> None:
+def test_a_crowd_fills_the_queue_to_its_limit_exactly(redis_server: RedisServer) -> None:
     async def work() -> list[object]:
         async with AsyncVerificationClient(settings(redis_server), max_queue=9) as client:
-            asked = (client.enqueue(f"u{i}@example.com") for i in range(700))  # more than one push takes
-            return list(await asyncio.gather(*asked, return_exceptions=True))
+            requests = (client.enqueue(f"u{i}@example.com") for i in range(700))  # more than one push takes
+            return list(await asyncio.gather(*requests, return_exceptions=True))
 
     outcomes = asyncio.run(work())
     assert sum(isinstance(each, str) for each in outcomes) == 10
     assert sum(isinstance(each, QueueFull) for each in outcomes) == 690
 
 
-def test_parked_and_suspect_requests_count(redis_server: RedisServer) -> None:
+def test_delayed_and_suspect_requests_count(redis_server: RedisServer) -> None:
     async def work() -> ErrorCode:
         async with AsyncVerificationClient(settings(redis_server), max_queue=2) as client:
             return (await client.request("a@example.com")).error

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from producer.contract import DEAD_LETTERS, REPLY_TTL, TASK
 from producer.redis.scripts import Command, Script
-from producer.store.backlog import PARKED, SUSPECTS, UNHEALTHY_WORKERS, WORKERS
+from producer.store.backlog import DELAYED, SUSPECTS, UNHEALTHY_WORKERS, WORKERS
 from worker.queue.message import DeadLetterCode, DeadLetterReason, Reserved
 
 _LUA = Path(__file__).parent
@@ -61,7 +61,7 @@ class RequestQueue:
         self._owner = uuid.uuid4().hex
         self._calls = itertools.count()
         self._due, self._ready = f"{name}.parked.due", f"{name}.parked.ready"
-        self._delayed, self._suspects = name + PARKED, name + SUSPECTS
+        self._delayed, self._suspects = name + DELAYED, name + SUSPECTS
         self._woken, self._deaths = f"{name}.woken:", f"{name}.deaths:"
 
     def _prefix(self) -> str:
