@@ -1,7 +1,10 @@
-"""Flower's settings, read when it is started in this directory; its command line and these FLOWER_* win over them."""
+"""Flower's settings, read from the directory in which it starts; its command line and these FLOWER_* variables win."""
 
 import os
 
-# As all our doors. Whoever may open Flower sees how much is going on, though never a code or a whole address.
+# Loopback, like our API. Whoever opens Flower sees how much traffic there is, but no code and no whole address.
 address = os.environ.get("FLOWER_ADDRESS", "127.0.0.1")
-tasks_columns = os.environ.get("FLOWER_TASKS_COLUMNS", "uuid,state,kwargs,result,received,runtime,worker")
+# What fits at a width of 1280 pixels. `result` is the reply; it holds the masked address, so `kwargs` is left out.
+tasks_columns = os.environ.get("FLOWER_TASKS_COLUMNS", "state,result,received,runtime,worker,uuid")
+max_tasks = int(os.environ.get("FLOWER_MAX_TASKS", "50000"))
+purge_offline_workers = int(os.environ.get("FLOWER_PURGE_OFFLINE_WORKERS", "3600"))  # seconds

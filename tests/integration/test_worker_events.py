@@ -155,14 +155,14 @@ def test_many_leave_at_once_and_few_a_moment_later(
 ) -> None:
     async def use(events: Events, _: RedisConnection) -> None:
         events.attach(dispatcher)
-        events.received([job() for _ in range(events_module.AT_ONCE // 2)])
+        events.received([job() for _ in range(events_module.FLUSH_AT // 2)])
         await asyncio.to_thread(eventually, lambda: len(published.heard) == 1)
         events.received([job()])
         events.done(answered(job()))
         await asyncio.to_thread(eventually, lambda: len(published.heard) == 2)
 
     run(redis_server, use)
-    assert [len(body(data)) for _, data in published.heard] == [events_module.AT_ONCE, 3]
+    assert [len(body(data)) for _, data in published.heard] == [events_module.FLUSH_AT, 3]
 
 
 def test_nothing_is_sent_that_nobody_wants(
@@ -235,9 +235,9 @@ def test_without_redis_events_are_dropped_and_kept_nowhere(
         server.kill()
         await asyncio.to_thread(eventually, lambda: not link.connected)
         for _ in range(100):
-            events.received([job() for _ in range(events_module.AT_ONCE // 4)])
-        assert len(events._collected) < events_module.AT_ONCE
-        await asyncio.sleep(2 * events_module.LATE)
+            events.received([job() for _ in range(events_module.FLUSH_AT // 4)])
+        assert len(events._collected) < events_module.FLUSH_AT
+        await asyncio.sleep(2 * events_module.MAX_DELAY)
         assert events._collected == []
         assert not link.connected
 
@@ -253,7 +253,7 @@ def test_events_come_again_after_redis_was_away(new_rig: Callable[..., Rig]) -> 
     def is_told() -> bool:
         request_id = rig.caller.request(f"{uuid.uuid4().hex}@example.com")
         rig.caller.reply(request_id)
-        time.sleep(2 * events_module.LATE)
+        time.sleep(2 * events_module.MAX_DELAY)
         return any(event["uuid"] == request_id for event in rig.events())
 
     eventually(is_told)

@@ -1,8 +1,8 @@
-"""What becomes of requests, as Celery's task events: what `celery events` and Flower read.
+"""Celery's task events, which `celery events` and Flower read.
 
-Celery's own dispatcher costs a third of a request, an event at a time. Here the events of many requests are built on
-the service's loop and leave as one `task.multi`, in the form that kombu gives to its Redis transport's fanout exchange.
-What Celery's dispatcher knows (who we are, whether anybody wants events, the logical clock) is asked of it.
+Celery's own dispatcher publishes one event at a time, at a third of a request's cost. Here the events of many requests
+are built on the service's loop and published as one `task.multi` message, in the form of kombu's Redis fanout exchange.
+Celery's dispatcher still decides: the node's name, whether events are enabled, the logical clock.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from producer.redis.scripts import Command
 from worker.databases import Database
 from worker.job import Job
 
-LATE = 0.05  # seconds that an event may wait for others: no monitor minds, and a lone request does not pay for them
-AT_ONCE = 300  # events that leave without waiting; more at once would hold up the loop for longer than 0.1 ms
-FAREWELL = 0.5  # seconds that the last events may take
+MAX_DELAY = 0.05  # seconds that an event may wait for others, off the path of its request
+FLUSH_AT = 300  # events that are published at once; to build more would hold up the loop for over 0.1 ms
+FAREWELL = 0.5  # seconds to publish the last events
 _GROUP, _ROUTING_KEY = "task", "task.multi"
 
 
@@ -38,13 +38,13 @@ class Clock(Protocol):
 
 
 class Exchange(Protocol):
-    """Where events go."""
+    """The exchange that events are published to."""
 
     name: str
 
 
 class Dispatcher(Protocol):
-    """What is asked of Celery's event dispatcher. Remote control changes it at any time, on its own thread."""
+    """What we read from Celery's event dispatcher; remote control may change it at any time, on Celery's thread."""
 
     enabled: bool
     groups: set[str]  # empty: all
@@ -56,9 +56,9 @@ class Dispatcher(Protocol):
 
 
 class Events:
-    """Collects events and publishes them, many at a time. While Redis is away they are dropped.
+    """Collects events and publishes them many at a time; drops them while Redis is away.
 
-    Belongs to the service's loop, but for `attach`.
+    Used on the service's loop only, except for `attach`.
     """
 
     def __init__(self, broker: Database) -> None:
@@ -68,12 +68,12 @@ class Events:
         self._timer: asyncio.TimerHandle | None = None
 
     def attach(self, dispatcher: Dispatcher | None) -> None:
-        """Ask this dispatcher from now on; Celery makes a new one at each reconnect. Call it on any thread."""
+        """Use this dispatcher from now on; Celery makes a new one at each reconnect. May be called on any thread."""
         self._dispatcher = dispatcher
 
     def received(self, jobs: list[Job]) -> None:
-        """These requests were taken, and are served at once. An id is the caller's choice, and may be an address."""
-        dispatcher = self._wanted()
+        """Requests were taken and are served at once. Ids are masked: a caller may use an address as one."""
+        dispatcher = self._enabled()
         if dispatcher is None:
             return
         common = _common(dispatcher)
@@ -99,11 +99,11 @@ class Events:
         self._collect(events)
 
     def done(self, finished: Iterable[tuple[Job, ErrorCode | None]]) -> None:
-        """These requests left; None: without an answer."""
-        dispatcher = self._wanted()
+        """Requests were settled; None: without a reply."""
+        dispatcher = self._enabled()
         if dispatcher is None:
             return
-        # What could not be read has no id, and never was a task.
+        # An unreadable message has no id: it never was a task.
         tasks = [(job, error) for job, error in finished if job.request_id]
         common = _common(dispatcher)
         clock = _forward(dispatcher.clock, len(tasks))
@@ -117,22 +117,22 @@ class Events:
                 event["result"] = shown(job.request.email, error)
                 event["runtime"] = now - job.began
             else:
-                # Celery's own order of states keeps a SUCCESS of the same id before a rejection.
+                # Where an id had a SUCCESS before, monitors keep it: Celery ranks states.
                 event["type"] = "task-rejected" if job.dead_lettered else "task-retried"
                 event["exception"] = "not yet answered"
             events.append(event)
         self._collect(events)
 
     def flush(self) -> None:
-        """Publish what is collected, now."""
-        # What cannot be written is dropped: no event is worth a request.
+        """Publish now what was collected."""
+        # Dropped if it cannot be written: no request may fail because of an event.
         with contextlib.suppress(RedisUnavailable, orjson.JSONEncodeError):
             command = self._publication()
             if command is not None:
                 self._broker.connection.post([command], database=self._broker.number)
 
     async def close(self) -> None:
-        """Publish what is left, and see it through."""
+        """Publish what is left, and wait for it."""
         with contextlib.suppress(RedisUnavailable, orjson.JSONEncodeError, TimeoutError):
             command = self._publication()
             if command is not None:
@@ -140,7 +140,7 @@ class Events:
                     await self._broker.run([command])
 
     def _publication(self) -> Command | None:
-        """The command that publishes what is collected, which is no more then; None: there is nothing."""
+        """Take what was collected, as the command that publishes it. None: there is nothing."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -149,7 +149,7 @@ class Events:
         if not events or dispatcher is None:
             return None
         exchange = dispatcher.exchange.name
-        # kombu's topic: with the database's number in it, though to Redis a channel is the same in all.
+        # kombu puts the database's number into the channel, though Redis' channels belong to no database.
         channel = f"/{self._broker.number}.{exchange}/{_ROUTING_KEY}"
         message = {
             "body": b64encode(orjson.dumps(events)).decode(),
@@ -166,8 +166,8 @@ class Events:
         }
         return ("PUBLISH", channel, orjson.dumps(message))
 
-    def _wanted(self) -> Dispatcher | None:
-        """The dispatcher, if task events are to be sent now."""
+    def _enabled(self) -> Dispatcher | None:
+        """The dispatcher, if task events are enabled now."""
         dispatcher = self._dispatcher
         if dispatcher is None or not dispatcher.enabled or (dispatcher.groups and _GROUP not in dispatcher.groups):
             return None
@@ -175,21 +175,21 @@ class Events:
 
     def _collect(self, events: list[dict[str, Any]]) -> None:
         self._collected += events
-        if len(self._collected) >= AT_ONCE:
+        if len(self._collected) >= FLUSH_AT:
             self.flush()
         elif self._timer is None and events:
-            self._timer = asyncio.get_running_loop().call_later(LATE, self.flush)
+            self._timer = asyncio.get_running_loop().call_later(MAX_DELAY, self.flush)
 
 
 def _common(dispatcher: Dispatcher) -> dict[str, Any]:
-    """What all events of one moment share. Celery gives the offset to UTC in hours, positive in the west."""
+    """The fields that events of one moment share. `utcoffset` is Celery's: hours, positive in the west."""
     now = time.time()
     offset = -time.localtime(now).tm_gmtoff / 3600
     return {"hostname": dispatcher.hostname, "utcoffset": offset, "pid": dispatcher.pid, "timestamp": now}
 
 
 def _forward(clock: Clock, steps: int) -> int:
-    """`LamportClock.forward`, so many steps at once: the first one's stamp."""
+    """As `LamportClock.forward`, several steps at once. Returns the first stamp."""
     with clock.mutex:
         first = clock.value + 1
         clock.value += steps
@@ -197,5 +197,5 @@ def _forward(clock: Clock, steps: int) -> int:
 
 
 def shown(email: object, error: ErrorCode) -> str:
-    """A reply as Flower, events and logs may show it."""
+    """A reply as Flower, events and logs show it: masked."""
     return f"{{'email': {mask_email(email)!r}, 'error': {int(error)}}}"

@@ -1,4 +1,4 @@
-"""The primary of a service that sentinels watch, for whatever speaks through redis-py: Celery, and our command line."""
+"""Our Redis URLs for what connects through redis-py: Celery, and our command line. Sentinel URLs too."""
 
 from __future__ import annotations
 
@@ -12,51 +12,51 @@ from redis.sentinel import Sentinel
 
 from producer.setting_types import SentinelURL, is_sentinel
 
-SENTINEL_TIMEOUT: Final = 0.5  # seconds for one sentinel to be connected, and for it to answer
+SENTINEL_TIMEOUT: Final = 0.5  # seconds to connect to one sentinel, and for its answer
 
 
 class CeleryForm(NamedTuple):
-    """How Celery wants to be told where a database is."""
+    """A database URL in the form of Celery's settings."""
 
     url: str
-    options: dict[str, Any]  # for its transport options
-    tls: dict[str, Any]  # for its use_ssl
-    user: str | None  # of results; those of a broker are in the URL
+    options: dict[str, Any]  # for the transport options
+    tls: dict[str, Any]  # for the setting use_ssl
+    user: str | None  # of results; a broker's are in the URL
     password: str | None
     sentinel: bool
 
 
 def broker_form(url: str) -> CeleryForm:
-    """A broker's. kombu reads user and password from the URL of each sentinel, and shows no password of any."""
-    return _form(url, who=True)
+    """For a broker. kombu takes user and password from each sentinel's URL, and masks every password it shows."""
+    return _form(url, login=True)
 
 
 def results_form(url: str) -> CeleryForm:
-    """A result backend's. Celery hides the password of one URL, and shows those of the others: here none has one."""
-    return _form(url, who=False)
+    """For a result backend. Celery masks the password of the first URL only, so no URL has one."""
+    return _form(url, login=False)
 
 
-def _form(url: str, *, who: bool) -> CeleryForm:
+def _form(url: str, *, login: bool) -> CeleryForm:
     if not is_sentinel(url):
         return CeleryForm(_checked(url), {}, {}, None, None, sentinel=False)
     service = SentinelURL.parse(url)
-    before = service.who() if who else ""
-    joined = ";".join(f"sentinel://{before}{address}/{service.database or 0}" for address in service.addresses())
-    options = {"master_name": service.service}  # all that may be shown; see `sentinel_options`
-    # An empty dictionary would mean no TLS.
+    userinfo = service.who() if login else ""
+    joined = ";".join(f"sentinel://{userinfo}{address}/{service.database or 0}" for address in service.addresses())
+    options = {"master_name": service.service}  # `inspect stats` shows these; see `sentinel_options`
+    # Celery takes an empty dictionary for no TLS.
     tls = {"ssl_cert_reqs": "required", **_tls(service)} if service.tls else {}
     return CeleryForm(joined, options, tls, service.user, service.password, sentinel=True)
 
 
 def _checked(url: str) -> str:
-    """`url`, with TLS checked as on our own connections: kombu would check nothing, and Celery wants to be told."""
+    """`url`, with certificates required as on our own connections: kombu would not check them."""
     if not url.startswith("rediss:") or "ssl_cert_reqs=" in url:
         return url
     return f"{url}{'&' if '?' in url else '?'}ssl_cert_reqs=required"
 
 
 def connect(url: str, *, timeout: float) -> Redis:
-    """A client that never retries by itself. `timeout`: seconds to connect, and for each answer."""
+    """A client that does not retry. `timeout`: seconds to connect, and for each answer."""
     options: dict[str, Any] = {
         "socket_timeout": timeout,
         "socket_connect_timeout": timeout,
@@ -65,13 +65,13 @@ def connect(url: str, *, timeout: float) -> Redis:
     if not is_sentinel(url):
         return Redis.from_url(url, **options)
     service = SentinelURL.parse(url)
-    server = {name: value for name, value in _server_options(service).items() if name not in _PLACE}
-    watch = Sentinel(service.sentinels, sentinel_kwargs=sentinel_options(url), **{**server, **options})  # type: ignore[no-untyped-call]
-    client: Redis = watch.master_for(service.service, ssl=service.tls)  # type: ignore[no-untyped-call]
+    server = {name: value for name, value in _server_options(service).items() if name not in _NOT_SENTINELS}
+    finder = Sentinel(service.sentinels, sentinel_kwargs=sentinel_options(url), **{**server, **options})  # type: ignore[no-untyped-call]
+    client: Redis = finder.master_for(service.service, ssl=service.tls)  # type: ignore[no-untyped-call]
     return client
 
 
-_PLACE: Final = {"host", "port", "connection_class"}  # what is found at each connection, or said otherwise
+_NOT_SENTINELS: Final = {"host", "port", "connection_class"}  # redis-py finds or chooses these at each connection
 
 
 def _tls(service: SentinelURL) -> dict[str, Any]:
@@ -83,14 +83,14 @@ def _server_options(service: SentinelURL) -> dict[str, Any]:
 
 
 def sentinel_options(url: str) -> dict[str, Any]:
-    """How its sentinels are asked. Not among Celery's settings: `inspect stats` would show the password in them."""
+    """How to ask the sentinels. Not part of Celery's settings, where `inspect stats` would show the password."""
     service = SentinelURL.parse(url)
     return {
         "username": service.sentinel_user,
         "password": service.sentinel_password,
         "socket_timeout": SENTINEL_TIMEOUT,
         "socket_connect_timeout": SENTINEL_TIMEOUT,
-        "retry": Retry(NoBackoff(), 0),  # the next sentinel is the better try
+        "retry": Retry(NoBackoff(), 0),  # ask the next sentinel instead
         "ssl": service.tls,
         **_tls(service),
     }
