@@ -132,7 +132,7 @@ def test_alerts_fire_when_a_relay_is_gone_and_when_the_worker_is(new_rig: Callab
     port = free_port()
     rig.settings["VERIFY_RELAYS"] = f"smtp://127.0.0.1:{port}"
     rig.add_worker()
-    unhealthy = {"VerifyServerAllRelaysSick", "VerifyServerRelaySick"}
+    unhealthy = {"VerifyServerAllRelaysUnhealthy", "VerifyServerRelayUnhealthy"}
     with ApiProcess(rig.settings) as doors, PrometheusProcess(targets(rig, doors), at_once=True) as prometheus:
         # These doors have no keys: PrometheusProcess tells them an empty one, and they take no notice.
         with running(ScriptedServer(), port):

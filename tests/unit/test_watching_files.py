@@ -11,6 +11,7 @@ import yaml
 from support import doc_pages as pages
 from support.watching import OPERATORS, PROMETHEUS, ROOT, Rule, alerts, asked, dashboard, panels, rules
 
+from producer.contract import ErrorCode
 from producer.settings import Settings
 
 DEFAULTS: Final = Settings()
@@ -75,11 +76,31 @@ def test_an_alert_is_seen_to_fire_and_to_be_silent(rule: Rule) -> None:
 
 
 def test_thresholds_follow_the_default_settings() -> None:
-    assert of_alerts("VerifyServerOldestRequestOld").expr.endswith(f"> {DEFAULTS.reply_timeout:g}")
-    assert of_alerts("VerifyServerOldestRequestTooOld").expr.endswith(f"> {DEFAULTS.give_up_after / 2:g}")
+    assert of_alerts("VerifyServerRequestsLate").expr.endswith(f"> {DEFAULTS.reply_timeout:g}")
+    assert of_alerts("VerifyServerRequestsExpiring").expr.endswith(f"> {DEFAULTS.give_up_after / 2:g}")
     assert f"> {DEFAULTS.max_queue} " in of_alerts("VerifyServerQueueGrowing").expr + " "
     assert of_alerts("VerifyServerQueueNearlyFull").expr.endswith(f"> {DEFAULTS.max_queue * 8 // 10}")
-    assert f"> {DEFAULTS.reply_timeout / 2:g}\n" in of_alerts("VerifyServerDoorSlow").expr.replace(" and", "\nand")
+    assert f"> {DEFAULTS.reply_timeout / 2:g}\n" in of_alerts("VerifyServerApiSlow").expr.replace(" and", "\nand")
+
+
+def test_the_rules_count_as_failures_what_the_table_of_error_codes_calls_one() -> None:
+    failures = sorted(int(error) for error in ErrorCode if error.failure)
+    workers = sorted([*failures, int(ErrorCode.MAIL_REJECTED)])  # a relay that refuses everything answers 5
+    for rule in rules():
+        for metric, errors in re.findall(r'(\w+)\{[^}]*error=~"([^"]+)"', rule.expr):
+            expected = workers if metric.startswith("verify_worker") else failures
+            assert errors == "|".join(map(str, expected)), rule.name
+
+
+def test_the_dashboard_names_error_codes_as_the_table_does() -> None:
+    [panel] = [panel for panel in panels() if panel["title"] == "Replies by error code"]
+    shown = {
+        override["matcher"]["options"]: each["value"]
+        for override in panel["fieldConfig"]["overrides"]
+        for each in override["properties"]
+        if each["id"] == "displayName"
+    }
+    assert shown == {str(int(error)): f"{int(error)} {error.title}" for error in ErrorCode if error < 1000}
 
 
 def test_what_is_recorded_is_used_and_the_other_way_round() -> None:
