@@ -199,7 +199,7 @@ def host(request: pytest.FixtureRequest, catcher: Catcher, tmp_path_factory: pyt
 
 
 def test_a_code_goes_from_the_door_to_the_mailbox_and_is_checked(host: Host, catcher: Catcher) -> None:
-    with httpx.Client(base_url=f"http://127.0.0.1:{host.ports['http']}", timeout=20, trust_env=False) as door:
+    with httpx.Client(base_url=f"http://127.0.0.1:{host.ports['http']}", timeout=60, trust_env=False) as door:
         assert door.get("/readyz").status_code == 200
         assert door.post("/get_varifycode", json={"email": A}).json() == {"error": 0, "email": A}
         mail = catcher.wait(10)

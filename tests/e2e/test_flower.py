@@ -37,7 +37,7 @@ def flower(rig: Rig) -> Iterator[FlowerProcess]:
     with FlowerProcess(rig.worker.environment) as flower:
         # Flower asks the workers when it starts.
         asked = {"stats", "active_queues", "registered", "conf"}
-        eventually(lambda: flower.api("/api/workers").get(rig.worker.name, {}).keys() >= asked, 20)
+        eventually(lambda: flower.api("/api/workers").get(rig.worker.name, {}).keys() >= asked)
         yield flower
 
 
@@ -167,7 +167,7 @@ def test_a_request_that_waits_is_in_retry(rig: Rig, flower: FlowerProcess) -> No
     email, hold = address("secret-"), Held("250 ok")
     rig.script(email, dot=hold)
     first = rig.caller.request(email)
-    assert hold.reached.wait(10)
+    assert hold.reached.wait(60)
     second = rig.caller.request(email)  # waits for the outcome of the first one's mail
     assert seen(flower, second, "RETRY")["kwargs"] == "{'email': 's***@example.com'}"
     assert state_of(flower, first) == "STARTED"

@@ -117,7 +117,7 @@ class Node:
         """A caller of the HTTP door, with a key or without."""
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         base = f"http://127.0.0.1:{self.port('doors', 'http')}"
-        return httpx.Client(base_url=base, headers=headers, timeout=20, trust_env=False)
+        return httpx.Client(base_url=base, headers=headers, timeout=60, trust_env=False)
 
     def stop(self, name: str) -> tuple[int, float]:
         """As the kubelet does: preStop, SIGTERM, and so many seconds for both; its exit code, and what was left."""

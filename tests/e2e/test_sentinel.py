@@ -41,7 +41,7 @@ class Everything:
         """One of our command lines."""
         command = [sys.executable, "-m", *words]
         return subprocess.run(
-            command, env=self.worker.environment, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+            command, env=self.worker.environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
         )
 
 
@@ -104,7 +104,7 @@ def test_the_command_lines_work_and_show_no_password(everything: Everything) -> 
 def test_flower_and_celery_see_worker_and_queue_and_show_no_password(everything: Everything) -> None:
     worker = everything.worker
     with FlowerProcess(worker.environment) as flower:
-        eventually(lambda: "active_queues" in flower.api("/api/workers").get(worker.name, {}), 20)
+        eventually(lambda: "active_queues" in flower.api("/api/workers").get(worker.name, {}))
         with everything.watched.client(1) as broker:
             broker.lpush("other", "a", "b")
             queues = flower.api("/api/queues/length")["active_queues"]
@@ -135,7 +135,7 @@ def test_any_celery_asks_through_the_sentinels_and_reads_its_reply(everything: E
     app.conf.update(task_create_missing_queues=True)
     with app:
         sent = app.send_task("verification.send_code", kwargs={"email": "celery@example.com"}, queue=QUEUE)
-        assert sent.get(timeout=10) == {"email": "celery@example.com", "error": 0}
+        assert sent.get(timeout=60) == {"email": "celery@example.com", "error": 0}
 
 
 def test_a_planned_handing_over_is_hardly_noticed(everything: Everything) -> None:
@@ -147,8 +147,8 @@ def test_a_planned_handing_over_is_hardly_noticed(everything: Everything) -> Non
         with old.client() as server:
             valkey = "valkey_version" in server.info("server")
         watched.fail_over(*(["COORDINATED"] if valkey else []))
-        eventually(lambda: role(old) == "slave", 30)
-        eventually(lambda: client.request("after@example.com").error == 0, 20)
+        eventually(lambda: role(old) == "slave")
+        eventually(lambda: client.request("after@example.com").error == 0)
     answered = everything.run("celery", "-A", "worker.app", "inspect", "ping", "-d", everything.worker.name)
     assert "pong" in answered.stdout, answered.stderr
     assert everything.worker.alive

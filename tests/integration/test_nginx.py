@@ -58,11 +58,11 @@ class Proxy:
             f"events {{}} http {{ {paths} include {directory}/verifyserver.conf; }}"
         )
         command = [nginx, "-p", str(directory), "-c", str(directory / "nginx.conf")]
-        checked = subprocess.run([*command, "-t"], capture_output=True, text=True, timeout=20, check=False)
+        checked = subprocess.run([*command, "-t"], capture_output=True, text=True, timeout=120, check=False)
         assert checked.returncode == 0, checked.stderr
         self._process = subprocess.Popen(command)
         context = ssl.create_default_context(cadata=self._root.decode())
-        self.http = httpx.Client(base_url=f"https://localhost:{http}", verify=context, timeout=15, trust_env=False)
+        self.http = httpx.Client(base_url=f"https://localhost:{http}", verify=context, timeout=60, trust_env=False)
         credentials = grpc.ssl_channel_credentials(self._root)
         self.channel = grpc.secure_channel(f"localhost:{rpc}", credentials)
         eventually(lambda: _listens(http) and _listens(rpc))
@@ -77,7 +77,7 @@ class Proxy:
         self.http.close()
         self.channel.close()
         self._process.terminate()
-        self._process.wait(10)
+        self._process.wait(60)
 
 
 def free_port() -> int:

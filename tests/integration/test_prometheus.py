@@ -82,14 +82,14 @@ def watched() -> Iterator[tuple[Rig, ApiProcess, PrometheusProcess]]:
         rig.add_worker()
         doors = stack.enter_context(ApiProcess(rig.settings))
         prometheus = stack.enter_context(PrometheusProcess(targets(rig, doors), key=KEY))
-        eventually(lambda: len(prometheus.instant("verify_broker_up")) == 2, 20)
+        eventually(lambda: len(prometheus.instant("verify_broker_up")) == 2)
         for _ in range(4):  # spread over scrapes, so that counters are seen to rise
             assert doors.call(address()).error == 0
             assert _get_code(doors) == 0
             assert doors.http.post("/get_varifycode", json={}).status_code == 401
             eventually(scraped_again(prometheus))
         rig.broker.lpush("verification", "not JSON")
-        eventually(lambda: [value for _, value in prometheus.instant("verify:dead_letters:max")] == [1], 20)
+        eventually(lambda: [value for _, value in prometheus.instant("verify:dead_letters:max")] == [1])
         yield rig, doors, prometheus
 
 
@@ -137,16 +137,16 @@ def test_alerts_fire_when_a_relay_is_gone_and_when_the_worker_is(new_rig: Callab
         # These doors have no keys: PrometheusProcess tells them an empty one, and they take no notice.
         with running(ScriptedServer(), port):
             assert doors.get_code(address())["error"] == 0
-            eventually(lambda: len(prometheus.instant("verify_broker_up")) == 2, 20)
+            eventually(lambda: len(prometheus.instant("verify_broker_up")) == 2)
             eventually(scraped_again(prometheus))
             # While the first scrapes come in one by one, the rules may see half of what there is.
-            eventually(lambda: prometheus.firing() == set(), 20)
+            eventually(lambda: prometheus.firing() == set())
         rig.caller.push(message({"email": address()}))
-        eventually(lambda: unhealthy <= prometheus.firing(), 20)
+        eventually(lambda: unhealthy <= prometheus.firing())
         with running(ScriptedServer(), port):
             eventually(lambda: not unhealthy & prometheus.firing(), 60)
             rig.worker.kill()
-            eventually(lambda: {"VerifyServerNoWorker", "VerifyServerTargetDown"} <= prometheus.firing(), 20)
+            eventually(lambda: {"VerifyServerNoWorker", "VerifyServerTargetDown"} <= prometheus.firing())
             assert not unhealthy & prometheus.firing()
 
 
@@ -177,7 +177,7 @@ def test_the_containers_command_starts_it(tmp_path: Path) -> None:
             except httpx.TransportError:
                 return False
 
-        eventually(answers, 30)
+        eventually(answers)
         assert (tmp_path / "config" / "api.key").read_text() == KEY
         assert (tmp_path / "config" / "api.key").stat().st_mode & 0o077 == 0
         found = httpx.get(f"http://127.0.0.1:{port}/api/v1/rules", trust_env=False).json()["data"]["groups"]

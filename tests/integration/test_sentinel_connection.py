@@ -109,7 +109,7 @@ async def serving(*sentinels: FakeSentinel) -> AsyncIterator[str]:
 
 def using(use: Use[T], *sentinels: FakeSentinel, query: str = "") -> T:
     async def main() -> T:
-        async with asyncio.timeout(30), serving(*sentinels) as url, RedisConnections() as redis:
+        async with asyncio.timeout(60), serving(*sentinels) as url, RedisConnections() as redis:
             return await use(redis, url + query)
 
     return asyncio.run(main())

@@ -118,7 +118,7 @@ class Harness:
         def left() -> int:
             return sum(span.name == f"process {DEFAULT_QUEUE}" for span in self._kept.get_finished_spans())
 
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while left() < count:  # noqa: ASYNC110 - a span tells nobody that it has ended
                 await asyncio.sleep(0.005)
         spans = sorted(self._kept.get_finished_spans(), key=lambda span: span.start_time or 0)

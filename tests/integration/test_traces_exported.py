@@ -193,7 +193,7 @@ def start_of(process: str, **environment: str) -> tuple[int, list[str]]:
         env={**inherited, **own, **environment},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=False,
         cwd="/",
     )
@@ -316,7 +316,7 @@ def test_a_client_joins_the_applications_tracing_and_sets_up_none(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=True,
     )
     said, header = done.stdout.strip(), json.loads(rig.broker.rpop("verification"))["headers"].get("traceparent")  # type: ignore[arg-type]  # one message

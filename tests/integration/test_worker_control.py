@@ -37,7 +37,7 @@ def celery(rig: Rig, *words: str) -> str:
     to = [] if words[0] == "call" else ["-d", rig.worker.name]
     command = [sys.executable, "-m", "celery", "-A", "worker.app", *words, *to]
     environment = {**rig.worker.environment, "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -66,7 +66,7 @@ def test_a_request_on_the_wire_is_active_and_shown_masked(rig: Rig, app: Celery)
     email, hold = address("secret"), Held("250 ok")
     rig.script(email, dot=hold)
     request_id = rig.caller.request(email)
-    assert hold.reached.wait(10)
+    assert hold.reached.wait(60)
 
     [active] = ask(rig, app, "active")
     assert active["id"] == request_id

@@ -139,7 +139,7 @@ def test_celerys_receiver_reads_them(redis_server: RedisServer, app: Celery, dis
             events.done(answered(task, error=ErrorCode.TIMEOUT))
 
         run(redis_server, use)
-        thread.join(15)
+        thread.join(60)
     assert [event["type"] for event in read] == ["task-received", "task-started", "task-succeeded"]
     state = app.events.State()
     for event in read:

@@ -29,7 +29,7 @@ _UNSTEADY = re.compile(r"process_|verify_queue_oldest_age|_seconds_sum|_seconds_
 
 def ask(url: str, method: str = "GET", path: str = "/metrics") -> tuple[int, str, str]:
     """Ask the metrics server; returns status, content type and body."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=10)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     with contextlib.closing(connection):
         connection.request(method, path)
         response = connection.getresponse()
@@ -227,9 +227,9 @@ def test_the_metrics_server_survives_idle_and_broken_clients(rig: Rig) -> None:
     assert ask(url, "HEAD")[::2] == (200, "")
     assert ask(url, path="/metrics?name[]=up")[0] == 200
     for junk in (b"\x16\x03\x01 TLS\r\n\r\n", b"\r\n\r\n", b"G" * 100_000):
-        with socket.create_connection((HOST, port), timeout=10) as connection:
+        with socket.create_connection((HOST, port), timeout=60) as connection:
             connection.sendall(junk)
-            connection.settimeout(10)
+            connection.settimeout(60)
             answer = b""
             with contextlib.suppress(ConnectionResetError):
                 answer = connection.recv(1000)

@@ -87,7 +87,7 @@ class Collector:
         self, _kind: type[BaseException] | None, _exc: BaseException | None, _tb: TracebackType | None
     ) -> None:
         self._server.shutdown()
-        self._thread.join(5)
+        self._thread.join(60)
         self._server.server_close()
 
 

@@ -91,8 +91,9 @@ def read(raw: bytes) -> Taken:
 
 
 def settings(server: RedisServer, **more: Any) -> Settings:
-    """The settings of a client of this server."""
-    return Settings(redis_url=server.url(), **more)
+    """The settings of a client of this server, which waits long for a reply."""
+    options: dict[str, Any] = {"reply_timeout": 60} | more
+    return Settings(redis_url=server.url(), **options)
 
 
 def connections(server: RedisServer) -> set[str]:

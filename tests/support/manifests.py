@@ -129,6 +129,6 @@ def write_secrets(to: Path, workload: Workload, secret: Mapping[str, str]) -> No
 def new_secret() -> Object:
     """A Secret as the overlay `try` makes it."""
     script = FOLDER / "overlays" / "try" / "secret.sh"
-    done = subprocess.run(["sh", script], capture_output=True, text=True, timeout=20, check=True)
+    done = subprocess.run(["sh", script], capture_output=True, text=True, timeout=120, check=True)
     made: Object = yaml.safe_load(done.stdout)
     return made

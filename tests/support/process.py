@@ -22,6 +22,7 @@ HOST: Final = "127.0.0.1"
 WAIT_TIMEOUT: Final = 60.0
 START_TIMEOUT: Final = 120.0
 STOP_TIMEOUT: Final = 60.0
+ROOM: Final = 30.0  # that a loaded machine may add to a promised deadline
 # Below the ports that the kernel gives to outgoing connections: one of those might take ours during a restart.
 PORTS: Final = range(10_000, 32_000)
 

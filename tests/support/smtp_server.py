@@ -310,10 +310,10 @@ def running(server: ScriptedServer, port: int = 0) -> Iterator[ScriptedServer]:
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     try:
-        asyncio.run_coroutine_threadsafe(server.start(port), loop).result(10)
+        asyncio.run_coroutine_threadsafe(server.start(port), loop).result(60)
         yield server
     finally:
-        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(60)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(60)
         loop.close()

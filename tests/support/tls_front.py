@@ -58,9 +58,9 @@ def tls_front(target: int, context: ssl.SSLContext) -> Iterator[int]:
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    port, task = opened.result(5)
+    port, task = opened.result(60)
     try:
         yield port
     finally:
         task.get_loop().call_soon_threadsafe(task.cancel)
-        thread.join(5)
+        thread.join(60)

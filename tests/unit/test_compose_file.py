@@ -140,7 +140,7 @@ def test_grafana_does_not_start_with_the_password_everybody_knows(password: str,
         env=grafana["environment"],
         capture_output=True,
         text=True,
-        timeout=10,
+        timeout=120,
         check=False,
     )
     assert (said.returncode == 0, said.stdout) == ((True, "it runs\n") if password else (False, ""))
