@@ -392,7 +392,7 @@ class TestClose:
                 eventually(lambda: broker.llen("verification") == 5)
             eventually(lambda: waiting(client) == 5)  # each push is confirmed, only the replies are missing
             client.close()
-            assert {reply.result(2).error for reply in replies} == {ErrorCode.TIMEOUT}
+            assert {reply.result(60).error for reply in replies} == {ErrorCode.TIMEOUT}
 
     def test_a_collected_client_closes_itself(self, redis_server: RedisServer) -> None:
         before = connections(redis_server)

@@ -38,7 +38,7 @@ def api(rig: Rig) -> Iterator[ApiProcess]:
 @pytest.fixture
 def bare(redis_server: RedisServer) -> dict[str, str]:
     """Settings of an API without a worker."""
-    return {"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_REPLY_TIMEOUT": "2"}
+    return {"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_REPLY_TIMEOUT": "8"}
 
 
 def ask(api: ApiProcess, email: str, **more: str) -> list[dict[str, Any]]:
@@ -73,7 +73,7 @@ class TestProgress:
         with api.http.stream("POST", "/demo/request", content=b'{"email": "held@example.com"}') as answer:
             lines = answer.iter_lines()
             assert [json.loads(next(lines))["stage"] for _ in STAGES[:-1]] == STAGES[:-1]
-            assert held.reached.wait(10)
+            assert held.reached.wait(60)
             held.release.set()
             assert json.loads(next(lines))["error"] == 0
 
@@ -81,7 +81,7 @@ class TestProgress:
         held = Held("250 OK")
         rig.script("gone@example.com", dot=held)
         with api.http.stream("POST", "/demo/request", content=b'{"email": "gone@example.com"}'):
-            assert held.reached.wait(10)
+            assert held.reached.wait(60)
         eventually(lambda: api.metric("verify_api_requests_in_flight", protocol="http") == 0)
         held.release.set()
         assert ask(api, "next@example.com")[-1]["error"] == 0

@@ -50,7 +50,7 @@ def refused(*options: str, **given: str) -> str:
     api = ApiProcess({"VERIFY_REDIS_URL": NOBODY, **given}, *options)
     try:
         api.start(wait=False)
-        assert api.wait(20) == 2
+        assert api.wait(60) == 2
         [line] = api.log.splitlines()
         return line
     finally:
@@ -65,7 +65,7 @@ class TestStarting:
             env={"COLUMNS": "200", "NO_COLOR": "1", "VERIFY_HTTP_BIND": "nonsense"},
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=120,
             check=True,
         )
         for word in ("--http-bind", "--grpc-bind", "--log-level", "--help", "Exit status", "/readyz", "reflection"):

@@ -72,7 +72,7 @@ class Harness:
 
     async def finish(self) -> None:
         """Wait until everything is settled."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await self.settler.drain()
 
     async def replies(self, *names: str) -> list[ErrorCode]:
