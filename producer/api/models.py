@@ -44,7 +44,7 @@ class CodeRequest(BaseModel):
         WithJsonSchema(
             {
                 "type": ["string", "null"],
-                "description": "Language of the mail: zh-CN or en. With anything else the worker uses its own.",
+                "description": "Language of the mail, such as en. Without templates for it, the worker uses its own.",
             }
         ),
     ] = None

@@ -10,6 +10,7 @@ import pytest
 from support.relays import UTF8_ENVELOPE, asyncio_test, outcome, pool_of, until
 from support.smtp_server import Act, Drop, Last, ScriptedServer, Silence
 
+from producer import logs
 from worker.mail.errors import (
     AcceptanceUnknown,
     MailError,
@@ -202,7 +203,7 @@ async def test_a_refused_login_names_the_setting_and_makes_the_relay_unhealthy(
         await failover.close()
     [record] = [record for record in caplog.records if record.name == "worker.mail.failover"]
     assert (record.levelname, record.getMessage()) == ("WARNING", message)
-    assert record.__dict__["relay"] == preferred.url.masked()
+    assert record.__dict__["relay"] == logs.mask_text(record.__dict__["relay"]) == f"smtp://***@127.0.0.1:{first.port}"
 
 
 @asyncio_test

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dotenv import dotenv_values
 from support import manifests
 from support.manifests import FOLDER, OVERLAYS, SECRETS, of, rendered, workloads
 
@@ -45,22 +44,6 @@ def test_what_a_container_is_told_are_settings_that_are_taken(overlay: str, name
 def test_the_example_names_a_sender() -> None:
     [settings] = of("production", "ConfigMap").values()
     assert load(settings["data"], dotenv=None).mail_from.name == "Chat"
-
-
-def test_every_setting_can_be_set() -> None:
-    lines = SETTINGS_ENV.read_text("utf-8").splitlines()
-    listed = {line.removeprefix("# ").partition("=")[0] for line in lines if re.match(rf"(# )?{PREFIX}[A-Z_]+=", line)}
-    told = {key for name in OURS for key in manifests.environment("try", name, SECRET)}
-    names = {key.removesuffix("_FILE") for key in listed | told if key.startswith(PREFIX)}
-    assert names == {f"{PREFIX}{setting.upper()}" for setting in Settings.model_fields}
-
-
-def test_what_is_commented_out_is_the_default(tmp_path: Path) -> None:
-    whole = re.sub(rf"^# (?={PREFIX}[A-Z_]+=[^/])", "", SETTINGS_ENV.read_text("utf-8"), flags=re.MULTILINE)
-    (tmp_path / "env").write_text(whole, encoding="utf-8")
-    values = {key: value or "" for key, value in dotenv_values(tmp_path / "env").items()}
-    assert len(values) > 15
-    assert load(values, dotenv=None) == load({}, dotenv=None)
 
 
 def test_other_databases_can_be_named() -> None:

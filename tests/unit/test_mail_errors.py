@@ -1,4 +1,4 @@
-"""`classify` knows the kind of every reply at every step."""
+"""`classify` gives the kind of every reply at every step, and an error says which setting to check."""
 
 from __future__ import annotations
 
@@ -55,21 +55,47 @@ CASES: list[Case] = [
 def test_every_reply_has_one_kind(step: Step, code: int | None, enhanced: str | None, kind: type[MailError]) -> None:
     error = classify(step, code, enhanced)
     assert type(error) is kind
-    assert (error.code, error.enhanced) == (code, enhanced)
+    assert (error.code, error.enhanced, error.step) == (code, enhanced, step)
 
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, MailError)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_error_says_its_kind_and_the_codes_and_survives_pickling(kind: type[MailError]) -> None:
-    error = kind(550, "5.1.1")
+def test_an_error_says_its_kind_and_reply_and_survives_pickling(kind: type[MailError]) -> None:
+    error = kind(550, "5.1.1", Step.RCPT)
     assert isinstance(error, VerifyError)
-    assert str(error) == f"{kind.__doc__} (550 5.1.1)"
+    assert error.reply == "550 5.1.1 at RCPT TO"
+    assert str(error) == f"{kind.__doc__} (550 5.1.1 at RCPT TO)"
     assert str(kind()) == kind.__doc__
+    error.relay = "smtp://***@host:25"
     again = pickle.loads(pickle.dumps(error))  # noqa: S301 our own bytes
-    assert (type(again), again.code, again.enhanced, str(again)) == (kind, 550, "5.1.1", str(error))
+    assert (type(again), again.reply, str(again), again.relay) == (kind, error.reply, str(error), error.relay)
 
 
-def test_a_sick_relay_is_a_connection_error() -> None:
+@pytest.mark.parametrize(
+    ("step", "code", "enhanced", "sender", "login"),
+    [
+        (Step.MAIL, 553, None, True, False),
+        (Step.MAIL, 550, "5.7.1", True, False),
+        (Step.RCPT, 550, "5.1.8", True, False),
+        (Step.CONTENT, 554, "5.1.7", True, False),
+        (Step.RCPT, 550, "5.1.1", False, False),
+        (Step.MAIL, 451, "4.1.8", False, False),
+        (Step.MAIL, 530, "5.7.0", False, True),
+        (Step.AUTH, 535, "5.7.8", False, True),
+        (Step.AUTH, 554, None, False, True),
+        (Step.AUTH, 454, "4.7.0", False, False),
+        (Step.MAIL, None, None, False, False),
+        (Step.AUTH, None, None, False, False),
+    ],
+)
+def test_a_refused_sender_and_a_refused_login_are_told_apart(
+    step: Step, code: int | None, enhanced: str | None, sender: bool, login: bool
+) -> None:
+    error = classify(step, code, enhanced)
+    assert (error.sender_refused, error.login_refused) == (sender, login)
+
+
+def test_an_unavailable_relay_is_a_connection_error() -> None:
     assert issubclass(RelayUnavailable, ConnectionError)

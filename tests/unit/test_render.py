@@ -1,4 +1,4 @@
-"""The mail: what every reader, relay and phone may rely on, whatever code, address, life or locale comes in."""
+"""The mail: what readers, relays and phones can rely on, for any code, address, life and locale."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_text_in_english() -> None:
 
 
 @pytest.mark.parametrize("locale", locales())
-def test_html_says_what_the_text_says(locale: str) -> None:
+def test_html_and_text_say_the_same(locale: str) -> None:
     plain, markup = parts(parse(mail(locale=locale)))
     page = Page(markup)
     assert page.texts["code"] == CODE
@@ -215,7 +215,7 @@ def test_code_is_not_in_any_header(locale: str) -> None:
         *((1e9, 99_999), (float("inf"), 99_999)),
     ],
 )
-def test_life_is_said_in_minutes(life: float, minutes: int) -> None:
+def test_life_is_shown_in_minutes(life: float, minutes: int) -> None:
     english = f"{minutes} minute" if minutes == 1 else f"{minutes} minutes"
     for part in parts(parse(mail(life=life, locale="en"))):
         assert re.search(rf"\b{english}\b", part)
@@ -245,7 +245,7 @@ def test_locale_is_understood(asked: str, got: str) -> None:
     ],
     ids=lambda asked: repr(asked)[:12],
 )
-def test_any_other_locale_is_the_default(asked: object, default: str) -> None:
+def test_any_other_locale_gives_the_default(asked: object, default: str) -> None:
     assert parse(mail(Renderer(SENDER, default_locale=default), locale=asked))["Content-Language"] == default
 
 
@@ -317,7 +317,7 @@ def test_date_is_now_and_moves_on(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=lambda sender: sender.name[:12],
 )
-def test_display_name_is_read_back_as_it_was_set(sender: Sender) -> None:
+def test_a_reader_shows_the_display_name_as_it_was_set(sender: Sender) -> None:
     raw = mail(Renderer(sender, default_locale="en"))
     check_wire(raw)
     assert raw.isascii()
@@ -336,7 +336,7 @@ def test_display_name_cannot_add_a_header() -> None:
 
 
 @pytest.mark.parametrize("mailbox", ["a\r\nBcc: b@example.com", "", "x", "a@example.com>"])
-def test_sender_that_cannot_stand_in_a_header_is_refused(mailbox: str) -> None:
+def test_a_sender_unfit_for_a_header_is_rejected(mailbox: str) -> None:
     with pytest.raises(ValueError, match="cannot stand in a header"):
         Renderer(Sender("", mailbox), default_locale="en")
 
@@ -348,7 +348,7 @@ def test_sender_that_cannot_stand_in_a_header_is_refused(mailbox: str) -> None:
         *("a" * 64 + "@" + ".".join(["b" * 63] * 3)[:180] + ".com", "a@münchen.example", "a@e.org"),
     ],
 )
-def test_recipient_is_the_only_one_and_seven_bit(raw: str) -> None:
+def test_an_ascii_recipient_makes_a_seven_bit_message(raw: str) -> None:
     mailbox = address.parse(raw).mailbox
     made = mail(recipient=mailbox)
     check_wire(made)
@@ -358,7 +358,7 @@ def test_recipient_is_the_only_one_and_seven_bit(raw: str) -> None:
 
 
 @pytest.mark.parametrize("mailbox", ["用户@example.net", "zoë@example.net", "é" * 100 + "@example.net"])
-def test_recipient_that_is_not_ascii_stands_in_utf8(mailbox: str) -> None:
+def test_a_recipient_beyond_ascii_is_utf_8_in_its_header(mailbox: str) -> None:
     made = mail(recipient=mailbox)
     check_wire(made)
     assert f"\r\nTo: {mailbox}\r\n".encode() in made
@@ -374,14 +374,14 @@ def test_recipient_that_is_not_ascii_stands_in_utf8(mailbox: str) -> None:
         *("a" * 1000 + "@example.net", "é" * 500 + "@example.net"),
     ],
 )
-def test_recipient_that_cannot_stand_in_a_header_is_refused_without_being_told(recipient: str) -> None:
+def test_the_error_for_a_recipient_unfit_for_a_header_does_not_show_it(recipient: str) -> None:
     with pytest.raises(ValueError, match=r"^the address cannot stand in a header$"):
         mail(recipient=recipient)
 
 
 @pytest.mark.parametrize("locale", locales())
 @pytest.mark.parametrize("length", range(4, 13))
-def test_our_own_codes_stand_as_they_are(locale: str, length: int) -> None:
+def test_our_own_codes_are_shown_as_they_are(locale: str, length: int) -> None:
     code = "0123456789012"[:length]
     raw = mail(code=code, locale=locale)
     check_wire(raw)
@@ -415,7 +415,7 @@ def test_our_own_codes_stand_as_they_are(locale: str, length: int) -> None:
     ids=lambda text: ascii(text)[:12],
 )
 @pytest.mark.parametrize("locale", locales())
-def test_a_strange_code_is_shown_on_one_line_and_harms_nothing(code: str, shown: str, locale: str) -> None:
+def test_any_code_is_shown_on_one_line_and_breaks_nothing(code: str, shown: str, locale: str) -> None:
     raw = mail(code=code, locale=locale)
     check_wire(raw)
     assert raw.isascii()
@@ -460,7 +460,7 @@ def test_both_parts_carry_the_same_code(code: str, life: float, locale: object, 
 
 
 @pytest.mark.parametrize("locale", locales())
-def test_html_is_small_and_asks_for_nothing(locale: str) -> None:
+def test_html_is_small_and_fetches_nothing(locale: str) -> None:
     markup = parts(parse(mail(locale=locale)))[1]
     assert len(markup.encode()) <= 12_000
     assert markup.startswith("<!DOCTYPE html>\n")
@@ -474,7 +474,7 @@ def test_html_is_small_and_asks_for_nothing(locale: str) -> None:
 
 
 @pytest.mark.parametrize("locale", locales())
-def test_html_tells_language_scheme_and_structure(locale: str) -> None:
+def test_html_declares_language_colour_scheme_and_structure(locale: str) -> None:
     markup = parts(parse(mail(locale=locale)))[1]
     page = Page(markup)
     given_values = {(tag, name): value for tag, name, value in page.attributes}

@@ -1,4 +1,4 @@
-"""The reply reader understands what RFC 5321 allows, in whatever pieces it comes, and nothing beyond its bounds."""
+"""The reader parses the replies that RFC 5321 allows, in any pieces, and nothing beyond its bounds."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_replies_are_the_same_however_they_are_cut(cuts: list[int]) -> None:
         (b"", None),
     ],
 )
-def test_the_enhanced_code_is_what_the_text_begins_with(text: bytes, enhanced: str | None) -> None:
+def test_the_enhanced_code_is_at_the_beginning_of_the_text(text: bytes, enhanced: str | None) -> None:
     assert Response(550, [text]).enhanced == enhanced
 
 
@@ -65,13 +65,13 @@ def test_a_reply_does_not_show_its_text() -> None:
         b"250-" + b"x" * 1000 + b"\r\n" + b"250-y\r\n" * (MAX_REPLY // 6),
     ],
 )
-def test_what_is_no_reply_breaks_the_reader(data: bytes) -> None:
+def test_malformed_replies_break_the_reader(data: bytes) -> None:
     reader = ResponseReader()
     assert reader.feed(data) == []
     assert reader.broken
 
 
-def test_what_came_before_the_malformed_line_counts() -> None:
+def test_replies_before_a_malformed_line_count() -> None:
     reader = ResponseReader()
     assert [reply.code for reply in reader.feed(b"250 ok\r\nnonsense\r\n250 ok\r\n")] == [250]
     assert reader.broken
@@ -86,7 +86,7 @@ def test_a_flood_of_lines_is_bounded() -> None:
     assert reader.broken
 
 
-def test_reset_forgets_half_a_reply() -> None:
+def test_reset_discards_an_incomplete_reply() -> None:
     reader = ResponseReader()
     reader.feed(b"250-x\r\n25")
     assert reader.pending

@@ -43,7 +43,7 @@ class MailError(VerifyError):
         super().__init__(f"{meaning} ({self.reply})" if self.reply else meaning)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.code, self.enhanced, self.step)
+        return type(self), (self.code, self.enhanced, self.step), {"relay": self.relay}
 
     @property
     def reply(self) -> str:
