@@ -22,7 +22,7 @@ from PIL import Image
 
 WIDTH, HEIGHT, DPI = 1920, 1080, 120  # pixels; dots per inch
 HEADER: Final = 62  # pixels above the panels
-COLUMNS, ROWS = 24, 26  # Grafana's grid; so many of its rows are on the first screen
+COLUMNS, ROWS = 24, 28  # Grafana's grid; so many of its rows are on the first screen
 GAP: Final = 8  # pixels between panels
 BACKGROUND, PANEL, BORDER, GRID = "#111217", "#181b1f", "#2c3235", "#2c3235"
 INK, PALE = "#d8d9da", "#8e8e9a"
@@ -41,7 +41,7 @@ FAULT: Final = "#8ab8ff"
 FAULTS: Final = {  # how the picture names what was done
     "worker: kill -9": "killed",
     "relay: down": "down",
-    "relay: 451 at RCPT": "says 451",
+    "relay: 451 at RCPT": "answer 451",
     "relay: silent": "silent",
     "Redis: kill -9": "killed",
     "Redis: SIGSTOP": "frozen",
@@ -124,7 +124,7 @@ class Picture:
         y, height = HEIGHT - HEADER - (top + at["h"]) * unit + GAP / 2, at["h"] * unit - GAP
         box = FancyBboxPatch(
             (x / WIDTH, y / HEIGHT), width / WIDTH, height / HEIGHT, boxstyle="square,pad=0", facecolor=PANEL,
-            edgecolor=BORDER, linewidth=0.8, transform=self._figure.transFigure,
+            edgecolor=BORDER, linewidth=0.8, transform=self._figure.transFigure, zorder=-1,
         )  # fmt: skip
         self._figure.add_artist(box)
         self._figure.text((x + 10) / WIDTH, (y + height - 18) / HEIGHT, panel["title"], fontsize=8.5, va="center")
@@ -212,7 +212,7 @@ class Picture:
             middle = min(max((start + end) / 2, 8), self._seconds - 12)
             height = len(lines) + (0.15 if number % 2 else 1.35)
             axes.text(middle, height, text, color=FAULT, fontsize=8, ha="center", va="center", clip_on=False)
-        axes.set_yticks(range(len(lines)), [_short(line["name"]) for line in lines], fontsize=7.5, color=INK)
+        axes.set_yticks(range(len(lines)), [_short(line["name"]) for line in lines], fontsize=6.8, color=INK)
         axes.set_ylim(-0.6, len(lines) + 2)
         axes.grid(visible=False)
         self._time(axes, every=30)
@@ -246,7 +246,7 @@ def _faults(recorded: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
     named = []
     for (kind, _), (where, start, end) in found.items():
         what = FAULTS.get(kind)
-        who = where[0] if len(where) == 1 else f"all {len(where)} workers"
+        who = where[0].replace("relays 0 and 1", "both relays") if len(where) == 1 else f"all {len(where)} workers"
         named.append((f"{who} {what}" if what else "malformed message", start, end))
     return sorted(named, key=lambda each: each[1])
 

@@ -217,6 +217,8 @@ class Soak:
         for which, client in (("codes", self.rig.codes), ("results", self.rig.results)):
             if lasting := keys_without_ttl(client):
                 ledger.violated(f"keys without a TTL in {which}: {lasting[:5]}")
+        # A Redis that a fault restarted ends with the thread that did it: this is the last moment to ask it.
+        self._server = self.rig.results.info("server")
         self.fault_runner.close()
         self.scanner.judge(ledger.codes())
 
@@ -272,7 +274,7 @@ class Soak:
         return "\n".join(lines)
 
     def _conditions(self) -> list[str]:
-        info = self.rig.results.info("server")
+        info = self._server
         server = f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info['redis_version']}"
         packages = ", ".join(
             f"{name} {importlib.metadata.version(name)}" for name in ("celery", "kombu", "redis", "hiredis")
