@@ -86,7 +86,7 @@ def test_the_list_breaks_no_words_at_80_columns_or_in_a_pipe(
     for output in (dead("list").output, run("list", **rig.settings).stdout):
         lines = output.splitlines()
         assert [len(lines), max(map(len, lines)) <= 80] == [6, True]
-        assert [word in output for word in (request_id, reason, mask_email(email))] == [True] * 3
+        assert [word in output for word in (request_id, f"-: {reason}", mask_email(email))] == [True] * 3
         assert "\x1b" not in output
 
 
