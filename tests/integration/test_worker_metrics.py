@@ -257,7 +257,7 @@ def test_a_worker_whose_metrics_port_is_taken_goes_on_without(new_rig: Callable[
 
 
 def test_a_dead_workers_requests_are_counted_as_redelivered(new_rig: Callable[..., Rig]) -> None:
-    rig = new_rig(visibility_timeout=1)
+    rig = new_rig(visibility_timeout=5)
     email, hold = address(), Held("250 ok")
     rig.script(email, dot=[hold])
     doomed = rig.add_worker(wait=False)

@@ -104,7 +104,7 @@ def test_a_send_that_does_not_end_is_cancelled(new_rig: NewRig) -> None:
 
 
 def test_a_second_signal_does_not_lose_the_request(new_rig: NewRig) -> None:
-    rig = new_rig(visibility_timeout=2)
+    rig = new_rig(visibility_timeout=5)
     rig.tolerated += ["never retrieved", "never awaited", "destroyed but"]  # Celery ends it mid-way
     rig.add_worker()
     email, hold = address(), Held("250 ok")
@@ -122,7 +122,7 @@ def test_a_second_signal_does_not_lose_the_request(new_rig: NewRig) -> None:
 
 
 def test_what_a_killed_worker_held_is_redelivered(new_rig: NewRig) -> None:
-    rig = new_rig(visibility_timeout=2)
+    rig = new_rig(visibility_timeout=5)
     rig.add_worker()
     emails = [address() for _ in range(10)]
     holds = [Held("250 ok") for _ in emails]
