@@ -1,10 +1,10 @@
-# One image for everything that runs in production: worker, doors and Flower differ in their command only.
-# The tag is a Python minor version, so that a rebuild brings its security fixes; Python's packages are pinned by hash.
+# One image for all that runs in production: worker, API and Flower differ only in their command.
+# The base image's tag is a Python minor version, so that a rebuild brings security fixes; packages are pinned by hash.
 
 FROM python:3.13-slim-trixie AS build
 WORKDIR /opt/verifyserver
 COPY requirements.prod.lock ./
-# Wheels only: no compiler is needed here either. The environment gets no pip of its own.
+# Wheels only, so that no compiler is needed. The environment gets no pip.
 RUN python -m venv --without-pip venv \
     && python -m pip --python venv/bin/python install --no-cache-dir --disable-pip-version-check --quiet \
         --require-hashes --only-binary :all: --requirement requirements.prod.lock
@@ -12,11 +12,11 @@ COPY celeryconfig.py flowerconfig.py ./
 COPY producer producer
 COPY worker worker
 COPY deploy/health.py deploy/health.py
-# Compiled here: who runs it later may not write. By hash, since a copy need not keep the time of a file.
+# Compiled here, as the container cannot write later; without time stamps, as a copy need not keep them.
 RUN python -m compileall -q --invalidation-mode unchecked-hash celeryconfig.py flowerconfig.py producer worker
 
 FROM python:3.13-slim-trixie
-# tini passes signals on and reaps; pip is not needed any more.
+# tini forwards signals and reaps children; pip is no longer needed.
 RUN apt-get update -q \
     && apt-get install -q -y --no-install-recommends tini \
     && rm -rf /var/lib/apt/lists/* \
@@ -25,20 +25,20 @@ RUN apt-get update -q \
 WORKDIR /opt/verifyserver
 COPY --from=build /opt/verifyserver /opt/verifyserver
 COPY LICENSE ./
-# Loopback inside a container is of no use to anybody else. The doors still ask for VERIFY_API_KEYS or
-# VERIFY_ALLOW_PLAINTEXT=1 before they listen there.
+# Nobody outside reaches a container's loopback. The API still demands VERIFY_API_KEYS or VERIFY_ALLOW_PLAINTEXT=1
+# before it listens there.
 ENV PATH=/opt/verifyserver/venv/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     VERIFY_HTTP_BIND=0.0.0.0:8081 \
     VERIFY_GRPC_BIND=0.0.0.0:50051 \
     VERIFY_METRICS_BIND=0.0.0.0:9464
-# By number, so that Kubernetes can see that it is not root.
+# As numbers, so that Kubernetes can see that it is not root.
 USER 10001:10001
 EXPOSE 8081 50051 9464 5555
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["tini", "--"]
 CMD ["python", "-m", "producer", "serve"]
-# The check of the command above. Who gives another command gives its check too, as docker-compose.yml does.
+# For the command above. With another command goes another check, as in docker-compose.yml.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
     CMD ["python", "-ISB", "deploy/health.py", "8081", "/healthz"]

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Writes a Secret with new random passwords and keys to standard output, for this overlay:
+# Prints a Secret with random passwords and keys for this overlay:
 #     sh deploy/kubernetes/overlays/try/secret.sh | kubectl create -n verifyserver -f -
-# `create`, not `apply`: Redis has its password from the first one.
+# `create`, not `apply`: Redis keeps the password of the first one.
 set -eu
 
 random() { LC_ALL=C tr -dc A-Za-z0-9 </dev/urandom | head -c 32; }
