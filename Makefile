@@ -1,10 +1,11 @@
-# Everything a newcomer needs: Python 3.11 or newer, make and git. `make help` lists the targets.
+# A newcomer needs Python 3.11 or newer, make and git. `make help` lists the targets.
 
 BIN := .venv/bin
 STAMP := .venv/requirements.lock
-# Left out by `make test`: they need programs that pip does not install, or much time.
+# What `make test` runs: no test that needs a program which pip does not install, or much time.
 PLAIN := not tools and not slow
-# Four processes, most of whose time is waiting; each has its own Redis and SMTP servers. `make test PYTEST_ARGS="-n 0 -x tests/unit"` narrows it.
+# Four processes: most of their time is waiting. Each has its own Redis and SMTP servers.
+# `make test PYTEST_ARGS="-n 0 -x tests/unit"` runs less.
 PYTEST_ARGS ?= -n 4 --dist worksteal
 
 .DEFAULT_GOAL := help
@@ -13,7 +14,8 @@ PYTEST_ARGS ?= -n 4 --dist worksteal
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
-setup: $(STAMP) ## make .venv from requirements.lock (again only if that changed)
+setup: $(STAMP) ## create .venv from requirements.lock, or find it up to date
+	@$(if $(filter setup,$(MAKECMDGOALS)),echo ".venv is up to date with requirements.lock ($$($(BIN)/python --version))")
 
 # A checkout touches the lock without changing it, so its content decides.
 $(STAMP): requirements.lock
@@ -27,35 +29,36 @@ $(STAMP): requirements.lock
 	  echo "No Python 3.11 or newer with venv and ensurepip was found (Debian: python3-venv)." >&2; \
 	  echo "Name one: make setup PYTHON=/path/to/python3" >&2; exit 1; \
 	fi; \
-	echo "Setting up .venv with $$($$found --version) ..."; \
+	echo "Creating .venv with $$($$found --version) from requirements.lock ..."; \
 	$$found -m venv --clear .venv && \
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements.lock && \
 	cp requirements.lock $@
 
-demo: setup ## one code from request to mailbox, on real parts; stays up, or with ONCE=1 stops after that
+demo: setup ## send one code from request to mailbox through real parts; ONCE=1 stops after it, else all stays up
 	@$(BIN)/python -m demo $(if $(filter-out 0,$(ONCE)),--once)
 
-test: lint ## ruff, mypy, and every test that needs only Python and what pip installs
-	@echo "Left out (make test-all; those marked slow: $(BIN)/python -m pytest -m slow):"
-	@$(BIN)/python -m pytest --collect-only -qq -m 'tools or slow' 2>/dev/null | sed -n 's/^tests/  &/p'
-	$(BIN)/python -m pytest -m '$(PLAIN)' $(PYTEST_ARGS)
+test: lint ## ruff, mypy and every test that needs only Python and what pip installs
+	$(BIN)/python -m pytest -m '$(PLAIN)' $(PYTEST_ARGS); status=$$?; \
+	echo "Left out (make test-all runs those marked tools, $(BIN)/python -m pytest -m slow those marked slow):"; \
+	$(BIN)/python -m pytest --collect-only -qq -m 'tools or slow' 2>/dev/null | sed -n 's/^tests/  &/p'; \
+	exit $$status
 
-test-all: lint ## the same, with the tests that use other tools; installs these with apt-get if it can
+test-all: lint ## the same, and the tests that need other programs; installs these with apt-get if it can
 	@sh tests/support/tools.sh
-	@echo "Left out: those marked slow ($(BIN)/python -m pytest -m slow)."
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS); status=$$?; \
+	echo "Left out: tests marked slow ($(BIN)/python -m pytest -m slow)"; exit $$status
 
-faults: setup ## the whole fault suite: real processes, killed, frozen, cut off and lied to
+faults: setup ## the whole fault suite: real processes are killed, frozen and cut off
 	$(BIN)/python -m pytest tests/faults -m "slow or not slow"
 
 MINUTES ?= 10
-soak: setup ## random faults under steady load, and a report: make soak MINUTES=10 SEED=1
+soak: setup ## random faults under steady load, then a report: make soak MINUTES=10 SEED=1
 	$(BIN)/python -m bench.soak run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
-picture: setup ## a soak of a few long faults in turn, as the dashboard shows it: docs/dashboard.png; needs Debian's prometheus
+picture: setup ## draw docs/dashboard.png from a soak of long faults; needs Debian's prometheus
 	$(BIN)/python -m bench.soak picture docs/dashboard.png $(SECONDS)
 
-bench: setup ## hold it against its peers; half an hour, or under 4 minutes with QUICK=1; BARS="a c" measures only these
+bench: setup ## compare the speed with peers; half an hour, or 4 minutes with QUICK=1; BARS="a c" measures only these
 	@$(BIN)/python -m bench $(if $(filter-out 0,$(QUICK)),--quick) $(if $(BARS),--bars $(BARS))
 
 lint: setup ## ruff and mypy
@@ -66,8 +69,8 @@ lint: setup ## ruff and mypy
 docs: setup ## write the docs' tables of error codes and settings, from producer/contract.py and .env.example
 	$(BIN)/python docs/tables.py
 
-# Seven days old at least: what is withdrawn or not yet on every mirror is not in it. The build backend is in the group
-# dev. No host name comes in. The second lock is the part of the first that runs in production.
+# Only releases at least seven days old: younger ones may be withdrawn, or missing on a mirror. The build backend is in
+# the group dev. No host name gets in. The second lock is the part of the first that runs in production.
 PRODUCTION := --extra cli --extra worker --extra api --extra flower --extra traces
 COMPILE := $(BIN)/uv pip compile pyproject.toml $(PRODUCTION) --universal --python-version 3.11 \
   --generate-hashes --no-header --exclude-newer '7 days' --quiet

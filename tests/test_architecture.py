@@ -1,10 +1,12 @@
-"""The house's arrows: who may import whom. The imports are read, not run."""
+"""The house keeps its shape: which rooms may import which, and which change touches which files. Imports are read, not
+run."""
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Final
@@ -13,7 +15,7 @@ import pytest
 
 ROOT: Final = Path(__file__).parents[1]
 OURS: Final = ("producer", "worker", "demo")
-
+LONGEST_TEST_NAME: Final = 80
 
 # What a caller installs who only asks for codes, by import name; see [project].dependencies.
 BASE: Final = {"redis", "hiredis", "pydantic", "pydantic_settings", "dotenv", "email_validator", "structlog"}
@@ -22,16 +24,25 @@ API: Final = {  # the extra `api`
     *("fastapi", "fastapi_offline", "starlette", "uvicorn", "httptools", "uvloop", "prometheus_client"),
     *("grpc", "grpc_health", "grpc_reflection", "google"),
 }
-# Only these know Celery.
-CELERYS: Final = {"worker.app", "worker.tasks"}
-# Only these know OpenTelemetry. They are loaded where something is traced, and nowhere else.
-TRACED: Final = {"producer.tracing.spans", "producer.tracing.export"}
-# Modules that only build commands and read answers: the caller does the I/O.
+CELERY: Final = {"celery", "kombu", "billiard", "vine"}
+KNOW_CELERY: Final = ("worker.app", "worker.tasks", "worker.celery_side")
+# Loaded only where something is traced.
+KNOW_OPENTELEMETRY: Final = {"producer.tracing.spans", "producer.tracing.export"}
+# They build commands and read answers; the caller does the I/O.
 PURE: Final = {
     *("producer.contract", "producer.store.codes", "producer.store.backlog", "producer.redis.scripts"),
-    *("worker.queue.commands", "worker.mail.render", "worker.mail.responses"),
+    *("worker.queue.commands", "worker.mail.render", "worker.mail.responses", "worker.job"),
 }
 DOES_IO: Final = {"asyncio", "hiredis", "redis", "socket", "ssl", "subprocess", "threading", "urllib.request"}
+# The parts of the producer that only its callers and its API need.
+NOT_FOR_WORKERS: Final = {f"producer.{name}" for name in ("core", "client", "aio", "cli", "api")}
+# The use case speaks to ports: a code store and a mail channel.
+NOT_FOR_THE_SERVICE: Final = {
+    *("producer.redis", "producer.store.redis_codes", "worker.databases", "worker.queue.commands"),
+    *(f"worker.mail.{name}" for name in ("smtp", "pool", "handshake", "responses", "failover")),
+}
+# Where numbers of error codes may stand: the table, and the demo page's words for them in each language.
+ERROR_TABLE: Final = {Path("producer/contract.py"), Path("producer/api/demo/page")}
 
 
 def name_of(path: Path) -> str:
@@ -43,7 +54,7 @@ MODULES: Final = {name_of(path): path for package in OURS for path in sorted((RO
 
 
 def imported(node: ast.AST) -> Iterator[str]:
-    """What is imported at or below `node`, as dotted names; what only the type checker sees is left out."""
+    """What is imported at or below `node`, as dotted names; imports for the type checker only are left out."""
     if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
         for statement in node.orelse:
             yield from imported(statement)
@@ -60,7 +71,7 @@ def imported(node: ast.AST) -> Iterator[str]:
 
 
 def imported_at_the_top(path: Path) -> Iterator[str]:
-    """What is imported as soon as the module is."""
+    """What is imported when the module is."""
     for node in ast.parse(path.read_bytes()).body:
         if isinstance(node, ast.Import | ast.ImportFrom | ast.If):
             yield from imported(node)
@@ -75,7 +86,13 @@ def tops(module: str) -> set[str]:
 
 
 def below(*packages: str) -> list[str]:
-    return [name for name in MODULES if name.partition(".")[0] in packages]
+    """The modules of these packages."""
+    return [name for name in MODULES if is_in(name, packages)]
+
+
+def is_in(name: str, packages: Collection[str]) -> bool:
+    """Whether a dotted name is one of `packages` or below one."""
+    return any(name == each or name.startswith(f"{each}.") for each in packages)
 
 
 def test_the_modules_are_found() -> None:
@@ -83,52 +100,51 @@ def test_the_modules_are_found() -> None:
 
 
 @pytest.mark.parametrize("module", below("producer"))
-def test_the_producer_needs_only_what_its_callers_install(module: str) -> None:
+def test_the_producer_imports_only_what_its_callers_install(module: str) -> None:
     allowed = BASE | {"producer"} | set(sys.stdlib_module_names)
     if module in {"producer.cli", "producer.__main__"}:
         allowed |= COMMAND_LINE
     if module == "producer.metrics":
         allowed |= {"prometheus_client"}
-    if module.startswith("producer.api"):
+    if is_in(module, ("producer.api",)):
         allowed |= API
-    if module in TRACED:
+    if module in KNOW_OPENTELEMETRY:
         allowed |= {"opentelemetry"}
     assert tops(module) <= allowed
 
 
 @pytest.mark.parametrize("module", below("worker"))
-def test_the_worker_leans_on_the_producers_ground_floor(module: str) -> None:
-    upstairs = {f"producer.{name}" for name in ("core", "client", "aio", "cli", "api")}
-    assert not {name for name in IMPORTS[module] for floor in upstairs if name == floor or name.startswith(f"{floor}.")}
+def test_the_worker_leans_only_on_the_producers_ground_floor(module: str) -> None:
+    assert not {name for name in IMPORTS[module] if is_in(name, NOT_FOR_WORKERS)}
     assert not tops(module) & {"demo", "bench", "tests", *({"celeryconfig"} if module != "worker.app" else ())}
 
 
-@pytest.mark.parametrize("module", ["producer.contract"])
-def test_what_everything_leans_on_is_standard_library_only(module: str) -> None:
-    assert tops(module) <= set(sys.stdlib_module_names)
+def test_the_contract_imports_only_the_standard_library() -> None:
+    assert tops("producer.contract") <= set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize(
-    "module",
-    sorted(name for name in below("worker") if name not in CELERYS and not name.startswith("worker.celery_side")),
-)
+@pytest.mark.parametrize("module", sorted(name for name in below("worker") if not is_in(name, KNOW_CELERY)))
 def test_only_celerys_side_knows_celery(module: str) -> None:
-    assert not tops(module) & {"celery", "kombu", "billiard", "vine"}
+    assert not tops(module) & CELERY
 
 
-@pytest.mark.parametrize("module", sorted(MODULES.keys() - TRACED))
-def test_what_is_not_traced_loads_nothing_for_it(module: str) -> None:
+def test_the_service_knows_neither_redis_nor_smtp() -> None:
+    assert not {name for name in IMPORTS["worker.service"] if is_in(name, NOT_FOR_THE_SERVICE)}
+    assert not tops("worker.service") & {"redis", "hiredis", "smtplib", "ssl", "socket"}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - KNOW_OPENTELEMETRY))
+def test_opentelemetry_is_loaded_only_when_something_is_traced(module: str) -> None:
     assert "opentelemetry" not in tops(module)
-    at_import = set(imported_at_the_top(MODULES[module]))
-    assert not {name for name in at_import for each in TRACED if name == each or name.startswith(f"{each}.")}
+    assert not {name for name in imported_at_the_top(MODULES[module]) if is_in(name, KNOW_OPENTELEMETRY)}
 
 
 @pytest.mark.parametrize("module", sorted(PURE))
-def test_what_only_builds_and_reads_does_no_io(module: str) -> None:
+def test_a_pure_module_does_no_io(module: str) -> None:
     assert not IMPORTS[module] & DOES_IO
     assert not tops(module) & DOES_IO
     tree = ast.parse(MODULES[module].read_bytes())
-    assert not [node for node in ast.walk(tree) if isinstance(node, ast.AsyncFunctionDef | ast.Await)]
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Await)]
 
 
 def test_nothing_is_imported_in_a_circle() -> None:
@@ -137,3 +153,24 @@ def test_nothing_is_imported_in_a_circle() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as exc:
         pytest.fail(" -> ".join(exc.args[1]))
+
+
+def test_an_error_code_is_one_row_of_one_table() -> None:
+    number = re.compile(r"\b100[134]\b|\bErrorCode\(\d|\berror[\"']?\]? *(?:==|~=|!=) *[\"']?\d")
+    product = [path for package in ("producer", "worker") for path in (ROOT / package).rglob("*.*")]
+    sources = [path for path in product if path.suffix in {".py", ".lua", ".js", ".html"}]
+    for path in sources:
+        place = path.relative_to(ROOT)
+        if not {place, *place.parents} & ERROR_TABLE:
+            found = [line.strip() for line in path.read_text("utf-8").splitlines() if number.search(line)]
+            assert found == [], f"{place} writes a code's number; take it from ErrorCode"
+
+
+def test_no_name_of_a_test_is_too_long() -> None:
+    names = {
+        node.name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_bytes()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+    }
+    assert [name for name in sorted(names) if len(name) > LONGEST_TEST_NAME] == []

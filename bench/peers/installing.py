@@ -104,7 +104,7 @@ def _run(*words: str | Path, cwd: Path | None = None) -> str:
 def environment(given: Mapping[str, object]) -> dict[str, str]:
     """For a peer: ours, without VerifyServer's settings, with these."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("VERIFY_")}
-    proto = HERE.parent.parent / "producer" / "gate" / "message.proto"
+    proto = HERE.parent.parent / "producer" / "api" / "message.proto"
     own = {"NODE_PATH": NODE_MODULES, "NODE_ENV": "production", "PEER_MAIL": MAIL, "PEER_PROTO": proto, **given}
     return inherited | {name: str(value) for name, value in own.items()}
 

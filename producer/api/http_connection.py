@@ -13,6 +13,8 @@ from typing import Any, Final
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from producer.contract import ErrorCode
+
 HEAD_TIMEOUT: Final = 10.0  # seconds for a request's head, and for the first byte on a new connection
 BODY_TIMEOUT: Final = 5.0  # seconds for a request's body; then the answer is 408
 LINGER: Final = 2.0  # seconds of reading on after an early answer: if we closed at once the client might never see it
@@ -143,6 +145,6 @@ class HttpConnection(HttpToolsProtocol):
         self.transport.close()
 
 
-def refusal(why: Any, error: int = 1001) -> bytes:
+def refusal(why: Any, error: int = ErrorCode.ERROR_JSON) -> bytes:
     """The body of an answer other than 200. Old callers read `error` alone, and take a missing one for 0, Success."""
     return json.dumps({"error": error, "detail": why}).encode()

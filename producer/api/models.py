@@ -95,7 +95,7 @@ class CheckAnswer(_Answer):
 class Malformed(_Answer):
     """The body is not a JSON object, or a field of it is missing or malformed."""
 
-    error: Literal[1001]
+    error: Literal[ErrorCode.ERROR_JSON]
     detail: Annotated[str, Field(description="Names the field.", examples=["email is missing"])]
 
 

@@ -262,7 +262,7 @@ def test_a_request_given_up_after_its_final_dot_is_not_refunded(driver: Driver) 
     assert driver.answer_of(claim_of("two")) is ErrorCode.TOO_MANY_REQUESTS
 
 
-def test_a_request_whose_worker_died_before_its_mail_left_is_refunded_at_its_deadline(driver: Driver) -> None:
+def test_a_request_whose_worker_died_before_its_mail_left_is_refunded(driver: Driver) -> None:
     driver.set_policy(burst=1, cooldown=0)
     driver.send(claim_of("one"))
     driver.lapse()
