@@ -100,7 +100,7 @@ class Settings(BaseSettings):
     reply_timeout: Seconds = _setting(5, "seconds, above 0 to 300", gt=0, le=300)
     relays: RelayURLs = _setting(
         (RelayURL("smtp", "127.0.0.1", 1025, None, None),),
-        "comma-separated URLs: smtp://, smtp+starttls:// or smtps://, then user:password@ (percent-encoded) if needed,"
+        f"comma-separated URLs: {'://, '.join(RELAY_PORTS)}://, then user:password@ (percent-encoded) if needed,"
         " then host:port (1 to 65535)",
     )
     relay_connections: int = _setting(32, "a whole number, 1 to 10000", ge=1, le=10000)
@@ -229,7 +229,7 @@ class _Variables(EnvSettingsSource):
         return self.value_of(field_name), field_name, False
 
     def value_of(self, field_name: str) -> str | None:
-        """None: not given. Empty: given, but to nothing, which hides what lower sources give."""
+        """None: not mentioned. Empty: counts as not given, and hides the value of a lower source."""
         name = f"{PREFIX}{field_name.upper()}"
         value, path = self.env_vars.get(name), self.env_vars.get(f"{name}_FILE")
         if value and path:

@@ -1,6 +1,6 @@
 """The demo page in a real browser. Needs Chromium, Node and npm.
 
-`VERIFY_SHOTS=folder` keeps a screenshot of each state; look at them after a change.
+`SHOTS=folder` keeps a screenshot of each state; look at them after a change.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def doors(inbox: Inbox, settings: dict[str, str]) -> Iterator[ApiProcess]:
 
 def drive(driver: Path, doors: ApiProcess, scenario: str, **options: object) -> dict[str, Any]:
     """What the scenario found; nothing may trouble the page meanwhile."""
-    given = json.dumps({"chromium": shutil.which("chromium"), "shots": os.environ.get("VERIFY_SHOTS", ""), **options})
+    given = json.dumps({"chromium": shutil.which("chromium"), "shots": os.environ.get("SHOTS", ""), **options})
     done = subprocess.run(
         ["node", driver, f"http://127.0.0.1:{doors.http_port}/", scenario, given],
         capture_output=True,

