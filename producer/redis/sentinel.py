@@ -73,17 +73,18 @@ class PrimaryFinder:
                     return await self._try(answer, connect)
                 except RedisUnavailable as exc:
                     failure = exc
-            elif asked:
-                raise failure or next(
-                    (each.failure for each in self._sentinels if each.failure is not None),
-                    RedisUnavailable("no sentinel answers"),
-                )
-            else:
+                except (OSError, UnicodeError) as exc:
+                    kind = type(exc).__name__
+                    failure = RedisUnavailable(f"the primary of {self._name!r} could not be reached ({kind})")
+            elif not asked:
                 asked = True
                 await self._ask_all(tried)
+            else:
+                said = [each.failure for each in self._sentinels if each.failure is not None]
+                raise failure or (type(said[0])(str(said[0])) if said else RedisUnavailable("no sentinel answers"))
 
     def _best(self, tried: set[Address]) -> _Answer | None:
-        """The answer to try next: those older than what we know come last, and before them those that failed."""
+        """The answer to try next: one that is not outdated, then one that did not fail before, then the latest."""
         known = 0 if self._current is None else self._current.epoch
         answers = [each.answer for each in self._sentinels if each.answer and each.answer.primary not in tried]
         return min(answers, key=lambda each: (each.epoch < known, each in self._unproved, -each.epoch), default=None)
@@ -101,14 +102,11 @@ class PrimaryFinder:
 
     async def _try(self, answer: _Answer, connect: Callable[[Address], Awaitable[Protocol]]) -> Protocol:
         before = self._current
-        self._unproved.add(answer)  # unless it proves right; also if our time ends meanwhile
+        self._unproved.add(answer)  # until it proves right; it stays if this is cancelled
         try:
             protocol = await connect(answer.primary)
-        except BaseException as exc:
+        except BaseException:
             self._wake_all()  # what they said last may be out of date
-            if isinstance(exc, (OSError, UnicodeError)) and not isinstance(exc, RedisUnavailable):
-                kind = type(exc).__name__
-                raise RedisUnavailable(f"the primary of {self._name!r} could not be reached ({kind})") from None
             raise
         now = self._current
         if now is not None and now is not before and now.epoch > answer.epoch and now.primary != answer.primary:
@@ -119,7 +117,7 @@ class PrimaryFinder:
         self._open[protocol] = answer.primary
         protocol.closed.add_done_callback(lambda _: self._open.pop(protocol, None))
         if any(each.answer and each.answer.epoch > answer.epoch for each in self._sentinels):
-            protocol.loop.call_later(LOOK_EVERY, self._wake_all)  # the later one may only not be ready yet
+            protocol.loop.call_later(LOOK_EVERY, self._wake_all)  # the later primary may not be ready yet
         return protocol
 
     def _heard(self, answer: _Answer | None) -> None:
@@ -177,7 +175,7 @@ class _Sentinel:
         self._woken.set()
 
     async def watch(self) -> None:
-        """Ask it again and again, for ever."""
+        """Keep asking it, until cancelled."""
         retry = RETRY_FIRST
         while True:
             self._woken.clear()
@@ -225,7 +223,7 @@ class _Sentinel:
         connection.when_lost(self._lost)
 
     def _lost(self) -> None:
-        if self.answer is not None:  # or it is tried again anyway
+        if self.answer is not None:  # otherwise `watch` tries again by itself
             asyncio.get_running_loop().call_later(LOOK_EVERY, self.wake)
 
 
