@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from producer.contract import DEFAULT_PURPOSE, CheckResult, ErrorCode, Reply, is_purpose
 from producer.core.deadlines import Deadlines
@@ -78,7 +78,7 @@ class AsyncVerificationClient:
             return Reply(email, error)
         request_id = here.replies.ids.new()
         span = here.start_span(request_id)
-        message = encode(request, request_id, here.queue, None if span is None else span.headers)
+        message = encode(request, request_id, here.queue, span.headers)
         if observer is not None:
             observer.on_publish(request_id)
         reply = here.replies.expect(request_id)
@@ -91,20 +91,17 @@ class AsyncVerificationClient:
             here.publisher.post(message, reply, _confirmed(span, observer))
             return Reply(email, await reply)
         except QueueFull as exc:
-            if span is not None:
-                span.end(exc)
+            span.end(exc)
             return Reply(email, ErrorCode.TOO_MANY_REQUESTS)
         except OSError as exc:  # RedisUnavailable is one
             logger.warning("request %s was not put on the queue: %s", request_id, exc)
-            if span is not None:
-                span.end(exc)
+            span.end(exc)
             return Reply(email, ErrorCode.REDIS_ERR)
         finally:
             here.replies.forget(request_id)
             here.publisher.forget(reply)
             here.deadlines.forget(reply)
-            if span is not None:
-                span.end()
+            span.end()
 
     async def enqueue(
         self, email: Any, *, purpose: str = DEFAULT_PURPOSE, locale: str | None = None, request_id: str | None = None
@@ -123,15 +120,13 @@ class AsyncVerificationClient:
         request = build_request(email, purpose, locale)
         span = here.start_span(request_id)
         try:
-            message = encode(request, request_id, here.queue, None if span is None else span.headers)
+            message = encode(request, request_id, here.queue, span.headers)
             await here.publisher.publish(message)
         except Exception as exc:
-            if span is not None:
-                span.end(exc)
+            span.end(exc)
             raise
         finally:
-            if span is not None:
-                span.end()
+            span.end()
         return request_id
 
     async def check(self, email: str, code: str, *, purpose: str = DEFAULT_PURPOSE) -> CheckResult:
@@ -199,8 +194,8 @@ class _OnLoop:
         """How many messages are on their way out, plus how many replies are awaited."""
         return len(self.publisher) + len(self.replies)
 
-    def start_span(self, request_id: str) -> Sending | None:
-        return None if self._traces is None else self._traces.sending(self.queue, request_id)
+    def start_span(self, request_id: str) -> Sending | _NoSpan:
+        return NO_SPAN if self._traces is None else self._traces.sending(self.queue, request_id)
 
     async def close(self) -> None:
         await self.publisher.close()
@@ -217,12 +212,22 @@ class _OnLoop:
             reply.set_result(ErrorCode.TIMEOUT)
 
 
-def _confirmed(span: Sending | None, observer: RequestObserver | None) -> Callable[[], None] | None:
+class _NoSpan:
+    """In place of a span where nothing is traced."""
+
+    headers = None
+
+    def end(self, error: Exception | None = None) -> None:
+        """Nothing to end."""
+
+
+NO_SPAN: Final = _NoSpan()
+
+
+def _confirmed(span: Sending | _NoSpan, observer: RequestObserver | None) -> Callable[[], None] | None:
     """What to call once Redis has the message."""
-    if span is None:
-        return None if observer is None else observer.on_confirmed
     if observer is None:
-        return span.end
+        return None if span is NO_SPAN else span.end
 
     def both() -> None:
         span.end()
