@@ -84,7 +84,8 @@ class Harness:
 
     async def add_worker(self) -> Worker:
         """One more worker."""
-        worker = Worker(self.settings, Mock(**{"is_revoked.return_value": False}), self.traces)
+        celery_side = Mock(**{"is_revoked.return_value": False})
+        worker = Worker(self.settings, lambda _: celery_side, self.traces)
         await worker.start()
         worker.fetcher.consume(on=True)
         self.workers.append(worker)
