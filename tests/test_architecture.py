@@ -30,7 +30,8 @@ KNOW_CELERY: Final = ("worker.app", "worker.tasks", "worker.celery_side")
 KNOW_OPENTELEMETRY: Final = {"producer.tracing.spans", "producer.tracing.export"}
 # They build commands and read answers; the caller does the I/O.
 PURE: Final = {
-    *("producer.contract", "producer.store.codes", "producer.store.backlog", "producer.redis.scripts"),
+    *("producer.contract", "producer.redis.scripts"),
+    *("producer.store.codes", "producer.store.redis_codes", "producer.store.backlog"),
     *("worker.queue.commands", "worker.mail.render", "worker.mail.responses", "worker.job"),
 }
 DOES_IO: Final = {"asyncio", "hiredis", "redis", "socket", "ssl", "subprocess", "threading", "urllib.request"}

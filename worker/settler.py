@@ -185,10 +185,6 @@ class Settler:
         ask = answer is not None
         self._add(Settlement(job, answer, answer, ask=ask, reply=ask, leave=self._queue.dead_letter(job.tag, reason)))
 
-    def release(self, job: Job) -> None:
-        """Put the message back on the queue."""
-        self._add(Settlement(job, leave=self._queue.release([job.tag])))
-
     async def drain(self) -> None:
         """Wait until everything is settled."""
         while self._flushing is not None:
@@ -244,8 +240,7 @@ class Settler:
                 logger.error("unforeseen error after settling", extra={"kind": type(exc).__name__})
 
     def _postpone_late(self, left: list[Settlement]) -> None:
-        """Delay the requests whose reply could not be stored in time. The store has their answer: the next to get them
-        only replies."""
+        """Delay requests whose reply could not be stored in time. The code store has their answers for later."""
         now = asyncio.get_running_loop().time()
         for item in left:
             if item.reply and item.until < now:

@@ -62,7 +62,6 @@ class RedisCodeStore:
         )
 
     def issue(self, requests: Sequence[IssueRequest]) -> Step[list[Issue | StoreError]]:
-        """See `CodeStore`."""
         keys: list[str] = []
         args = [*self._issue_args]
         for claim, candidate, error, enqueued_at, expires_at in requests:
@@ -78,7 +77,6 @@ class RedisCodeStore:
         return self._step(_ISSUE(keys, args), lambda answer: [_read_issue(e) for e in entries(answer, len(requests))])
 
     def settle(self, outcomes: Sequence[Outcome]) -> Step[list[Settled | StoreError]]:
-        """See `CodeStore`."""
         keys: list[str] = []
         args = [*self._settle_args]
         for claim, result in outcomes:
@@ -87,13 +85,11 @@ class RedisCodeStore:
         return self._step(_SETTLE(keys, args), lambda answer: [_read_settle(e) for e in entries(answer, len(outcomes))])
 
     def announce_data(self, claims: Sequence[Claim]) -> None:
-        """See `CodeStore`."""
         keys = [REQUEST + claim.request_id for claim in claims]
         command = _ANNOUNCE_DATA(keys, [claim.token for claim in claims])
         self.connection.post([command], database=self._database)
 
     def renew(self, claims: Sequence[Claim]) -> Step[list[bool]]:
-        """See `CodeStore`."""
         keys = [key for claim in claims for key in (REQUEST + claim.request_id, SENDING + claim.code_key)]
         args = [arg for claim in claims for arg in (claim.request_id, claim.token)]
         return self._step(
@@ -102,7 +98,6 @@ class RedisCodeStore:
         )
 
     def check(self, email: str, code: str, purpose: str) -> Step[CheckResult]:
-        """See `CodeStore`."""
         key = _encodable(code_key(email, purpose))
         answers = (int(ErrorCode.SUCCESS), int(ErrorCode.VARIFY_EXPIRED), int(ErrorCode.VARIFY_CODE_ERR))
         command = _CHECK([key, ATTEMPTS + key], [_encodable(code), self._policy.max_attempts, *answers])

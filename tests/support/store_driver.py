@@ -269,16 +269,8 @@ class RedisDriver(Driver):
         return None if value is None else (value.decode(), life)
 
     def snapshot(self) -> Any:
-        found: dict[bytes, Any] = {}
-        for key in self.client.scan_iter(count=1000):
-            kind = self.client.type(key)
-            if kind == b"hash":
-                found[key] = self.client.hgetall(key)
-            elif kind == b"set":
-                found[key] = self.client.smembers(key)
-            else:
-                found[key] = self.client.get(key)
-        return found
+        read: dict[Any, Any] = {b"hash": self.client.hgetall, b"set": self.client.smembers, b"string": self.client.get}
+        return {key: read[self.client.type(key)](key) for key in self.client.scan_iter(count=1000)}
 
     def wait(self, step: Awaitable[T]) -> T:
         result = super().wait(step)
