@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Seconds between two probes of an unhealthy relay, less some jitter: doubled after each failure.
 _FIRST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 60.0
-# While no relay is healthy, a probe starts at least every 5 s.
+# While no relay is healthy, the next probe of each starts within the sum of these, 5 s.
 _LONGEST_PAUSE_WITHOUT_RELAY: Final = 4.0
 _PROBER_INTERVAL: Final = 1.0
 
@@ -105,8 +105,13 @@ class Relay:
             self._probing = False
         return outcome
 
+    @property
+    def cannot_connect(self) -> bool:
+        """Whether it is unhealthy because a connection failed, so that `check` shows whether that is over."""
+        return not self.healthy and self._failed_at in _CONNECTING
+
     async def check(self) -> None:
-        """Probe by a connection without a mail. It proves nothing if what failed came after the connection."""
+        """Probe by a connection without a mail."""
         try:
             await self.channel.check()
         except RelayUnavailable as exc:
@@ -115,8 +120,7 @@ class Relay:
             if exc.code:
                 self._answered()
         else:
-            if self._failed_at in _CONNECTING:
-                self._answered()
+            self._answered()
         finally:
             self._probing = False
 
@@ -215,8 +219,8 @@ class Failover:
         outcome = relay.sent(error, probe=mail.is_probe)
         if mail.observer is not None:
             mail.observer.tried(outcome, error)
-        if error is not None and not relay.healthy:
-            self._probe_if_no_relay_is_healthy()
+        if isinstance(error, RelayUnavailable) and not self.healthy and (self._prober is None or self._prober.done()):
+            self._prober = asyncio.create_task(self._probe_until_healthy())
         if isinstance(error, MailError):
             error.relay = relay.name
             if not isinstance(error, _FINAL):
@@ -228,15 +232,13 @@ class Failover:
     def _longest_pause(self) -> float:
         return _LONGEST_PAUSE if self.healthy else _LONGEST_PAUSE_WITHOUT_RELAY
 
-    def _probe_if_no_relay_is_healthy(self) -> None:
-        if not self.healthy and (self._prober is None or self._prober.done()):
-            self._prober = asyncio.create_task(self._probe_until_healthy())
-
     async def _probe_until_healthy(self) -> None:
         """Check the relays while none is healthy: mails may be rare, or their retries far ahead."""
         while not self.healthy:
             await self._sleep(_PROBER_INTERVAL)
-            due = [relay for relay in self._relays if not relay.healthy and relay.admits_probe(self._longest_pause())]
+            due = [
+                relay for relay in self._relays if relay.cannot_connect and relay.admits_probe(self._longest_pause())
+            ]
             await asyncio.gather(*(relay.check() for relay in due))
 
 
