@@ -1,12 +1,11 @@
 --[[
-each: the beginning of every script that serves many requests in one call. They are served one after the other, as if each
-came alone: what Redis refuses one of them (memory, access, a key of another type) hits that one only, and what was written
-for it before stays. Memory is refused to a script only until it has written something.
+each: the first part of every script that serves many requests in one call. Each request is served as if it came alone: an
+error that Redis raises for one of them (memory, access, a key of another type) concerns that one only, and what was written
+for it before stays. Redis refuses memory only to a script that has written nothing yet.
 
-KEYS                      what follows says
-ARGV                      likewise
-Returns by each(count, step): {step(1) ... step(count)}, with an error in the place of each step that raised one; or one
-error for all of them where the server as a whole cannot write or answer.
+KEYS, ARGV                those of the script that follows
+Returns by each(count, step): {step(1) ... step(count)}, with an error in place of each step that raised one; or one error
+for all of them if the server cannot write or answer at all.
 ]]
 local function each(count, step)
     local answer = {}

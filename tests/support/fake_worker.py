@@ -1,4 +1,4 @@
-"""A stand-in for the worker: takes requests off the queue and answers as Celery's result backend does."""
+"""A fake worker: takes requests off the queue and answers as Celery's result backend does."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from support.redis_server import RedisServer
 
 NAME = "fake-worker"
 PAUSE = 0.1  # seconds before an unreachable server is tried again
-END = "fake-worker-ends"  # a list; what is pushed on it wakes the stand-in for its end
+END = "fake-worker-ends"  # a list; a push on it wakes the fake worker for its end
 
 
 @dataclass
 class Taken:
-    """One message as it was taken, and the kwargs in it."""
+    """One message that was taken off the queue."""
 
     request_id: str
     kwargs: dict[str, Any]
@@ -37,8 +37,8 @@ class FakeWorker:
 
     server: RedisServer
     error: Callable[[dict[str, Any]], int] = lambda _: 0
-    before: Callable[[FakeWorker, Taken], None] = lambda _worker, _taken: None  # what happens before each answer
-    publish: bool = True  # False: the reply is only stored
+    before: Callable[[FakeWorker, Taken], None] = lambda _worker, _taken: None  # called before each answer
+    publish: bool = True  # False: replies are only stored
     taken: list[Taken] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -85,7 +85,7 @@ class FakeWorker:
 
 
 def read(raw: bytes) -> Taken:
-    """What a message says."""
+    """The content of a message."""
     message = json.loads(raw)
     return Taken(message["headers"]["id"], json.loads(base64.b64decode(message["body"]))[1], message["headers"])
 
@@ -97,7 +97,7 @@ def settings(server: RedisServer, **more: Any) -> Settings:
 
 
 def connections(server: RedisServer) -> set[str]:
-    """The ids of all the server's connections but the one that asks and the stand-in's."""
+    """The ids of the server's connections, without this one and the fake worker's."""
     with server.client() as client:
         own = str(client.client_id())
         return {entry["id"] for entry in client.client_list() if entry["name"] != NAME} - {own}
