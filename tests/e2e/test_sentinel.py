@@ -38,7 +38,7 @@ class Everything:
         self.settings: Settings = load(given, dotenv=None)
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """One of our command lines."""
+        """Run one of our commands."""
         command = [sys.executable, "-m", *words]
         return subprocess.run(
             command, env=self.worker.environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
@@ -47,7 +47,7 @@ class Everything:
 
 @pytest.fixture(scope="module")
 def everything() -> Iterator[Everything]:
-    # Nobody dies here, and a busy machine is no reason to believe it.
+    # No server dies here, and a busy machine must not look as if one did.
     watched = SentinelServers(password=PASSWORD, sentinel_password=SENTINELS_PASSWORD, down_after=30)
     with watched, running(ScriptedServer()) as relay:
         settings = {
@@ -73,14 +73,14 @@ def test_both_clients_ask_and_check(everything: Everything) -> None:
     assert asyncio.run(ask()) == 0
 
 
-def test_both_doors_serve(everything: Everything) -> None:
+def test_http_and_grpc_serve(everything: Everything) -> None:
     environment = {k: v for k, v in everything.worker.environment.items() if k.startswith("VERIFY_")}
-    with ApiProcess(environment) as doors:
-        assert doors.get_code("http@example.com")["error"] == 0
-        assert doors.call("grpc@example.com").error == 0
-        assert doors.http.get("/readyz").status_code == 200
-        assert doors.metric("verify_broker_up") == 1
-        assert "hush" not in doors.log
+    with ApiProcess(environment) as api:
+        assert api.get_code("http@example.com")["error"] == 0
+        assert api.call("grpc@example.com").error == 0
+        assert api.http.get("/readyz").status_code == 200
+        assert api.metric("verify_broker_up") == 1
+        assert "hush" not in api.log
 
 
 def test_the_command_lines_work_and_show_no_password(everything: Everything) -> None:
@@ -121,7 +121,7 @@ def test_flower_and_celery_see_worker_and_queue_and_show_no_password(everything:
 
 
 def test_any_celery_asks_through_the_sentinels_and_reads_its_reply(everything: Everything) -> None:
-    """As docs/high-availability.md has it for callers with a Celery of their own."""
+    """As docs/high-availability.md says for callers with their own Celery."""
     hosts = [f"127.0.0.1:{sentinel.port}" for sentinel in everything.watched.sentinels]
     who = ":hush%3Ahush%401@"
     app = Celery(
@@ -138,12 +138,12 @@ def test_any_celery_asks_through_the_sentinels_and_reads_its_reply(everything: E
         assert sent.get(timeout=60) == {"email": "celery@example.com", "error": 0}
 
 
-def test_a_planned_handing_over_is_hardly_noticed(everything: Everything) -> None:
+def test_a_planned_failover_interrupts_for_seconds_only(everything: Everything) -> None:
     watched = everything.watched
     old = watched.primary
     with VerificationClient(everything.settings) as client:
         assert client.request("before@example.com").error == 0
-        # Valkey's can hand over by themselves; the sentinels of others only promote the replica.
+        # Valkey's sentinels can coordinate a failover; Redis' only promote the replica.
         with old.client() as server:
             valkey = "valkey_version" in server.info("server")
         watched.fail_over(*(["COORDINATED"] if valkey else []))
@@ -154,7 +154,7 @@ def test_a_planned_handing_over_is_hardly_noticed(everything: Everything) -> Non
     assert everything.worker.alive
 
 
-def test_the_worker_leaves_in_order(everything: Everything) -> None:
+def test_the_worker_stops_cleanly(everything: Everything) -> None:
     assert everything.worker.stop() == 0
     log = everything.worker.log
     assert not [sign for sign in ("AttributeError", "unforeseen", "never retrieved", "Unrecoverable") if sign in log]

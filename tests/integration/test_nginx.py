@@ -1,4 +1,4 @@
-"""`deploy/nginx.conf` in a real nginx, in front of real doors."""
+"""`deploy/nginx.conf` in a real nginx, in front of a real API."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ KEY = {"Authorization": "Bearer k3y"}
 
 
 class Proxy:
-    """nginx with the snippet; the doors' ports, its own and the certificates are replaced, and nothing else."""
+    """nginx with the shipped file; only ports and certificates are replaced."""
 
-    def __init__(self, doors: ApiProcess, directory: Path) -> None:
+    def __init__(self, api: ApiProcess, directory: Path) -> None:
         nginx = shutil.which("nginx") or "/usr/sbin/nginx"
         authority = trustme.CA()
         certificate = authority.issue_cert("localhost", "127.0.0.1")
@@ -40,8 +40,8 @@ class Proxy:
         http, rpc = free_port(), free_port()
         text = (ROOT / "deploy/nginx.conf").read_text()
         for old, new in (
-            ("127.0.0.1:8081", f"127.0.0.1:{doors.http_port}"),
-            ("127.0.0.1:50051", f"127.0.0.1:{doors.grpc_port}"),
+            ("127.0.0.1:8081", f"127.0.0.1:{api.http_port}"),
+            ("127.0.0.1:50051", f"127.0.0.1:{api.grpc_port}"),
             ("listen 443", f"listen 127.0.0.1:{http}"),
             ("listen 50443", f"listen 127.0.0.1:{rpc}"),
             ("/etc/nginx/verify.pem", str(directory / "verify.pem")),
@@ -92,18 +92,18 @@ def _listens(port: int) -> bool:
 
 
 @pytest.fixture
-def doors(redis_server: RedisServer) -> Iterator[ApiProcess]:
+def api(redis_server: RedisServer) -> Iterator[ApiProcess]:
     with (
         FakeWorker(redis_server),
-        ApiProcess({"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_API_KEYS": "k3y"}) as doors,
+        ApiProcess({"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_API_KEYS": "k3y"}) as api,
     ):
-        yield doors
+        yield api
 
 
 @pytest.fixture
-def proxy(doors: ApiProcess, tmp_path: Path) -> Iterator[Proxy]:
+def proxy(api: ApiProcess, tmp_path: Path) -> Iterator[Proxy]:
     tmp_path.chmod(0o755)
-    proxy = Proxy(doors, tmp_path)
+    proxy = Proxy(api, tmp_path)
     yield proxy
     proxy.close()
 
@@ -112,7 +112,7 @@ def ask(proxy: Proxy, email: str = A) -> httpx.Response:
     return proxy.http.post("/get_varifycode", content=json.dumps({"email": email}), headers=KEY)
 
 
-def test_both_doors_through_it(proxy: Proxy) -> None:
+def test_http_and_grpc_pass_through(proxy: Proxy) -> None:
     assert ask(proxy, "ü@x.example").json() == {"error": 0, "email": "ü@x.example"}
     body = json.dumps({"email": A, "varifycode": "1"})
     assert proxy.http.post("/check_varifycode", content=body, headers=KEY).json() == {"error": 1003, "email": A}
@@ -124,7 +124,7 @@ def test_both_doors_through_it(proxy: Proxy) -> None:
     assert stub.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_what_it_keeps_from_outside(proxy: Proxy) -> None:
+def test_internal_paths_and_large_bodies_are_refused(proxy: Proxy) -> None:
     for path in ("/", "/metrics", "/readyz", "/docs"):
         answer = proxy.http.get(path, headers=KEY)
         assert (answer.status_code, answer.json()["error"]) == (404, 1001)
@@ -132,15 +132,15 @@ def test_what_it_keeps_from_outside(proxy: Proxy) -> None:
     assert (answer.status_code, answer.json()["error"]) == (413, 1001)
 
 
-def test_one_address_has_its_limit(proxy: Proxy) -> None:
+def test_requests_of_one_client_address_are_limited(proxy: Proxy) -> None:
     answers = [ask(proxy) for _ in range(20)]
     assert [answer.status_code for answer in answers[:11]] == [200] * 11
     assert {(answer.status_code, answer.json()["error"]) for answer in answers[12:]} == {(429, 4)}
 
 
-def test_without_doors_it_says_so(proxy: Proxy, doors: ApiProcess) -> None:
-    doors.process.terminate()
-    assert doors.wait() == 0
+def test_without_the_api_nginx_answers_its_error_codes(proxy: Proxy, api: ApiProcess) -> None:
+    api.process.terminate()
+    assert api.wait() == 0
     answer = ask(proxy)
     assert (answer.status_code, answer.json()["error"]) == (502, 1)
     with pytest.raises(grpc.RpcError) as raised:

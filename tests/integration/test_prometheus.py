@@ -1,4 +1,4 @@
-"""promtool, and a Prometheus that runs the shipped files against a real worker and real doors."""
+"""promtool on the shipped files, and a Prometheus that runs them against a real worker and a real API."""
 
 from __future__ import annotations
 
@@ -25,72 +25,72 @@ from support.watching import PROMETHEUS, RULES, names_in, queries, rules
 
 pytestmark = pytest.mark.tools
 
-# What has no data while all is well: a share of nothing, or what only a fault or many minutes bring about.
+# These have no data on a healthy system: ratios of nothing, and what takes a fault or many minutes.
 MAY_BE_EMPTY: Final = re.compile(r"ALERTS|\) > 0$|offset|predict_linear")
 KEY: Final = "k3y"
 
 
 def promtool(*words: str) -> str:
-    """What it says of files in `deploy/prometheus`; it must be content."""
+    """Run it in `deploy/prometheus`; its output, if it found no error."""
     assert shutil.which("promtool"), "Debian's package prometheus is not installed"
     done = subprocess.run(["promtool", *words], cwd=PROMETHEUS, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_promtool_takes_the_configuration_and_the_rules() -> None:
+def test_promtool_accepts_the_configuration_and_the_rules() -> None:
     said = promtool("check", "config", "prometheus.yml") + promtool("check", "rules", *RULES)
     assert f"{len([rule for rule in rules() if rule.alert])} rules found" in said
 
 
 @pytest.mark.parametrize("path", sorted((PROMETHEUS / "tests").glob("*.yml")), ids=lambda path: path.stem)
-def test_promtool_sees_each_alert_fire_and_be_silent(path: Path) -> None:
+def test_the_rule_tests_pass(path: Path) -> None:
     assert "SUCCESS" in promtool("test", "rules", f"tests/{path.name}")
 
 
-def test_promtool_takes_every_expression_of_the_dashboard(tmp_path: Path) -> None:
+def test_promtool_accepts_every_expression_of_the_dashboard(tmp_path: Path) -> None:
     made = [{"record": f"panel:{i}", "expr": expr} for i, expr in enumerate(queries().values())]
     (tmp_path / "panels.yml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": made}]}))
     assert f"{len(made)} rules found" in promtool("check", "rules", str(tmp_path / "panels.yml"))
 
 
-def targets(rig: Rig, doors: ApiProcess) -> dict[str, list[str]]:
-    """Whom Prometheus scrapes."""
+def targets(rig: Rig, api: ApiProcess) -> dict[str, list[str]]:
+    """What Prometheus scrapes."""
     return {
         "verify-worker": [urlsplit(rig.worker.metrics_url).netloc],
-        "verify-api": [f"127.0.0.1:{doors.http_port}"],
+        "verify-api": [f"127.0.0.1:{api.http_port}"],
     }
 
 
 def scraped_again(prometheus: PrometheusProcess) -> Callable[[], bool]:
-    """Whether there was another scrape of all since this was made."""
+    """A condition: all targets have been scraped again."""
     expr = "min(timestamp(verify_broker_up))"
     before = prometheus.instant(expr)
     return lambda: prometheus.instant(expr) > before
 
 
-def _get_code(doors: ApiProcess) -> int:
-    answer = doors.post("/get_varifycode", {"email": address()}, headers={"Authorization": f"Bearer {KEY}"})
+def _get_code(api: ApiProcess) -> int:
+    answer = api.post("/get_varifycode", {"email": address()}, headers={"Authorization": f"Bearer {KEY}"})
     return int(answer["error"])
 
 
 @pytest.fixture(scope="module")
 def watched() -> Iterator[tuple[Rig, ApiProcess, PrometheusProcess]]:
-    """A worker, doors that ask for a key, and PrometheusProcess, which has one; some requests, and some scrapes."""
+    """A worker, an API with keys, and a Prometheus that has one; after some requests and scrapes."""
     with ExitStack() as stack:
         rig = stack.enter_context(Rig(api_keys=f"other,{KEY}"))
         rig.add_worker()
-        doors = stack.enter_context(ApiProcess(rig.settings))
-        prometheus = stack.enter_context(PrometheusProcess(targets(rig, doors), key=KEY))
+        api = stack.enter_context(ApiProcess(rig.settings))
+        prometheus = stack.enter_context(PrometheusProcess(targets(rig, api), key=KEY))
         eventually(lambda: len(prometheus.instant("verify_broker_up")) == 2)
         for _ in range(4):  # spread over scrapes, so that counters are seen to rise
-            assert doors.call(address()).error == 0
-            assert _get_code(doors) == 0
-            assert doors.http.post("/get_varifycode", json={}).status_code == 401
+            assert api.call(address()).error == 0
+            assert _get_code(api) == 0
+            assert api.http.post("/get_varifycode", json={}).status_code == 401
             eventually(scraped_again(prometheus))
         rig.broker.lpush("verification", "not JSON")
         eventually(lambda: [value for _, value in prometheus.instant("verify:dead_letters:max")] == [1])
-        yield rig, doors, prometheus
+        yield rig, api, prometheus
 
 
 @pytest.mark.parametrize(("where", "expr"), queries().items(), ids=list(queries()))
@@ -99,7 +99,7 @@ def test_an_expression_is_evaluated_and_has_data(
 ) -> None:
     _, _, prometheus = watched
     found = prometheus.instant(expr)
-    # An alert has data when it fires; its parts are recorded, or metrics that must be there.
+    # An alert has data only while it fires; the metrics in its expression must exist.
     if where.startswith("rule ") and {rule.name: rule.alert for rule in rules()}[where.removeprefix("rule ")]:
         for name in names_in(expr) - {"ALERTS"}:
             assert prometheus.instant(name), f"{where}: no {name}"
@@ -114,37 +114,37 @@ def test_rules_are_evaluated_without_errors(watched: tuple[Rig, ApiProcess, Prom
     assert [rule for rule in found if rule["health"] != "ok"] == []
 
 
-def test_doors_that_ask_for_a_key_are_scraped_with_it(watched: tuple[Rig, ApiProcess, PrometheusProcess]) -> None:
-    _, doors, prometheus = watched
-    assert doors.http.get("/metrics").status_code == 401
+def test_an_api_with_keys_is_scraped_with_one(watched: tuple[Rig, ApiProcess, PrometheusProcess]) -> None:
+    _, api, prometheus = watched
+    assert api.http.get("/metrics").status_code == 401
     assert {labels["job"] for labels, value in prometheus.instant("up") if value} == {"verify-worker", "verify-api"}
 
 
-def test_what_prometheus_keeps_has_no_address_in_it(watched: tuple[Rig, ApiProcess, PrometheusProcess]) -> None:
+def test_prometheus_stores_no_mail_address(watched: tuple[Rig, ApiProcess, PrometheusProcess]) -> None:
     rig, _, prometheus = watched
     kept = str(prometheus.instant('{__name__=~".+"}'))
     assert f"smtp://127.0.0.1:{rig.relay.port}" in kept
     assert "@" not in kept
 
 
-def test_alerts_fire_when_a_relay_is_gone_and_when_the_worker_is(new_rig: Callable[..., Rig]) -> None:
+def test_alerts_fire_without_a_relay_and_without_a_worker(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig()
     port = free_port()
     rig.settings["VERIFY_RELAYS"] = f"smtp://127.0.0.1:{port}"
     rig.add_worker()
     unhealthy = {"VerifyServerAllRelaysUnhealthy", "VerifyServerRelayUnhealthy"}
-    with ApiProcess(rig.settings) as doors, PrometheusProcess(targets(rig, doors), at_once=True) as prometheus:
-        # These doors have no keys: PrometheusProcess tells them an empty one, and they take no notice.
+    with ApiProcess(rig.settings) as api, PrometheusProcess(targets(rig, api), at_once=True) as prometheus:
+        # This API has no keys, and ignores the empty one that Prometheus sends.
         with running(ScriptedServer(), port):
-            assert doors.get_code(address())["error"] == 0
+            assert api.get_code(address())["error"] == 0
             eventually(lambda: len(prometheus.instant("verify_broker_up")) == 2)
             eventually(scraped_again(prometheus))
-            # While the first scrapes come in one by one, the rules may see half of what there is.
+            # The first scrapes come one by one, and until the last the rules see only a part.
             eventually(lambda: prometheus.firing() == set())
         rig.caller.push(message({"email": address()}))
         eventually(lambda: unhealthy <= prometheus.firing())
         with running(ScriptedServer(), port):
-            eventually(lambda: not unhealthy & prometheus.firing(), 60)
+            eventually(lambda: not unhealthy & prometheus.firing())
             rig.worker.kill()
             eventually(lambda: {"VerifyServerNoWorker", "VerifyServerTargetDown"} <= prometheus.firing())
             assert not unhealthy & prometheus.firing()

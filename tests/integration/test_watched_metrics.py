@@ -1,4 +1,4 @@
-"""Every metric that rules, dashboard and docs/operations.md name is in what a real worker and real doors show."""
+"""A real worker and a real API export every metric that rules, dashboard and docs/operations.md name."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ RECORDED = {rule.name for rule in rules() if not rule.alert}
 
 @pytest.fixture(scope="module")
 def scraped(rig: Rig) -> Iterator[dict[str, set[str]]]:
-    """Labels by metric, after one request at each door and one that the HTTP door refuses."""
-    with ApiProcess(rig.settings) as doors:
-        assert doors.get_code(address())["error"] == 0
-        assert doors.call(address()).error == 0
-        assert doors.http.get("/nothing").status_code == 404
-        pages = [httpx.get(rig.worker.metrics_url, trust_env=False).text, doors.http.get("/metrics").text]
+    """Labels by metric, after a request over HTTP and gRPC each, and one that HTTP refuses."""
+    with ApiProcess(rig.settings) as api:
+        assert api.get_code(address())["error"] == 0
+        assert api.call(address()).error == 0
+        assert api.http.get("/nothing").status_code == 404
+        pages = [httpx.get(rig.worker.metrics_url, trust_env=False).text, api.http.get("/metrics").text]
         yield shown(pages)
 
 
 @pytest.mark.parametrize(("where", "expr"), queries().items(), ids=list(queries()))
-def test_a_query_asks_for_what_is_there(where: str, expr: str, scraped: dict[str, set[str]]) -> None:
+def test_a_query_uses_metrics_and_labels_that_exist(where: str, expr: str, scraped: dict[str, set[str]]) -> None:
     names = asked(expr)
     assert names, where
     for name, labels in names.items():
@@ -37,7 +37,7 @@ def test_a_query_asks_for_what_is_there(where: str, expr: str, scraped: dict[str
         assert labels <= there[name] | OF_TARGETS, f"{where}: {name} has no {labels - there[name] - OF_TARGETS}"
 
 
-def test_the_page_for_operators_speaks_of_what_is_there(scraped: dict[str, set[str]]) -> None:
+def test_the_operators_page_names_metrics_that_exist(scraped: dict[str, set[str]]) -> None:
     named = {name for name in names_in(OPERATORS.read_text("utf-8")) if "_" in name}
     assert len(named) > 5
     assert named <= scraped.keys()

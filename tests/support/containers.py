@@ -9,13 +9,15 @@ import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import yaml
 from dotenv import dotenv_values
+
+from support.process import HOST, START_TIMEOUT, eventually
 
 ROOT: Final = Path(__file__).parents[2]
 COMPOSE: Final = ROOT / "docker-compose.yml"
@@ -115,11 +117,70 @@ def copy(name: str, to: Path) -> None:
         shutil.copy(source, target)
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process that leads a session, with all of the session: tini gives its child a group of its own."""
-    for each in Path("/proc").glob("[0-9]*"):
-        with suppress(ProcessLookupError):
-            if os.getsid(int(each.name)) == process.pid:
-                os.kill(int(each.name), signal.SIGKILL)
-    process.kill()
-    process.wait()
+class Host:
+    """This host in place of a container engine: a folder for the image, a process for each container."""
+
+    def __init__(self, folder: Path, here: Sequence[tuple[str, str]]) -> None:
+        """`here`: what this host has in place of the containers' names, ports and paths."""
+        self.folder = folder
+        self.image = folder / "image"
+        self.image.mkdir()
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self._here = [(HOME, str(self.image)), ("0.0.0.0", HOST), *here]  # noqa: S104 - it is replaced
+
+    def localize(self, text: str) -> str:
+        """A container's word or setting as it is on this host."""
+        for old, new in self._here:
+            text = re.sub(rf"(?<!\d){re.escape(old)}(?!\d)", new, text)
+        return text
+
+    def spawn(self, name: str, command: Sequence[str], env: Mapping[str, str], cwd: Path | None = None) -> None:
+        """Start a container's process; by default one of our image, with its entry point."""
+        words = [self.localize(word) for word in command]
+        if cwd is None and shutil.which("tini"):
+            words = ["tini", "-s", "--", *words]  # -s, as it is not the first process here
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.running[name] = subprocess.Popen(
+                [shutil.which(words[0], path=f"{env['PATH']}:{os.environ['PATH']}") or words[0], *words[1:]],
+                cwd=cwd or self.image,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_until(self, name: str, ready: Callable[[], bool]) -> None:
+        """Wait until it is ready; fail with its log if it ends before."""
+        eventually(lambda: ready() or self.ended(name), START_TIMEOUT)
+        assert not self.ended(name), self.log(name)
+
+    def ended(self, name: str) -> bool:
+        """Whether its process is gone."""
+        return self.running[name].poll() is not None
+
+    def terminate(self, name: str, within: float) -> int:
+        """Send SIGTERM; its exit code, within so many seconds."""
+        process = self.running[name]
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(within)
+        del self.running[name]
+        return code
+
+    def log(self, name: str) -> str:
+        """All that it said."""
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def files(self) -> set[Path]:
+        """What is in the image, except its virtual environment."""
+        return {path for path in self.image.rglob("*") if not path.is_relative_to(self.image / "venv")}
+
+    def close(self) -> None:
+        """End what still runs, children included: tini gives its child a process group of its own."""
+        for process in self.running.values():
+            for each in Path("/proc").glob("[0-9]*"):
+                with suppress(ProcessLookupError):
+                    if os.getsid(int(each.name)) == process.pid:
+                        os.kill(int(each.name), signal.SIGKILL)
+            process.kill()
+            process.wait()

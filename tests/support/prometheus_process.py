@@ -20,8 +20,8 @@ class PrometheusProcess(Process):
     def __init__(
         self, targets: Mapping[str, Sequence[str]], *, seconds: int = 1, at_once: bool = False, key: str = ""
     ) -> None:
-        """`seconds` between two scrapes, and two looks at the rules; `at_once`: no alert waits for its `for`; `key`:
-        what the doors ask for."""
+        """`seconds` between two scrapes, and two evaluations of the rules; `at_once`: alerts ignore their `for`; `key`:
+        for the API."""
         super().__init__("prometheus")
         folder = self.directory
         configuration = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text("utf-8"))
@@ -53,7 +53,7 @@ class PrometheusProcess(Process):
             return False
 
     def ask(self, path: str, **given: Any) -> Any:
-        """What its API answers; an expression that it does not take is an assertion error."""
+        """The answer of its HTTP API, without errors."""
         answer = self._http.get(f"/api/v1/{path}", params=given).json()
         assert answer["status"] == "success", answer
         return answer["data"]

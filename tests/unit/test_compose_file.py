@@ -1,4 +1,4 @@
-"""`docker-compose.yml`, `Dockerfile`, `.dockerignore` and the image's lock file fit each other and the settings."""
+"""`docker-compose.yml`, `Dockerfile`, `.dockerignore` and the lock files agree with each other and the settings."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from support.containers import ROOT, VariableMissing, compose, example, services
 from producer.settings import PREFIX, Settings, load
 
 OURS = {"worker", "api", "flower"}
-WATCHERS = {"prometheus", "grafana"}
+MONITORING = {"prometheus", "grafana"}
 SECRETS = {"VERIFY_RELAYS": "worker", "VERIFY_API_KEYS": "api"}
-# The composition's own: its Redis, and where things listen in the image.
+# Set by compose and the image: the Redis in it, and where things listen.
 FIXED = {"REDIS_URL", "CODES_URL", "BROKER_URL", "RESULTS_URL", "HTTP_BIND", "GRPC_BIND", "METRICS_BIND"}
 MARKS = {f"VERIFY_{name.upper()}": f"mark-{name}" for name in Settings.model_fields}
 
@@ -39,11 +39,11 @@ def test_without_a_password_nothing_starts(missing: str) -> None:
         compose({**example(), **containers.PASSWORDS, missing: ""})
 
 
-def test_every_setting_reaches_who_uses_it() -> None:
+def test_every_setting_reaches_the_services_that_use_it() -> None:
     found = services({**MARKS, **containers.PASSWORDS})
-    told = {name: found[name]["environment"] for name in OURS}
+    given = {name: found[name]["environment"] for name in OURS}
     for setting, mark in MARKS.items():
-        who = {name for name in OURS if told[name].get(setting) == mark}
+        who = {name for name in OURS if given[name].get(setting) == mark}
         if setting.removeprefix(PREFIX) in FIXED or setting == "VERIFY_ALLOW_PLAINTEXT":
             assert who == set(), setting
         elif setting in SECRETS:
@@ -52,16 +52,14 @@ def test_every_setting_reaches_who_uses_it() -> None:
             assert who, setting
 
 
-def test_worker_and_doors_are_told_whether_they_are_traced() -> None:
-    given = {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}
-    told = {
-        name: service.get("environment", {}) for name, service in services({**given, **containers.PASSWORDS}).items()
-    }
-    assert {name for name, each in told.items() if given.items() <= each.items()} == {"worker", "api"}
-    assert not any(given.keys() & told[name].keys() for name in told.keys() - {"worker", "api"})
+def test_worker_and_api_get_the_tracing_variables() -> None:
+    tracing = {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}
+    for name, service in services({**tracing, **containers.PASSWORDS}).items():
+        given = service.get("environment", {}).items()
+        assert tracing.items() <= given if name in {"worker", "api"} else not tracing.items() & given, name
 
 
-def test_every_variable_it_asks_for_is_in_the_example() -> None:
+def test_every_variable_is_in_the_example() -> None:
     asked = set(re.findall(r"(?<!\$)\$\{(\w+)", containers.COMPOSE.read_text("utf-8")))
     listed = set(re.findall(r"^(?:# )?([A-Z_]+)=", containers.EXAMPLE.read_text("utf-8"), re.MULTILINE))
     assert asked <= listed
@@ -69,9 +67,9 @@ def test_every_variable_it_asks_for_is_in_the_example() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(OURS))
-def test_the_example_makes_settings_that_are_taken(name: str) -> None:
-    told = {**containers.environment(), **services()[name]["environment"]}
-    in_force = load(told, dotenv=None)
+def test_the_example_makes_valid_settings(name: str) -> None:
+    given = {**containers.environment(), **services()[name]["environment"]}
+    in_force = load(given, dotenv=None)
     assert in_force.broker_url == f"redis://:{containers.PASSWORDS['REDIS_PASSWORD']}@redis:6379/1"
     assert {bind.host for bind in (in_force.http_bind, in_force.grpc_bind, in_force.metrics_bind)} == {"0.0.0.0"}  # noqa: S104
     if name == "worker":
@@ -79,7 +77,7 @@ def test_the_example_makes_settings_that_are_taken(name: str) -> None:
     assert in_force.allow_plaintext == (name == "api")
 
 
-def test_all_start_once_redis_is_healthy_and_none_waits_in_a_circle() -> None:
+def test_our_services_wait_for_redis_only() -> None:
     found = services()
     for name, service in found.items():
         expected = {"redis": {"condition": "service_healthy"}} if name in OURS else {}
@@ -100,14 +98,14 @@ def test_each_service(name: str) -> None:
     assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
 
 
-def test_a_worker_can_be_there_many_times() -> None:
+def test_the_worker_can_be_scaled() -> None:
     worker = services()["worker"]
     assert "ports" not in worker
     assert "hostname" not in worker
     assert _seconds(worker["stop_grace_period"]) == 20
 
 
-def test_what_is_published() -> None:
+def test_published_ports() -> None:
     published = {name: service.get("ports") for name, service in services().items()}
     assert published == {
         "redis": ["127.0.0.1:6379:6379"],
@@ -120,15 +118,15 @@ def test_what_is_published() -> None:
     }
 
 
-def test_who_does_not_observe_needs_nothing_for_it() -> None:
+def test_without_the_profile_nothing_of_it_is_needed() -> None:
     found = services({**example(), **containers.PASSWORDS, "GRAFANA_PASSWORD": "", "METRICS_KEY": ""})
-    assert {name for name, service in found.items() if service.get("profiles") == ["observe"]} == WATCHERS
+    assert {name for name, service in found.items() if service.get("profiles") == ["observe"]} == MONITORING
     for name, service in found.items():
-        assert name in WATCHERS or not WATCHERS & service.get("depends_on", {}).keys()
+        assert name in MONITORING or not MONITORING & service.get("depends_on", {}).keys()
 
 
 @pytest.mark.parametrize("password", ["", "gr4fanaPassw0rd"])
-def test_grafana_does_not_start_with_the_password_everybody_knows(password: str, tmp_path: Path) -> None:
+def test_grafana_does_not_start_with_its_default_password(password: str, tmp_path: Path) -> None:
     grafana = services({**example(), **containers.PASSWORDS, "GRAFANA_PASSWORD": password})["grafana"]
     assert grafana["entrypoint"] == ["/bin/sh", "-c"]
     [script] = grafana["command"]
@@ -147,8 +145,8 @@ def test_grafana_does_not_start_with_the_password_everybody_knows(password: str,
     assert password or "set GRAFANA_PASSWORD in .env" in said.stderr
 
 
-def test_what_the_watchers_are_given_is_there_and_can_only_be_read() -> None:
-    for name in WATCHERS:
+def test_files_mounted_for_monitoring_exist_and_are_read_only() -> None:
+    for name in MONITORING:
         for volume in services()[name]["volumes"]:
             source, target, *how = volume.split(":")
             if source.startswith("./"):
@@ -186,19 +184,19 @@ def test_the_images_own_command_and_check_are_those_of_the_api() -> None:
     assert json.loads(check.partition(" CMD ")[2]) == api["healthcheck"]["test"][1:]
 
 
-def test_the_build_is_sent_what_it_copies_and_no_more() -> None:
+def test_the_build_context_is_what_the_dockerfile_copies() -> None:
     lines = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
     assert rules[0] == "*"
     assert sorted(rule[1:] for rule in rules if rule.startswith("!")) == sorted(containers.copied())
 
 
-def test_what_runs_is_what_was_tested() -> None:
+def test_production_packages_are_those_of_the_tests() -> None:
     production, whole = _pins("requirements.prod.lock"), _pins("requirements.lock")
     assert production.items() <= whole.items()  # versions and hashes
 
 
-def test_nothing_else_runs_there() -> None:
+def test_production_has_no_development_packages() -> None:
     project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     wanted = [*project["project"]["dependencies"]]
     for extra in project["project"]["optional-dependencies"].values():

@@ -1,4 +1,4 @@
-"""`deploy/kubernetes`: rendered by kustomize, it fits Kubernetes' and KEDA's schemas, and its parts fit each other."""
+"""`deploy/kubernetes`, rendered by kustomize, fits the schemas of Kubernetes and KEDA, and its parts fit each other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from producer.api.http import OPEN
 from producer.setting_types import RELAY_PORTS
 from producer.settings import load
 
-OURS = {"workers": "worker", "api": "api", "flower": "flower"}  # with their names in docker-compose.yml
+OURS = {"workers": "worker", "api": "api", "flower": "flower"}  # and their names in docker-compose.yml
 SECRET = manifests.new_secret()["stringData"]
 
 every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
@@ -50,7 +50,7 @@ def test_the_secret_fits_its_schema() -> None:
         ("PodMonitor", "api", "spec podMetricsEndpoints 0"),
     ],
 )
-def test_an_unknown_field_is_refused(kind: str, name: str, path: str) -> None:
+def test_validation_refuses_an_unknown_field(kind: str, name: str, path: str) -> None:
     wrong = copy.deepcopy(of("production", kind)[name])
     place: Any = wrong
     for step in path.split():
@@ -60,14 +60,14 @@ def test_an_unknown_field_is_refused(kind: str, name: str, path: str) -> None:
         manifests.validate(wrong)
 
 
-def test_a_value_of_another_type_is_refused() -> None:
+def test_validation_refuses_a_value_of_another_type() -> None:
     wrong = copy.deepcopy(of("production", "ScaledObject")["workers"])
     wrong["spec"]["triggers"][0]["metadata"]["listLength"] = 500
     with pytest.raises(ValueError, match="listLength"):
         manifests.validate(wrong)
 
 
-def test_kustomize_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+def test_kustomize_refuses_an_unknown_field(tmp_path: Path) -> None:
     shutil.copytree(FOLDER, tmp_path / "k")
     with (tmp_path / "k/overlays/try/kustomization.yaml").open("a") as file:
         file.write("nosuch: 1\n")
@@ -75,7 +75,7 @@ def test_kustomize_refuses_what_it_does_not_know(tmp_path: Path) -> None:
         manifests.kustomize(tmp_path / "k/overlays/try")
 
 
-def test_each_file_is_part_of_an_overlay() -> None:
+def test_each_file_is_used() -> None:
     named = "".join(path.read_text("utf-8") for path in FOLDER.rglob("kustomization.yaml"))
     for path in FOLDER.rglob("*.yaml"):
         name = path.parent.name if path.name == "kustomization.yaml" else path.name
@@ -99,7 +99,7 @@ def test_selectors_find_pods_and_ports_exist(overlay: str) -> None:
 
 
 @every_overlay
-def test_every_pod_is_behind_a_policy_and_each_policy_leads_somewhere(overlay: str) -> None:
+def test_policies_cover_every_pod_and_name_existing_ports(overlay: str) -> None:
     policies = [each["spec"] for each in of(overlay, "NetworkPolicy").values()]
     guarded = {
         (workload.name, direction)
@@ -119,7 +119,7 @@ def test_every_pod_is_behind_a_policy_and_each_policy_leads_somewhere(overlay: s
 
 
 @every_overlay
-def test_what_ours_may_reach(overlay: str) -> None:
+def test_egress_to_any_address(overlay: str) -> None:
     open_to_all: dict[str, set[int]] = {}
     for policy in of(overlay, "NetworkPolicy").values():
         for workload in selected(overlay, policy["spec"]["podSelector"]["matchLabels"]):
@@ -135,7 +135,7 @@ def test_what_ours_may_reach(overlay: str) -> None:
 
 @every_overlay
 @pytest.mark.parametrize("name", ["workers", "api"])
-def test_there_is_time_to_end_in_order(overlay: str, name: str) -> None:
+def test_the_grace_period_suffices(overlay: str, name: str) -> None:
     workload = workloads(overlay)[name]
     before = workload.container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep", "0"])
     assert before[0] == "sleep"
@@ -144,7 +144,7 @@ def test_there_is_time_to_end_in_order(overlay: str, name: str) -> None:
 
 
 @every_overlay
-def test_probes_need_no_key_and_ask_a_port_that_is_there(overlay: str) -> None:
+def test_probes_need_no_key_and_use_existing_ports(overlay: str) -> None:
     for name in OURS:
         workload = workloads(overlay)[name]
         kinds = [kind for kind, _ in workload.probes()]
@@ -155,7 +155,7 @@ def test_probes_need_no_key_and_ask_a_port_that_is_there(overlay: str) -> None:
     assert "/healthz" in OPEN
 
 
-def test_a_worker_that_waits_for_redis_is_left_in_peace() -> None:
+def test_a_worker_may_wait_for_redis_for_half_an_hour() -> None:
     startup = dict(workloads("production")["workers"].probes())["startupProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] == 1800
 
@@ -184,7 +184,7 @@ def test_pods_meet_the_restricted_standard(overlay: str) -> None:
             ]
 
 
-def test_they_run_what_compose_runs() -> None:
+def test_commands_images_and_limits_are_those_of_compose() -> None:
     composed, found = containers.services(), workloads("try")
     for name, there in OURS.items():
         assert found[name].container["args"] == composed[there]["command"]
@@ -196,7 +196,7 @@ def test_they_run_what_compose_runs() -> None:
         assert found[name].container["image"] == composed[name]["image"]
 
 
-def test_the_scaler_looks_at_the_queue_of_the_settings() -> None:
+def test_the_scaler_watches_the_queue_of_the_settings() -> None:
     scaled = of("production", "ScaledObject")["workers"]["spec"]
     assert scaled["scaleTargetRef"]["name"] in of("production", "Deployment")
     assert "replicas" not in of("production", "Deployment")["workers"]["spec"]  # the scaler's to say
@@ -213,7 +213,7 @@ def test_the_scaler_looks_at_the_queue_of_the_settings() -> None:
     assert {"name": "http", "port": url.port}.items() <= found["spec"]["ports"][0].items()
 
 
-def test_the_scaler_may_ask() -> None:
+def test_the_scaler_has_credentials() -> None:
     scaled = of("production", "ScaledObject")["workers"]["spec"]
     asks = {trigger["type"]: trigger["authenticationRef"]["name"] for trigger in scaled["triggers"]}
     known = of("production", "TriggerAuthentication")

@@ -1,4 +1,4 @@
-"""`deploy/kubernetes`: containers are told settings that are taken, and secrets come from the operator's Secret."""
+"""`deploy/kubernetes`: containers get valid settings, and secrets come from the operator's Secret."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
 @pytest.mark.parametrize("name", sorted(OURS))
 def test_what_a_container_is_told_are_settings_that_are_taken(overlay: str, name: str, tmp_path: Path) -> None:
     manifests.write_secrets(tmp_path, workloads(overlay)[name], SECRET)
-    told = {
+    given = {
         key: value.replace(SECRETS, str(tmp_path))
         for key, value in manifests.environment(overlay, name, SECRET).items()
     }
     known = {f"{PREFIX}{setting.upper()}" for setting in Settings.model_fields}
-    assert {key.removesuffix("_FILE") for key in told if key.startswith(PREFIX)} <= known
-    in_force = load(told, dotenv=None)
+    assert {key.removesuffix("_FILE") for key in given if key.startswith(PREFIX)} <= known
+    in_force = load(given, dotenv=None)
     assert in_force.redis_url == SECRET["redis-url"]
     if name == "workers":
         assert [relay.masked() for relay in in_force.relays] == ["smtp://mailpit:1025"]
@@ -75,7 +75,7 @@ def test_no_secret_is_in_the_tree(overlay: str) -> None:
 
 
 @every_overlay
-def test_each_is_given_what_it_uses_of_the_secret(overlay: str) -> None:
+def test_each_container_gets_its_part_of_the_secret(overlay: str) -> None:
     for name, given in GIVEN.items():
         workload = workloads(overlay)[name]
         files = workload.secret_files()
