@@ -127,7 +127,7 @@ class Worker:
                 self._celery_side.give_up(str(exc))
 
     async def stop(self, seconds: float) -> None:
-        """Finish what is in hand within `seconds`, put back the rest, close every connection."""
+        """Finish within `seconds` what this worker holds, put back the rest, close every connection."""
         if self._background is not None:
             self._background.cancel()
         await self.fetcher.stop(seconds)

@@ -1,4 +1,4 @@
-"""One request in a worker's hands."""
+"""One request that a worker holds."""
 
 from __future__ import annotations
 
@@ -51,5 +51,5 @@ class Job:
         return error
 
 
-# Requests that are off this worker's hands, each with its answer; None: delayed, dead-lettered or put back.
+# Requests that this worker holds no longer, each with its answer; None: delayed, dead-lettered or put back.
 Finished = list[tuple[Job, ErrorCode | None]]

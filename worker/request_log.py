@@ -29,7 +29,7 @@ class RequestLog:
         self._period: asyncio.TimerHandle | None = None  # begins with the first request
 
     def settled(self, finished: Finished) -> None:
-        """These requests are off this worker's hands."""
+        """This worker holds these requests no longer."""
         if not logger.isEnabledFor(logging.INFO):
             return
         for job, error in finished:

@@ -206,7 +206,7 @@ class Service:
                 job.lease_until = began + self._store.lease - LEASE_MARGIN
 
     async def drain(self, seconds: float) -> None:
-        """Let the sends in hand finish for at most `seconds`; cancel the rest and put their requests back."""
+        """Let the sends under way finish for at most `seconds`; cancel the rest and put their requests back."""
         if self._leased:
             self._drained = asyncio.get_running_loop().create_future()
             await asyncio.wait([self._drained], timeout=seconds)

@@ -60,7 +60,7 @@ class Settlement:
     ask: bool = False  # the mark is a question too: the request may have another answer already
     mark_refused: bool = False  # the store refused the mark; the other steps do not wait for it
     reply: bool = False
-    leave: Command | None = None  # what moves the message, if it is not simply acked
+    move: Command | None = None  # delays or dead-letters the message in place of an ack
     ack: bool = False
     until: float = 0.0  # loop time; see _TIMEOUT
 
@@ -72,7 +72,7 @@ class Settlement:
     @property
     def finished(self) -> bool:
         """Whether no step is left."""
-        return not self.reply and self.leave is None and not self.ack and self.marked
+        return not self.reply and self.move is None and not self.ack and self.marked
 
     def mark_decides(self) -> bool:
         """Whether the reply depends on how the mark is answered: another holder may have taken over a lapsed lease."""
@@ -143,7 +143,7 @@ class Settler:
         self._flushing: asyncio.Task[None] | None = None
 
     def subscribe(self, on_settled: Callable[[Finished], None], on_outcome: Callable[[], None] | None = None) -> None:
-        """Call `on_settled` once a trip with the requests that are off this worker's hands.
+        """Call `on_settled` once a trip with the requests that this worker holds no longer.
 
         `on_outcome` is called earlier, when a request has an outcome and needs no relay connection any more.
         """
@@ -163,11 +163,11 @@ class Settler:
     def retry(self, job: Job, delay: float, *, unknown: bool) -> None:
         """Schedule the next try in `delay` seconds. `unknown`: a relay may have accepted the mail."""
         self._counters.retries += 1
-        self._add(Settlement(job, mark=UNKNOWN if unknown else FAILED, leave=self._delay(job, delay)))
+        self._add(Settlement(job, mark=UNKNOWN if unknown else FAILED, move=self._delay(job, delay)))
 
     def wait(self, job: Job, delay: float) -> None:
         """Delay the request until another send, which decides about it, is settled; at most `delay` seconds."""
-        self._add(Settlement(job, leave=self._delay(job, delay)))
+        self._add(Settlement(job, move=self._delay(job, delay)))
 
     def store_unavailable(self, job: Job) -> None:
         """The code store could not be asked for this request."""
@@ -183,7 +183,7 @@ class Settler:
         job.dead_lettered = True
         self._counters.dead_lettered(reason)
         ask = answer is not None
-        self._add(Settlement(job, answer, answer, ask=ask, reply=ask, leave=self._queue.dead_letter(job.tag, reason)))
+        self._add(Settlement(job, answer, answer, ask=ask, reply=ask, move=self._queue.dead_letter(job.tag, reason)))
 
     async def drain(self) -> None:
         """Wait until everything is settled."""
@@ -216,7 +216,7 @@ class Settler:
                 self._in_trip = len(batch)
                 try:
                     await self._trip(batch)
-                except Exception as exc:  # noqa: BLE001 - an unforeseen error must not keep the batch in our hands
+                except Exception as exc:  # noqa: BLE001 - whatever it is, the batch must not stay here for ever
                     logger.error("unforeseen error in settling", extra={"kind": type(exc).__name__})
                 self._announce([item for item in batch if item.finished])
                 left = [item for item in batch if not item.finished]
@@ -246,7 +246,7 @@ class Settler:
             if item.reply and item.until < now:
                 logger.warning("a reply cannot be stored, it will be tried again")
                 item.drop_reply()
-                item.leave = self._delay(item.job, _POSTPONED)
+                item.move = self._delay(item.job, _POSTPONED)
 
     async def _trip(self, batch: list[Settlement]) -> None:
         """Take as many of the batch's steps as possible."""
@@ -255,14 +255,14 @@ class Settler:
             await self._take(self._marks([item for item in undecided if not item.ask]))
             await self._take(self._questions([item for item in undecided if item.ask]))
         if self._one_write:
-            await self._take(self._marks(batch), self._replies(batch), self._leaves(batch))
+            await self._take(self._marks(batch), self._replies(batch), self._moves(batch))
         else:
-            for stage in (self._marks, self._replies, self._leaves):
-                await self._take(stage(batch))
+            for work_of in (self._marks, self._replies, self._moves):
+                await self._take(work_of(batch))
 
-    async def _take(self, *stages: _Work | None) -> None:
+    async def _take(self, *parts: _Work | None) -> None:
         """Take steps; several are one write. If the store or Redis is unavailable, everything stays as it is."""
-        work = [stage for stage in stages if stage is not None]
+        work = [part for part in parts if part is not None]
         waking: list[str] = []
         try:
             if len(work) == 1:
@@ -326,12 +326,12 @@ class Settler:
 
         return _Work(_step(self._databases.results, [store_replies(answered)]), apply) if items else None
 
-    def _leaves(self, batch: list[Settlement]) -> _Work | None:
+    def _moves(self, batch: list[Settlement]) -> _Work | None:
         items = [item for item in batch if (item.marked and not item.reply) or self._may_follow(item)]
         acked = [item for item in items if item.ack]
-        leaving = [item for item in items if item.leave is not None]
+        moved = [item for item in items if item.move is not None]
         commands = [self._ack(acked)] if acked else []
-        commands += [item.leave for item in leaving if item.leave is not None]
+        commands += [item.move for item in moved if item.move is not None]
 
         def apply(answers: list[Any]) -> None:
             _warn_of(answers)
@@ -341,10 +341,10 @@ class Settler:
                     item.ack = False
                 elif not item.reply:
                     # The reply was stored; its reader may have deleted it at once, so ack without looking for it.
-                    item.ack, item.leave = False, self._queue.ack([item.job.tag])
-            for item, answer in zip(leaving, answers, strict=True):
+                    item.ack, item.move = False, self._queue.ack([item.job.tag])
+            for item, answer in zip(moved, answers, strict=True):
                 if not isinstance(answer, ServerError):
-                    item.leave = None
+                    item.move = None
 
         return _Work(_step(self._databases.broker, commands), apply) if commands else None
 

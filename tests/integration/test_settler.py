@@ -61,7 +61,7 @@ class Harness:
             raise LookupError
 
     async def sending(self, name: str) -> Job:
-        """A request in hand, whose mail is being sent."""
+        """A request that this worker holds, whose mail is being sent."""
         job = new_job(name, f"{name}@example.com")
         job.validate()
         await self.store.issue([IssueRequest(job.claim, "123456")])

@@ -280,7 +280,7 @@ class RedisDriver(Driver):
             for key in keys:
                 pipe.pttl(key)
             for key, life in zip(keys, pipe.execute(), strict=True):
-                assert life != -1 or key.decode() in self.without_ttl, f"{key!r} lives for ever"
+                assert life != -1 or key.decode() in self.without_ttl, f"{key!r} has no time to live"
                 assert not key.startswith(b"code_") or self.client.type(key) == b"string"
         return result
 
