@@ -1,1 +1,1 @@
-"""One command to see it work: Redis, mail catcher, worker, doors, Flower, and one code from request to mailbox."""
+"""One command to see it work: Redis, mail catcher, worker, API, Flower, and one code from request to mailbox."""

@@ -15,7 +15,7 @@ from producer.redis.connection import RedisConnections, require_version
 from producer.settings import Settings
 from producer.store.codes import CodePolicy
 from producer.store.redis_codes import RedisCodeStore
-from producer.tracing.setup import FAREWELL, set_up
+from producer.tracing.setup import LAST_EXPORT, set_up
 from worker.celery_side.events import Events
 from worker.databases import Database, Databases
 from worker.fetcher import CelerySide, Fetcher, Prefetch
@@ -139,7 +139,7 @@ class Worker:
         await self._metrics.close()
         await self._redis.close()
         if last_spans is not None:
-            last_spans.join(FAREWELL)
+            last_spans.join(LAST_EXPORT)
 
 
 async def wire(settings: Settings, make_celery_side: Callable[[Events], CelerySide]) -> Worker:

@@ -1,1 +1,1 @@
-"""The doors: HTTP and gRPC in front of one client. Needs the extra `doors`."""
+"""The API server: HTTP and gRPC in front of one client. Needs the extra `api`."""

@@ -23,7 +23,7 @@ from producer.api.http_connection import HttpConnection
 from producer.api.state import Api
 from producer.setting_types import Bind
 from producer.settings import Settings
-from producer.tracing.setup import FAREWELL, set_up
+from producer.tracing.setup import LAST_EXPORT, set_up
 
 if TYPE_CHECKING:
     from producer.tracing.spans import Traces
@@ -103,7 +103,7 @@ async def _serve(settings: Settings, traces: Traces | None) -> None:
         await grpc.stop(0)
         await api.close()
         if traces is not None:
-            traces.close().join(FAREWELL)
+            traces.close().join(LAST_EXPORT)
     logger.info("stopped")
 
 

@@ -1,4 +1,4 @@
-"""Where the spans of a process of ours go: OpenTelemetry's SDK, set up by its own variables."""
+"""Exports the spans of a worker or an API process: OpenTelemetry's SDK, set up by its own variables."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from producer.tracing.spans import Traces
 
 logger = logging.getLogger(__name__)
 
-_AGAIN: Final = 60.0  # seconds until it is said once more that spans are lost
-# What these say would quote what a caller sent or a collector's key, or repeat with every batch what is said here once.
+_LOG_EVERY: Final = 60.0  # seconds between two warnings that spans are lost
+# Their log lines may quote what a caller sent or a collector's key, or repeat with every batch what we log once.
 _SILENT: Final = ("opentelemetry.trace", "opentelemetry.exporter", "opentelemetry.util")
 _HEADERS: Final = ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")
 
 
 def set_up(kind: str, service: str) -> Traces:
-    """Export by `kind`, `otlp` or `console`, from a thread of its own. Raises `ValueError` for what it cannot use."""
+    """Export from a thread by `kind`, `otlp` or `console`. Raises `ValueError` for settings that it cannot use."""
     for name in _SILENT:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     resource = Resource.create()
@@ -45,34 +45,34 @@ def _exporter(kind: str) -> SpanExporter:
 
 
 def _require_headers() -> None:
-    # The library would quote in the log what is none, and go on without; a key is often among them.
+    # The library would quote a malformed header in the log and go on without it; it often holds a key.
     for name in _HEADERS:
         for header in os.environ.get(name, "").split(","):
             if header.strip() and not parse_env_headers(header, liberal=True):
-                raise ValueError(f"{name} is no comma-separated list of name=value")
+                raise ValueError(f"{name} must be a comma-separated list of name=value")
 
 
 class _Reporting(SpanExporter):
-    """An exporter whose failures are one line a minute. The spans are lost then; nobody waits for them."""
+    """Logs failed exports, once a minute. Their spans are lost; nothing waits for them."""
 
     def __init__(self, exporter: SpanExporter) -> None:
         self._exporter = exporter
         self._lost = 0
-        self._say_at = 0.0  # monotonic
+        self._log_at = 0.0  # monotonic
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Export, and say if that failed."""
+        """Export, and log a failure."""
         try:
             result = self._exporter.export(spans)
-        except Exception:  # noqa: BLE001 - its text may quote a span
+        except Exception:  # noqa: BLE001 - not logged: its text may quote a span
             result = SpanExportResult.FAILURE
         if result is not SpanExportResult.SUCCESS:
             self._lost += len(spans)
-            if time.monotonic() >= self._say_at:
+            if time.monotonic() >= self._log_at:
                 logger.warning("traces cannot be exported; spans are lost", extra={"count": self._lost})
-                self._say_at, self._lost = time.monotonic() + _AGAIN, 0
+                self._log_at, self._lost = time.monotonic() + _LOG_EVERY, 0
         return result
 
     def shutdown(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._exporter.shutdown()

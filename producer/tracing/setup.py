@@ -1,4 +1,4 @@
-"""Whether this process is traced. While it is not, no span is made and nothing of `producer/spans.py` is loaded."""
+"""Turns tracing on. While it is off, no span is made and `producer.tracing.spans` is not imported."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from producer.settings import from_dotenv
 if TYPE_CHECKING:
     from producer.tracing.spans import Traces
 
-EXPORTER: Final = "OTEL_TRACES_EXPORTER"  # this and all others: https://opentelemetry.io/docs/specs/otel/configuration/
-FAREWELL: Final = 0.5  # seconds that the last spans may take when a process ends
+EXPORTER: Final = "OTEL_TRACES_EXPORTER"  # see https://opentelemetry.io/docs/specs/otel/configuration/
+LAST_EXPORT: Final = 0.5  # seconds for the last spans when a process ends
 _PREFIX: Final = "OTEL_"
 _OFF: Final = ("", "none")
 _PROTOCOLS: Final = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")  # the first one wins
@@ -23,9 +23,9 @@ _PROTOCOL: Final = "http/protobuf"
 
 @functools.cache
 def set_up(service: str) -> Traces | None:
-    """The tracing of this process, which is all ours, as OpenTelemetry's own variables want it; None: it is off.
+    """Set up tracing for this process as OpenTelemetry's own variables say. Returns None if it is off.
 
-    `service`: its name unless the variables give one. They may stand in `.env`. Raises `BadSetting` with one line.
+    `service`: the service's name unless the variables give one. They may be in `.env`. Raises `BadSetting`.
     """
     given = {name: value for name, value in [*from_dotenv().items(), *os.environ.items()] if value}
     kind = given.get(EXPORTER, "").strip().lower()
@@ -38,12 +38,12 @@ def set_up(service: str) -> Traces | None:
             if protocol.strip() == _PROTOCOL:
                 break
             raise BadSetting(f"{name}: {protocol!r} is not allowed; allowed: {_PROTOCOL}")
-    # OpenTelemetry reads the environment itself, and does not everywhere take an empty value for none.
+    # OpenTelemetry reads the environment itself, and does not treat an empty value as unset everywhere.
     for name in [name for name in os.environ if name.startswith(_PREFIX) and not os.environ[name]]:
         del os.environ[name]
     os.environ.update({name: value for name, value in given.items() if name.startswith(_PREFIX)})
     try:
-        from producer.tracing import export  # noqa: PLC0415 - loaded only if it is wanted
+        from producer.tracing import export  # noqa: PLC0415 - imported only while tracing is on
 
         return export.set_up(kind, service)
     except ModuleNotFoundError as exc:
@@ -53,7 +53,7 @@ def set_up(service: str) -> Traces | None:
 
 
 def set_up_or_exit(service: str) -> None:
-    """`set_up()` for a process' start: a bad setting ends it with one line on stderr."""
+    """`set_up()` when a process starts: a bad setting ends it with one line on stderr."""
     try:
         set_up(service)
     except BadSetting as exc:
@@ -62,11 +62,11 @@ def set_up_or_exit(service: str) -> None:
 
 
 def of_application() -> Traces | None:
-    """The tracing of the application in which a client lives; None: it has none. A library sets up none of its own."""
+    """The tracing that the application around a client has set up, if any. A library sets up none itself."""
     api: Any = sys.modules.get("opentelemetry.trace")
     provider = None if api is None else api.get_tracer_provider()
     if provider is None or isinstance(provider, api.ProxyTracerProvider | api.NoOpTracerProvider):
         return None
-    from producer.tracing.spans import Traces  # noqa: PLC0415 - loaded only if it is wanted
+    from producer.tracing.spans import Traces  # noqa: PLC0415 - imported only while tracing is on
 
     return Traces(provider)

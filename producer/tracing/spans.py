@@ -1,7 +1,7 @@
-"""How a request is traced, in the terms of OpenTelemetry's API. Loaded only where something is traced.
+"""The spans of a request, by OpenTelemetry's API. Imported only where tracing is on.
 
-Names and attributes are those of its semantic conventions; ours begin with `verify.`. No address, code or Redis key, no
-text of a mail, a relay or an exception is ever in a span: whatever gets in here says what happened, not to whom.
+Names and attributes follow its semantic conventions; ours begin with `verify.`. A span never holds an address, a code,
+a Redis key, or text of a mail, a relay or an exception: it says what happened, not to whom.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ Step = tuple[str, int, int, Attributes, str]  # name, began and ended (Unix ns),
 ERROR: Final = "verify.error"
 ERROR_TYPE: Final = "error.type"
 TRACE_HEADERS: Final = ("traceparent", "tracestate")  # https://www.w3.org/TR/trace-context/
-# Answers that are a fault of ours. Of the others somebody is told no, as it should be.
-FAULTS: Final = frozenset({ErrorCode.REDIS_ERR, ErrorCode.EXCEPTION, ErrorCode.TIMEOUT})
-_LONGEST: Final = 512  # characters of one of the two headers; a trace context has 55 of them, and no need to grow
-# A member of the second, without surrounding spaces (W3C Trace Context, 3.3.1.3); a key with an @ may be an address.
+_LONGEST: Final = 512  # characters of one of the two headers; a traceparent has 55
+# A member of tracestate, without surrounding spaces (W3C Trace Context, 3.3.1.3); a key with an @ may be an address.
 _MEMBER: Final = re.compile(
     r"[a-z][a-z0-9_*/-]{0,255}=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]"
 )
@@ -48,7 +46,7 @@ class Traces:
 
     @contextmanager
     def serving(self, name: str, headers: Headers, attributes: Attributes) -> Iterator[Span]:
-        """A door's span around what it does for one request, whose headers may name the caller's span."""
+        """A span around the serving of one request, whose headers may name the caller's span."""
         found = {header: _only(headers, header) for header in TRACE_HEADERS}
         span = self.tracer.start_span(name, caller_of(found), SpanKind.SERVER, attributes)
         # An exception's text may quote the request.
@@ -61,11 +59,11 @@ class Traces:
 
     @staticmethod
     def answered(error: ErrorCode) -> None:
-        """The request that is being served has its answer."""
+        """Note the answer in the span of the request that is being served."""
         note(trace.get_current_span(), error)
 
     def sending(self, queue: str, request_id: str) -> Sending:
-        """A message for `queue` is about to be written; its parent is the span that is current in the caller's task."""
+        """Start the span of a message for `queue`; its parent is the current span of the caller's task."""
         return Sending(
             self.tracer.start_span(
                 f"send {queue}", None, SpanKind.PRODUCER, messaging("send", "send", queue, request_id)
@@ -104,24 +102,24 @@ class Traces:
         span.end(ended)
 
     def close(self) -> threading.Thread:
-        """Begin to export what is left, and end. Wait for the thread, as long as one likes: it keeps no process up."""
+        """Begin to export what is left. Join the returned thread to wait for it; it does not keep the process alive."""
         thread = threading.Thread(target=self._shutdown, name="last-spans", daemon=True)
         thread.start()
         return thread
 
 
 class Sending:
-    """The span of one message, until Redis has it."""
+    """The span of one message until Redis has it."""
 
     def __init__(self, span: Span) -> None:
         self._span: Span | None = span
-        self.headers: dict[str, str] = {}  # what the message says of it
+        self.headers: dict[str, str] = {}  # the trace context that the message carries
         _W3C.inject(self.headers, trace.set_span_in_context(span, Context()))
         if not _is_fit(self.headers.get("tracestate", "")):
             del self.headers["tracestate"]
 
     def end(self, error: Exception | None = None) -> None:
-        """Redis has it, or will not. What comes later changes nothing."""
+        """Redis has the message, or `error` says why not. A second call does nothing."""
         span, self._span = self._span, None
         if span is not None:
             if error is not None:
@@ -130,7 +128,7 @@ class Sending:
 
 
 def caller_of(headers: Mapping[str, object]) -> Context:
-    """The span that these headers name, as a parent; what is no such header names none, whatever it is."""
+    """The span that these headers name, as a parent. Malformed headers name none."""
     parent, state = (headers.get(name) for name in TRACE_HEADERS)
     if not isinstance(parent, str) or not _is_fit(parent):
         return Context()
@@ -141,11 +139,11 @@ def caller_of(headers: Mapping[str, object]) -> Context:
 
 
 def messaging(operation: str, kind: str, queue: str, request_id: str) -> dict[str, str | int]:
-    """What every span of a message says of it."""
+    """The attributes that every span of a message has."""
     return {
         "messaging.system": "redis",
         "messaging.destination.name": queue,
-        # An id is the caller's choice, and may be an address.
+        # The caller chose the id; it may be an address.
         "messaging.message.id": MASK if "@" in request_id else request_id,
         "messaging.operation.name": operation,
         "messaging.operation.type": kind,
@@ -153,25 +151,25 @@ def messaging(operation: str, kind: str, queue: str, request_id: str) -> dict[st
 
 
 def note(span: Span, error: ErrorCode) -> None:
-    """What a request was answered."""
+    """Set the answer of a request, and its status if that is a failure."""
     span.set_attribute(ERROR, int(error))
-    if error in FAULTS:
+    if error.failure:
         fail(span, error.title)
 
 
 def fail(span: Span, kind: str) -> None:
-    """It failed, and how, in a word."""
+    """Mark a span as failed; `kind` says how, in a word."""
     span.set_attribute(ERROR_TYPE, kind)
     span.set_status(Status(StatusCode.ERROR))
 
 
 def _is_fit(header: str) -> bool:
-    # A vendor's state is exported with each span, and who calls a door may write into it what he likes.
+    # tracestate is exported with each span, and a caller may write anything into it.
     return len(header) <= _LONGEST and mask_text(header) == header
 
 
 def _is_state(header: str) -> bool:
-    # The library would quote in the log what is none.
+    # The library would quote a malformed one in the log.
     if not _is_fit(header):
         return False
     members = [member.strip(" \t") for member in header.split(",")]
@@ -179,7 +177,7 @@ def _is_state(header: str) -> bool:
 
 
 def _only(headers: Headers, name: str) -> str | None:
-    """The header's value, unless there are several."""
+    """The header's value, unless it occurs several times."""
     found = [value for key, value in headers if (key.decode("latin-1") if isinstance(key, bytes) else key) == name]
     if len(found) != 1:
         return None

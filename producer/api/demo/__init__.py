@@ -1,4 +1,4 @@
-"""The demo page: a signup form, the way of its request, and the inbox of a mail catcher. Served with VERIFY_DEMO=1."""
+"""The demo page: a signup form, the progress of its request, and the inbox of a mail catcher. On with VERIFY_DEMO=1."""
 
 from producer.api.demo.routes import add
 

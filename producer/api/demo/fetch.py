@@ -1,4 +1,4 @@
-"""One GET of a small JSON document from a host that is not trusted: bounded in size, and in all the time it takes."""
+"""Fetches a small JSON document from a host that is not trusted: bounded in size and in time."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import httptools
 
 from producer.errors import VerifyError
 
-TIMEOUT: Final = 2.0  # seconds from the connection's beginning to the last byte
+TIMEOUT: Final = 2.0  # seconds from connecting to the last byte
 LIMIT: Final = 1024 * 1024  # bytes of an answer, its head included
 _CHUNK: Final = 64 * 1024
 
 
 class CannotFetch(VerifyError):
-    """There was no answer, or none of the kind that was asked for."""
+    """There was no answer, or not a JSON document."""
 
 
 class _Answer:
-    """What httptools' parser calls."""
+    """Collects what httptools' parser finds."""
 
     def __init__(self) -> None:
         self.body = bytearray()
@@ -35,11 +35,11 @@ class _Answer:
 
 
 async def fetch_json(url: str) -> Any:
-    """What the document at `url` (http or https) says. Raises `CannotFetch`. Redirections are not followed."""
+    """The parsed document at `url` (http or https). Raises `CannotFetch`. Does not follow redirects."""
     try:
         async with asyncio.timeout(TIMEOUT):
             status, body = await _get(url)
-        if status not in {0, 200}:  # 0: it ended before it said any
+        if status not in {0, 200}:  # 0: the connection ended before the status
             raise CannotFetch(f"it answered {status}")
         return json.loads(body)
     except TimeoutError:
@@ -67,7 +67,7 @@ async def _get(url: str) -> tuple[int, bytes]:
             if size > LIMIT:
                 raise CannotFetch(f"its answer has more than {LIMIT} bytes")
             parser.feed_data(data)
-        # Without a length the connection's end is the body's; httptools tells no more than that some of it came.
+        # Without a length the body ends with the connection, which httptools does not report.
         return parser.get_status_code(), bytes(answer.body)
     finally:
         writer.transport.abort()

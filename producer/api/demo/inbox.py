@@ -1,7 +1,7 @@
 """The inbox of a mail catcher, by Mailpit's API (https://mailpit.axllent.org/docs/api-v1/).
 
-The door fetches it, so that a page needs no second origin. What is in a mail is hostile until shown otherwise: its HTML
-is handed out under names that nobody can guess, for a frame in which nothing runs.
+The API fetches it, so that the page needs no second origin. A mail may be hostile: its HTML is served under names that
+nobody can guess, for a frame in which nothing runs.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pydantic import BaseModel, BeforeValidator, StringConstraints, ValidationEr
 from producer.api.demo.fetch import CannotFetch, fetch_json
 
 NEWEST: Final = 20  # mails in the list
-KEPT: Final = 40  # mails whose HTML can be looked at; older ones are fetched again
+KEPT: Final = 40  # mails whose HTML is kept; older ones are fetched again
 _LINE: Final = 300  # characters of a subject or a name that are shown
 
 _Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-# Cut before it is judged: an answer has room for half a million elements, whose faults would be gathered for seconds,
-# in which the door serves nobody.
+# Cut before validation: an answer has room for half a million elements, whose errors pydantic would collect for seconds
+# in which the API serves nobody.
 _FEW: Final = BeforeValidator(lambda value: value[:NEWEST] if isinstance(value, list) else value)
 _M = TypeVar("_M", bound=BaseModel)
 
@@ -55,7 +55,7 @@ class _Message(BaseModel):
 
 
 class Inbox:
-    """Looks into one catcher."""
+    """Reads one catcher."""
 
     def __init__(self, url: str) -> None:
         """`url`: the catcher's base, as in `VERIFY_DEMO_INBOX`."""
