@@ -236,6 +236,10 @@ def _environment() -> dict[str, str]:
     blank = {name + suffix: "" for name in names for suffix in ("", "_FILE")}
     taken = {name for setting in TAKEN for name in (PREFIX + setting, f"{PREFIX}{setting}_FILE")}
     env = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX) or name in taken}
+    # Mails in the language of the terminal, as the page asks for them in the language of the browser.
+    locale = "zh-CN" if os.environ.get("LANG", "").startswith("zh") else "en"
+    if f"{PREFIX}LOCALE_FILE" not in env:
+        env = {f"{PREFIX}LOCALE": locale} | env
     ours = {"RESEND_COOLDOWN": COOLDOWN, "REPLY_TIMEOUT": REPLY_TIMEOUT, "METRICS_BIND": "127.0.0.1:0"}
     return blank | env | {PREFIX + name: value for name, value in ours.items()}
 

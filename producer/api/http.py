@@ -103,7 +103,7 @@ def make_app(api: Api, url: str = "http://127.0.0.1:8081") -> ASGIApp:
 
 
 def _verbs(api: Api, url: str) -> APIRouter:
-    router = APIRouter(route_class=JsonRoute)
+    router = APIRouter(route_class=JsonRoute, tags=["codes"])
 
     @router.post("/get_verifycode", include_in_schema=False)
     @router.post(
@@ -144,7 +144,7 @@ def _described(text: str, url: str, verb: str, body: type[CodeRequest | CodeChec
 
 
 def _metrics(api: Api) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(tags=["operations"])
 
     @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
@@ -156,7 +156,7 @@ def _metrics(api: Api) -> APIRouter:
 
 def _add_probes(app: FastAPI, api: Api) -> None:
     @app.head("/healthz", include_in_schema=False)
-    @app.get("/healthz", summary="The process is up", response_model=Health)
+    @app.get("/healthz", summary="The process is up", response_model=Health, tags=["operations"])
     async def healthz() -> Response:
         return _json({"status": "ok"})
 
@@ -167,6 +167,7 @@ def _add_probes(app: FastAPI, api: Api) -> None:
         description="Broker, results and codes can be reached, and a worker gave a sign of life within 5 s; else 503.",
         response_model=ReadinessAnswer,
         responses={503: {"model": ReadinessAnswer, "description": "Not ready"}},
+        tags=["operations"],
     )
     async def readyz() -> Response:
         found = await api.readiness.find()

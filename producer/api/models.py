@@ -126,5 +126,5 @@ class ReadinessAnswer(BaseModel):
 
 def error_table(errors: Iterable[ErrorCode] = ErrorCode) -> str:
     """The error codes as a Markdown table."""
-    rows = [f"| {int(error)} | {error.title} | {error.meaning} | {error.advice} |" for error in errors]
+    rows = [f"| {int(error)} | {error.title}&ensp; | {error.meaning} | {error.advice} |" for error in errors]
     return "\n".join(["| error | name | meaning | what to do |", "|---|---|---|---|", *rows])

@@ -1,12 +1,12 @@
 // Drives the demo page: node drive.mjs URL SCENARIO OPTIONS, the last one JSON. Prints what it found, as JSON.
-// What it does it does as a person would, by what is written on the page; what must hold is the test's to say.
+// It uses the page as a person would; the test asserts what must hold.
 
 import { mkdirSync } from "node:fs";
 import { chromium } from "playwright-core";
 
 const [url, scenario, options] = process.argv.slice(2);
 const { chromium: program, email, scheme = "light", lang = "en-US", width = 1280, shots = "", key = "" } = JSON.parse(options);
-const PATIENCE = 20_000; // ms
+const TIMEOUT = 20_000; // ms
 
 const browser = await chromium.launch({
   executablePath: program,
@@ -17,15 +17,15 @@ const browser = await chromium.launch({
 });
 const context = await browser.newContext({ viewport: { width, height: 800 }, colorScheme: scheme, locale: lang });
 const page = await context.newPage();
-page.setDefaultTimeout(PATIENCE);
+page.setDefaultTimeout(TIMEOUT);
 const troubles = [];
 page.on("pageerror", (error) => troubles.push(error.message));
-// That the door answered an error is told by the browser too, and is no trouble of the page's.
+// The browser also logs each error status that the API answers; that is not a fault of the page.
 page.on("console", (line) => line.type() === "error" && !/status of [45]/.test(line.text()) && troubles.push(line.text()));
 
 const text = (selector) => page.locator(selector).innerText();
 const says = (where, tone) => page.locator(`#${where}-says[data-tone=${tone}]`).waitFor();
-const ended = () => page.locator("[data-station=reply]:is([data-state=good], [data-state=bad], [data-state=stuck])").waitFor();
+const ended = () => page.locator("[data-stage=reply]:is([data-state=good], [data-state=bad], [data-state=stuck])").waitFor();
 const inMail = async () => (await page.frameLocator("#mail-html").locator(".code").innerText()).trim();
 const other = (code) => (code.startsWith("1") ? "2" : "1") + code.slice(1);
 
@@ -35,9 +35,9 @@ const ask = async () => {
 };
 
 const seen = async (name) => {
-  const stations = await page.locator("[data-station]").evaluateAll((all) =>
+  const stages = await page.locator("[data-stage]").evaluateAll((all) =>
     all.map((each) => ({
-      name: each.dataset.station,
+      name: each.dataset.stage,
       state: each.dataset.state,
       time: each.querySelector(".time").textContent,
     })),
@@ -55,8 +55,9 @@ const seen = async (name) => {
   }
   return {
     ...layout,
-    stations,
-    way: await text("#way-says"),
+    stages,
+    caption: await text("#progress-caption"),
+    language: await page.locator("#mail-subject").textContent(),
     ask: await page.locator("#ask-says").textContent(),
     check: await page.locator("#check-says").textContent(),
   };
@@ -123,11 +124,16 @@ const scenarios = {
   // Ask, and see where it stays.
   async stuck() {
     await ask();
-    await page.locator("[data-station][data-state=stuck][aria-current=step]").waitFor();
-    const stuck = await seen("stuck");
+    await page.locator("[data-stage][data-state=stuck][aria-current=step]").waitFor();
+    return { stuck: await seen("stuck"), ...(await scenarios.late()) };
+  },
+
+  // Wait for an answer of 6.
+  async late() {
+    if (scenario === "late") await ask();
     await says("ask", "late");
     await ended();
-    return { stuck, late: await seen("late") };
+    return { late: await seen("late") };
   },
 
   // A wrong code until there is none, then a new one in full-width digits.

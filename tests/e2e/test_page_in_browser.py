@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.tools, pytest.mark.timeout(180)]
 
 BROWSER = Path(__file__).parents[1] / "browser"
 BUILD = BROWSER / ".build"
-STATIONS = ["door", "queue", "worker", "relay", "reply"]
+STAGES = ["api", "queue", "worker", "relay", "reply"]
 LIGHT, DARK = "rgb(244, 245, 249)", "rgb(12, 14, 20)"  # the page's ground
 
 
@@ -57,25 +57,25 @@ def inbox() -> Iterator[Inbox]:
 
 @pytest.fixture(scope="module")
 def settings(inbox: Inbox) -> dict[str, str]:
-    """What makes a door the demo's."""
+    """The settings that turn the demo page on."""
     return {"VERIFY_DEMO": "1", "VERIFY_DEMO_INBOX": inbox.url}
 
 
 @pytest.fixture(scope="module")
-def doors(inbox: Inbox, settings: dict[str, str]) -> Iterator[ApiProcess]:
-    """With a worker behind them."""
+def api(inbox: Inbox, settings: dict[str, str]) -> Iterator[ApiProcess]:
+    """An API with a worker."""
     with Rig(relays=inbox.catcher.url, code_length=6) as rig:
         rig.add_worker()
-        with ApiProcess({**rig.settings, **settings}) as doors:
-            yield doors
+        with ApiProcess({**rig.settings, **settings}) as api:
+            yield api
         rig.worker.stop()
 
 
-def drive(driver: Path, doors: ApiProcess, scenario: str, **options: object) -> dict[str, Any]:
-    """What the scenario found; nothing may trouble the page meanwhile."""
+def drive(driver: Path, api: ApiProcess, scenario: str, **options: object) -> dict[str, Any]:
+    """What the scenario found; the page must not log an error."""
     given = json.dumps({"chromium": shutil.which("chromium"), "shots": os.environ.get("SHOTS", ""), **options})
     done = subprocess.run(
-        ["node", driver, f"http://127.0.0.1:{doors.http_port}/", scenario, given],
+        ["node", driver, f"http://127.0.0.1:{api.http_port}/", scenario, given],
         capture_output=True,
         text=True,
         timeout=120,
@@ -88,8 +88,8 @@ def drive(driver: Path, doors: ApiProcess, scenario: str, **options: object) -> 
 
 
 def states(seen: dict[str, Any]) -> list[str]:
-    assert [each["name"] for each in seen["stations"]] == STATIONS
-    return [each["state"] for each in seen["stations"]]
+    assert [each["name"] for each in seen["stages"]] == STAGES
+    return [each["state"] for each in seen["stages"]]
 
 
 @pytest.mark.parametrize(("width", "scheme", "lang"), [
@@ -98,9 +98,9 @@ def states(seen: dict[str, Any]) -> list[str]:
     (360, "light", "zh-CN"),
     (360, "dark", "en-US"),
 ])  # fmt: skip
-def test_ask_read_the_mail_type_the_code(driver: Path, doors: ApiProcess, width: int, scheme: str, lang: str) -> None:
+def test_ask_read_the_mail_type_the_code(driver: Path, api: ApiProcess, width: int, scheme: str, lang: str) -> None:
     email = f"a{width}{scheme}{lang[:2]}@example.com"
-    found = drive(driver, doors, "signup", email=email, width=width, scheme=scheme, lang=lang)
+    found = drive(driver, api, "signup", email=email, width=width, scheme=scheme, lang=lang)
     english = lang == "en-US"
     for state in ("start", "sent", "wrong", "end"):
         assert found[state]["wide"] <= width
@@ -108,8 +108,9 @@ def test_ask_read_the_mail_type_the_code(driver: Path, doors: ApiProcess, width:
         assert found[state]["ground"] == (LIGHT if scheme == "light" else DARK)
     assert states(found["start"]) == ["ahead"] * 5
     assert states(found["sent"]) == [*["done"] * 4, "good"]
-    assert all(each["time"].endswith(" ms" if english else " 毫秒") for each in found["sent"]["stations"])
+    assert all(each["time"].endswith(" ms" if english else " 毫秒") for each in found["sent"]["stages"])
     assert email in found["sent"]["ask"]
+    assert found["sent"]["language"] == ("Your verification code" if english else "验证码")
     assert ("Again in" if english else "秒后重发") in found["cooling"]
     assert ("valid for 9:5" if english else "还剩 9:5") in found["life"] or "10:00" in found["life"]
     assert ("not the code" if english else "不正确") in found["wrong"]["check"]
@@ -118,15 +119,15 @@ def test_ask_read_the_mail_type_the_code(driver: Path, doors: ApiProcess, width:
     assert found["end"]["focus"] == "confirmed-title"
 
 
-def test_a_keyboard_is_enough_and_the_focus_is_always_seen(driver: Path, doors: ApiProcess) -> None:
-    found = drive(driver, doors, "keyboard", email="keys@example.com")
+def test_a_keyboard_is_enough_and_the_focus_is_visible(driver: Path, api: ApiProcess) -> None:
+    found = drive(driver, api, "keyboard", email="keys@example.com")
     assert (found["waiting"], found["confirmed"], found["again"]) == ("code", "confirmed-title", "email")
     assert found["row"]
     assert [each for each in found["path"] if not each["outline"]] == []
 
 
-def test_a_dropped_code_is_not_called_valid_and_full_width_digits_are_digits(driver: Path, doors: ApiProcess) -> None:
-    found = drive(driver, doors, "attempts", email="tries@example.com")
+def test_a_dropped_code_is_not_called_valid_and_full_width_digits_are_digits(driver: Path, api: ApiProcess) -> None:
+    found = drive(driver, api, "attempts", email="tries@example.com")
     assert found["tries"] == [1004] * 5 + [1003]
     assert found["dropped"]["life"] == ""
     assert found["dropped"]["ask"] == ""
@@ -134,15 +135,15 @@ def test_a_dropped_code_is_not_called_valid_and_full_width_digits_are_digits(dri
     assert not found["wide"].isascii()
 
 
-def test_what_is_no_address_is_said_in_words(driver: Path, doors: ApiProcess) -> None:
-    found = drive(driver, doors, "refused", email="not an address")["refused"]
+def test_an_invalid_address_is_explained(driver: Path, api: ApiProcess) -> None:
+    found = drive(driver, api, "refused", email="not an address")["refused"]
     assert states(found) == ["done", *["skipped"] * 3, "bad"]
     assert "not an email address" in found["ask"]
     assert found["focus"] == "email"
 
 
-def test_both_languages_say_everything(driver: Path, doors: ApiProcess) -> None:
-    found = drive(driver, doors, "words")
+def test_both_languages_have_every_text(driver: Path, api: ApiProcess) -> None:
+    found = drive(driver, api, "words")
     assert found["en"] == found["zh"]
     assert {f"{name}:string" for name in found["wanted"]} <= set(found["en"])
     assert found["chinese"] != found["english"]
@@ -151,26 +152,25 @@ def test_both_languages_say_everything(driver: Path, doors: ApiProcess) -> None:
 def test_a_relay_that_is_down(driver: Path, settings: dict[str, str], new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(reply_timeout=3, give_up_after=4, relays="smtp://127.0.0.1:9")
     rig.add_worker()
-    with ApiProcess({**rig.settings, **settings}) as doors:
-        found = drive(driver, doors, "stuck", email="down@example.com")
-    assert states(found["stuck"]) == [*["done"] * 3, "stuck", "ahead"]
-    assert "The relay has not taken the mail yet" in found["stuck"]["way"]
+    with ApiProcess({**rig.settings, **settings}) as api:
+        found = drive(driver, api, "late", email="down@example.com")
     assert states(found["late"]) == [*["done"] * 3, "stuck", "stuck"]
+    assert "No relay has taken the mail yet" in found["late"]["ask"]
     assert "may still arrive" in found["late"]["ask"]
 
 
 def test_no_worker(driver: Path, settings: dict[str, str], new_redis_server: Callable[..., RedisServer]) -> None:
     own = {"VERIFY_REDIS_URL": new_redis_server().url(), "VERIFY_REPLY_TIMEOUT": "3"}
-    with ApiProcess({**settings, **own}) as doors:
-        found = drive(driver, doors, "stuck", email="alone@example.com")
+    with ApiProcess({**settings, **own}) as api:
+        found = drive(driver, api, "stuck", email="alone@example.com")
     assert states(found["stuck"]) == ["done", "stuck", *["ahead"] * 3]
-    assert "No worker is running" in found["stuck"]["way"]
+    assert "No worker is running" in found["stuck"]["ask"]
     assert states(found["late"]) == ["done", "stuck", "ahead", "ahead", "stuck"]
     assert "may still arrive" in found["late"]["ask"]
 
 
-def test_with_keys_it_asks_for_one(driver: Path, doors: ApiProcess) -> None:
-    with ApiProcess({**doors.environment, "VERIFY_API_KEYS": "k3y"}) as guarded:
+def test_with_keys_the_page_asks_for_one(driver: Path, api: ApiProcess) -> None:
+    with ApiProcess({**api.environment, "VERIFY_API_KEYS": "k3y"}) as guarded:
         found = drive(driver, guarded, "key", email="key@example.com", key="k3y")
     assert "missing or wrong" in found["wrong"]["key"]
     assert found["wrong"]["focus"] == "key"

@@ -295,7 +295,7 @@ class TestLooking:
     def test_openapi_has_every_error_code_and_whole_curl_lines(self, api: ApiProcess) -> None:
         described = api.http.get("/openapi.json").json()
         for error in ErrorCode:
-            assert f"| {int(error)} | {error.title} | {error.meaning} |" in described["info"]["description"]
+            assert f"| {int(error)} | {error.title}&ensp; | {error.meaning} |" in described["info"]["description"]
         line = f'curl http://127.0.0.1:{api.http_port}{ASK} -d \'{{"email": "a@example.com"}}\'\n'
         assert line in described["paths"][ASK]["post"]["description"]
 

@@ -26,7 +26,7 @@ from worker.job import Job
 
 MAX_DELAY = 0.05  # seconds that an event may wait for others, off the path of its request
 FLUSH_AT = 300  # events that are published at once; to build more would hold up the loop for over 0.1 ms
-LAST_EXPORT = 0.5  # seconds to publish the last events
+FAREWELL = 0.5  # seconds to publish the last events
 _GROUP, _ROUTING_KEY = "task", "task.multi"
 
 
@@ -136,7 +136,7 @@ class Events:
         with contextlib.suppress(RedisUnavailable, orjson.JSONEncodeError, TimeoutError):
             command = self._publication()
             if command is not None:
-                async with asyncio.timeout(LAST_EXPORT):
+                async with asyncio.timeout(FAREWELL):
                     await self._broker.run([command])
 
     def _publication(self) -> Command | None:

@@ -1,12 +1,12 @@
-// The signup form. Strip and phone follow by themselves what it asks for.
+// The signup form. Progress and phone follow its requests by themselves.
 
 import { Phone } from "./phone.js";
-import { Strip } from "./strip.js";
-import * as talk from "./talk.js";
+import { Progress } from "./progress.js";
+import * as requests from "./requests.js";
 import { preferred, words } from "./words.js";
 
 const byId = (id) => document.getElementById(id);
-const FIELDS = { ask: "email", check: "code", key: "key" }; // where each answer stands
+const FIELDS = { ask: "email", check: "code", key: "key" }; // the field that each message is about
 const ICONS = { good: "i-good", bad: "i-bad", wait: "i-wait", late: "i-wait" };
 
 class Page {
@@ -15,10 +15,10 @@ class Page {
     this.say = words[preferred()];
     this.asking = this.checking = false;
     this.email = ""; // the address of the last mail
-    this.cooled = 0; // when it may be asked again, and when its code ends; ms of performance.now()
+    this.cooled = 0; // when its cooldown and its code end; ms of performance.now()
     this.expiry = null;
-    this.answers = { ask: null, check: null, key: null }; // functions of the words, so that a change of language changes them
-    this.strip = new Strip(this);
+    this.answers = { ask: null, check: null, key: null }; // functions of the words: they follow a change of language
+    this.progress = new Progress(this);
     this.phone = new Phone(this);
     this.listen();
     this.render();
@@ -41,14 +41,14 @@ class Page {
     }
   }
 
-  // What the door tells of itself; with keys it tells those who have one.
+  // The settings that the page needs; with keys only a caller with a key gets them.
   async learn() {
     try {
-      this.facts = await talk.facts();
+      this.facts = await requests.facts();
       byId("code").maxLength = Math.max(this.facts.length, 12);
       byId("flower").hidden = !this.facts.flower;
       if (this.facts.flower) byId("flower").href = this.facts.flower;
-      byId("metrics").hidden = this.facts.keys; // a browser's link cannot bring a key
+      byId("metrics").hidden = this.facts.keys; // a link cannot send a key
       await this.phone.start();
       return true;
     } catch (error) {
@@ -68,7 +68,7 @@ class Page {
 
   async unlock(event) {
     event.preventDefault();
-    talk.useKey(byId("key").value.trim());
+    requests.useKey(byId("key").value.trim());
     const opened = await this.learn();
     byId("key-form").hidden = opened;
     if (opened) byId("email").focus();
@@ -85,14 +85,14 @@ class Page {
     }
     this.asking = true;
     this.answer("check", null);
-    this.answer("ask", "wait", (say) => say.asking);
-    this.strip.begin();
+    this.progress.begin();
+    this.answer("ask", "wait", (say) => this.progress.waiting(say));
     this.phone.expect(email);
     try {
-      const { error, life } = await talk.request(email, this.say.tag, (line) => this.strip.hear(line));
+      const { error, life } = await requests.request(email, this.say.tag, (line) => this.progress.receive(line));
       this.answered(email, error, life);
     } catch (refused) {
-      this.strip.lose();
+      this.progress.lose();
       this.failed("ask", refused);
     } finally {
       this.asking = false;
@@ -111,14 +111,14 @@ class Page {
       byId("code").focus();
       this.phone.look();
     } else if (error === 6) {
-      this.answer("ask", "late", (say) => say.errors[6]); // and the phone still waits
+      this.answer("ask", "late", (say) => `${this.progress.sentence(say)} ${say.errors[6]}`); // the phone still waits
     } else {
       this.phone.relax();
       this.refuse("ask", (say) => say.errors[error] ?? say.errors[2]);
     }
   }
 
-  // The phone has the mail.
+  // The phone shows the mail.
   arrived(email) {
     if (this.answers.ask?.tone !== "late") return;
     this.email = email;
@@ -128,7 +128,7 @@ class Page {
   async check(event) {
     event.preventDefault();
     const email = this.email || byId("email").value;
-    // Chinese and Japanese keyboards type full-width digits, too; to send them as they are would cost an attempt.
+    // Chinese and Japanese keyboards can type full-width digits; sent as they are, they would cost an attempt.
     const code = byId("code").value.normalize("NFKC").replace(/\s/g, "");
     if (this.checking) return;
     if (!email.trim()) {
@@ -142,7 +142,7 @@ class Page {
     this.checking = true;
     this.answer("check", "wait", (say) => say.checking);
     try {
-      const { error } = await talk.check(email, code);
+      const { error } = await requests.check(email, code);
       if (error === 0) this.succeed(email);
       else {
         if (error === 1003) this.forget();
@@ -165,7 +165,7 @@ class Page {
     byId("confirmed-title").focus();
   }
 
-  // There is no code to type any more, whatever the countdown says.
+  // There is no live code any more, whatever the countdown says.
   forget() {
     this.expiry = null;
     this.answer("ask", null);
@@ -175,12 +175,12 @@ class Page {
     this.confirmed = null;
     this.email = "";
     byId("email").value = byId("code").value = "";
-    this.strip.clear();
+    this.progress.clear();
     this.render();
     byId("email").focus();
   }
 
-  // Another address: what was said belongs to the one before.
+  // Another address: the messages were about the one before.
   retype() {
     if (this.asking) return;
     this.answer("ask", null);
@@ -193,7 +193,7 @@ class Page {
   }
 
   failed(where, refused) {
-    if (!(refused instanceof talk.Refused)) throw refused;
+    if (!(refused instanceof requests.Refused)) throw refused;
     if (refused.why === 401) this.lock();
     this.answer(where, "bad", (say) => say.errors[refused.why] ?? say.errors.away);
   }
@@ -247,7 +247,7 @@ class Page {
     byId("confirmed").hidden = !this.confirmed;
     byId("confirmed-says").textContent = this.confirmed ? say.confirmed_says(this.confirmed) : "";
     for (const where of Object.keys(FIELDS)) this.show(where);
-    this.strip.render();
+    this.progress.render();
     this.phone.render();
     this.tick();
   }

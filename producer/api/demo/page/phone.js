@@ -1,6 +1,6 @@
-// The inbox as a phone shows it: a list, or one mail. Looks once a second, while the page is seen.
+// The inbox as a phone shows it: a list, or one mail. Reads it once a second while the page is visible.
 
-import * as talk from "./talk.js";
+import * as requests from "./requests.js";
 
 const LOOK = 1000; // ms
 const byId = (id) => document.getElementById(id);
@@ -9,8 +9,8 @@ export class Phone {
   constructor(page) {
     this.page = page;
     this.mails = [];
-    this.opened = null; // the mail that is shown
-    this.expected = null; // { email, known }: the next mail to this address is opened by itself
+    this.opened = null; // the open mail
+    this.expected = null; // { email, known }: the next mail to this address opens by itself
     this.trouble = "";
     byId("banner").addEventListener("click", () => this.reveal());
     new IntersectionObserver(([entry]) => this.see(entry.isIntersecting), { threshold: 0.3 }).observe(byId("phone"));
@@ -26,7 +26,7 @@ export class Phone {
     return this.look();
   }
 
-  // A code was asked for: its mail is opened once it is here.
+  // A code was requested: open its mail once it arrives.
   expect(email) {
     const address = email.trim();
     byId("banner").hidden = true;
@@ -44,7 +44,7 @@ export class Phone {
     if (document.hidden || this.looking || !this.page.facts?.inbox) return;
     this.looking = true;
     try {
-      this.mails = await talk.mails();
+      this.mails = await requests.mails();
       this.trouble = "";
       const { email, known } = this.expected ?? {};
       const fresh = this.expected && this.mails.find((each) => !known.has(each.id) && each.to.includes(email));
@@ -56,7 +56,7 @@ export class Phone {
         this.page.arrived(email);
       }
     } catch (error) {
-      if (!(error instanceof talk.Refused)) throw error;
+      if (!(error instanceof requests.Refused)) throw error;
       this.trouble = error.why === 401 ? "locked" : "inbox_away";
     } finally {
       this.looking = false;
@@ -65,10 +65,10 @@ export class Phone {
   }
 
   async open(id, byHand) {
-    const mail = await talk.mail(id);
+    const mail = await requests.mail(id);
     this.opened = mail;
-    // A new frame for each mail: Chromium leaves one blank that is sent elsewhere while it is hidden and shown again.
-    // It adds nothing to the history of the page either.
+    // A new frame for each mail: Chromium leaves a frame blank that navigates while it is hidden. Nor does a new frame
+    // add to the history of the page.
     const frame = byId("mail-html").cloneNode();
     if (mail.view) frame.src = `/page/mail/${mail.view}`;
     else frame.removeAttribute("src");
@@ -77,7 +77,7 @@ export class Phone {
     frame.hidden = !mail.view;
     text.hidden = Boolean(mail.view);
     text.textContent = mail.view ? "" : mail.text;
-    byId("mail").hidden = true; // shown anew, it slides in
+    byId("mail").hidden = true; // shown again, it slides in
     void byId("mail").offsetWidth;
     this.render();
     if (byHand) byId("mail-subject").focus();
@@ -124,7 +124,7 @@ export class Phone {
   rows(say) {
     const list = byId("mails");
     const shown = this.mails.map((each) => each.id).join() + say.tag;
-    if (list.dataset.shown === shown) return; // or the focus would get lost
+    if (list.dataset.shown === shown) return; // keeps the focus
     list.dataset.shown = shown;
     list.replaceChildren(...this.mails.map((each) => this.row(each, say)));
   }

@@ -1,4 +1,4 @@
-// What the page asks of the door. Every question ends in an answer or in a Refused, never in anything else.
+// The requests that the page makes. Each ends in an answer or in a Refused, never in another error.
 
 export class Refused extends Error {
   constructor(why) {
@@ -7,7 +7,7 @@ export class Refused extends Error {
   }
 }
 
-const ANSWERING = 10_000; // ms for all but a request, which takes the door's own time
+const TIMEOUT = 10_000; // ms; a request for a code has the timeout of the API
 
 let key = ""; // in memory only
 
@@ -15,7 +15,7 @@ export const useKey = (given) => {
   key = given;
 };
 
-const talk = async (path, { body, signal } = {}) => {
+const send = async (path, { body, signal } = {}) => {
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   const options = body === undefined ? {} : { method: "POST", body: JSON.stringify(body) };
   let response;
@@ -29,7 +29,7 @@ const talk = async (path, { body, signal } = {}) => {
 };
 
 const json = async (path, options = {}) => {
-  const response = await talk(path, { ...options, signal: AbortSignal.timeout(ANSWERING) });
+  const response = await send(path, { ...options, signal: AbortSignal.timeout(TIMEOUT) });
   try {
     return await response.json();
   } catch {
@@ -42,9 +42,9 @@ export const mails = async () => (await json("/demo/inbox")).mails;
 export const mail = (id) => json(`/demo/inbox/${encodeURIComponent(id)}`);
 export const check = (email, code) => json("/check_varifycode", { body: { email, varifycode: code } });
 
-// Calls `hear` with each line of the answer as it comes; returns the last one, which has the error.
-export const request = async (email, locale, hear) => {
-  const response = await talk("/demo/request", { body: { email, locale } });
+// Calls `receive` with each line of the answer as it comes; returns the last one, which has the error.
+export const request = async (email, locale, receive) => {
+  const response = await send("/demo/request", { body: { email, locale } });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   let last = null;
@@ -56,7 +56,7 @@ export const request = async (email, locale, hear) => {
       rest = lines.pop();
       for (const line of lines) {
         last = JSON.parse(line);
-        hear(last);
+        receive(last);
       }
     }
   } catch {
