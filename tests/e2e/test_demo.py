@@ -177,31 +177,21 @@ def test_a_bad_setting_is_one_line(start: Callable[..., Demo]) -> None:
 def test_it_stays_up_until_told_to_end(start: Callable[..., Demo], number: signal.Signals) -> None:
     demo = start()
     until(lambda: STAYS in demo.output(), demo.output)
-    found = re.search(r"VERIFY_REDIS_URL=(\S+)", demo.output())
-    assert found
-    # What it says is open is open.
-    pages = re.findall(r"^  (open this|HTTP door|its metrics|Flower) +(http://\S+)", demo.output(), re.MULTILINE)
-    assert [name for name, _ in pages] == ["open this", "HTTP door", "its metrics", "Flower"]
+    # Every page that it names answers.
+    pages = re.findall(r"^  (open this|HTTP API|its metrics|Flower) +(http://\S+)", demo.output(), re.MULTILINE)
+    assert [name for name, _ in pages] == ["open this", "HTTP API", "its metrics", "Flower"]
     for _, url in pages:
         with OPENER.open(url, timeout=TIMEOUT) as page:
             assert page.status == 200
-    # The page is the first that it says, knows where Flower is, and shows the mails that were sent.
+    # The demo page comes first, links to Flower and shows the mails that were sent.
     assert demo.output().split("http://")[1].startswith(pages[0][1].removeprefix("http://"))
     with OPENER.open(f"{pages[0][1]}demo/facts", timeout=TIMEOUT) as facts:
         assert json.load(facts)["flower"] == pages[-1][1]
     with OPENER.open(f"{pages[0][1]}demo/inbox", timeout=TIMEOUT) as inbox:
         assert len(json.load(inbox)["mails"]) == 3
-    # What it says to try next works, and the mail shows.
-    sent = subprocess.run(
-        [sys.executable, "-m", "producer", "send", "you@example.com"],
-        cwd=ROOT,
-        env=os.environ | {"VERIFY_REDIS_URL": found[1]},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
-    assert sent.returncode == 0, sent.stdout + sent.stderr
+    # The commands that it suggests use its settings, and the mail shows.
+    assert "VERIFY_RESEND_COOLDOWN=2\n" in suggested(demo, "settings")
+    suggested(demo, "send you@example.com")
     until(lambda: "you@example.com  " in demo.output().partition("a mail arrived")[2], demo.output)
     os.kill(demo.process.pid, number)
     assert demo.ends() == 0
@@ -209,10 +199,21 @@ def test_it_stays_up_until_told_to_end(start: Callable[..., Demo], number: signa
     nothing_is_left(demo)
 
 
+def suggested(demo: Demo, words: str) -> str:
+    """What the suggested command with these words prints."""
+    found = re.search(rf"^ +(\(\. \S+; \S+ -m producer {words}\))$", demo.output(), re.MULTILINE)
+    assert found, demo.output()
+    done = subprocess.run(
+        ["sh", "-c", found[1]], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def test_nothing_outlives_a_killed_demo(start: Callable[..., Demo]) -> None:
     demo = start()
     until(lambda: STAYS in demo.output(), demo.output)
-    assert len(demo.processes()) >= 5  # itself, Redis, a worker, the doors, Flower
+    assert len(demo.processes()) >= 5  # itself, Redis, a worker, the API, Flower
     demo.process.kill()
     demo.process.wait()
     nothing_is_left(demo)
@@ -223,7 +224,7 @@ def test_busy_ports_are_no_obstacle(start: Callable[..., Demo]) -> None:
         for port in (HTTP_PORT, GRPC_PORT):
             with contextlib.suppress(OSError):  # busy already
                 listener = stack.enter_context(socket.socket())
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the doors do
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the API does
                 listener.bind((HOST, port))
                 listener.listen()
         demo = start("--once")
