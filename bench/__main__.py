@@ -1,4 +1,4 @@
-"""The yardstick: `python -m bench [--quick] [--bars a c]`, which `make bench` runs."""
+"""The benchmark: `python -m bench [--quick] [--bars a c]`, which `make bench` runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _INTERRUPTED: Final = 130  # exit status of a program that Ctrl-C ended
 
 
 def main() -> int:
-    """Measure, write what was found, print the table; the exit status."""
+    """Measure, write the results, print the table; the exit status."""
     given = _arguments()
     plan = QUICK if given.quick else FULL
     letters = "".join(letter for letter in LETTERS if letter in given.bars)
@@ -53,15 +53,15 @@ def _measure(plan: Plan, letters: str) -> int:
         session.note(f"the peers cannot be measured: {why}")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(session.run())
-    verdicts = bars.verdicts(session.runs, letters)
+    results = bars.results(session.runs, letters)
     raw = about | {
         "seconds": round(session.elapsed),
         "notes": session.notes,
-        "bars": verdicts,
+        "bars": results,
         "runs": [run.written() for run in session.runs],
     }
     path = _write(raw, whole=letters == LETTERS)
-    session.say(f"\n{table.table(verdicts)}\n\nin {session.elapsed / 60:.1f} min; all of it: {path}")
+    session.say(f"\n{table.table(results)}\n\nin {session.elapsed / 60:.1f} min; every run is in {path}")
     for line in (*(f"left out: {what}" for what in plan.left_out), *session.notes):
         session.say(line)
     if letters == LETTERS and not plan.quick:
@@ -89,7 +89,7 @@ def _about(plan: Plan) -> dict[str, Any]:
 
 
 def _write(raw: dict[str, Any], *, whole: bool) -> Path:
-    """The raw file; and `latest.json`, all but the single runs, if every bar is in it."""
+    """Write the raw file; and `latest.json`, the same without single runs, if every bar was measured."""
     RESULTS.mkdir(exist_ok=True)
     when = raw["when"][:19].replace(":", "").replace("T", "-")
     kind = "" if whole and not raw["quick"] else "-quick" if whole else "-part"
@@ -105,7 +105,7 @@ def _json(content: dict[str, Any]) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the bars, and hold us against peers.")
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the bars, and compare with peers.")
     parser.add_argument("--quick", action="store_true", help="under 4 minutes: fewer and shorter runs")
     parser.add_argument("--bars", nargs="+", default=list(LETTERS), choices=list(LETTERS), help="only these")
     return parser.parse_args()

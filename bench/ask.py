@@ -1,4 +1,4 @@
-"""Asking: callers wait for replies, through our asyncio client, through our gRPC door, or at a peer's."""
+"""Asking: callers wait for replies, through our asyncio client, through our gRPC API, or at a peer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bench.sink import Sink
 from demo import processes
 
 _WARM_CALLERS: Final = 64
-_WARM_CALLS: Final = 3000  # through our door; a peer says how many it needs
+_WARM_CALLS: Final = 3000  # through our API; a peer says how many it needs
 _WARM_SECONDS: Final = 2.0  # of asking with our client
 Load = Callable[[int, float, str], Awaitable[dict[str, Any]]]  # callers, seconds, prefix of the addresses
 
@@ -72,27 +72,27 @@ async def measure(sink: Sink, asked: Asked, callers: int, seconds: float, *, num
 
 @asynccontextmanager
 async def ours(rig: Rig, sink: Sink, connections: int, workers: int) -> AsyncIterator[tuple[Asked, Asked]]:
-    """Workers and the doors: by the asyncio client, and through the gRPC door. `connections`: of one worker."""
+    """Workers and the API: by the asyncio client, and through the gRPC API. `connections`: of one worker."""
     environment = rig.environment(RELAYS=sink.url, RELAY_CONNECTIONS=str(connections))
 
     async def stored() -> Mapping[str, int]:
         return (await rig.counts())._asdict()
 
     with rig.workers(workers, RELAYS=sink.url, RELAY_CONNECTIONS=str(connections)) as children:
-        doors = processes.api(rig.directory, environment, usual=False)
+        api = processes.api(rig.directory, environment, usual=False)
         try:
-            [place] = await asyncio.to_thread(doors.says, r"gRPC API listens on [\d.]+:(\d+)")
+            [place] = await asyncio.to_thread(api.says, r"gRPC API listens on [\d.]+:(\d+)")
             await rig.until_workers(rig.settings().queue, workers)
             client, port = {"worker": [child.pid for child in children]}, int(place)
-            door = client | {"doors": [doors.pid]}
+            parts = client | {"api": [api.pid]}
             load = partial(asyncio_load, rig)
             warm_up = partial(load, _WARM_CALLERS, _WARM_SECONDS, "warm")
             yield (
                 Asked("asyncio", rig, client, warm_up, load, stored, workers, connections),
-                Asked("door", rig, door, _calls(port, _WARM_CALLS), _grpc(port), stored, workers, connections),
+                Asked("api", rig, parts, _calls(port, _WARM_CALLS), _grpc(port), stored, workers, connections),
             )
         finally:
-            await asyncio.to_thread(doors.stop)
+            await asyncio.to_thread(api.stop)
 
 
 @asynccontextmanager
@@ -101,7 +101,7 @@ async def theirs(rig: Rig, sink: Sink, peer: Peer, connections: int, workers: in
 
     async def stored() -> Mapping[str, int]:
         found = await asyncio.to_thread(peers.counts, rig.url)
-        return {"codes": found.codes} | ({} if peer.name == "old" else {"marks": found.marks})  # that one makes none
+        return {"codes": found.codes} | ({} if peer.name == "old" else {"marks": found.marks})  # it makes no marks
 
     with peers.running(
         peer, redis_url=rig.url, relay_port=sink.port, connections=connections, processes=workers

@@ -1,6 +1,6 @@
-"""The bars: what the runs say of each. Arithmetic only, standard library only.
+"""The bars, computed from the runs. Arithmetic only, standard library only.
 
-A case compares one figure with one goal; a bar is as good as the worst of its cases.
+A case compares one figure with one goal; a bar is as good as its worst case.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Case:
 
     name: str
     value: float | None  # None: it could not be measured
-    goal: float | None  # None: it is only stated
+    goal: float | None  # None: the figure is only stated
     unit: str
     sense: str = LEAST
     ours: Spread | None = None
@@ -68,11 +68,11 @@ class Bar:
     letter: str
     title: str
     cases: Callable[[Sequence[Run]], list[Case]]
-    stated: bool = False  # it is ok once it was measured
+    stated: bool = False  # it is ok once measured
 
 
-def verdict(bar: Bar, runs: Sequence[Run]) -> dict[str, Any]:
-    """What `latest.json` says of a bar: `ok`, `value` and `goal` of the worst case, and all cases."""
+def result(bar: Bar, runs: Sequence[Run]) -> dict[str, Any]:
+    """A bar as `latest.json` has it: `ok`, `value` and `goal` of the worst case, and all cases."""
     cases = bar.cases(runs)
     worst = worst_of(cases)
     measured = all(case.value is not None for case in cases)
@@ -91,7 +91,7 @@ def verdict(bar: Bar, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def worst_of(cases: Sequence[Case]) -> Case:
-    """The one that is furthest from its goal; what could not be measured is furthest; without goals, the first."""
+    """The case furthest from its goal: one that could not be measured, if any; the first, if none has a goal."""
     with_goal = [case for case in cases if case.goal is not None] or list(cases[:1])
     return min(with_goal, key=lambda case: case.reached or 0.0)
 
@@ -152,7 +152,7 @@ def _b(runs: Sequence[Run]) -> list[Case]:
 
 
 def _c(runs: Sequence[Run]) -> list[Case]:
-    return _asking(runs, "door", 0.0, {64: 2.0, 256: 2.0})
+    return _asking(runs, "api", 0.0, {64: 2.0, 256: 2.0})
 
 
 def _p50(run: Run) -> float:
@@ -163,7 +163,7 @@ def _d(runs: Sequence[Run]) -> list[Case]:
     alone = valid(runs, scenario="ask", relay_ms=0.0, callers=1)
     theirs = best_of(alone, OLD, _p50, sense=MOST)
     against = theirs[0].system if theirs else "old, old_best"
-    return [ratio("p50 of a lone caller", valid(alone, system="door"), theirs, 0.85, _p50, sense=MOST, against=against)]
+    return [ratio("p50 of a lone caller", valid(alone, system="api"), theirs, 0.85, _p50, sense=MOST, against=against)]
 
 
 def _e(runs: Sequence[Run]) -> list[Case]:
@@ -236,8 +236,8 @@ def _j(runs: Sequence[Run]) -> list[Case]:
         alone = valid(runs, scenario=scenario)
         p99 = Spread.of(run.latencies["p99"] / 1000 for run in alone)
         if p99 or goal:
-            told = f"{name}, of {sum(run.count for run in alone)} answers"
-            cases.append(Case(told, p99.median if p99 else None, goal, "s", MOST, ours=p99))
+            shown = f"{name}, of {sum(run.count for run in alone)} answers"
+            cases.append(Case(shown, p99.median if p99 else None, goal, "s", MOST, ours=p99))
     return cases
 
 
@@ -246,12 +246,12 @@ def _k(runs: Sequence[Run]) -> list[Case]:
     for system, name, key, unit, scale in (
         ("client", "import of producer.client", "seconds", "ms", 1000.0),
         ("worker", "worker, start to first reply", "seconds", "s", 1.0),
-        ("doors", "doors, start to first reply", "seconds", "s", 1.0),
+        ("api", "API, start to first reply", "seconds", "s", 1.0),
         ("client", "idle client, resident", "rss_mb", "MB", 1.0),
         ("worker", "idle worker, resident", "rss_mb", "MB", 1.0),
-        ("doors", "idle doors, resident", "rss_mb", "MB", 1.0),
+        ("api", "idle API, resident", "rss_mb", "MB", 1.0),
         ("worker", "idle worker, its share (PSS)", "pss_mb", "MB", 1.0),
-        ("doors", "idle doors, their share (PSS)", "pss_mb", "MB", 1.0),
+        ("api", "idle API, its share (PSS)", "pss_mb", "MB", 1.0),
     ):
         spread = Spread.of(run.figures[key] * scale for run in valid(runs, scenario="start", system=system))
         cases.append(Case(name, spread.median if spread else None, None, unit, ours=spread))
@@ -261,8 +261,8 @@ def _k(runs: Sequence[Run]) -> list[Case]:
 BARS: Final = (
     Bar("a", "ask and be answered, asyncio client, relay 0 ms, against the best Node variant", _a),
     Bar("b", "the same, relay 50 ms", _b),
-    Bar("c", "ask and be answered through the gRPC door, relay 0 ms, against the best Node variant", _c),
-    Bar("d", "time of a lone caller through the gRPC door, against the best Node variant", _d),
+    Bar("c", "ask and be answered through the gRPC API, relay 0 ms, against the best Node variant", _c),
+    Bar("d", "time of a lone caller through the gRPC API, against the best Node variant", _d),
     Bar("e", "drain, relay 0 ms, two worker processes, against BullMQ", _e),
     Bar("f", "drain, relay 0 ms, one worker process, against the bare SMTP pool", _f),
     Bar("g", "drain, relay 50 ms, against the limit: connections ÷ 50 ms", _g),
@@ -273,10 +273,10 @@ BARS: Final = (
 )
 
 
-def verdicts(runs: Sequence[Run], letters: Iterable[str] = "") -> dict[str, dict[str, Any]]:
-    """What the runs say of these bars; of all of them if none is named."""
+def results(runs: Sequence[Run], letters: Iterable[str] = "") -> dict[str, dict[str, Any]]:
+    """These bars by letter; all of them if none is named."""
     wanted = set(letters)
-    return {bar.letter: verdict(bar, runs) for bar in BARS if not wanted or bar.letter in wanted}
+    return {bar.letter: result(bar, runs) for bar in BARS if not wanted or bar.letter in wanted}
 
 
 def _rounded(value: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""What requests leave in Redis, and who is connected: `python -m bench.footprint [--count 100000]`.
+"""What requests take in Redis, and how many connections there are: `python -m bench.footprint [--count 100000]`.
 
 Bytes are the growth of Redis' `used_memory`, divided by the requests. Connections are counted by CLIENT LIST.
 """
@@ -73,7 +73,7 @@ async def answered(rig: Rig, count: int) -> None:
 
 
 async def connections(rig: Rig) -> None:
-    """Who is connected to Redis: nobody else, then one worker, a door beside it, a client beside them."""
+    """Who is connected to Redis: nobody else, then one worker, an API server beside it, a client beside them."""
 
     async def count() -> int:
         [clients] = await rig.ask(("CLIENT", "LIST"))
@@ -94,16 +94,16 @@ async def connections(rig: Rig) -> None:
             await asyncio.sleep(2)
             before = await count()
             binds = {"HTTP_BIND": "127.0.0.1:0", "GRPC_BIND": "127.0.0.1:0"}
-            doors = processes.api(rig.directory, rig.environment(**binds), usual=False)
+            api = processes.api(rig.directory, rig.environment(**binds), usual=False)
             try:
-                where = (await asyncio.to_thread(doors.says, r"HTTP API listens on ([\d.:]+)"))[0]
+                where = (await asyncio.to_thread(api.says, r"HTTP API listens on ([\d.:]+)"))[0]
                 async with httpx.AsyncClient(base_url=f"http://{where}", trust_env=False, timeout=30) as client:
-                    await client.post("/get_varifycode", json={"email": "door@example.com"})
-                    await client.post("/check_varifycode", json={"email": "door@example.com", "varifycode": "1"})
+                    await client.post("/get_varifycode", json={"email": "api@example.com"})
+                    await client.post("/check_varifycode", json={"email": "api@example.com", "varifycode": "1"})
                     await client.get("/readyz")
-                say(("the doors", await count() - before), (30, 8))
+                say(("the API", await count() - before), (30, 8))
             finally:
-                await asyncio.to_thread(doors.stop)
+                await asyncio.to_thread(api.stop)
             before = await count()
             async with AsyncVerificationClient(settings) as asker:
                 await asker.request("client@example.com")

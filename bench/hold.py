@@ -1,4 +1,4 @@
-"""A backlog that stays as long as it is while workers drain it, and what they carry meanwhile."""
+"""A backlog that is kept at one length while workers drain it, and their rate meanwhile."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from bench.record import Run, why_void
 from bench.rig import PUSH, Rig
 from bench.sink import Sink
 
-_WARM: Final = 4.0  # seconds of draining before the first measuring: worker and Redis become faster for so long
-_SETTLE: Final = 1.0  # seconds from the backlog's being there to the measuring
-_LOOK: Final = 0.02  # seconds between two looks at its length
-_SAMPLE: Final = 30_000  # requests whose bytes are weighed
-_PATIENT: Final = "60"  # seconds that a caller behind a backlog waits, so that its time is known
+_WARM: Final = 4.0  # seconds of draining before it measures: worker and Redis speed up during them
+_SETTLE: Final = 1.0  # seconds from a full backlog to the measurement
+_LOOK: Final = 0.02  # seconds between two checks of its length
+_SAMPLE: Final = 30_000  # requests whose size is measured
+_REPLY_TIMEOUT: Final = "60"  # seconds that a caller behind a backlog waits at most
 
 
 class Backlog:
@@ -37,13 +37,13 @@ class Backlog:
         self._next = 0
 
     async def set(self, length: int) -> None:
-        """Make it so long: the oldest stay."""
+        """Bring it to this length; the oldest stay."""
         await self._rig.ask(("LTRIM", self._queue, -length, -1), database=1)
         await self._fill(length)
 
     @asynccontextmanager
     async def kept(self, length: int) -> AsyncIterator[None]:
-        """It is so long, less what was taken in some milliseconds, while the block runs."""
+        """Keep it at this length, but for what was taken in some milliseconds, while the block runs."""
 
         async def keep() -> None:
             while True:
@@ -63,7 +63,7 @@ class Backlog:
             for start in range(0, missing, PUSH):
                 count = min(PUSH, missing - start)
                 requests = messages.foreign(self._next, self._next + count, self._queue)
-                self._next += count  # at once: of a push that is called off, nobody knows whether it was done
+                self._next += count  # first: nobody knows whether a cancelled push was done
                 await self._rig.ask((self._push, self._queue, *requests), database=1)
 
     async def _length(self) -> int:
@@ -134,7 +134,7 @@ async def lone(
     with rig.workers(1, RELAYS=sink.url):
         await rig.until_workers(rig.settings().queue, 1)
         async with backlog.kept(length):
-            found = await asyncio_load(rig, 1, seconds, "lone", least=least, REPLY_TIMEOUT=_PATIENT)
+            found = await asyncio_load(rig, 1, seconds, "lone", least=least, REPLY_TIMEOUT=_REPLY_TIMEOUT)
     void = why_void((await sink.count()).mails - base, **(await rig.counts())._asdict())
     return Run(
         "wave" if wave else "lone",
@@ -153,7 +153,7 @@ async def lone(
 
 
 async def weighed(rig: Rig) -> Run:
-    """What a waiting request takes in Redis: the smallest message, and one that our producers write."""
+    """Bytes of a waiting request in Redis: the smallest message, and one that our producers write."""
     figures = {}
     queue = rig.settings().queue
     for name, foreign in (("bytes_foreign", True), ("bytes_ours", False)):
@@ -166,7 +166,7 @@ async def weighed(rig: Rig) -> Run:
 
 
 def memory(pid: int) -> dict[str, float]:
-    """What a process holds, in MB: resident, and its share of that where pages are shared (Linux only)."""
+    """Memory of a process in MB: resident (RSS), and with shared pages divided (PSS). Linux only."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith("kB")}
     return {"rss_mb": kilobytes["Rss"] / 1024, "pss_mb": kilobytes["Pss"] / 1024}

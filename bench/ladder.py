@@ -1,4 +1,4 @@
-"""More and more workers, or fewer and fewer, on a slow relay: the ladder of bar i."""
+"""Bar i: workers are added, or removed, one by one on a slow relay."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from bench.sink import Sink
 from demo.processes import Child
 
 CONNECTIONS: Final = 32  # of each worker
-_SETTLE: Final = 1.5  # seconds from the last worker's first sign of life to the measuring
+_SETTLE: Final = 1.5  # seconds from the last worker's first sign of life to the measurement
 _SPARE: Final = 2.0  # times as many requests as the steps take: workers start and stop meanwhile
 
 
 async def climb(rig: Rig, sink: Sink, steps: Sequence[int], seconds: float, *, number: int) -> list[Run]:
-    """Measure with so many workers, one count after the other. All runs are void if one is."""
+    """Measure with these counts of workers in turn. All runs are void if one is."""
     await rig.clear()
     base = (await sink.count()).mails
     queue = rig.settings().queue
@@ -45,7 +45,7 @@ async def climb(rig: Rig, sink: Sink, steps: Sequence[int], seconds: float, *, n
 
 
 async def _step(rig: Rig, sink: Sink, children: Sequence[Child], seconds: float, number: int) -> Run:
-    """All connections end their mails at about the same time: what is measured is a whole number of their rounds."""
+    """A measuring time of whole rounds: all connections end their mails at about the same time."""
     rounds = round(seconds / sink.latency)
     parts = {
         "worker": [child.pid for child in children],

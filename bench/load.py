@@ -58,7 +58,7 @@ async def ask(callers: int, seconds: float, prefix: str, least: int) -> dict[str
 
 
 def percentile(ordered: list[float], share: int) -> float:
-    """The smallest figure that is not exceeded by `share` in a hundred of them; 0 of none."""
+    """The percentile: the smallest figure that `share` percent do not exceed; 0 without figures."""
     return ordered[max(0, -(-len(ordered) * share // 100) - 1)] if ordered else 0.0
 
 

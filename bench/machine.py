@@ -31,9 +31,9 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what ours runs on; the peers know their own."""
+    """Versions of what VerifyServer runs on; the peers know their own."""
     found = {"python": platform.python_version(), **{name: version(name) for name in _OURS}}
-    # "Redis server v=7.0.15 sha=...": the words that tell.
+    # "Redis server v=7.0.15 sha=...": the first words say it.
     store = re.search(r"^(\w+) server v=(\S+)", _said(server.program(), "--version"))
     return found | {"store": f"{store[1]} {store[2]}" if store else "unknown", "cc": _said("cc", "--version")}
 
@@ -45,7 +45,7 @@ def commit() -> tuple[str, bool]:
 
 
 def _said(*words: str) -> str:
-    """The first line that a program prints; empty if it is not there or fails."""
+    """The first line that a program prints; empty if it is missing or fails."""
     if shutil.which(words[0]) is None:
         return ""
     done = subprocess.run(words, cwd=CHECKOUT, capture_output=True, text=True, check=False)  # noqa: S603 - named here

@@ -1,4 +1,4 @@
-"""Requests as they lie on the queue, each for an address of its own."""
+"""Messages of the queue, each for an address of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final
 
 from producer.contract import TASK, VerifyRequest
 
-# The smallest that the contract knows, which any program may push.
+# The smallest message that the contract allows.
 _FOREIGN: Final = (
     b'{"body": "%b", "content-type": "application/json", "content-encoding": "utf-8",'
     b' "headers": {"task": "' + TASK.encode() + b'", "id": "%b"},'
@@ -36,7 +36,7 @@ def foreign(start: int, stop: int, queue: str) -> list[bytes]:
 
 
 def ours(start: int, stop: int, queue: str) -> list[bytes]:
-    """The same, as our producers write them now."""
+    """The same, as our producers write them."""
     now = time.time()
     return [
         VerifyRequest(address(number)).message(str(uuid.uuid4()), queue=queue, enqueued_at=now)

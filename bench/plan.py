@@ -1,4 +1,4 @@
-"""How much is measured: whole, or quick."""
+"""How much is measured, by `make bench` and with QUICK=1."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ OURS: Final = {  # title and setting of what is ours
         "VerifyServer, asyncio client",
         f"`AsyncVerificationClient` on uvloop in one process, two workers. {_SHIPPED}; 128 connections each at 50 ms.",
     ),
-    "door": (
-        "VerifyServer, gRPC door",
+    "api": (
+        "VerifyServer, gRPC API",
         "`python -m producer serve`, two workers; set as above. The load client is the one that the Node servers get.",
     ),
     "worker": (

@@ -18,7 +18,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, figures: Iterable[float]) -> Self | None:
-        """None of none."""
+        """The spread of these figures; None without any."""
         known = sorted(figures)
         return cls(median(known), known[0], known[-1], len(known)) if known else None
 
@@ -54,7 +54,7 @@ class Run:
         return {part: used / self.cpu_count * 1e6 for part, used in self.cpu.items()} if self.cpu_count else {}
 
     def written(self) -> dict[str, Any]:
-        """For the raw file. The rate is told for readers; it follows from the rest."""
+        """For the raw file. The rate follows from the rest; readers want it."""
         return asdict(self) | {"rate": self.rate}
 
     @classmethod

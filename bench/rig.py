@@ -1,4 +1,4 @@
-"""What every script here needs: a Redis of its own, workers, and distinct requests."""
+"""What every measurement needs: a Redis of its own, workers, and distinct requests."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class Rig:
         await self.at_rest()
 
     async def at_rest(self) -> None:
-        """Wait until Redis neither rewrites its file nor frees memory, which would cost whoever comes next."""
+        """Wait until Redis neither rewrites its file nor frees memory, which would slow the next run."""
 
         async def busy() -> bool:
             writing, freeing = await self.info("persistence"), await self.info("memory")

@@ -47,7 +47,7 @@ def scenarios(plan: Plan, letters: str) -> list[Scenario]:
 
 
 class Asking:
-    """Callers ask and wait: our client, our door, the old server as it was and at its best."""
+    """Callers ask and wait: our client, our API, the old server as it was and at its best."""
 
     def __init__(self, plan: Plan, letters: str, relay_ms: float) -> None:
         self.bars = "b" if relay_ms else "acd"
@@ -68,7 +68,7 @@ class Asking:
         async with AsyncExitStack() as stack:
             sink = await stack.enter_async_context(Sink(self._relay))
             asked: dict[str, Asked] = {}
-            if {"asyncio", "door"} & set(self._systems):
+            if {"asyncio", "api"} & set(self._systems):
                 own = stack.enter_context(rig.opened())
                 for each in await stack.enter_async_context(
                     ask.ours(own, sink, self._connections // PROCESSES, PROCESSES)
@@ -94,10 +94,10 @@ def turns(plan: Plan, letters: str, *, slow: bool) -> list[tuple[str, int]]:
     found: list[tuple[str, int]] = []
     for callers in plan.slow_callers if slow else plan.callers:
         if slow:
-            ours = ["asyncio"] if plan.quick else ["asyncio", "door"]
+            ours = ["asyncio"] if plan.quick else ["asyncio", "api"]
         else:
             ours = ["asyncio"] if "a" in letters and (callers > 1 or not plan.quick) else []
-            ours += ["door"] if ("d" if callers == 1 else "c") in letters else []
+            ours += ["api"] if ("d" if callers == 1 else "c") in letters else []
         old = ["old"] if callers in (plan.old_slow_callers if slow else plan.old_callers) else []
         found += [(system, callers) for system in (*ours, "old_best", *old) if ours]
     return found

@@ -14,7 +14,7 @@ FLAGS: Final = ("--save", "", "--appendonly", "yes", "--appendfsync", "everysec"
 
 
 def program() -> str:
-    """The machine's `redis-server`; the embedded one if there is none."""
+    """The machine's `redis-server`, or the embedded one."""
     return shutil.which("redis-server") or embedded_redis.embedded()
 
 

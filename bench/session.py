@@ -69,7 +69,7 @@ class Session:
             if why:
                 self.note(f"void twice: {label}: {why}")
             else:
-                self._progress(label, ", ".join(map(_told, runs)))
+                self._progress(label, ", ".join(map(_shown, runs)))
             return
 
     def note(self, text: str) -> None:
@@ -82,12 +82,12 @@ class Session:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
 
-    def _progress(self, label: str, told: str) -> None:
+    def _progress(self, label: str, shown: str) -> None:
         left = max(0.0, self._until - time.monotonic()) + self._left
-        self.say(f"  {label:<44} {told:<40} about {_minutes(left)} left")
+        self.say(f"  {label:<44} {shown:<40} about {_minutes(left)} left")
 
 
-def _told(run: Run) -> str:
+def _shown(run: Run) -> str:
     if run.scenario in {"lone", "wave"}:
         return f"p99 {run.latencies['p99'] / 1000:.2f} s of {run.count}"
     if run.callers == 1:

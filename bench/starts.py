@@ -40,7 +40,7 @@ async def start(rig: Rig, sink: Sink, *, number: int) -> list[Run]:
         figures = {"seconds": time.monotonic() - began, "cpu": cpu_seconds(worker.pid)}
         await asyncio.sleep(_IDLE)
         runs.append(Run("start", "worker", number, figures=figures | memory(worker.pid), load=load))
-        runs.append(Run("start", "doors", number, figures=await asyncio.to_thread(_doors, rig, number), load=load))
+        runs.append(Run("start", "api", number, figures=await asyncio.to_thread(_api, rig, number), load=load))
     finally:
         await asyncio.to_thread(worker.stop)
     return runs
@@ -53,14 +53,14 @@ async def _first_reply(rig: Rig) -> None:
             await asyncio.sleep(_LOOK)
 
 
-def _doors(rig: Rig, number: int) -> dict[str, float]:
+def _api(rig: Rig, number: int) -> dict[str, float]:
     """From their start to the first Success through them; a worker is there."""
     port = free_port()
     environment = rig.environment(HTTP_BIND=f"{HOST}:{port}", GRPC_BIND=f"{HOST}:0")
     began = time.monotonic()
-    doors = Child("doors", [sys.executable, "-m", "producer", "serve"], rig.directory, environment)
+    api = Child("api", [sys.executable, "-m", "producer", "serve"], rig.directory, environment)
     try:
-        content = json.dumps({"email": f"door{number}@example.com"}).encode()
+        content = json.dumps({"email": f"api{number}@example.com"}).encode()
         asked = urllib.request.Request(f"http://{HOST}:{port}/get_varifycode", content)
         while True:
             try:
@@ -68,15 +68,15 @@ def _doors(rig: Rig, number: int) -> dict[str, float]:
                     assert json.load(response)["error"] == 0  # noqa: S101 - else nothing was ready
                 break
             except OSError:
-                doors.require_running()
+                api.require_running()
                 if time.monotonic() - began > TIMEOUT:
                     raise
                 time.sleep(_LOOK)
-        figures = {"seconds": time.monotonic() - began, "cpu": cpu_seconds(doors.pid)}
+        figures = {"seconds": time.monotonic() - began, "cpu": cpu_seconds(api.pid)}
         time.sleep(_IDLE)
-        return figures | memory(doors.pid)
+        return figures | memory(api.pid)
     finally:
-        doors.stop()
+        api.stop()
 
 
 def free_port() -> int:

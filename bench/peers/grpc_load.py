@@ -1,4 +1,4 @@
-"""The load on gRPC doors, ours and the peers': `grpc_load.c` says what it does.
+"""The load on gRPC APIs, ours and the peers': `grpc_load.c` says what it does.
 
 It is in C because it shares its cores with what it measures. A call costs it about 10 µs of CPU (64 callers on four
 channels); `grpc.aio` on uvloop took 130 to 155 µs for the same, grpc-js 340 to 360 µs.
@@ -19,7 +19,7 @@ CHANNELS: Final = 4
 
 
 class LoadFailed(VerifyError):
-    """The load on the gRPC door broke off."""
+    """The load on the gRPC API broke off."""
 
 
 def load(

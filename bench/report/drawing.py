@@ -1,4 +1,4 @@
-"""How pictures are drawn here: colours, lines with ranges, labels at their ends. Needs matplotlib."""
+"""How pictures are drawn: colours, lines with ranges, labels at their ends. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from matplotlib.patches import Patch
 
 from bench.record import Run, Spread
 
-# The same colour for the same system everywhere; told apart by the colour-blind, too.
+# Each system has the same colour everywhere; colour-blind readers can tell them apart.
 COLOURS: Final = {
     "asyncio": "#0072B2",
     "worker": "#0072B2",
-    "door": "#56B4E9",
+    "api": "#56B4E9",
     "pool": "#7F7F7F",
     "old_best": "#E69F00",
     "old": "#B8860B",
@@ -29,7 +29,7 @@ COLOURS: Final = {
 # Of the parts of one system's CPU.
 PARTS: Final = {
     "client": ("client", "#C9D7E8"),
-    "doors": ("doors", "#56B4E9"),
+    "api": ("API", "#56B4E9"),
     "worker": ("worker", "#0072B2"),
     "server": ("server", "#E69F00"),
     "peer": ("worker of a peer", "#D55E00"),

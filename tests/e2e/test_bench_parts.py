@@ -1,4 +1,4 @@
-"""The parts that measurements lean on: the counting relay, the load on gRPC doors, the peers."""
+"""The parts that measurements lean on: the counting relay, the load on a gRPC API, the peers."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_the_relay_ends_with_its_block() -> None:
     assert ends(asyncio.run(run()))
 
 
-class Door(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic to the type checker only
+class FakeApi(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic to the type checker only
     """A gRPC server's answers: Success, but 4 to every tenth address, and none at all to every hundredth."""
 
     def __init__(self) -> None:
@@ -257,26 +257,26 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic to the 
 
 
 def call(*, callers: int, seconds: float = 0, count: int = 0) -> tuple[list[str], dict[str, Any]]:
-    """Load a door so; the addresses that it was asked for, and what the load found."""
+    """Load an API server so; the addresses that it was asked for, and what the load found."""
 
     async def run() -> tuple[list[str], dict[str, Any]]:
-        door = Door()
+        api = FakeApi()
         server = grpc.aio.server()
-        server.add_generic_rpc_handlers((door,))
+        server.add_generic_rpc_handlers((api,))
         port = server.add_insecure_port(f"{HOST}:0")
         await server.start()
         found = await asyncio.to_thread(
             peers.load, port, callers=callers, seconds=seconds, count=count, prefix="caller"
         )
         await server.stop(None)
-        return door.asked, found
+        return api.asked, found
 
     return asyncio.run(run())
 
 
 @pytest.mark.parametrize("callers", [1, 64])
 def test_each_call_is_for_an_address_of_its_own_and_is_counted(callers: int) -> None:
-    asked, found = call(callers=callers, count=3000)  # more bytes than a door takes at first
+    asked, found = call(callers=callers, count=3000)  # more bytes than an API server takes at first
     assert sorted(asked) == sorted(f"caller{number}@example.com" for number in range(3000))
     assert found["count"] == 2700
     assert found["answers"] == {"0": 2700, "4": 270, "none": 30}

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from bench import bars, messages
-from bench.bars import LEAST, MOST, Bar, Case, best_of, ratio, verdict, verdicts, worst_of
+from bench.bars import LEAST, MOST, Bar, Case, best_of, ratio, result, results, worst_of
 from bench.drain import Share
 from bench.load import percentile
 from bench.plan import BACKLOGS, FULL, LETTERS, QUICK, Plan
@@ -44,9 +44,9 @@ def test_a_run_is_read_as_it_was_written() -> None:
 
 
 def test_cpu_is_told_for_each_request() -> None:
-    run = Run("ask", "door", 1, cpu={"doors": 0.5, "redis": 0.05}, cpu_count=1000)
-    assert run.cpu_each() == pytest.approx({"doors": 500.0, "redis": 50.0})
-    assert Run("ask", "door", 1).cpu_each() == {}
+    run = Run("ask", "api", 1, cpu={"api": 0.5, "redis": 0.05}, cpu_count=1000)
+    assert run.cpu_each() == pytest.approx({"api": 500.0, "redis": 50.0})
+    assert Run("ask", "api", 1).cpu_each() == {}
 
 
 def test_a_run_counts_only_if_everything_is_as_many_as_the_mails() -> None:
@@ -103,15 +103,15 @@ def test_a_bar_is_as_good_as_its_worst_case() -> None:
     near, far, missing = Case("near", 4.9, 5.0, ""), Case("far", 1.0, 2.0, ""), Case("missing", None, 2.0, "")
     assert worst_of([near, far]) is far
     assert worst_of([near, far, missing]) is missing
-    found = verdict(Bar("x", "", lambda _: [Case("", 9.0, 5.0, ""), near]), [])
+    found = result(Bar("x", "", lambda _: [Case("", 9.0, 5.0, ""), near]), [])
     assert (found["ok"], found["value"], found["goal"], found["case"]) == (False, 4.9, 5.0, "near")
 
 
 def test_what_is_only_stated_is_ok_once_it_is_measured() -> None:
     slow = Bar("j", "", lambda _: [Case("p99", 7.0, 1.0, "s", MOST)], stated=True)
-    assert (verdict(slow, [])["ok"], verdict(slow, [])["goal_met"]) == (True, False)
+    assert (result(slow, [])["ok"], result(slow, [])["goal_met"]) == (True, False)
     missing = Bar("j", "", lambda _: [Case("p99", None, 1.0, "s", MOST)], stated=True)
-    assert not verdict(missing, [])["ok"]
+    assert not result(missing, [])["ok"]
 
 
 def everything() -> list[Run]:
@@ -120,9 +120,9 @@ def everything() -> list[Run]:
     for relay, factor in ((0.0, 6.0), (50.0, 2.6)):
         for callers in (64, 256):
             where = {"relay_ms": relay, "callers": callers}
-            runs += rates("asyncio", factor * 1000, **where) + rates("door", 2500, **where)
+            runs += rates("asyncio", factor * 1000, **where) + rates("api", 2500, **where)
             runs += rates("old_best", 1000, **where) + rates("old", 700, **where)
-    for system, p50 in (("door", 1.2), ("old_best", 2.0), ("old", 1.9)):
+    for system, p50 in (("api", 1.2), ("old_best", 2.0), ("old", 1.9)):
         runs += rates(system, 500, callers=1, latencies={"p50": p50})
     for system, workers, rate in (("worker", 2, 20e3), ("bullmq", 2, 3e3), ("bullmq_pipelined", 2, 9.5e3)):
         runs += rates(system, rate, scenario="drain", workers=workers)
@@ -137,12 +137,12 @@ def everything() -> list[Run]:
     runs.append(Run("weigh", "worker", 1, figures={"bytes_foreign": 400.0, "bytes_ours": 700.0}))
     runs.append(Run("lone", "asyncio", 1, latencies={"p99": 7000.0}))
     figures = {"seconds": 0.5, "rss_mb": 70.0, "pss_mb": 60.0}
-    runs += [Run("start", system, 1, figures=figures) for system in ("client", "worker", "doors")]
+    runs += [Run("start", system, 1, figures=figures) for system in ("client", "worker", "api")]
     return runs
 
 
 def test_every_bar_is_read_from_the_runs() -> None:
-    found = verdicts(everything())
+    found = results(everything())
     assert "".join(found) == LETTERS
     assert {letter: (bar["value"], bar["goal"]) for letter, bar in found.items()} == {
         "a": (6.0, 5.0),
@@ -164,7 +164,7 @@ def test_every_bar_is_read_from_the_runs() -> None:
 
 
 def test_every_bar_is_in_the_file_even_if_nothing_was_measured() -> None:
-    found = json.loads(json.dumps(verdicts([])))
+    found = json.loads(json.dumps(results([])))
     assert "".join(found) == LETTERS
     assert all(bar["ok"] is False and bar["value"] is None for bar in found.values())
 
@@ -173,7 +173,7 @@ def test_every_bar_is_in_the_file_even_if_nothing_was_measured() -> None:
     ("letter", "spoil"),
     [
         ("a", lambda run: run.system == "asyncio" and run.relay_ms == 0.0 and run.callers == 256),
-        ("c", lambda run: run.system == "door" and run.callers == 64),
+        ("c", lambda run: run.system == "api" and run.callers == 64),
         ("e", lambda run: run.system == "worker" and run.workers == 2),
         ("g", lambda run: run.connections == 256),
         ("h", lambda run: run.backlog == 1_000_000),
@@ -182,7 +182,7 @@ def test_every_bar_is_in_the_file_even_if_nothing_was_measured() -> None:
 )
 def test_one_slow_case_makes_its_bar_short(letter: str, spoil: Callable[[Run], bool]) -> None:
     runs = [Run.read({**run.written(), "count": run.count // 2}) if spoil(run) else run for run in everything()]
-    found = verdicts(runs)
+    found = results(runs)
     assert not found[letter]["ok"]
     assert f"\n{letter}  short" in "\n" + table(found)
 
@@ -192,11 +192,11 @@ def test_memory_that_grows_with_the_backlog_makes_its_bar_short() -> None:
         Run.read({**run.written(), "figures": {"rss_mb": 100.0}}) if run.backlog == 1_000_000 else run
         for run in everything()
     ]
-    assert (verdicts(grown)["h"]["ok"], verdicts(grown)["h"]["value"]) == (False, 1.25)
+    assert (results(grown)["h"]["ok"], results(grown)["h"]["value"]) == (False, 1.25)
 
 
 def test_the_table_has_a_verdict_for_every_bar() -> None:
-    lines = table(verdicts(everything())).splitlines()
+    lines = table(results(everything())).splitlines()
     assert [line.split()[:2] for line in lines if line[0] != " "] == [[letter, "ok"] for letter in LETTERS]
 
 
@@ -217,7 +217,7 @@ def test_systems_take_turns(plan: Plan) -> None:
 
 def test_only_what_the_wanted_bars_need_is_measured() -> None:
     assert [each.bars for each in scenarios(QUICK, "fg")] == ["ef", "g"]
-    assert set(turns(FULL, "d", slow=False)) == {("door", 1), ("old_best", 1), ("old", 1)}
+    assert set(turns(FULL, "d", slow=False)) == {("api", 1), ("old_best", 1), ("old", 1)}
     assert {letter for each in scenarios(FULL, LETTERS) for letter in each.bars} == set(LETTERS)
 
 
@@ -257,7 +257,7 @@ class Named:
         return outcome
 
 
-VOID, GOOD = Run("ask", "door", 1, void="mails 2, codes 1"), Run("ask", "door", 1, count=5, seconds=1.0)
+VOID, GOOD = Run("ask", "api", 1, void="mails 2, codes 1"), Run("ask", "api", 1, count=5, seconds=1.0)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-// The old server's door: message.VarifyService/GetVarifyCode.
+// The old server's gRPC API: message.VarifyService/GetVarifyCode.
 'use strict';
 
 const grpc = require('@grpc/grpc-js');
