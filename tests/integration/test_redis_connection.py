@@ -362,7 +362,7 @@ def test_it_logs_in_as_the_url_s_user(redis: redis_py.Redis, redis_server: Redis
 @pytest.mark.parametrize(
     ("user", "kind"), [("", "NOAUTH"), (":wrong-secret@", "WRONGPASS"), ("nobody:wrong-secret@", "WRONGPASS")]
 )
-def test_a_refused_login_is_told_apart_without_the_password(
+def test_a_refused_login_is_an_error_of_its_own_without_the_password(
     user: str, kind: str, new_redis_server: Callable[..., RedisServer]
 ) -> None:
     server = new_redis_server(password="right-secret")
@@ -371,7 +371,7 @@ def test_a_refused_login_is_told_apart_without_the_password(
     assert str(caught.value) == (f"Redis refused the login ({kind}): check the user and password in VERIFY_REDIS_URL")
 
 
-def test_a_denied_command_is_told_apart(redis: redis_py.Redis, redis_server: RedisServer) -> None:
+def test_a_denied_command_is_an_error_of_its_own(redis: redis_py.Redis, redis_server: RedisServer) -> None:
     redis.acl_setuser("anna", enabled=True, passwords=["+secret"], commands=["+select"])
     [denied] = using(
         f"redis://anna:secret@127.0.0.1:{redis_server.port}", lambda connection: connection.run([("GET", "key")])
