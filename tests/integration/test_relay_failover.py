@@ -180,7 +180,7 @@ async def test_an_unhealthy_relay_is_skipped_probed_and_used_again(caplog: pytes
         await failover.close()
     own = [record for record in caplog.records if record.name == "worker.mail.failover"]
     assert [(record.levelname, record.getMessage()) for record in own] == [
-        ("WARNING", "the relay is unhealthy: RelayUnavailable at banner"),
+        ("WARNING", "the relay is unhealthy: no usable reply at banner"),
         ("INFO", "the relay is healthy again"),
     ]
     assert [record.__dict__["relay"] for record in own] == [preferred.url.masked()] * 2

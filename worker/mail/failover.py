@@ -136,7 +136,8 @@ class Relay:
             did = "refused the login" if error.step is Step.AUTH else "wants a login"
             logger.warning("the relay %s (%s): check VERIFY_RELAYS", did, error.code, extra={"relay": self.name})
         else:
-            why = error.reply or f"{type(error.__cause__ or error).__name__} at {error.step}"
+            cause = type(error.__cause__).__name__ if error.__cause__ else "no usable reply"
+            why = error.reply or f"{cause} at {error.step}"
             logger.warning("the relay is unhealthy: %s", why, extra={"relay": self.name})
 
     def _answered(self) -> None:

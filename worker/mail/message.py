@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -43,63 +44,36 @@ class AttemptObserver(Protocol):
         """The attempt has ended: `outcome` in a word; `error` None: the relay accepted the mail."""
 
 
+@dataclass(slots=True, eq=False)
 class Mail:
     """One mail on its way: the same object goes through failover, channel and connection, which keep their state here.
 
     A `RelayChannel` calls `finish` exactly once for each `send`.
     """
 
-    __slots__ = (
-        "attempt_deadline",
-        "attempt_done",
-        "before_data",
-        "connection_deadline",
-        "deadline",
-        "done",
-        "envelope",
-        "failures",
-        "is_probe",
-        "observer",
-        "relay",
-        "untried",
-        "was_busy",
-    )
+    envelope: Envelope
+    deadline: float  # loop time by which `done` is called
+    # Called when everything but the content has been sent, with a function to call once and soon with whether the
+    # content may follow. So the answers for many mails can be batched.
+    before_data: Callable[[Callable[[bool], None]], None]
+    # Called once with the outcome: None (accepted), a `MailError`, or what `before_data` raised
+    done: Callable[[Exception | None], None]
+    observer: AttemptObserver | None = None
 
-    # Set by failover
-    attempt_done: Callable[[Mail, Exception | None], None] | None  # None: without failover, an attempt is all
-    untried: Iterator[Relay]
-    relay: Relay  # of the current attempt
-    is_probe: bool  # whether the current attempt probes an unhealthy relay
-    failures: tuple[MailError, ...]  # of earlier attempts
-    # Set by a channel, for the current attempt; loop times
-    attempt_deadline: float
-    connection_deadline: float  # until when it may wait for a connection
-    was_busy: bool  # whether it was refused a connection (421) once
-
-    def __init__(
-        self,
-        envelope: Envelope,
-        deadline: float,
-        before_data: Callable[[Callable[[bool], None]], None],
-        done: Callable[[Exception | None], None],
-        observer: AttemptObserver | None = None,
-    ) -> None:
-        """`deadline`: loop time by which `done` is called.
-
-        `before_data` is called when everything but the content has been sent, with a function that takes whether the
-        content may follow; it is to be called once and soon, so that the answers for many mails can be batched. `done`
-        is called once with the outcome: None (accepted), a `MailError`, or what `before_data` raised.
-        """
-        self.envelope = envelope
-        self.deadline = deadline
-        self.before_data = before_data
-        self.done = done
-        self.observer = observer
-        self.attempt_done = None
+    # Failover's state
+    attempt_done: Callable[[Mail, Exception | None], None] | None = field(default=None, init=False)
+    untried: Iterator[Relay] = field(init=False)
+    relay: Relay = field(init=False)  # of the current attempt
+    is_probe: bool = field(init=False)  # whether the current attempt probes an unhealthy relay
+    failures: tuple[MailError, ...] = field(init=False)  # of earlier attempts
+    # The channel's state, for the current attempt; loop times
+    attempt_deadline: float = field(init=False)
+    connection_deadline: float = field(init=False)  # until when it may wait for a connection
+    was_busy: bool = field(init=False)  # whether it was refused a connection (421) once
 
     def finish(self, error: Exception | None) -> None:
         """Report the outcome of one attempt."""
-        if self.attempt_done is None:
+        if self.attempt_done is None:  # sent without failover
             self.done(error)
         else:
             self.attempt_done(self, error)
