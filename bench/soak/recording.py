@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from support.api_process import ApiProcess
+from support.monitoring import concrete, panels
 from support.process import free_port
 from support.prometheus_process import PrometheusProcess
-from support.watching import concrete, panels
 
 from bench.soak.callers import Callers
 from bench.soak.faults import WORKERS

@@ -17,11 +17,11 @@ import yaml
 from support import containers
 from support.api_process import ApiProcess
 from support.caller import address, message
+from support.monitoring import PROMETHEUS, RULES, names_in, queries, rules
 from support.process import eventually, free_port
 from support.prometheus_process import PrometheusProcess
 from support.rig import Rig
 from support.smtp_server import ScriptedServer, running
-from support.watching import PROMETHEUS, RULES, names_in, queries, rules
 
 pytestmark = pytest.mark.tools
 

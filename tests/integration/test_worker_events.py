@@ -1,4 +1,4 @@
-"""Our task events on a real Redis: what Celery's own dispatcher would publish, and what Celery's own receiver reads."""
+"""Our task events on a real Redis: the same that Celery's dispatcher publishes, and readable by Celery's receiver."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from worker.databases import Database
 from worker.job import Finished, Job
 
 DATABASE = 3
-# What must differ between two messages, or two events, of the same kind.
+# Fields that differ between two events of one kind.
 NEVER_THE_SAME = {"clock", "timestamp", "runtime"}
 
 
@@ -62,7 +62,7 @@ def job(request_id: str = "", email: str = "anna@example.com") -> Job:
 
 
 def run(server: RedisServer, use: Callable[[Events, RedisConnection], Coroutine[Any, Any, None]]) -> None:
-    """Run `use` with events whose link is open, as it is when there are requests."""
+    """Run `use` with events over an open connection, as there is one while requests come in."""
 
     async def main() -> None:
         async with RedisConnections() as redis:
@@ -84,7 +84,7 @@ def answered(*jobs: Job, error: ErrorCode | None = ErrorCode.SUCCESS) -> Finishe
     return [(job, error) for job in jobs]
 
 
-def test_what_we_publish_is_what_celerys_own_dispatcher_publishes(
+def test_events_are_published_as_celerys_dispatcher_does(
     redis_server: RedisServer, dispatcher: EventDispatcher, published: Listener
 ) -> None:
     first, second = job(), job(email="bob@example.com")
@@ -123,7 +123,7 @@ def test_what_we_publish_is_what_celerys_own_dispatcher_publishes(
     assert clocks == list(range(1, 13))
 
 
-def test_celerys_receiver_reads_them(redis_server: RedisServer, app: Celery, dispatcher: EventDispatcher) -> None:
+def test_celerys_receiver_reads_our_events(redis_server: RedisServer, app: Celery, dispatcher: EventDispatcher) -> None:
     task = job()
     read: list[dict[str, Any]] = []
     with app.connection_for_read() as connection:
@@ -150,7 +150,7 @@ def test_celerys_receiver_reads_them(redis_server: RedisServer, app: Celery, dis
     assert found.result == "{'email': 'a***@example.com', 'error': 6}"
 
 
-def test_many_leave_at_once_and_few_a_moment_later(
+def test_many_events_are_published_at_once_and_few_after_a_delay(
     redis_server: RedisServer, dispatcher: EventDispatcher, published: Listener
 ) -> None:
     async def use(events: Events, _: RedisConnection) -> None:
@@ -165,7 +165,7 @@ def test_many_leave_at_once_and_few_a_moment_later(
     assert [len(body(data)) for _, data in published.heard] == [events_module.FLUSH_AT, 3]
 
 
-def test_nothing_is_sent_that_nobody_wants(
+def test_no_events_are_published_while_disabled(
     redis_server: RedisServer, dispatcher: EventDispatcher, published: Listener
 ) -> None:
     said: list[str] = []
@@ -200,7 +200,7 @@ def test_nothing_is_sent_that_nobody_wants(
     assert events[-1]["type"] == "task-retried"  # of two: what could not be read has no id
 
 
-def test_a_buried_request_is_rejected_and_no_event_names_an_address(
+def test_a_dead_letter_is_a_rejected_task_and_no_event_has_an_address(
     redis_server: RedisServer, dispatcher: EventDispatcher, published: Listener
 ) -> None:
     secret = job("secret@example.com", "secret@example.com")
@@ -225,7 +225,7 @@ def test_a_buried_request_is_rejected_and_no_event_names_an_address(
     assert "secret" not in json.dumps(body(data))
 
 
-def test_without_redis_events_are_dropped_and_kept_nowhere(
+def test_without_redis_events_are_dropped(
     new_redis_server: Callable[..., RedisServer], dispatcher: EventDispatcher
 ) -> None:
     server = new_redis_server()
@@ -244,16 +244,16 @@ def test_without_redis_events_are_dropped_and_kept_nowhere(
     run(server, use)
 
 
-def test_events_come_again_after_redis_was_away(new_rig: Callable[..., Rig]) -> None:
+def test_events_resume_after_a_redis_restart(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig()
     rig.add_worker()
     rig.server.kill()
     rig.server.start()
 
-    def is_told() -> bool:
+    def request_has_events() -> bool:
         request_id = rig.caller.request(f"{uuid.uuid4().hex}@example.com")
         rig.caller.reply(request_id)
         time.sleep(2 * events_module.MAX_DELAY)
         return any(event["uuid"] == request_id for event in rig.events())
 
-    eventually(is_told)
+    eventually(request_has_events)

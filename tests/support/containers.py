@@ -1,4 +1,4 @@
-"""`Dockerfile` and `docker-compose.yml` as an engine would take them, for tests that have no engine."""
+"""`Dockerfile` and `docker-compose.yml` read and run without a container engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _VARIABLE: Final = re.compile(r"\$(?:\$|\{(\w+)(?:(:[-?])([^}]*))?\})")
 
 
 class VariableMissing(Exception):
-    """A variable without which compose starts nothing."""
+    """A required variable of the compose file is missing."""
 
 
 def compose(given: Mapping[str, str]) -> dict[str, Any]:
@@ -39,13 +39,13 @@ def compose(given: Mapping[str, str]) -> dict[str, Any]:
 
 
 def services(given: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
-    """Its services, by default as `.env.example` with the two passwords set makes them."""
+    """Its services; by default with the variables of `.env.example` and the two passwords."""
     found: dict[str, dict[str, Any]] = compose({**example(), **PASSWORDS} if given is None else given)["services"]
     return found
 
 
 def example() -> dict[str, str]:
-    """`.env.example` as a `.env`."""
+    """The variables of `.env.example`."""
     return {name: value or "" for name, value in dotenv_values(EXAMPLE).items()}
 
 
@@ -78,13 +78,13 @@ class Step(NamedTuple):
 
     @property
     def words(self) -> list[str]:
-        """What follows the word: a JSON list as that, else words as the shell sees them."""
+        """The instruction's arguments, from its JSON or its shell form."""
         listed: list[str] = json.loads(self.rest) if self.rest.startswith("[") else shlex.split(self.rest)
         return listed
 
 
 def stages() -> list[list[Step]]:
-    """The Dockerfile's instructions, stage by stage; each stage begins with its FROM."""
+    """The Dockerfile's instructions by stage; each stage begins with its FROM."""
     text = re.sub(r"^\s*#.*\n", "", DOCKERFILE.read_text("utf-8"), flags=re.MULTILINE)
     found: list[list[Step]] = []
     for line in text.replace("\\\n", " ").splitlines():
@@ -97,18 +97,18 @@ def stages() -> list[list[Step]]:
 
 
 def environment() -> dict[str, str]:
-    """What ENV sets in the image."""
+    """The variables that ENV sets in the image."""
     return dict(pair.split("=", 1) for step in stages()[-1] if step.word == "ENV" for pair in step.words)
 
 
 def copied() -> list[str]:
-    """What the Dockerfile copies out of the checkout."""
+    """What the Dockerfile copies from the checkout."""
     copies = [step.words for stage in stages() for step in stage if step.word == "COPY"]
     return [source for words in copies if not words[0].startswith("--from") for source in words[:-1]]
 
 
 def copy(name: str, to: Path) -> None:
-    """A file or a folder out of the checkout, as COPY does with what .dockerignore lets through."""
+    """Copy a file or folder from the checkout, as COPY does with what .dockerignore allows."""
     source, target = ROOT / name, to / name
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
@@ -168,7 +168,7 @@ class Host:
         return code
 
     def log(self, name: str) -> str:
-        """All that it said."""
+        """Its whole output."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
     def files(self) -> set[Path]:

@@ -19,7 +19,7 @@ class FlowerProcess(Process):
     def __init__(self, environment: Mapping[str, str]) -> None:
         """`environment`: that of a worker."""
         flower = [sys.executable, "-m", "celery", "-A", "worker.app", "flower"]
-        options = ["--port=0", f"--address={HOST}", "--debug=true", "--logging=debug"]
+        options = ["--port=0", f"--address={HOST}", "--debug=true", "--logging=debug", f"--conf={ROOT}/flowerconfig.py"]
         more = {"PYTHONPATH": str(ROOT), "FLOWER_UNAUTHENTICATED_API": "true"}
         super().__init__("flower", [*flower, *options], {**environment, **more})
         self.port = 0

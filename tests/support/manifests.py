@@ -1,4 +1,4 @@
-"""`deploy/kubernetes` as the real kustomize renders it, and the schemas it must fit."""
+"""`deploy/kubernetes` as kustomize renders it, and validation against Kubernetes' schemas."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ Object = dict[str, Any]
 
 
 class NotRendered(Exception):
-    """kustomize refused the folder."""
+    """kustomize refuses the folder."""
 
 
 def kustomize(folder: Path) -> str:
-    """What `kubectl apply -k folder` would send. Raises `NotRendered` with what kustomize said."""
+    """The objects of `kubectl apply -k folder`, as YAML. Raises `NotRendered` with kustomize's message."""
     command = [str(Path(sys.executable).parent / "kubectl"), "kustomize", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
@@ -44,7 +44,7 @@ def kustomize(folder: Path) -> str:
 
 @cache
 def rendered(overlay: str) -> tuple[Object, ...]:
-    """An overlay's objects: not to be changed."""
+    """An overlay's objects; do not change them."""
     return tuple(yaml.safe_load_all(kustomize(FOLDER / "overlays" / overlay)))
 
 
@@ -54,7 +54,7 @@ def of(overlay: str, kind: str) -> dict[str, Object]:
 
 
 def validate(thing: Mapping[str, Any], version: str = VERSIONS[-1]) -> None:
-    """Raises an error that tells what does not fit; a field that the schema lacks does not."""
+    """Raises if the object does not fit its schema, or has a field that the schema lacks."""
     if package := _MODELS.get(thing["apiVersion"]):
         # Imported by name: a type checker would read a megabyte of models for it.
         model = getattr(importlib.import_module(package), thing["kind"])
@@ -64,7 +64,7 @@ def validate(thing: Mapping[str, Any], version: str = VERSIONS[-1]) -> None:
 
 
 class Workload(NamedTuple):
-    """What makes pods, with its one container."""
+    """An object that creates pods, with its one container."""
 
     name: str
     labels: dict[str, str]
@@ -83,7 +83,7 @@ class Workload(NamedTuple):
                 yield kind, self.container[kind]
 
     def secret_files(self) -> dict[str, str]:
-        """Keys of the Secret that it is given as files, with the file's name; those that must be there."""
+        """The keys of the Secret that are mounted and not optional, with their file names."""
         sources = [
             source["secret"]
             for volume in self.pod.get("volumes", ())
@@ -93,7 +93,7 @@ class Workload(NamedTuple):
 
 
 def workloads(overlay: str) -> dict[str, Workload]:
-    """All that make pods, by name."""
+    """All workloads, by name."""
     found = {}
     for kind in ("Deployment", "StatefulSet"):
         for name, each in of(overlay, kind).items():
@@ -104,12 +104,12 @@ def workloads(overlay: str) -> dict[str, Workload]:
 
 
 def selected(overlay: str, selector: Mapping[str, str]) -> list[Workload]:
-    """Whose pods have all these labels."""
+    """Workloads whose pods have all these labels."""
     return [each for each in workloads(overlay).values() if selector.items() <= each.labels.items()]
 
 
 def environment(overlay: str, name: str, secret: Mapping[str, str]) -> dict[str, str]:
-    """What a container of ours is told, the image's own variables included."""
+    """The environment of one of our containers, with the image's own variables."""
     container = workloads(overlay)[name].container
     found = containers.environment()
     for source in container.get("envFrom", ()):
@@ -120,14 +120,14 @@ def environment(overlay: str, name: str, secret: Mapping[str, str]) -> dict[str,
 
 
 def write_secrets(to: Path, workload: Workload, secret: Mapping[str, str]) -> None:
-    """The files that its pod has of the Secret."""
+    """Write the files that its pod mounts from the Secret."""
     to.mkdir(parents=True, exist_ok=True)
     for key, path in workload.secret_files().items():
         (to / path).write_text(secret[key], encoding="utf-8")
 
 
 def new_secret() -> Object:
-    """A Secret as the overlay `try` makes it."""
+    """A Secret made by the overlay `try`."""
     script = FOLDER / "overlays" / "try" / "secret.sh"
     done = subprocess.run(["sh", script], capture_output=True, text=True, timeout=120, check=True)
     made: Object = yaml.safe_load(done.stdout)

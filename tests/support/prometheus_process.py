@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import yaml
 
+from support.monitoring import PROMETHEUS, RULES
 from support.process import HOST, START_TIMEOUT, WAIT_TIMEOUT, Process, free_port
-from support.watching import PROMETHEUS, RULES
 
 
 class PrometheusProcess(Process):

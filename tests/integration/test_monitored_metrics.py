@@ -8,8 +8,8 @@ import httpx
 import pytest
 from support.api_process import ApiProcess
 from support.caller import address
+from support.monitoring import ITS_OWN, OF_TARGETS, OPERATORS, asked, names_in, queries, rules, shown
 from support.rig import Rig
-from support.watching import ITS_OWN, OF_TARGETS, OPERATORS, asked, names_in, queries, rules, shown
 
 RECORDED = {rule.name for rule in rules() if not rule.alert}
 

@@ -1,4 +1,4 @@
-"""What watches: the rules of `deploy/prometheus`, the dashboard of `deploy/grafana`, and what they ask for."""
+"""The rules of `deploy/prometheus`, the dashboard of `deploy/grafana`, and the metrics and labels that they use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RULES: Final = ("recording.rules.yml", "alerts.rules.yml")
 DASHBOARD: Final = ROOT / "deploy" / "grafana" / "verifyserver.json"
 OPERATORS: Final = ROOT / "docs" / "operations.md"
 
-# What Prometheus adds to all it scrapes, and makes by itself.
+# Labels that Prometheus adds to all it scrapes, and metrics of its own.
 OF_TARGETS: Final = frozenset({"job", "instance"})
 ITS_OWN: Final = {"up": frozenset[str](), "ALERTS": frozenset({"alertname", "alertstate"})}
 _NAME: Final = re.compile(r"(?<![\w:\"])(?:verify(?:_\w+|:[\w:]+)|process_\w+|up|ALERTS)(?![\w(])")
@@ -36,7 +36,7 @@ class Rule(NamedTuple):
 
 
 def rules() -> list[Rule]:
-    """All of them, in their order."""
+    """All rules, in order."""
     found = []
     for name in RULES:
         for group in yaml.safe_load((PROMETHEUS / name).read_text("utf-8"))["groups"]:
@@ -48,7 +48,7 @@ def rules() -> list[Rule]:
 
 
 def alerts() -> list[Rule]:
-    """Those that fire."""
+    """The alerting rules."""
     return [rule for rule in rules() if rule.alert]
 
 
@@ -59,17 +59,17 @@ def dashboard() -> dict[str, Any]:
 
 
 def panels() -> list[dict[str, Any]]:
-    """Its panels from the top, rows left out."""
+    """Its panels from the top, without rows."""
     return [panel for panel in dashboard()["panels"] if panel["type"] != "row"]
 
 
 def concrete(expr: str, window: str = "1m") -> str:
-    """A panel's expression as Grafana sends it with every variable at All."""
+    """A panel's expression with every variable set to All."""
     return re.sub(r"\$(?!__)\w+", ".*", expr.replace("$__rate_interval", window))
 
 
 def queries() -> dict[str, str]:
-    """Every expression of rules and dashboard, by where it is."""
+    """Every expression of rules and dashboard, by its place."""
     found = {f"rule {rule.name}": rule.expr for rule in rules()}
     for panel in panels():
         for target in panel["targets"]:
@@ -78,12 +78,12 @@ def queries() -> dict[str, str]:
 
 
 def names_in(text: str) -> set[str]:
-    """Metrics that a text names."""
+    """Metrics named in a text."""
     return set(_NAME.findall(text))
 
 
 def asked(expr: str) -> dict[str, set[str]]:
-    """By metric: labels that an expression selects it by, or groups and matches it by."""
+    """By metric: labels by which an expression selects, groups or matches it."""
     found: dict[str, set[str]] = {name: set() for name in names_in(expr)}
     for name, inside in _SELECTOR.findall(expr):
         found[name] |= set(_LABELS.findall(inside))

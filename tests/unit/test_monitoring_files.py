@@ -1,5 +1,4 @@
-"""Rules, dashboard and the page for operators fit each other and the settings. promtool's part is in
-tests/integration/test_prometheus.py."""
+"""Rules, dashboard and docs/operations.md agree with each other and the settings; see also test_prometheus.py."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from typing import Any, Final
 import pytest
 import yaml
 from support import doc_pages as pages
-from support.watching import OPERATORS, PROMETHEUS, ROOT, Rule, alerts, asked, dashboard, panels, rules
+from support.monitoring import OPERATORS, PROMETHEUS, ROOT, Rule, alerts, asked, dashboard, panels, rules
 
 from producer.contract import ErrorCode
 from producer.settings import Settings
@@ -18,7 +17,7 @@ DEFAULTS: Final = Settings()
 PAGE: Final = OPERATORS.read_text("utf-8")
 ALERTS: Final = alerts()
 UNITS: Final = {"short", "s", "percentunit", "reqps", "ops", "bytes"}
-KINDS: Final = {"stat", "timeseries", "heatmap", "state-timeline"}  # none that Grafana calls deprecated
+KINDS: Final = {"stat", "timeseries", "heatmap", "state-timeline"}  # Grafana deprecates none of these
 
 
 def of_alerts(name: str) -> Rule:
@@ -27,7 +26,7 @@ def of_alerts(name: str) -> Rule:
 
 
 @pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule.name)
-def test_an_alert_says_what_is_wrong_how_bad_it_is_and_where_to_read_on(rule: Rule) -> None:
+def test_an_alert_has_severity_summary_description_and_runbook(rule: Rule) -> None:
     assert rule.labels in ({"severity": "critical"}, {"severity": "warning"})
     assert rule.annotations.keys() == {"summary", "description", "runbook_url"}
     path, _, anchor = rule.annotations["runbook_url"].partition("#")
@@ -38,7 +37,7 @@ def test_an_alert_says_what_is_wrong_how_bad_it_is_and_where_to_read_on(rule: Ru
         assert label in {name for names in asked(rule.expr).values() for name in names} | {"job", "instance"}
 
 
-def test_the_page_has_a_section_on_every_alert_and_on_no_other() -> None:
+def test_the_page_has_one_section_for_each_alert() -> None:
     sections = re.findall(r"^### (VerifyServer\w+)\n\n\*(\w+)\.\*", PAGE, re.MULTILINE)
     assert dict(sections) == {rule.name: rule.labels["severity"] for rule in ALERTS}
     assert len(sections) == len(ALERTS)
@@ -63,7 +62,7 @@ def test_links_on_the_page_lead_somewhere() -> None:
 
 
 @pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule.name)
-def test_an_alert_is_seen_to_fire_and_to_be_silent(rule: Rule) -> None:
+def test_rule_tests_see_each_alert_fire_and_be_silent(rule: Rule) -> None:
     fires = silent = 0
     for path in (PROMETHEUS / "tests").glob("*.yml"):
         for case in yaml.safe_load(path.read_text("utf-8"))["tests"]:
@@ -103,21 +102,21 @@ def test_the_dashboard_names_error_codes_as_the_table_does() -> None:
     assert shown == {str(int(error)): f"{int(error)} {error.title}" for error in ErrorCode if error < 1000}
 
 
-def test_what_is_recorded_is_used_and_the_other_way_round() -> None:
+def test_recording_rules_are_used_and_used_ones_exist() -> None:
     recorded = {rule.name for rule in rules() if not rule.alert}
     used = {name for rule in ALERTS for name in asked(rule.expr)}
     used |= {name for panel in panels() for target in panel["targets"] for name in asked(target["expr"])}
     assert {name for name in used if ":" in name} == recorded
 
 
-def test_the_whole_queues_figures_are_never_added_up() -> None:
+def test_figures_of_the_whole_queue_are_never_summed() -> None:
     whole = r"verify_(?:queue_\w+|workers|dead_letters|broker_up)\b"
     for expr in [rule.expr for rule in rules()] + [t["expr"] for panel in panels() for t in panel["targets"]]:
         assert not re.search(rf"\b(?:sum|avg|count)\b[^()]*(?:\([^()]*\))? ?\([^()]*{whole}", expr), expr
 
 
 @pytest.mark.parametrize("panel", panels(), ids=lambda panel: panel["title"])
-def test_a_panel_can_be_read(panel: dict[str, Any]) -> None:
+def test_a_panel_is_complete(panel: dict[str, Any]) -> None:
     assert panel["type"] in KINDS
     assert panel["title"]
     assert panel["description"].endswith(".")
@@ -135,7 +134,7 @@ def test_a_panel_can_be_read(panel: dict[str, Any]) -> None:
         assert len(panel["fieldConfig"]["defaults"]["thresholds"]["steps"]) >= 2
 
 
-def test_titles_and_numbers_are_there_once_and_panels_do_not_overlap() -> None:
+def test_panels_have_unique_ids_and_titles_and_do_not_overlap() -> None:
     whole = dashboard()["panels"]
     for key in ("id", "title"):
         found = [panel[key] for panel in whole]
@@ -149,7 +148,7 @@ def test_titles_and_numbers_are_there_once_and_panels_do_not_overlap() -> None:
         taken |= cells
 
 
-def test_the_dashboard_asks_for_variables_and_not_for_one_installation() -> None:
+def test_the_dashboard_depends_on_no_installation() -> None:
     found = dashboard()
     assert [each["name"] for each in found["templating"]["list"]] == ["datasource", "instance", "relay"]
     assert found["schemaVersion"] >= 41
@@ -160,7 +159,7 @@ def test_the_dashboard_asks_for_variables_and_not_for_one_installation() -> None
     assert provided["datasources"][0]["jsonData"]["timeInterval"] == scrape
 
 
-def test_jobs_that_rules_go_by_are_those_that_are_scraped() -> None:
+def test_rules_refer_to_scraped_jobs() -> None:
     configuration = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text("utf-8"))
     jobs = {job["job_name"] for job in configuration["scrape_configs"]}
     assert jobs == {"verify-worker", "verify-api"}
