@@ -1,4 +1,4 @@
-"""The demo shows what is true, says what is not, and leaves nothing running, however it ends."""
+"""The demo verifies each step, reports a failure, and leaves nothing running, however it ends."""
 
 from __future__ import annotations
 

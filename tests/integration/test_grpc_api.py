@@ -1,4 +1,4 @@
-"""The gRPC door, as a process in front of a real Redis server and a stand-in for the worker."""
+"""The gRPC API in a process of its own, with a real Redis server and a fake worker."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ REPLY_TIMEOUT = 8  # seconds: a test waits for it, and on a loaded machine it mu
 
 
 @pytest.fixture(scope="module")
-def doors(redis_server: RedisServer) -> Iterator[ApiProcess]:
+def api(redis_server: RedisServer) -> Iterator[ApiProcess]:
     settings = {"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_REPLY_TIMEOUT": str(REPLY_TIMEOUT)}
-    with ApiProcess(settings) as doors:
-        yield doors
+    with ApiProcess(settings) as api:
+        yield api
 
 
-def in_flight(doors: ApiProcess) -> float:
-    return doors.metric("verify_api_requests_in_flight", protocol="grpc")
+def in_flight(api: ApiProcess) -> float:
+    return api.metric("verify_api_requests_in_flight", protocol="grpc")
 
 
 def compiled(directory: Path) -> descriptor_pb2.FileDescriptorProto:
@@ -73,98 +73,98 @@ def test_the_names_and_numbers_are_the_old_servers() -> None:
     }
 
 
-class TestAsking:
+class TestRequest:
     @pytest.mark.parametrize("error", range(7))
     def test_every_answer_of_the_worker_comes_through_and_never_a_code(
-        self, doors: ApiProcess, redis_server: RedisServer, error: int
+        self, api: ApiProcess, redis_server: RedisServer, error: int
     ) -> None:
         with FakeWorker(redis_server, error=lambda _: error):
-            said = doors.call(A)
+            said = api.call(A)
         assert (said.error, said.email, said.code) == (error, A, "")
 
     @pytest.mark.parametrize("email", [" A@b.example ", "ü@例子.example", "a\u0000@b", "nobody", "x" * 10_000])
-    def test_the_address_comes_back_as_given(self, doors: ApiProcess, redis_server: RedisServer, email: str) -> None:
+    def test_the_address_comes_back_as_given(self, api: ApiProcess, redis_server: RedisServer, email: str) -> None:
         with FakeWorker(redis_server):
-            assert doors.call(email).email == email
+            assert api.call(email).email == email
 
-    def test_an_empty_message_is_no_address(self, doors: ApiProcess) -> None:
-        assert doors.call_raw(b"") == GetVarifyRsp(error=3).SerializeToString()
+    def test_an_empty_message_is_an_invalid_address(self, api: ApiProcess) -> None:
+        assert api.call_raw(b"") == GetVarifyRsp(error=3).SerializeToString()
 
-    def test_unknown_fields_are_ignored(self, doors: ApiProcess, redis_server: RedisServer) -> None:
+    def test_unknown_fields_are_ignored(self, api: ApiProcess, redis_server: RedisServer) -> None:
         unknown = b"\x12\x03abc\x98\x06\x07"  # field 2, a string; field 99, a number
         with FakeWorker(redis_server):
-            answer = doors.call_raw(unknown + GetVarifyReq(email=A).SerializeToString())
+            answer = api.call_raw(unknown + GetVarifyReq(email=A).SerializeToString())
         assert GetVarifyRsp.FromString(answer).error == 0
 
-    def test_without_deadline_and_worker_there_is_an_answer(self, doors: ApiProcess) -> None:
+    def test_without_deadline_and_worker_there_is_an_answer(self, api: ApiProcess) -> None:
         began = time.monotonic()
-        assert doors.call(A).error == 6
+        assert api.call(A).error == 6
         assert time.monotonic() - began >= REPLY_TIMEOUT
 
-    def test_a_crowd(self, doors: ApiProcess, redis_server: RedisServer) -> None:
+    def test_a_crowd(self, api: ApiProcess, redis_server: RedisServer) -> None:
         emails = [f"u{i}@example.com" for i in range(500)]
         with (
             FakeWorker(redis_server, error=lambda kwargs: int(kwargs["email"][1:-12]) % 6) as worker,
             ThreadPoolExecutor(64) as pool,
         ):
-            said = list(pool.map(doors.call, emails))
+            said = list(pool.map(api.call, emails))
         assert [(each.email, each.error) for each in said] == [(email, i % 6) for i, email in enumerate(emails)]
         assert len(worker.taken) == 500
 
 
 class TestBadInput:
     @pytest.mark.parametrize("message", [b"\xff", b"\x0a\x05a", b"\x0a\x02\xff\xfe", b"\x0b"])
-    def test_what_is_no_message(self, doors: ApiProcess, message: bytes) -> None:
+    def test_a_malformed_message(self, api: ApiProcess, message: bytes) -> None:
         with pytest.raises(grpc.RpcError) as raised:
-            doors.call_raw(message)
+            api.call_raw(message)
         assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
-    def test_5_megabytes(self, doors: ApiProcess) -> None:
+    def test_5_megabytes(self, api: ApiProcess) -> None:
         with pytest.raises(grpc.RpcError) as raised:
-            doors.call("x" * 5_000_000)
+            api.call("x" * 5_000_000)
         assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert doors.call("nobody").error == 3
+        assert api.call("nobody").error == 3
 
-    def test_other_methods(self, doors: ApiProcess) -> None:
+    def test_other_methods(self, api: ApiProcess) -> None:
         with pytest.raises(grpc.RpcError) as raised:
-            doors.call_raw(b"", method="GetCode")
+            api.call_raw(b"", method="GetCode")
         assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
-    def test_a_cancelled_call_leaves_nothing(self, doors: ApiProcess, redis_server: RedisServer) -> None:
-        calls = [doors.stub.future(GetVarifyReq(email=A)) for _ in range(50)]
-        eventually(lambda: in_flight(doors) == 50)
+    def test_a_cancelled_call_leaves_nothing(self, api: ApiProcess, redis_server: RedisServer) -> None:
+        calls = [api.stub.future(GetVarifyReq(email=A)) for _ in range(50)]
+        eventually(lambda: in_flight(api) == 50)
         for call in calls:
             call.cancel()
-        eventually(lambda: in_flight(doors) == 0)
+        eventually(lambda: in_flight(api) == 0)
         with FakeWorker(redis_server):
-            assert doors.call(A).error == 0
+            assert api.call(A).error == 0
 
-    def test_a_deadline_shorter_than_ours_leaves_nothing(self, doors: ApiProcess) -> None:
+    def test_a_deadline_shorter_than_ours_leaves_nothing(self, api: ApiProcess) -> None:
         for _ in range(3):
             with pytest.raises(grpc.RpcError) as raised:
-                doors.call(A, timeout=0.1)
+                api.call(A, timeout=0.1)
             assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        eventually(lambda: in_flight(doors) == 0)
+        eventually(lambda: in_flight(api) == 0)
 
-    def test_a_client_that_goes_away(self, doors: ApiProcess) -> None:
-        with grpc.insecure_channel(f"127.0.0.1:{doors.grpc_port}") as channel:
+    def test_a_client_that_goes_away(self, api: ApiProcess) -> None:
+        with grpc.insecure_channel(f"127.0.0.1:{api.grpc_port}") as channel:
             call = channel.unary_unary(
                 f"/{SERVICE}/{METHOD}", GetVarifyReq.SerializeToString, GetVarifyRsp.FromString
             ).future(GetVarifyReq(email=A))
-            eventually(lambda: in_flight(doors) == 1)
+            eventually(lambda: in_flight(api) == 1)
         assert call.done()
-        eventually(lambda: in_flight(doors) == 0)
+        eventually(lambda: in_flight(api) == 0)
 
 
 class TestStandardServices:
-    def test_health(self, doors: ApiProcess) -> None:
-        stub = health_pb2_grpc.HealthStub(doors.channel)
+    def test_health(self, api: ApiProcess) -> None:
+        stub = health_pb2_grpc.HealthStub(api.channel)
         for service in ("", SERVICE):
             said = stub.Check(health_pb2.HealthCheckRequest(service=service))
             assert said.status == health_pb2.HealthCheckResponse.SERVING
 
-    def test_reflection_describes_all(self, doors: ApiProcess) -> None:
-        stub = reflection_pb2_grpc.ServerReflectionStub(doors.channel)
+    def test_reflection_describes_all(self, api: ApiProcess) -> None:
+        stub = reflection_pb2_grpc.ServerReflectionStub(api.channel)
         requests = [reflection_pb2.ServerReflectionRequest(list_services="")]
         [listed] = stub.ServerReflectionInfo(iter(requests))
         names = [service.name for service in listed.list_services_response.service]

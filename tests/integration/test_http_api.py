@@ -40,7 +40,7 @@ def _empty(redis: redis_py.Redis) -> None:
     """The shared server is empty at first."""
 
 
-class TestAsking:
+class TestRequest:
     @pytest.mark.parametrize(
         "email",
         [
@@ -166,7 +166,7 @@ class TestMalformed:
     @pytest.mark.parametrize(
         "junk", [b"\x16\x03\x01\x02\x00\x01\x00", b"GET\r\n\r\n", b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n"]
     )
-    def test_what_is_no_http(self, api: ApiProcess, junk: bytes) -> None:
+    def test_what_is_not_http(self, api: ApiProcess, junk: bytes) -> None:
         with api.knock(junk) as connection:
             status, _, body = answer_of(connection)
         assert (status, json.loads(body)["error"]) == (400, 1001)
@@ -205,13 +205,13 @@ class TestTooLarge:
             reader.join(60)
         assert answers == [413]
 
-    def test_a_length_that_is_none(self, api: ApiProcess) -> None:
+    def test_a_malformed_length(self, api: ApiProcess) -> None:
         for length in (b"99999999999999999999999999", b"-1", b"1e3", "²".encode()):
             with api.knock(request_bytes(ASK, b"").replace(b"Length: 0", b"Length: " + length)) as connection:
                 assert answer_of(connection)[0] in {400, 413}
 
 
-class TestChecking:
+class TestCheck:
     def test_the_right_code_works_once(self, api: ApiProcess, redis: redis_py.Redis) -> None:
         redis.set("code_" + A, "123456", ex=60)
         assert [api.check(A, code) for code in ("000000", "123456 ", "123456", "123456")] == [
@@ -245,12 +245,12 @@ class TestChecking:
             assert api.check(email, "1") == {"error": 1003, "email": email}
 
 
-class TestLooking:
+class TestProbesAndDocs:
     def test_healthz(self, api: ApiProcess) -> None:
         assert api.http.get("/healthz").json() == {"status": "ok"}
         assert api.http.head("/healthz").status_code == 200
 
-    def test_readyz_wants_a_worker(self, api: ApiProcess, redis_server: RedisServer) -> None:
+    def test_readyz_needs_a_worker(self, api: ApiProcess, redis_server: RedisServer) -> None:
         answer = api.http.get("/readyz")
         parts = {"broker": True, "results": True, "codes": True, "workers": 0, "leaving": False}
         assert (answer.status_code, answer.json()) == (503, {"ready": False, **parts})
@@ -306,9 +306,7 @@ class TestLooking:
 
 
 class TestOverload:
-    def test_a_full_queue_is_said_at_once_and_nothing_is_added(
-        self, api: ApiProcess, redis_server: RedisServer
-    ) -> None:
+    def test_a_full_queue_is_4_and_nothing_is_added(self, api: ApiProcess, redis_server: RedisServer) -> None:
         with redis_server.client(1) as broker:
             broker.lpush("verification", *(["x"] * 600))
             broker.hset("verification.parked", mapping={str(i): "x" for i in range(401)})
@@ -351,7 +349,7 @@ class TestSlowClients:
             for each in silent:
                 each.close()
 
-    def test_half_a_request_is_sent_away(self, api: ApiProcess, redis_server: RedisServer) -> None:
+    def test_half_a_request_times_out(self, api: ApiProcess, redis_server: RedisServer) -> None:
         half = request_bytes(ASK, b"x" * 100)[:-50]
         *heads, body = [api.knock(said) for said in (b"", b"POST /get", b"\r\n", half)]
         with FakeWorker(redis_server):
@@ -389,7 +387,7 @@ class TestSlowClients:
                 data += connection.recv(65536)
         assert data.count(b"HTTP/1.1 200") == 3
 
-    def test_a_client_that_would_rather_speak_http2(self, api: ApiProcess, redis_server: RedisServer) -> None:
+    def test_a_client_that_asks_for_http2(self, api: ApiProcess, redis_server: RedisServer) -> None:
         upgrade = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAARAAAAA")
         body = json.dumps({"email": A}).encode()
         whole = request_bytes(ASK, body, *upgrade)
