@@ -88,3 +88,20 @@ def test_a_timeout_of_the_client_itself_is_not_swallowed() -> None:
 
     with pytest.raises(TimeoutError):
         asyncio.run(ask())
+
+
+def test_a_caller_that_cancels_is_not_answered() -> None:
+    async def ask() -> None:
+        wait = RelayWatch(cast(Readiness, FakeReadiness(1))).wait()
+
+        async def request() -> Reply:
+            await asyncio.sleep(3600)
+            raise AssertionError
+
+        task = asyncio.create_task(wait.reply(request()))
+        await asyncio.sleep(0)
+        task.cancel()
+        await task
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(ask())
