@@ -1,4 +1,4 @@
-"""Who asks in a soak: the blocking client, the asyncio client, raw LPUSH, a stock Celery app; each at a steady pace."""
+"""The callers of a soak, at a steady rate: blocking client, asyncio client, raw LPUSH and a stock Celery app."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from producer.settings import Settings
 from worker.celery_side.redis_urls import broker_form, connect
 
 HOST: Final = "soak.example"
-POPULAR: Final = 12  # addresses that are asked for again and again, by several at once
-POPULAR_FOR: Final = 120.0  # seconds after which others take their place: well within the life of a code
-AGAIN: Final = 0.2  # seconds between two tries of one push
+POPULAR: Final = 12  # addresses that several callers ask for again and again
+POPULAR_FOR: Final = 120.0  # seconds until other addresses take their place: well within the life of a code
+AGAIN: Final = 0.2  # seconds between two attempts of one push
 _FAILED: Final = (redis.RedisError, RedisUnavailable, OperationalError, OSError)
 
 
@@ -55,24 +55,24 @@ class Callers:
             thread.start()
 
     def stop(self) -> None:
-        """Ask no more; who waits for an answer gets it first."""
+        """Ask no more; callers that wait for an answer get it first."""
         self._stopping.set()
         for thread in self._threads:
             thread.join(30)
 
-    def last(self, records: list[Record]) -> None:
-        """These, one after the other; then hang up."""
+    def ask_last(self, records: list[Record]) -> None:
+        """Ask for these, one after the other; then hang up."""
         with self._client:
             for record in records:
                 record.at = time.monotonic()
-                self.told(record, self._client.request(record.email).error)
+                self.answered(record, self._client.request(record.email).error)
 
     def address(self, name: str) -> str:
-        """One that no other request has."""
+        """An address that no other request has."""
         return f"{name}.{uuid.uuid4().hex[:10]}@{HOST}"
 
     def _some_address(self, chance: random.Random, name: str) -> str:
-        """One of its own, or a popular one."""
+        """A new address, or a popular one."""
         if chance.random() < 0.7:
             return self.address(name)
         era = int((time.monotonic() - self.ledger.began) / POPULAR_FOR)
@@ -81,8 +81,8 @@ class Callers:
     def _paced(self, chance: random.Random, name: str) -> bool:
         return not self._stopping.wait(chance.uniform(0.5, 1.5) * self._pause[name])
 
-    def insist(self, record: Record, push: Callable[[], object]) -> None:
-        """Push under one id until Redis acknowledges it, as a caller does; the last seconds of a soak excepted."""
+    def push_until_acknowledged(self, record: Record, push: Callable[[], object]) -> None:
+        """Push under one id until Redis acknowledges it, for a minute at most."""
         until = time.monotonic() + 60
         while True:
             try:
@@ -95,11 +95,11 @@ class Callers:
                 record.acknowledged = True
                 return
 
-    def told(self, record: Record, error: int) -> None:
-        """A caller that waits has its answer."""
+    def answered(self, record: Record, error: int) -> None:
+        """Record the answer that a waiting caller got."""
         self.slowest = max(self.slowest, time.monotonic() - record.at)
-        record.told = error
-        # Redis may have the request even so; if it is answered, it must have been.
+        record.answer = error
+        # After error 1, Redis may have the request or not.
         record.acknowledged = error != 1
 
     def _blocking(self, number: int) -> None:
@@ -108,11 +108,11 @@ class Callers:
         while self._paced(chance, "blocking"):
             if chance.random() < 0.5:
                 record = self.ledger.asking(self.address("blocking"), "VerificationClient.request")
-                self.told(record, client.request(record.email).error)
+                self.answered(record, client.request(record.email).error)
             else:
                 known = str(uuid.uuid4())
                 record = self.ledger.asking(self._some_address(chance, "enqueue"), "VerificationClient.enqueue", known)
-                self.insist(record, lambda r=record, i=known: client.enqueue(r.email, request_id=i))  # type: ignore[misc]  # bound at once
+                self.push_until_acknowledged(record, lambda r=record, i=known: client.enqueue(r.email, request_id=i))  # type: ignore[misc]  # bound at once
 
     async def _asynchronous(self) -> None:
         async with AsyncVerificationClient(self._settings) as client:
@@ -124,10 +124,10 @@ class Callers:
         while not self._stopping.is_set():
             await asyncio.sleep(chance.uniform(0.5, 1.5) * self._pause["asyncio"])
             record = self.ledger.asking(self.address("asyncio"), "AsyncVerificationClient.request")
-            self.told(record, (await client.request(record.email)).error)
+            self.answered(record, (await client.request(record.email)).error)
 
     def raw_client(self) -> redis.Redis:
-        """Of the broker database; never retries."""
+        """A client of the broker database that never retries."""
         return connect(self._settings.broker_url, timeout=2)
 
     def _raw(self) -> None:
@@ -141,7 +141,7 @@ class Callers:
         """LPUSH messages of one request, in one command."""
         email = json.loads(base64.b64decode(envelopes[0]["body"]))[1]["email"]
         record = self.ledger.asking(email, "LPUSH", envelopes[0]["headers"]["id"])
-        self.insist(record, lambda: client.lpush(QUEUE, *(json.dumps(each) for each in envelopes)))
+        self.push_until_acknowledged(record, lambda: client.lpush(QUEUE, *(json.dumps(each) for each in envelopes)))
 
     def _celery(self) -> None:
         chance = random.Random(f"{self._seed} celery")
@@ -152,13 +152,13 @@ class Callers:
         while self._paced(chance, "celery"):
             known = str(uuid.uuid4())
             record = self.ledger.asking(self._some_address(chance, "celery"), "Celery.send_task", known)
-            self.insist(record, lambda r=record, i=known: self._send_task(app, r.email, i))  # type: ignore[misc]  # bound at once
+            self.push_until_acknowledged(record, lambda r=record, i=known: self._send_task(app, r.email, i))  # type: ignore[misc]  # bound at once
 
     @staticmethod
     def _send_task(app: Celery, email: str, request_id: str) -> None:
-        # Nobody waits for the result here: the ledger hears what is published.
+        # Nobody waits for the result here: the ledger listens to what is published.
         app.send_task(TASK, kwargs={"email": email}, task_id=request_id, queue=QUEUE, ignore_result=True)
 
 
-# How many of each, and which part of the load is theirs.
+# How many callers of each kind, and their share of the load.
 SHARES: Final = {"blocking": (4, 0.3), "asyncio": (30, 0.35), "raw": (1, 0.2), "celery": (1, 0.15)}

@@ -62,7 +62,7 @@ class StockWorker(WorkerProcess):
 
 @dataclass
 class Counted:
-    """What came of it."""
+    """The counts of one run."""
 
     asked: int = 0
     replies: int = 0
@@ -77,7 +77,7 @@ class Counted:
     ended: bool = False  # the process did, by itself
 
     def cells(self) -> str:
-        """Of the table."""
+        """Its row of the table."""
         alive = "yes" if self.serves else "**no**, ended" if self.ended else "**no**, runs and serves nothing"
         lost = f"**{self.lost}**" if self.lost else "0"
         second = f"{self.second} ({self.alike} alike)" if self.second else "0"
@@ -87,7 +87,7 @@ class Counted:
 
 
 class Side:
-    """A stage with one of the two workers on it."""
+    """A deployment with one of the two workers."""
 
     def __init__(self, who: str, **options: Any) -> None:
         self.who = who
@@ -97,7 +97,7 @@ class Side:
         self.start_worker()
 
     def start_worker(self) -> None:
-        """One more."""
+        """Start a worker."""
         kind = StockWorker if self.who == STOCK else WorkerProcess
         self.worker = kind(self.rig.settings, log_level="INFO")
         self.rig._stack.callback(self.worker.close)
@@ -127,13 +127,13 @@ class Side:
                 return
 
     def restart_killed(self) -> None:
-        """A supervisor's part."""
+        """Start the worker again, as a supervisor does."""
         eventually(lambda: not self.worker.alive)
         time.sleep(SUPERVISED)
         self.start_worker()
 
     def count(self) -> Counted:
-        """Wait until all have their reply, or the patience is at its end; then count."""
+        """Wait until every request has its reply, or the timeout is over; then count."""
         deadline = time.monotonic() + TIMEOUT
         while len(self._final()) < len(self.ids) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -162,7 +162,7 @@ class Side:
         return counted
 
     def _final(self) -> dict[str, bool]:
-        """Whether each reply says Success. Stock Celery also stores that it will try again: that is none."""
+        """Whether each final reply is Success. Stock Celery also stores RETRY, which is not final."""
         stored = {each: self.rig.caller.stored(each) for each in self.ids.values()}
         return {
             each: meta["status"] == "SUCCESS" and meta["result"]["error"] == 0
@@ -181,7 +181,7 @@ Fault = Callable[[Side], None]
 
 @dataclass(frozen=True)
 class Scenario:
-    """A fault, done to both."""
+    """A fault that both get."""
 
     name: str
     why: str
@@ -223,10 +223,10 @@ def _killed_at(step: str, text: str) -> Fault:
 def killed_under_load(side: Side) -> None:
     """Five times, with 50 requests a second."""
     for part in range(ROUNDS):
-        killer = threading.Timer(0.4 + part * 0.013, side.worker.kill)
-        killer.start()
+        kill = threading.Timer(0.4 + part * 0.013, side.worker.kill)
+        kill.start()
         side.push(40, every=0.02)
-        killer.join()
+        kill.join()
         side.restart_killed()
 
 
@@ -369,7 +369,7 @@ SCENARIOS: Final = [
     ),
     Scenario(
         "relay says 451 for 5 s",
-        "Both retry. Stock Celery holds a waiting retry in the worker and in `unacked`; ours parks it in Redis.",
+        "Both retry. Stock Celery holds a waiting retry in the worker and in `unacked`; ours keeps it in Redis.",
         relay_busy,
         {},
     ),
@@ -384,7 +384,7 @@ SCENARIOS: Final = [
 
 
 def run(scenario: Scenario, who: str) -> Counted:
-    """Once, on servers of its own."""
+    """Run it once, on servers of its own."""
     side = Side(who, relay=ScriptedServer(scenario.relay), **scenario.options)
     with contextlib.closing(side.rig):
         scenario.do(side)
@@ -395,7 +395,7 @@ def run(scenario: Scenario, who: str) -> Counted:
 
 
 def conditions() -> str:
-    """Of the runs."""
+    """The conditions of the runs, for the page."""
     names = ("celery", "kombu", "redis", "hiredis")
     packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     return (
@@ -409,7 +409,7 @@ def conditions() -> str:
 def main() -> None:
     """Print the page's table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="scenarios whose name has this in it")
+    parser.add_argument("--only", default="", help="only scenarios whose name contains this")
     parser.add_argument("--report", type=Path, help="write the table here too")
     options = parser.parse_args()
     head = [

@@ -1,4 +1,4 @@
-"""A primary that is replaced under load: what is lost, what is sent twice, how long nothing is served.
+"""Replaces a Redis primary under load: what is lost, what is sent twice, how long nothing is served.
 
 `.venv/bin/python -m bench.soak failover --runs 10 killed` prints the counts.
 """
@@ -28,26 +28,28 @@ from producer.settings import Settings
 
 GIVE_UP_AFTER: Final = 60
 BEFORE: Final = 3.0  # seconds of load before the fault
-CALM: Final = 6.0  # seconds of load after service is there again
-WINDOW: Final = 1.0  # seconds before the fault whose writes may not have reached the replica: asynchronous
-NOTICED: Final = 4.0  # seconds after the sentinels' word in which our own connections go over, on a busy machine too
-DEMOTED: Final = 90.0  # seconds until the sentinels have made a replica of it; on a full machine 30 were not enough
+CALM: Final = 6.0  # seconds of load after the failover
+WINDOW: Final = 1.0  # seconds before the fault whose writes may not have reached the replica
+NOTICED: Final = 4.0  # seconds after the sentinels' announcement in which our connections move, on a busy machine too
+DEMOTED: Final = (
+    90.0  # seconds until the sentinels have made the old primary a replica, on a busy machine too
+)
 BEHIND: Final = 0.5  # seconds
 BATCH: Final = 500
 
 _OTHERS: Final = {"LPUSH", "Celery.send_task"}
-# What the ledger calls a broken promise, and the loss of a primary's last writes explains.
+# Violations in the ledger that the loss of a primary's last writes explains.
 _LOST, _REPLIES = "lost: acknowledged, and never answered", "a second reply"
-_CODES: Final = ("two codes for", "two codes under one id")  # the first one was lost, or is another primary's
+_CODES: Final = ("two codes for", "two codes under one id")  # the first one was lost with its primary
 
 
 @dataclass
 class Outcome:
-    """Of one run."""
+    """The counts of one run."""
 
     asked: int = 0
     acknowledged: int = 0
-    told_away: int = 0  # callers who were told RedisErr
+    redis_err: int = 0  # callers that were answered RedisErr
     lost: int = 0  # acknowledged, never answered, and nowhere on the new primary
     lost_by_others: int = (
         0  # of these, by callers with a library that asks the sentinels when it connects, and not again
@@ -62,7 +64,7 @@ class Outcome:
     def row(self) -> str:
         """For a table."""
         return (
-            f"| {self.asked} | {self.acknowledged} | {self.told_away} | {self.lost} | {self.lost_by_others} "
+            f"| {self.asked} | {self.acknowledged} | {self.redis_err} | {self.lost} | {self.lost_by_others} "
             f"| {self.doubled} | {self.codes_gone} | {self.without:.1f} s | {self.longest:.1f} s |"
         )
 
@@ -74,25 +76,25 @@ HEAD: Final = (
 
 
 class Failover:
-    """One stage, one fault, one count."""
+    """One deployment, one fault, one count."""
 
-    def __init__(self, watched: SentinelServers, *, a_second: float = 100, workers: int = 2, seed: int = 1) -> None:
+    def __init__(self, servers: SentinelServers, *, a_second: float = 100, workers: int = 2, seed: int = 1) -> None:
         self.ledger = Ledger(GIVE_UP_AFTER)
         self.rig = Rig(
-            sentinels=watched,
+            sentinels=servers,
             relay=Relay(self.ledger),
             visibility_timeout=3,
             give_up_after=GIVE_UP_AFTER,
             resend_cooldown=2,
         )
-        self.watched = watched
+        self.servers = servers
         self.rig.caller.listener.heard = unkept(lambda _: None)
         self.rig._events.heard = unkept(lambda _: None)
-        # Each server is heard by itself: a replica says again what its primary says.
-        self._listeners = [Listener(server.url(2), f"{META}*") for server in watched.servers]
+        # It listens to each server: a replica repeats what its primary publishes.
+        self._listeners = [Listener(server.url(2), f"{META}*") for server in servers.servers]
         for listener in self._listeners:
             listener.heard = unkept(lambda heard: self.ledger.replied(*heard))
-        self.callers = Callers(self.ledger, Settings(redis_url=watched.url(), locale="en"), seed, a_second)
+        self.callers = Callers(self.ledger, Settings(redis_url=servers.url(), locale="en"), seed, a_second)
         try:
             self.rig.add_workers(workers)
         except BaseException:
@@ -100,14 +102,14 @@ class Failover:
             raise
 
     def run(self, fault: Callable[[SentinelServers], object]) -> Outcome:
-        """Load, the fault, load again, silence; what came of it."""
+        """Load, the fault, load again, silence; the counts."""
         self.callers.start()
         time.sleep(BEFORE)
-        old = self.watched.primary
+        old = self.servers.primary
         began = time.monotonic()
         window = self.ledger.begin("Redis: primary", "replaced", doubts=True)
-        fault(self.watched)
-        self.watched.wait_for_another(old)
+        fault(self.servers)
+        self.servers.wait_for_another(old)
         named = time.monotonic()
         time.sleep(NOTICED)
         self.ledger.end(window)
@@ -120,7 +122,7 @@ class Failover:
         return self._count(began, named + NOTICED, demoted if old.pid else named)
 
     def _settle(self) -> None:
-        """Until nothing is left anywhere, read also the replies of which nothing was heard."""
+        """Wait until nothing is left anywhere, and read the replies that were not heard."""
         for client in (self.rig.results, self.rig.broker):
             client.connection_pool.disconnect()  # it may still be on the old primary
         deadline = time.monotonic() + GIVE_UP_AFTER
@@ -138,17 +140,17 @@ class Failover:
             time.sleep(0.5)
 
     def _count(self, began: float, noticed: float, demoted: float) -> Outcome:
-        """`demoted`: when the old primary takes no writes any more."""
+        """`demoted`: when the old primary stops taking writes."""
 
         def explained(record: Record) -> bool:
             return began - WINDOW < record.at < (demoted if record.how in _OTHERS else min(noticed, demoted))
 
         ledger = self.ledger
-        ledger.judge()
+        ledger.check()
         found = Outcome(
             asked=len(ledger.records),
             acknowledged=sum(record.acknowledged for record in ledger.records),
-            told_away=sum(record.told == 1 for record in ledger.records),
+            redis_err=sum(record.answer == 1 for record in ledger.records),
             doubled=sum(ledger.doubles.values()),
             longest=self.callers.slowest,
         )
@@ -173,7 +175,7 @@ class Failover:
     def _gone(self) -> list[Record]:
         mailed = [record for record in self.ledger.records if record.error == 0 and record.mails]
         found = []
-        with self.watched.client() as codes:
+        with self.servers.client() as codes:
             for start in range(0, len(mailed), BATCH):
                 some = mailed[start : start + BATCH]
                 live = codes.mget([f"code_{record.email}" for record in some])
@@ -181,9 +183,9 @@ class Failover:
         return found
 
     def ask_once_more(self) -> Record:
-        """One request after all, with its answer."""
+        """One more request, with its answer."""
         record = self.ledger.asking(self.callers.address("last"), "VerificationClient.request")
-        self.callers.last([record])
+        self.callers.ask_last([record])
         return record
 
     def close(self) -> None:
@@ -193,43 +195,43 @@ class Failover:
         self.rig.close()
 
 
-def killed(watched: SentinelServers) -> None:
+def killed(servers: SentinelServers) -> None:
     """The primary dies."""
-    watched.primary.kill()
+    servers.primary.kill()
 
 
-def cut_off(watched: SentinelServers) -> None:
-    """The primary's network goes half a second before itself: what it still acknowledges reaches no replica."""
-    with watched.others[0].client() as replica:
-        assert replica.info("replication")["master_port"] == watched.proxy.port, "the sentinels have mended the way"
-    watched.proxy.mode = HOLE
+def cut_off(servers: SentinelServers) -> None:
+    """The primary loses its network, and dies half a second later: what it still acknowledges reaches no replica."""
+    with servers.others[0].client() as replica:
+        assert replica.info("replication")["master_port"] == servers.proxy.port, "the sentinels have bypassed the proxy"
+    servers.proxy.mode = HOLE
     time.sleep(BEHIND)
-    watched.primary.kill()
+    servers.primary.kill()
 
 
-def frozen(watched: SentinelServers) -> None:
-    """The primary falls silent, its connections stay; after its replacement it comes back, and believes it is one."""
-    primary = watched.primary
+def frozen(servers: SentinelServers) -> None:
+    """The primary hangs, its connections stay; after its replacement it resumes, and still acts as primary."""
+    primary = servers.primary
     primary.pause()
-    watched.wait_for_another(primary)
+    servers.wait_for_another(primary)
     primary.resume()
 
 
-def planned(watched: SentinelServers) -> None:
-    """An operator has it replaced, as Redis' sentinels do it."""
-    watched.fail_over()
+def planned(servers: SentinelServers) -> None:
+    """An operator orders the failover, as Redis' sentinels do it."""
+    servers.fail_over()
 
 
-def coordinated(watched: SentinelServers) -> None:
-    """An operator has it replaced, as Valkey's sentinels can since 9.0: the primary itself hands over."""
-    watched.fail_over("COORDINATED")
+def coordinated(servers: SentinelServers) -> None:
+    """An operator orders it, as Valkey's sentinels do it since 9.0: the primary itself hands over."""
+    servers.fail_over("COORDINATED")
 
 
 FAULTS: Final = {each.__name__: each for each in (killed, cut_off, frozen, planned, coordinated)}
 
 
 def servers_for(fault: str, guard: tuple[str, ...] = ()) -> SentinelServers:
-    """What this fault wants to happen to."""
+    """The servers that this fault needs."""
     return SentinelServers(
         replicas=2 if guard else 1, options=guard, proxy=TcpProxy if fault == cut_off.__name__ else None
     )

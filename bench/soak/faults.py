@@ -1,4 +1,4 @@
-"""The faults of a soak: which there are, when each comes, and how it is done. One seed, one schedule."""
+"""The faults of a soak: which there are, when each begins, and how it is made. One seed, one schedule."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import redis
-from faults.test_poison import from_field
 from support.caller import QUEUE, message
+from support.malformed import malformed_messages
 from support.rig import Rig
 from support.smtp_server import Act, Drop, Last, Mail, ScriptedServer, Silence, Slowly
 from support.tcp_proxy import HOLE, MUTE, PASS, STALL, TRICKLE, TcpProxy
@@ -28,15 +28,15 @@ from bench.soak.ledger import Ledger, Scanner
 
 WORKERS: Final = 3
 MINUTE: Final = 60.0  # seconds
-CALM: Final = 12.0  # of each minute: no fault begins, to see how fast replies are then
+CALM: Final = 12.0  # seconds of each minute in which no fault begins, to measure how fast replies are
 EVERY: Final = (1.0, 4.0)  # seconds between two faults
-LINGERS: Final = 2.0  # seconds after Redis' return until a worker has surely told it what it sent meanwhile
+LINGERS: Final = 2.0  # seconds after Redis' return until a worker has surely written what it sent meanwhile
 EXIT_WITHIN: Final = 15.0  # seconds after SIGTERM
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A fault. `seconds`: how long it lasts, from and to; `doubts`: promise 3 names it; `where`: what it is done to."""
+    """A fault. `where`: its targets; `seconds`: how long it lasts; `doubts`: promise 3 permits a second mail."""
 
     name: str
     where: tuple[str, ...]
@@ -46,7 +46,7 @@ class Kind:
 
 
 _WORKERS = tuple(f"worker {i}" for i in range(WORKERS))
-_BEHIND = _WORKERS[1:]  # the first one has no proxy before Redis
+_BEHIND_PROXIES = _WORKERS[1:]  # the first one connects to Redis without a proxy
 _RELAYS = ("relay 0", "relay 0", "relay 1", "relays 0 and 1")
 KINDS: Final = (
     Kind("worker: kill -9", _WORKERS, (0.2, 2), True, 4),
@@ -55,24 +55,24 @@ KINDS: Final = (
     Kind("Redis: kill -9", ("Redis",), (0.2, 3), True, 3),
     Kind("Redis: SIGSTOP", ("Redis",), (1, 5), True),
     Kind("Redis: CLIENT KILL", ("Redis",), (0, 0), False, 3),
-    Kind("way to Redis: reset", _BEHIND, (0, 0), False),
-    Kind("way to Redis: stall", _BEHIND, (1, 4), True),
-    Kind("way to Redis: half open", _BEHIND, (1, 4), True),
-    Kind("way to Redis: half open, one way", _BEHIND, (1, 3), True),
-    Kind("way to Redis: trickle", _BEHIND, (1, 4), True),
-    Kind("way to relay: reset", _RELAYS, (0, 0), True),
-    Kind("way to relay: stall", _RELAYS, (1, 6), True),
-    Kind("way to relay: half open", _RELAYS, (1, 4), True),
-    Kind("way to relay: trickle", _RELAYS, (1, 4), True),
+    Kind("network to Redis: reset", _BEHIND_PROXIES, (0, 0), False),
+    Kind("network to Redis: stall", _BEHIND_PROXIES, (1, 4), True),
+    Kind("network to Redis: half open", _BEHIND_PROXIES, (1, 4), True),
+    Kind("network to Redis: half open, one way", _BEHIND_PROXIES, (1, 3), True),
+    Kind("network to Redis: trickle", _BEHIND_PROXIES, (1, 4), True),
+    Kind("network to relay: reset", _RELAYS, (0, 0), True),
+    Kind("network to relay: stall", _RELAYS, (1, 6), True),
+    Kind("network to relay: half open", _RELAYS, (1, 4), True),
+    Kind("network to relay: trickle", _RELAYS, (1, 4), True),
     Kind("relay: down", _RELAYS, (1, 6), True),
     Kind("relay: 421", _RELAYS, (1, 5), False),
     Kind("relay: 451 at RCPT", _RELAYS, (1, 5), False),
-    Kind("relay: 451 after the dot", _RELAYS, (1, 5), False),
+    Kind("relay: 451 after the final dot", _RELAYS, (1, 5), False),
     Kind("relay: silent", _RELAYS, (1, 5), True),
     Kind("relay: hangs up at DATA", _RELAYS, (1, 3), False),
-    # Text and final dot leave in one write: who sent them cannot know that the dot was not read.
+    # Text and final dot leave in one write, so the sender cannot know that the dot was not read.
     Kind("relay: hangs up in mid-DATA", _RELAYS, (1, 3), True, 1),
-    Kind("relay: hangs up after the dot", _RELAYS, (0.5, 2), True),
+    Kind("relay: hangs up after the final dot", _RELAYS, (0.5, 2), True),
     Kind("relay: one byte a second", _RELAYS, (1, 4), True),
     Kind("poison", ("queue",), (0, 0), False, 3),
     Kind("same id twice", ("queue",), (0, 0), False, 4),
@@ -83,18 +83,18 @@ _MODES: Final = {"stall": STALL, "half open": HOLE, "half open, one way": MUTE, 
 _SCRIPTS: Final[dict[str, dict[str, Act]]] = {
     "421": {"banner": Last("421 4.7.0 later"), "mail": Last("421 4.7.0 later")},
     "451 at RCPT": {"rcpt": "451 4.3.0 later"},
-    "451 after the dot": {"dot": "451 4.3.0 later"},
+    "451 after the final dot": {"dot": "451 4.3.0 later"},
     "silent": {"banner": Silence(), "dot": Silence()},
     "hangs up at DATA": {"data": Drop()},
     "hangs up in mid-DATA": {"content": Drop()},
-    "hangs up after the dot": {"dot": Drop()},
+    "hangs up after the final dot": {"dot": Drop()},
     "one byte a second": {"mail": Slowly("250 2.1.0 ok", 1), "dot": Slowly("250 2.0.0 ok", 1)},
 }
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedFault:
-    """One fault of the schedule; `dice` seeds what it draws when it comes."""
+    """One fault of the schedule; `dice` seeds its own random choices."""
 
     at: float
     kind: str
@@ -104,7 +104,7 @@ class PlannedFault:
 
 
 def schedule(seed: int, seconds: float) -> list[PlannedFault]:
-    """The same for the same seed, and for a longer run the same at its beginning."""
+    """The faults of a run. The same seed gives the same faults; a longer run begins like a shorter one."""
     chance = random.Random(seed)
     planned: list[PlannedFault] = []
     at = 3.0
@@ -122,24 +122,24 @@ def schedule(seed: int, seconds: float) -> list[PlannedFault]:
 
 
 class _Unkept(list[Any]):
-    """What a server would keep is told to someone instead, or to nobody."""
+    """A list that stays empty: each item goes to a function instead, or nowhere."""
 
-    def __init__(self, tell: Callable[[Any], object] | None = None) -> None:
+    def __init__(self, take: Callable[[Any], object] | None = None) -> None:
         super().__init__()
-        self._tell = tell
+        self._take = take
 
     def append(self, item: Any) -> None:
-        if self._tell is not None:
-            self._tell(item)
+        if self._take is not None:
+            self._take(item)
 
 
-def unkept(tell: Callable[[Any], object]) -> list[Any]:
-    """A list that stays empty."""
-    return _Unkept(tell)
+def unkept(take: Callable[[Any], object]) -> list[Any]:
+    """A list that stays empty, and hands each item to `take`."""
+    return _Unkept(take)
 
 
 class Relay(ScriptedServer):
-    """Tells the ledger of its mails, and keeps none."""
+    """An SMTP server that reports its mails to the ledger, and keeps none."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()
@@ -154,27 +154,27 @@ class Relay(ScriptedServer):
         self._loop = asyncio.get_running_loop()
         await super().start(port)
 
-    def say(self, acts: dict[str, Act]) -> None:
-        """From now on, play these acts too."""
+    def script_steps(self, acts: dict[str, Act]) -> None:
+        """From now on, answer these steps so."""
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self.script.update, acts)
 
-    def unsay(self, acts: dict[str, Act]) -> None:
-        """No more."""
+    def unscript_steps(self, acts: dict[str, Act]) -> None:
+        """Answer these steps as usual again."""
         assert self._loop is not None
         for step in acts:
             self._loop.call_soon_threadsafe(self.script.pop, step, None)
 
     def _whole(self, mail: Mail) -> None:
-        # Called as the final dot came, before the reply is chosen, with nothing in between.
+        # Called when the final dot has come, right before the reply is chosen.
         act = self.script.get("dot", "250")
         if not (isinstance(act, str) and act.startswith("4")):
             self._ledger.whole(mail)
 
 
 class FaultRunner:
-    """Plays a schedule. What is done to one part is done in its order, on a thread of its own that lives to the end:
-    a worker ends with the thread that started it."""
+    """Makes the faults of a schedule. Those of one part come in order, on a thread of its own that lives to the end: a
+    worker ends with the thread that started it."""
 
     def __init__(
         self,
@@ -187,12 +187,12 @@ class FaultRunner:
     ) -> None:
         self._rig, self._ledger, self._scanner, self._askers = stage, ledger, scanner, callers
         self._relays, self._logs = relays, logs
-        self._ways: dict[str, TcpProxy] = {}
+        self._proxies: dict[str, TcpProxy] = {}
         self.workers: dict[str, WorkerProcess] = {}
         self._read: dict[WorkerProcess, int] = {}
         self.done: Counter[str] = Counter()
         parts = (*_WORKERS, "Redis", "relays", "queue")
-        self._hands = {part: ThreadPoolExecutor(1, part) for part in parts}
+        self._threads = {part: ThreadPoolExecutor(1, part) for part in parts}
         self._queue = callers.raw_client()
         self._futures: list[Future[None]] = []
         self.binds: dict[str, str] = {}  # where a worker serves its metrics; else on any free port
@@ -201,15 +201,15 @@ class FaultRunner:
 
     # Workers
 
-    def start_workers(self, ways: list[TcpProxy]) -> None:
+    def start_workers(self, proxies: list[TcpProxy]) -> None:
         """All of them; the first one without a proxy."""
-        self._ways = dict(zip(_BEHIND, ways, strict=True))
-        for future in [self._hands[name].submit(self._start, name) for name in _WORKERS]:
+        self._proxies = dict(zip(_BEHIND_PROXIES, proxies, strict=True))
+        for future in [self._threads[name].submit(self._start, name) for name in _WORKERS]:
             future.result(60)
 
     def _start(self, name: str) -> None:
-        way = self._ways.get(name)
-        url = f"redis://127.0.0.1:{way.port}" if way else self._rig.server.url()
+        proxy = self._proxies.get(name)
+        url = proxy.url() if proxy else self._rig.server.url()
         bind = self.binds.get(name, self._rig.settings["VERIFY_METRICS_BIND"])
         settings = {**self._rig.settings, "VERIFY_REDIS_URL": url, "VERIFY_METRICS_BIND": bind}
         worker = WorkerProcess(settings, log_level="DEBUG")
@@ -217,7 +217,7 @@ class FaultRunner:
         self._read[worker] = 0
         self.started += 1
         worker.start(wait=False)
-        # Not ready while Redis is away, and that is not its fault.
+        # It is not ready while Redis is away, and that is no violation.
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline and b" ready." not in worker.log_path.read_bytes():
             if not worker.alive:
@@ -226,7 +226,7 @@ class FaultRunner:
             time.sleep(0.05)
 
     def _retire(self, name: str) -> None:
-        """Read the rest of the log of a worker that ended, and forget it."""
+        """Read the rest of the log of a worker that has ended, and drop it."""
         worker = self.workers.pop(name)
         self._look_through(worker, last=True)
         if self._logs is not None:
@@ -248,9 +248,9 @@ class FaultRunner:
                 log.seek(self._read[worker])
 
     def look(self) -> None:
-        """At logs, memory, and whether all live that should. Called now and then."""
+        """Read logs and memory, and check that every worker runs that should. Called now and then."""
         for name, worker in list(self.workers.items()):
-            self._hands[name].submit(self._look_at, name, worker).result(60)
+            self._threads[name].submit(self._look_at, name, worker).result(60)
 
     def _look_at(self, name: str, worker: WorkerProcess) -> None:
         if self.workers.get(name) is not worker:
@@ -268,23 +268,23 @@ class FaultRunner:
 
     # The schedule
 
-    def play(self, fault: PlannedFault) -> None:
-        """Begin a fault, behind those that are still under way at the same part."""
+    def begin(self, fault: PlannedFault) -> None:
+        """Begin a fault, after those that are still under way at the same part."""
         self._futures = [each for each in self._futures if not each.done()]
         part = "relays" if fault.where.startswith("relay") else fault.where
-        self._futures.append(self._hands[part].submit(self._play, fault))
+        self._futures.append(self._threads[part].submit(self._run, fault))
 
-    def _play(self, fault: PlannedFault) -> None:
+    def _run(self, fault: PlannedFault) -> None:
         kind = _BY_NAME[fault.kind]
         window = self._ledger.begin(kind.name, fault.where, doubts=kind.doubts)
         group, _, what = kind.name.partition(": ")
         try:
             self._do(fault, group, what)
             self.done[kind.name] += 1
-        except Exception as exc:  # noqa: BLE001 - whatever it is, the soak goes on, and does not pass
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the soak goes on, and fails at its end
             self._ledger.violated(f"the fault {kind.name} could not be done: {exc!r}")
         finally:
-            if group in {"Redis", "way to Redis"} and kind.doubts:
+            if group in {"Redis", "network to Redis"} and kind.doubts:
                 time.sleep(LINGERS)
             self._ledger.end(window)
 
@@ -294,10 +294,10 @@ class FaultRunner:
                 self._worker(fault, what)
             case "Redis":
                 self._redis(fault, what)
-            case "way to Redis":
-                self._way([self._ways[fault.where]], fault, what)
-            case "way to relay":
-                self._way([proxy for _, proxy in self._chosen(fault)], fault, what)
+            case "network to Redis":
+                self._network([self._proxies[fault.where]], fault, what)
+            case "network to relay":
+                self._network([proxy for _, proxy in self._chosen(fault)], fault, what)
             case "relay":
                 self._relay(fault, what)
             case _:
@@ -305,7 +305,7 @@ class FaultRunner:
 
     def _worker(self, fault: PlannedFault, what: str) -> None:
         worker = self.workers[fault.where]
-        if not worker.alive:  # `look` tells of it
+        if not worker.alive:  # `look` reports it
             return
         if what.startswith("SIGSTOP"):
             worker.pause()
@@ -343,12 +343,12 @@ class FaultRunner:
                 for each in chance.sample(clients, min(len(clients), chance.randint(1, 8))):
                     client.client_kill_filter(_id=each, skipme=True)
 
-    def _way(self, proxies: list[TcpProxy], fault: PlannedFault, what: str) -> None:
+    def _network(self, proxies: list[TcpProxy], fault: PlannedFault, what: str) -> None:
         for proxy in proxies:
             proxy.mode = _MODES.get(what, PASS)
         time.sleep(fault.seconds)
         for proxy in proxies:
-            if what != STALL:  # that one only comes late; the others have lost or cut what was said
+            if what != STALL:  # a stall only delays; the others have lost data
                 proxy.reset()
             proxy.mode = PASS
 
@@ -365,60 +365,60 @@ class FaultRunner:
                 proxy.admit()
             return
         for relay, _ in chosen:
-            relay.say(_SCRIPTS[what])
+            relay.script_steps(_SCRIPTS[what])
         time.sleep(fault.seconds)
         for relay, _ in chosen:
-            relay.unsay(_SCRIPTS[what])
+            relay.unscript_steps(_SCRIPTS[what])
 
     def _messages(self, fault: PlannedFault) -> None:
         chance = random.Random(fault.dice)
         count = chance.randint(1, 6)
         if fault.kind == "poison":
-            known = list(from_field().values())
-            self._bury([chance.choice(known) for _ in range(count)])
+            known = list(malformed_messages().values())
+            self._push_malformed([chance.choice(known) for _ in range(count)])
         elif fault.kind == "same id twice":
             for _ in range(count):
                 envelope = message({"email": self._askers.address("twice")})
                 self._askers.push_raw(self._queue, envelope, *[envelope] * chance.randint(1, 3))
-            # And ids that have long been answered: the cooldown is over, and there is still no second mail.
+            # And ids that were answered long ago: the cooldown is over, and still there is no second mail.
             old = [record for record in self._ledger.some_answered(count, chance) if record.request_id]
             again = [message({"email": record.email}, request_id=record.request_id) for record in old]
             with contextlib.suppress(redis.RedisError):
                 if again:
                     self._queue.lpush(QUEUE, *(json.dumps(each) for each in again))
         else:
-            stolen = [
-                message({"email": self._askers.address("thief")}, request_id=record.request_id)
+            reused = [
+                message({"email": self._askers.address("reused")}, request_id=record.request_id)
                 for record in self._ledger.some_answered(count, chance)
             ]
-            self._bury([json.dumps(each).encode() for each in stolen])
+            self._push_malformed([json.dumps(each).encode() for each in reused])
 
-    def _bury(self, messages: list[bytes]) -> None:
-        """Push what must end among the dead letters; once, as a second push would be a second letter."""
+    def _push_malformed(self, messages: list[bytes]) -> None:
+        """Push messages that must be dead-lettered; only once, as a second push would be a second dead letter."""
         if not messages:
             return
         try:
             self._queue.lpush(QUEUE, *messages)
         except redis.ConnectionError as exc:
-            # Refused is certain; else they may be on the queue.
+            # Only a refused connection is certain; otherwise they may be on the queue.
             self._ledger.expect_dead(0, 0 if "refused" in str(exc) else len(messages))
         except redis.RedisError:
             self._ledger.expect_dead(0, len(messages))
         else:
             self._ledger.expect_dead(len(messages), len(messages))
 
-    def lift(self) -> None:
-        """Let every fault end."""
+    def wait(self) -> None:
+        """Return when every fault has ended."""
         for future in self._futures:
             future.result(90)
 
     def close(self) -> None:
-        """End the workers, and read what is left of their logs."""
+        """End the workers, and read the rest of their logs."""
         for name, worker in list(self.workers.items()):
             if worker.alive:
                 worker.resume()
                 worker.kill()
             self._retire(name)
-        for hands in self._hands.values():
-            hands.shutdown(wait=False, cancel_futures=True)
+        for threads in self._threads.values():
+            threads.shutdown(wait=False, cancel_futures=True)
         self._queue.close()

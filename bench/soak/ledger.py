@@ -1,6 +1,6 @@
-"""What was asked, sent and answered in a soak, request by request; and whether the promises held.
+"""What a soak asked, sent and answered, request by request, and whether the promises held.
 
-Some hundred bytes a request: mails, replies and logs are read once, as they come, and not kept.
+It takes some hundred bytes a request: mails, replies and logs are read once, as they come, and not kept.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from support.caller import META
 from support.rig import code_in, reference, reference_in
 from support.smtp_server import Mail
 
-KEPT: Final = 3300.0  # seconds after which a stored reply is not looked for any more: it lives for an hour
+KEPT: Final = 3300.0  # seconds for which a stored reply is looked for: it lives for an hour
 SAMPLE: Final = 20_000  # latencies that are kept
-CALM: Final = 3.0  # seconds after a fault that still belong to it
-DECODED: Final = 32_768  # bytes of each part of a log that are also looked at as base64
-BEFORE: Final = 1.0  # seconds before a mail came whole from which a fault may have concerned it
-AFTER: Final = 2.0  # and after, within which its acceptance is surely recorded if nothing is broken
+CALM: Final = 3.0  # seconds after a fault that still count as part of it
+DECODED: Final = 32_768  # bytes of each part of a log that are also decoded as base64
+BEFORE: Final = 1.0  # seconds before a mail came whole in which a fault may concern it
+AFTER: Final = 2.0  # and after it: by then its acceptance is recorded, if nothing is broken
 _NEVER: Final = float("inf")
 
 
 @dataclass(slots=True)
 class Window:
-    """A fault: from when to when, and whether promise 3 names it (a second mail is permitted then)."""
+    """A fault: from when to when, and whether promise 3 permits a second mail for it."""
 
     kind: str
     where: str
@@ -43,7 +43,7 @@ class Window:
 
 @dataclass(slots=True)
 class Sent:
-    """A mail that came whole, and to which the relay has not said no."""
+    """A mail that came whole and that the relay did not refuse."""
 
     at: float
     code: int
@@ -51,21 +51,21 @@ class Sent:
 
 @dataclass(slots=True)
 class Record:
-    """One request. Without an id it is one of a client that picks ids by itself; its address is then its own."""
+    """One request. Clients that pick ids themselves give none; no other request then has its address."""
 
     email: str
     how: str
     at: float
     request_id: str | None = None
     acknowledged: bool = False
-    told: int | None = None  # what the caller was told
+    answer: int | None = None  # what the caller was answered
     error: int | None = None  # what was published or stored
     answered_at: float = 0.0
     mails: list[Sent] = field(default_factory=list)
 
 
 class Ledger:
-    """Every thread of the soak writes here."""
+    """The record of a soak; any thread may write to it."""
 
     def __init__(self, give_up_after: float) -> None:
         """`give_up_after`: seconds after which error 6 needs no other reason."""
@@ -93,7 +93,7 @@ class Ledger:
     # Faults
 
     def begin(self, kind: str, where: str, *, doubts: bool) -> Window:
-        """A fault begins."""
+        """Record that a fault begins."""
         with self._lock:
             window = Window(kind, where, doubts, time.monotonic())
             self.windows.append(window)
@@ -102,20 +102,20 @@ class Ledger:
         return window
 
     def end(self, window: Window) -> None:
-        """It is over."""
+        """Record that it is over."""
         with self._lock:
             window.end = self._last_end = time.monotonic()
             self._active -= 1
 
     def violated(self, what: str, record: Record | None = None) -> None:
-        """A promise was broken."""
+        """Record a broken promise."""
         with self._lock:
             self.violations.append(what + (f"\n{self.story(record)}" if record else ""))
 
     # Requests
 
     def asking(self, email: str, how: str, request_id: str | None = None) -> Record:
-        """Someone is about to ask."""
+        """Record that a caller is about to ask."""
         record = Record(email, how, time.monotonic(), request_id)
         with self._lock:
             self.records.append(record)
@@ -135,7 +135,7 @@ class Ledger:
             record.mails.append(Sent(at, int(code_in(mail))))
 
     def whole(self, mail: Mail) -> None:
-        """A mail came whole, and was not refused."""
+        """Record a mail that came whole and was not refused."""
         code = int(code_in(mail))
         now = time.monotonic()
         with self._lock:
@@ -154,12 +154,12 @@ class Ledger:
                 self.violated(f"a mail to {mail.recipient} that nobody asked for")
 
     def accepted(self, mail: Mail) -> None:
-        """The relay is about to say 250."""
+        """Record that the relay is about to answer 250."""
         with self._lock:
             self._accepted.add(mail.recipient)
 
     def replied(self, channel: str, data: bytes, *, stored: bool = False) -> None:
-        """A reply was published, or found stored."""
+        """Record a reply that was published, or found stored."""
         request_id = channel.removeprefix(META)
         meta = json.loads(data)
         email, error = meta["result"]["email"], meta["result"]["error"]
@@ -193,7 +193,7 @@ class Ledger:
             self.latencies[at] = seconds
 
     def unanswered(self) -> list[Record]:
-        """Acknowledged, and no reply was heard."""
+        """Acknowledged requests without a reply so far."""
         with self._lock:
             return [record for record in self.records if record.acknowledged and record.error is None]
 
@@ -204,30 +204,30 @@ class Ledger:
         return chance.sample(recent, min(count, len(recent)))
 
     def expect_dead(self, least: int, most: int) -> None:
-        """So many dead letters more."""
+        """Expect so many more dead letters."""
         with self._lock:
             self.dead_least += least
             self.dead_most += most
 
     # At the end
 
-    def judge(self) -> None:
-        """What can only be said when all is over."""
+    def check(self) -> None:
+        """Check what can only be known when all is over."""
         for record in self.records:
             if record.error is None:
                 if record.acknowledged:
                     self.violated("lost: acknowledged, and never answered", record)
                 elif record.mails:
                     self.violated("a mail, and no reply", record)
-            elif record.told not in {None, record.error, 1, 6}:
-                self.violated(f"the caller was told {record.told}", record)
+            elif record.answer not in {None, record.error, 1, 6}:
+                self.violated(f"the caller was answered {record.answer}", record)
             else:
-                self._judge_error(record)
+                self._check_error(record)
             if record.mails:
-                self._judge_mails(record)
+                self._check_mails(record)
 
-    def _judge_error(self, record: Record) -> None:
-        """Whether something happened that explains the answer."""
+    def _check_error(self, record: Record) -> None:
+        """Check that something happened that explains the answer."""
         meanwhile = set(self._between(record.at, record.answered_at, doubts=False))
         match record.error:
             case 0:
@@ -246,10 +246,10 @@ class Ledger:
         if not explained:
             self.violated(f"answered {record.error} for no reason", record)
 
-    def _judge_mails(self, record: Record) -> None:
+    def _check_mails(self, record: Record) -> None:
         if len({mail.code for mail in record.mails}) > 1:
             self.violated("two codes under one id", record)
-        # What permits a second mail keeps the first one's acceptance from being known, or recorded.
+        # A second mail is permitted if a fault kept the acceptance of the first from being known or recorded.
         first = record.mails[0].at
         doubts = any(self._between(first - BEFORE, first + AFTER, doubts=True))
         if len(record.mails) > 2:
@@ -267,7 +267,7 @@ class Ledger:
                 yield f"{window.kind} {window.where}".strip()
 
     def story(self, record: Record) -> str:
-        """What happened to a request, for people."""
+        """What happened to a request, for people to read."""
         zero = self.began
         lines = [f"    {record.request_id} {record.email} by {record.how}, asked at {record.at - zero:.2f} s"]
         lines[0] += "" if record.acknowledged else ", not acknowledged"
@@ -283,20 +283,20 @@ class Ledger:
         return "\n".join([*lines, "      meanwhile: " + ("; ".join(faults[:12]) or "nothing")])
 
     def codes(self) -> set[int]:
-        """All that were mailed."""
+        """All codes that were mailed."""
         return set().union(*self._codes.values()) if self._codes else set()
 
     def outcomes(self) -> Counter[str]:
-        """Requests by what became of them."""
+        """How many requests ended how."""
         counts: Counter[str] = Counter()
         for record in self.records:
-            unknown = "none" if record.acknowledged else "never queued (the caller was told so)"
+            unknown = "none" if record.acknowledged else "never queued (the caller got RedisErr)"
             counts[unknown if record.error is None else str(record.error)] += 1
         return counts
 
 
 class Scanner(logging.Handler):
-    """Looks for codes and addresses in the workers' logs, in events, and, as a handler, in what the clients log."""
+    """Searches workers' logs, events and, as a log handler, clients' logs for codes and addresses."""
 
     SIGNS: Final = (b"AttributeError", b"unforeseen", b"never retrieved", b"Unrecoverable")
     _ADDRESS: Final = re.compile(rb"(?:[\w.+-]+@soak\.example|poison@example\.com)\b[^\n]*")
@@ -304,12 +304,12 @@ class Scanner(logging.Handler):
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()
         self._ledger = ledger
-        self._digits: set[int] = set()  # what may be a code; which are is known when all mails have come
+        self._digits: set[int] = set()  # possible codes; which are codes is known when all mails have come
         self.bytes = 0
         self._addresses_seen = 0
 
     def scan(self, text: bytes, where: str) -> None:
-        """Whole lines."""
+        """Search whole lines."""
         self.bytes += len(text)
         for found in re.findall(rb"\d{12,}", text):
             self._digits.update(int(found[i : i + 12]) for i in range(len(found) - 11))
@@ -317,7 +317,7 @@ class Scanner(logging.Handler):
         for sign in self.SIGNS:
             if (at := text.find(sign)) >= 0:
                 self._ledger.violated(f"{sign.decode()} in {where}:\n{text[max(0, at - 1500) : at + 1500].decode()}")
-        # What base64 may hide, in a sample.
+        # A sample is also decoded as base64.
         for run in set(re.findall(rb"[A-Za-z0-9+/]{16,}", text[:DECODED])):
             for start in range(4):
                 plain = base64.b64decode(run[start : start + (len(run) - start) // 4 * 4])
@@ -325,11 +325,11 @@ class Scanner(logging.Handler):
                 self._scan_for_addresses(plain, f"{where}, in base64")
 
     def emit(self, record: logging.LogRecord) -> None:
-        """A client's words."""
+        """Search a line of a client's log."""
         self.scan(self.format(record).encode(), "a client's log")
 
     def scan_event(self, data: bytes) -> None:
-        """One of Celery's."""
+        """Search one of Celery's events."""
         self.scan(base64.b64decode(json.loads(data)["body"]), "an event")
 
     def _scan_for_addresses(self, text: bytes, where: str) -> None:
@@ -339,7 +339,7 @@ class Scanner(logging.Handler):
             if self._addresses_seen <= 5:
                 self._ledger.violated(f"a whole address in {where}: {found[0][:200]!r}")
 
-    def judge(self, codes: Iterable[int]) -> None:
-        """No code was in what was scanned."""
+    def check(self, codes: Iterable[int]) -> None:
+        """Record a violation if a code was in what was searched."""
         if leaked := self._digits.intersection(codes):
             self._ledger.violated(f"{len(leaked)} codes in logs or events: {sorted(leaked)[:5]}")

@@ -1,4 +1,4 @@
-"""A soak as Prometheus saw it: what every panel of the dashboard asks for, with the faults, as one JSON file."""
+"""Records a soak as Prometheus sees it: the data of every panel of the dashboard, with the faults, as one JSON file."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from bench.soak.ledger import Ledger
 
 STEP: Final = 2.0  # seconds between two points of a line
 WINDOW: Final = "10s"  # of rates
-A_SECOND: Final = 4.0  # requests at each door
-TIMEOUT: Final = 20.0  # seconds for a door to answer
+A_SECOND: Final = 4.0  # requests by each protocol
+TIMEOUT: Final = 20.0  # seconds for an answer
 
 
 class Recording:
-    """ApiProcess beside a soak's workers, someone who asks at them, and Prometheus, which scrapes all every second."""
+    """An API server beside the soak's workers, its callers, and a Prometheus that scrapes all of them every second."""
 
     def __init__(self) -> None:
         self.binds = {f"worker {i}": f"127.0.0.1:{free_port()}" for i in range(WORKERS)}
@@ -37,39 +37,39 @@ class Recording:
 
     def open(self, settings: dict[str, str], callers: Callers) -> None:
         """Start all of it."""
-        self._doors = self._stack.enter_context(ApiProcess(settings))
+        self._api = self._stack.enter_context(ApiProcess(settings))
         targets = {
             "verify-worker": list(self.binds.values()),
-            "verify-api": [f"127.0.0.1:{self._doors.http_port}"],
+            "verify-api": [f"127.0.0.1:{self._api.http_port}"],
         }
         self._prometheus = self._stack.enter_context(PrometheusProcess(targets))
         self._lead = time.time() - time.monotonic()
         self._threads = [
-            threading.Thread(target=self._ask, args=(callers, door), daemon=True) for door in (True, False)
+            threading.Thread(target=self._ask, args=(callers, by_http), daemon=True) for by_http in (True, False)
         ]
 
-    def roll(self) -> None:
-        """Begin to ask."""
+    def begin(self) -> None:
+        """Begin to call the API."""
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """Ask no more; who waits for an answer gets it first."""
+        """Call no more; callers that wait for an answer get it first."""
         self._stopping.set()
         for thread in self._threads:
             thread.join(TIMEOUT)
 
     def _ask(self, callers: Callers, by_http: bool) -> None:
         while not self._stopping.wait(1 / A_SECOND):
-            record = callers.ledger.asking(callers.address("door"), "HTTP door" if by_http else "gRPC door")
+            record = callers.ledger.asking(callers.address("api"), "HTTP API" if by_http else "gRPC API")
             if by_http:
-                error = self._doors.get_code(record.email)["error"]
+                error = self._api.get_code(record.email)["error"]
             else:
-                error = self._doors.call(record.email, timeout=TIMEOUT).error
-            callers.told(record, error)
+                error = self._api.call(record.email, timeout=TIMEOUT).error
+            callers.answered(record, error)
 
-    def develop(self, path: Path, ledger: Ledger, seconds: float) -> None:
-        """Write what there was in the first `seconds` of the soak."""
+    def write(self, path: Path, ledger: Ledger, seconds: float) -> None:
+        """Write the first `seconds` of the soak to a file."""
         start = ledger.began + self._lead
         found = [self._panel(panel, start, start + seconds) for panel in panels()]
         faults = [
@@ -82,8 +82,8 @@ class Recording:
             for window in ledger.windows
         ]
         version = self._prometheus.ask("status/buildinfo")["version"]
-        film = {"seconds": seconds, "window": WINDOW, "prometheus": version, "faults": faults, "panels": found}
-        path.write_text(json.dumps(film))
+        recorded = {"seconds": seconds, "window": WINDOW, "prometheus": version, "faults": faults, "panels": found}
+        path.write_text(json.dumps(recorded))
 
     def _panel(self, panel: dict[str, Any], start: float, end: float) -> dict[str, Any]:
         lines = []
@@ -92,7 +92,7 @@ class Recording:
                 name = target["legendFormat"]
                 for label, value in labels.items():
                     name = name.replace(f"{{{{{label}}}}}", value)
-                # JSON has no NaN; what is not known is a gap.
+                # JSON has no NaN: None, a gap in the line.
                 moments = [(at - start, value if math.isfinite(value) else None) for at, value in points]
                 lines.append({"name": name, "labels": labels, "points": moments})
         return {key: panel[key] for key in ("title", "type", "gridPos", "fieldConfig")} | {"lines": lines}

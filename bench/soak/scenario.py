@@ -1,4 +1,4 @@
-"""One fault after the other, each long enough to be seen in a picture, with calm between them."""
+"""The faults of `make picture`: each long enough to be seen, with calm between them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Final
 
 from bench.soak.faults import WORKERS, PlannedFault
 
-SECONDS: Final = 560.0  # all of it, and calm at the end
-# When (seconds), what, to what, for how long (seconds). The longer ones outlast the `for` of their alert.
-_STOPS: Final = (
+SECONDS: Final = 560.0  # all of them, and calm at the end
+# Begin in seconds, fault, target, duration in seconds. The longer ones outlast the `for` of their alert.
+_FAULTS: Final = (
     (25, "worker: kill -9", "worker 1", 10),
     (60, "relay: down", "relay 0", 25),
     (115, "relay: down", "relays 0 and 1", 75),
@@ -22,5 +22,5 @@ _STOPS: Final = (
 
 
 def long_faults() -> list[PlannedFault]:
-    """The same every time."""
-    return [PlannedFault(at, kind, where, seconds, number) for number, (at, kind, where, seconds) in enumerate(_STOPS)]
+    """The faults, the same every time."""
+    return [PlannedFault(at, kind, where, seconds, number) for number, (at, kind, where, seconds) in enumerate(_FAULTS)]

@@ -1,4 +1,4 @@
-"""The soak: steady load, a random fault every few seconds, every promise checked at the end, one page of report.
+"""The soak: steady load, a random fault every few seconds, every promise checked at the end, and a report of one page.
 
 `make soak MINUTES=10 SEED=1`, or `.venv/bin/python -m bench.soak run --minutes 10 --seed 1`.
 Ctrl-C ends the faults early and checks what was done until then; twice, it ends at once.
@@ -41,7 +41,7 @@ SETTLED: Final = GIVE_UP_AFTER + 30.0  # seconds after the last fault within whi
 PROGRESS: Final = 10.0  # seconds
 LAST: Final = 30  # requests after the last fault, which must all succeed
 BATCH: Final = 500
-MOST: Final = 20  # violations of a kind that are told in full
+MOST: Final = 20  # violations that are printed in full
 
 
 class Soak:
@@ -55,21 +55,21 @@ class Soak:
         logs: Path | None,
         *,
         faults: list[PlannedFault] | None = None,
-        film: Recording | None = None,
+        recording: Recording | None = None,
     ) -> None:
-        """`faults`: these, in place of random ones; `film`: watches."""
+        """`faults`: these, in place of random ones; `recording`: what the dashboard shows is recorded there."""
         self.seconds, self.seed, self.a_second = seconds, seed, a_second
         self._logs = logs
-        self._faults, self._film = faults, film
+        self._faults, self._recording = faults, recording
         self._stack = ExitStack()
         self.ledger = Ledger(GIVE_UP_AFTER)
         self.scanner = Scanner(self.ledger)
         self.took = 0.0
-        self._told = 0  # violations that were printed
+        self._printed = 0  # violations
 
     def __enter__(self) -> Self:
         stack, ledger = self._stack, self.ledger
-        # A Redis that is killed loses what it has not yet written: its own loss, which appendfsync always rules out.
+        # appendfsync always: a killed Redis must not lose what it has acknowledged.
         self.rig = Rig(
             aof="always",
             visibility_timeout=VISIBILITY,
@@ -90,65 +90,65 @@ class Soak:
         producer.setLevel(logging.DEBUG)
         producer.addHandler(self.scanner)
         producer.propagate = False
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the proxies' broken connections
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would report the proxies' broken connections
         settings = Settings(redis_url=self.rig.server.url(), locale="en")
         self.callers = Callers(ledger, settings, self.seed, self.a_second)
         self.fault_runner = FaultRunner(
             self.rig, ledger, self.scanner, self.callers, list(zip(relays, fronts, strict=True)), self._logs
         )
         stack.callback(self.fault_runner.close)
-        if self._film is not None:
-            self.fault_runner.binds = self._film.binds
-        ways = [stack.enter_context(TcpProxy(self.rig.server.port)) for _ in range(WORKERS - 1)]
-        self.fault_runner.start_workers(ways)
-        if self._film is not None:
+        if self._recording is not None:
+            self.fault_runner.binds = self._recording.binds
+        proxies = [stack.enter_context(TcpProxy(self.rig.server.port)) for _ in range(WORKERS - 1)]
+        self.fault_runner.start_workers(proxies)
+        if self._recording is not None:
             own = {"VERIFY_REDIS_URL": self.rig.server.url()}
-            stack.enter_context(self._film).open({**self.rig.settings, **own}, self.callers)
+            stack.enter_context(self._recording).open({**self.rig.settings, **own}, self.callers)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def run(self) -> None:
-        """The faults, their end, and the verdict."""
+        """Make the faults, wait for their end, and check the promises."""
         self.ledger.began = began = time.monotonic()
         self.callers.start()
-        if self._film is not None:
-            self._film.roll()
+        if self._recording is not None:
+            self._recording.begin()
         with contextlib.suppress(KeyboardInterrupt):
-            self._play(began)
+            self._run_faults(began)
         self.took = time.monotonic() - began
-        print("lifting all faults", flush=True)
-        self.fault_runner.lift()
+        print("waiting for the last faults to end", flush=True)
+        self.fault_runner.wait()
         self.callers.stop()
-        if self._film is not None:
-            self._film.stop()
+        if self._recording is not None:
+            self._recording.stop()
         self._settle()
         self._last_requests()
         self.fault_runner.look()
-        self._judge()
+        self._check()
 
-    def _play(self, began: float) -> None:
+    def _run_faults(self, began: float) -> None:
         faults = schedule(self.seed, self.seconds) if self._faults is None else list(self._faults)
         shown = 0.0
         while (now := time.monotonic() - began) < self.seconds:
             while faults and faults[0].at <= now:
-                self.fault_runner.play(faults.pop(0))
+                self.fault_runner.begin(faults.pop(0))
             if now - shown >= PROGRESS:
                 shown = now
                 self.fault_runner.look()
                 self._collect()
-                self._say(now)
+                self._print_progress(now)
             time.sleep(0.05)
 
-    def _say(self, now: float) -> None:
+    def _print_progress(self, now: float) -> None:
         held = {}
         with contextlib.suppress(redis.RedisError), self.rig.server.client(1, socket_timeout=1) as client:
             held = held_in(client)
         ledger = self.ledger
-        for each in ledger.violations[self._told : MOST]:
+        for each in ledger.violations[self._printed : MOST]:
             print(f"VIOLATED: {each}", flush=True)
-        self._told = len(ledger.violations)
+        self._printed = len(ledger.violations)
         print(
             f"{now:6.0f} s: {len(ledger.records)} asked, {len(ledger.unanswered())} open, {ledger.mails} mails, "
             f"{self.fault_runner.done.total()} faults, {len(ledger.violations)} violations; held: {held or 'nothing'}",
@@ -156,7 +156,7 @@ class Soak:
         )
 
     def _collect(self) -> None:
-        """Read what is stored under ids of which no reply was heard: the listener's connection suffers too."""
+        """Read stored replies that were not heard: faults break the listener's connection too."""
         missing = [record.request_id for record in self.ledger.unanswered() if record.request_id]
         with contextlib.suppress(redis.RedisError), self.rig.server.client(2, socket_timeout=2) as client:
             for start in range(0, len(missing), BATCH):
@@ -176,16 +176,16 @@ class Soak:
             self.ledger.violated(f"{SETTLED:.0f} s after the last fault there is still {held}")
 
     def _last_requests(self) -> None:
-        """Without faults, everything succeeds at once, and nothing of it is sent twice."""
+        """Without faults, everything succeeds, and nothing is sent twice."""
         how = "VerificationClient.request"
         records = [self.ledger.asking(self.callers.address("last"), how) for _ in range(LAST)]
-        self.callers.last(records)
+        self.callers.ask_last(records)
         for record in records:
-            if record.told != ErrorCode.SUCCESS:
-                self.ledger.violated(f"after the last fault, a request was answered {record.told}", record)
+            if record.answer != ErrorCode.SUCCESS:
+                self.ledger.violated(f"after the last fault, a request was answered {record.answer}", record)
 
     def _read_stored(self) -> None:
-        """Every reply that is stored: of whom nothing was heard, and whether it is the one that was heard."""
+        """Compare every stored reply with the one that was heard, if any was."""
         batch: list[bytes] = []
         for key in self.rig.results.scan_iter(META + "*", count=1000):
             batch.append(key)
@@ -200,11 +200,11 @@ class Soak:
                 if isinstance(data, bytes):
                     self.ledger.replied(key.decode(), data, stored=True)
 
-    def _judge(self) -> None:
+    def _check(self) -> None:
         ledger = self.ledger
-        time.sleep(1)  # what was published last
+        time.sleep(1)  # for what was published last
         self._read_stored()
-        ledger.judge()
+        ledger.check()
         oldest = time.monotonic() - KEPT
         stored = {key.decode().removeprefix(META) for key in self.rig.results.scan_iter(META + "*", count=1000)}
         for record in ledger.records:
@@ -220,7 +220,7 @@ class Soak:
         # A Redis that a fault restarted ends with the thread that did it: this is the last moment to ask it.
         self._server = self.rig.results.info("server")
         self.fault_runner.close()
-        self.scanner.judge(ledger.codes())
+        self.scanner.check(ledger.codes())
 
     def report(self) -> str:
         """One page."""
@@ -313,12 +313,12 @@ def main() -> int:
     if options.logs is not None:
         options.logs.mkdir(parents=True, exist_ok=True)
     seconds = options.minutes * 60
-    faults, film = (long_faults(), Recording()) if options.record is not None else (None, None)
+    faults, recording = (long_faults(), Recording()) if options.record is not None else (None, None)
     print(f"soak: {options.minutes:g} minutes, seed {seed}", flush=True)
-    with Soak(seconds, seed, options.rate, options.logs, faults=faults, film=film) as soak:
+    with Soak(seconds, seed, options.rate, options.logs, faults=faults, recording=recording) as soak:
         soak.run()
-        if film is not None:
-            film.develop(options.record, soak.ledger, min(seconds, soak.took))
+        if recording is not None:
+            recording.write(options.record, soak.ledger, min(seconds, soak.took))
         report = soak.report()
         violations = soak.ledger.violations
     print(f"\n{report}\n")

@@ -66,7 +66,7 @@ codes = redis.Redis.from_url(SETTINGS.codes_url, socket_timeout=5, socket_connec
     max_retries=8,
 )
 def send_code(email: str, **_: Any) -> dict[str, Any]:
-    """Get or create the code, mail it, say so."""
+    """Get or create the code, mail it, and reply."""
     fresh = "".join(secrets.choice("0123456789") for _ in range(6))
     live = codes.set(code_key(email), fresh, ex=SETTINGS.code_ttl, nx=True, get=True)
     code = live.decode() if isinstance(live, bytes) else fresh

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from support.caller import META, QUEUE, address, message
+from support.malformed import malformed_messages
 from support.process import eventually
 from support.rig import Calling, Rig
 
@@ -31,32 +32,9 @@ HEADERS = [
 # fmt: on
 
 
-def from_field() -> dict[str, bytes]:
-    """What field.md and experience name."""
-
-    def dumped(**changes: Any) -> bytes:
-        return json.dumps(message({"email": "poison@example.com"}, **changes)).encode()
-
-    whole = message({"email": "poison@example.com"})
-    return {
-        "not JSON": b"hello",
-        "list": b"[]",
-        "null": b"null",
-        "bad base64": dumped(body="***"),
-        "dict body": dumped(body={"email": "poison@example.com"}),
-        "no content-type": json.dumps({k: v for k, v in whole.items() if k != "content-type"}).encode(),
-        "no id": json.dumps(whole | {"headers": {"task": "verification.send_code"}}).encode(),
-        "undecodable body": dumped(body=base64.b64encode(b"\xff\xfe").decode()),
-        "bad expires": dumped(headers={"expires": "tomorrow"}),
-        "foreign content-type": dumped(content_type="application/x-python-serialize"),
-        "unknown task": dumped(headers={"task": "other.task"}),
-        "empty": b"",
-    }
-
-
 def test_known_malformed_messages_are_dead_lettered_and_stop_no_worker(new_rig: NewRig) -> None:
     rig = new_rig()
-    poison = from_field()
+    poison = malformed_messages()
     for each in poison.values():
         rig.broker.lpush(QUEUE, each)
         assert rig.caller.ask(address("good"))["error"] == 0
