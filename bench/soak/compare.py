@@ -239,7 +239,7 @@ def redis_restarted(side: Side) -> None:
     side.push(40, every=0.05)
 
 
-def _poison(raw: bytes) -> Fault:
+def _malformed(raw: bytes) -> Fault:
     def do(side: Side) -> None:
         side.push(5)
         side.rig.broker.lpush(QUEUE, raw)
@@ -327,29 +327,29 @@ SCENARIOS: Final = [
         {"dot": Later("250 2.0.0 ok", 0.1)},
     ),
     Scenario(
-        "poison: not JSON",
+        "malformed message: not JSON",
         "kombu decodes before anyone can catch, and the worker ends. Ours looks at the envelope in the script that "
         "takes it, and moves what is unfit to the dead letters in the same step.",
-        _poison(b"hello"),
+        _malformed(b"hello"),
         {},
     ),
-    Scenario("poison: `[]`", "The same check.", _poison(b"[]"), {}),
+    Scenario("malformed message: `[]`", "The same check.", _malformed(b"[]"), {}),
     Scenario(
-        "poison: no `id`",
+        "malformed message: no `id`",
         "Stock Celery cannot handle it, and puts it back; it comes again, and nothing else does.",
-        _poison(json.dumps(message() | {"headers": {"task": "verification.send_code"}}).encode()),
+        _malformed(json.dumps(message() | {"headers": {"task": "verification.send_code"}}).encode()),
         {},
     ),
     Scenario(
-        "poison: `expires` is no time",
+        "malformed message: `expires` is no time",
         "Stock Celery logs it and drops it; ours keeps it as a dead letter with the reason.",
-        _poison(_dumped(headers={"expires": "tomorrow"})),
+        _malformed(_dumped(headers={"expires": "tomorrow"})),
         {},
     ),
     Scenario(
-        "poison: body is no base64",
+        "malformed message: body is no base64",
         "As with what is not JSON, one step later.",
-        _poison(_dumped(body="***")),
+        _malformed(_dumped(body="***")),
         {},
     ),
     Scenario(

@@ -31,9 +31,7 @@ BEFORE: Final = 3.0  # seconds of load before the fault
 CALM: Final = 6.0  # seconds of load after the failover
 WINDOW: Final = 1.0  # seconds before the fault whose writes may not have reached the replica
 NOTICED: Final = 4.0  # seconds after the sentinels' announcement in which our connections move, on a busy machine too
-DEMOTED: Final = (
-    90.0  # seconds until the sentinels have made the old primary a replica, on a busy machine too
-)
+DEMOTED: Final = 90.0  # seconds until the sentinels have made the old primary a replica, on a busy machine too
 BEHIND: Final = 0.5  # seconds
 BATCH: Final = 500
 

@@ -74,7 +74,7 @@ KINDS: Final = (
     Kind("relay: hangs up in mid-DATA", _RELAYS, (1, 3), True, 1),
     Kind("relay: hangs up after the final dot", _RELAYS, (0.5, 2), True),
     Kind("relay: one byte a second", _RELAYS, (1, 4), True),
-    Kind("poison", ("queue",), (0, 0), False, 3),
+    Kind("malformed messages", ("queue",), (0, 0), False, 3),
     Kind("same id twice", ("queue",), (0, 0), False, 4),
     Kind("same id, another address", ("queue",), (0, 0), False, 3),
 )
@@ -373,7 +373,7 @@ class FaultRunner:
     def _messages(self, fault: PlannedFault) -> None:
         chance = random.Random(fault.dice)
         count = chance.randint(1, 6)
-        if fault.kind == "poison":
+        if fault.kind == "malformed messages":
             known = list(malformed_messages().values())
             self._push_malformed([chance.choice(known) for _ in range(count)])
         elif fault.kind == "same id twice":

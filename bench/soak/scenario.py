@@ -16,7 +16,7 @@ _FAULTS: Final = (
     *((305, "worker: kill -9", f"worker {i}", 40) for i in range(WORKERS)),
     (390, "relay: 451 at RCPT", "relays 0 and 1", 20),
     (440, "relay: silent", "relay 0", 20),
-    (485, "poison", "queue", 0),
+    (485, "malformed messages", "queue", 0),
     (505, "Redis: SIGSTOP", "Redis", 8),
 )
 
