@@ -17,18 +17,25 @@ sys.path.insert(0, str(ROOT))
 
 from producer.contract import ErrorCode  # noqa: E402 - the checkout is on the path only now
 
-_ERROR: Final = re.compile(r"(?m)^\| (\d+) \| \w+ \| [^|]+ \|(.*)\n")
+_ERROR: Final = re.compile(r"(?m)^\| (\d+) \| \w+ \| ([^|]+) \|(.*)\n")
 _SETTINGS: Final = re.compile(r"(?m)(^## (.+)\n(?:(?!## ).*\n)*?\| name .*\n\|.*\n)(?:\| .*\n)*")
 
 
-def error_codes(column: str) -> Callable[[str], str]:
-    """A page with the code, its name and this column of the contract; further columns stay as they are."""
+def error_codes(column: str, *, translated: bool = False) -> Callable[[str], str]:
+    """A page with the code, its name and this column of the contract; further columns stay as they are.
+
+    A translated page keeps its own words and gets the contract's for a code that it lacks.
+    """
 
     def rewritten(page: str) -> str:
-        others = {int(number): rest for number, rest in _ERROR.findall(page)}
-        rows = (f"| {int(c)} | {c.title} | {getattr(c, column)} |{others.get(c, '')}\n" for c in ErrorCode)
-        before, rest = page[: (start := page.index("\n| 0 |") + 1)], page[start:]
-        return before + "".join(rows) + _ERROR.sub("", rest)
+        known = {int(number): (text, rest) for number, text, rest in _ERROR.findall(page)}
+        rows = []
+        for code in ErrorCode:
+            own, rest = known.get(code, ("", ""))
+            text = own if own and translated else getattr(code, column)
+            rows.append(f"| {int(code)} | {code.title} | {text} |{rest}\n")
+        before, after = page[: (start := page.index("\n| 0 |") + 1)], page[start:]
+        return before + "".join(rows) + _ERROR.sub("", after)
 
     return rewritten
 
@@ -52,7 +59,9 @@ def _sentence(comment: str) -> str:
 
 PAGES: Final = {
     "README.md": error_codes("meaning"),
+    "README.zh-CN.md": error_codes("meaning", translated=True),
     "docs/callers.md": error_codes("advice"),
+    "docs/callers.zh-CN.md": error_codes("advice", translated=True),
     "docs/settings.md": settings,
 }
 

@@ -131,7 +131,7 @@ class Picture:
         draw, left, right, bottom = {
             "stat": (self._stat, 0, 0, 0),
             "state-timeline": (self._states, 190, 16, 26),
-            "heatmap": (self._heat, 64, 14, 28),
+            "heatmap": (self._heat, 78, 14, 28),
         }.get(panel["type"], (self._lines, 58, 14, 46))
         inner = (x + left, y + bottom, width - left - right, height - bottom - 36)
         axes = self._figure.add_axes((inner[0] / WIDTH, inner[1] / HEIGHT, inner[2] / WIDTH, inner[3] / HEIGHT))
