@@ -191,8 +191,8 @@ WAYS: Final[dict[str, Way]] = {
     "make bench QUICK=1": Slow(r"import of producer\.client", "BARS=k"),
     'make bench BARS="a c f"': Slow(r"one worker process", "QUICK=1 BARS=f"),
     "make bench BARS=g": Slow(r"32 connections", "QUICK=1"),
-    "python -m bench.capacity": Slow(r"(?m)^ *20 +32 +1 ", "--runs 1 --latency 20 --count 300"),
-    "python -m bench.footprint": Slow("answered", "--count 1000"),
+    ".venv/bin/python -m bench.capacity": Slow(r"(?m)^ *20 +32 +1 ", "--runs 1 --latency 20 --count 300"),
+    ".venv/bin/python -m bench.footprint": Slow("answered", "--count 1000"),
     "python -m bench.report RAW": Slow(r"report\.md"),
     "uv pip compile bench/report/requirements.in --universal --python-version 3.11 --generate-hashes --no-header "
     "-o bench/report/requirements.txt": Slow("matplotlib"),
