@@ -65,7 +65,7 @@ CHECK: Final = """-d '{"email": "a@example.com", "varifycode": "123456"}'"""
 NAMES: Final = "tests/unit/test_far_commands.py"
 MANIFESTS: Final = "tests/unit/test_kubernetes.py"
 PODS: Final = "tests/e2e/test_pods.py"
-IMAGE: Final = "tests/e2e/test_containers.py::test_nothing_that_only_developers_need_is_there"
+IMAGE: Final = "tests/e2e/test_containers.py::test_the_image_has_no_development_packages"
 
 # For every command that begins so and has no way of its own.
 BEGINNINGS: Final = {
@@ -110,9 +110,11 @@ WAYS: Final[dict[str, Way]] = {
     "docker build -t verifyserver:0.1.0 .": TestedBy(IMAGE),
     "docker compose build": TestedBy(IMAGE),
     "docker compose exec redis redis-cli CONFIG SET maxmemory 700mb": TestedBy(
-        "tests/e2e/test_containers.py::test_redis_is_given_more_memory_while_it_runs"
+        "tests/e2e/test_containers.py::test_redis_takes_more_memory_at_run_time"
     ),
-    "kind load docker-image verifyserver:0.1.0": TestedBy(f"{MANIFESTS}::test_they_run_what_compose_runs"),
+    "kind load docker-image verifyserver:0.1.0": TestedBy(
+        f"{MANIFESTS}::test_commands_images_and_limits_are_those_of_compose"
+    ),
     "sh deploy/kubernetes/overlays/try/secret.sh | kubectl create -n verifyserver -f -": TestedBy(
         f"{MANIFESTS}::test_the_secret_fits_its_schema"
     ),
@@ -120,7 +122,7 @@ WAYS: Final[dict[str, Way]] = {
         f"{NAMES}::test_a_secret_is_created_from_a_folder_and_read_again"
     ),
     f"""curl -H "Authorization: Bearer $(get metrics-key)" {ASK} http://127.0.0.1:8081/get_varifycode""": TestedBy(
-        f"{PODS}::test_a_code_goes_from_the_door_to_the_mailbox_and_is_checked"
+        f"{PODS}::test_a_code_is_requested_mailed_and_checked"
     ),
     # asking
     f"curl http://127.0.0.1:8081/get_varifycode {ASK}": Run(SUCCESS, ASKED),
