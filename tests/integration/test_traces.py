@@ -187,12 +187,12 @@ class TestOneRequest:
             assert {f"{span.context.trace_id:032x}" for span in spans} == {TRACE_ID}
             assert {span.status.status_code for span in spans} == {StatusCode.UNSET}
             assert_nested(spans)
-            door, sent, processed, issued, tried, settled = spans
-            assert door.parent
-            assert f"{door.parent.span_id:016x}" == CALLER
+            server, sent, processed, issued, tried, settled = spans
+            assert server.parent
+            assert f"{server.parent.span_id:016x}" == CALLER
             kinds = [span.kind for span in spans]
             assert kinds == [SpanKind.SERVER, SpanKind.PRODUCER, SpanKind.CONSUMER, *[SpanKind.CLIENT] * 3]
-            assert facts(door) == {
+            assert facts(server) == {
                 "http.request.method": "POST",
                 "http.route": "/get_varifycode",
                 "http.response.status_code": 200,
