@@ -44,26 +44,19 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "redis_socket_connect_timeout": sockets["socket_connect_timeout"],
         "redis_socket_keepalive": True,
         "redis_backend_health_check_interval": sockets["health_check_interval"],
-        "redis_retry_on_timeout": False,
         "result_backend_transport_options": {"visibility_timeout": settings.visibility_timeout, **results.options},
         "visibility_timeout": settings.visibility_timeout,  # the shortest of all apps on a broker wins
         "task_default_queue": settings.queue,  # the one queue that a worker consumes
         "task_routes": {TASK: {"queue": settings.queue}},
-        "task_create_missing_queues": True,  # a chain or callback may continue in a queue that only its caller knows
-        "task_serializer": "json",  # readable from any language
-        "result_serializer": "json",
         "accept_content": ["json"],  # never pickle
         "task_protocol": 2,  # the contract's
-        "task_ignore_result": False,  # the result is the reply
         "task_track_started": False,  # SUCCESS is the only state ever stored
         "task_acks_late": True,  # a message is done when its request is
-        "task_store_errors_even_if_ignored": False,  # no FAILURE under a request's id
         "worker_pool": "threads",  # sends run on one asyncio loop; threads only wait for what needs Celery's machinery
         "worker_concurrency": 8,  # ... which is rare: ETA, chains, groups
         "worker_prefetch_multiplier": 1,  # the fetcher reserves by free relay connections; Celery gets single messages
         "worker_eta_task_limit": 10_000,  # requests with an ETA that one worker holds in memory
         "worker_send_task_events": True,  # Flower sees every request without `-E`
-        "worker_enable_remote_control": True,  # inspect, ping, shutdown
         "worker_consumer": "worker.celery_side.consumer:Consumer",  # starts the service; no gossip, no mingle
         "worker_hijack_root_logger": False,  # producer.logs configures it, and masks addresses
         "worker_redirect_stdouts": False,  # nothing here prints
@@ -72,7 +65,5 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         # In memory, where the default would write `celerybeat-schedule` into the working directory: with `-B`, nothing
         # is scheduled here that a restart could lose.
         "beat_scheduler": "celery.beat:Scheduler",
-        "enable_utc": True,
-        "event_queue_ttl": 5.0,  # seconds; an event that nobody reads is worth nothing
         "control_queue_ttl": 60.0,  # seconds that an answer to `inspect` waits
     }
