@@ -1,4 +1,4 @@
-"""The demo page's colours, light and dark: what is to be read or seen stands out (WCAG 2.2, 1.4.3 and 1.4.11)."""
+"""The demo page's colours, light and dark: text and shapes stand out (WCAG 2.2, 1.4.3 and 1.4.11)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 STYLE = Path(__file__).parents[2] / "producer" / "api" / "demo" / "page" / "style.css"
-# What is written in which colour on which ground.
+# Which text colour is used on which background.
 TEXT = [
     *[(ink, ground) for ink in ("ink", "soft") for ground in ("ground", "card", "field")],
     ("soft", "line"),  # the language that is not chosen
@@ -21,7 +21,7 @@ TEXT = [
     ("wait", "wait-wash"),
     ("wait", "card"),
 ]
-# Borders of fields, the ring of the focus, and the stations' marks.
+# Borders of fields, the ring of the focus, and the stages' marks.
 SHAPES = [
     ("edge", "card"),
     ("edge", "field"),
