@@ -82,7 +82,7 @@ class Worker:
             settler,
             self._celery_side,
             counters,
-            Prefetch(self._channel, counters),
+            Prefetch(lambda: self._channel.capacity, counters),
             traced=traces is not None,
         )
         self._request_log = RequestLog()
@@ -93,7 +93,9 @@ class Worker:
         parts = (broker, queue, service, settler, counters, self.fetcher)
         self._maintenance = Maintenance(*parts, lambda: self._channel.healthy)
         self._traces = traces
-        metrics = WorkerMetrics(counters, self._channel.statuses, lambda: self.fetcher.load, broker, settings.queue)
+        metrics = WorkerMetrics(
+            counters, self._channel.statuses, lambda: len(self.fetcher.tags()), broker, settings.queue
+        )
         self._metrics = MetricsServer(metrics.page)
         self._metrics_bind = settings.metrics_bind
         self._background: asyncio.Task[None] | None = None

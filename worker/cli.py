@@ -48,16 +48,6 @@ def _letters() -> Iterator[DeadLetters]:
         raise RedisUnavailable(f"{where} cannot be used ({type(exc).__name__}): is it up?") from None
 
 
-def _fields(letter: DeadLetter) -> dict[str, object]:
-    return {
-        "name": letter.name,
-        "at": letter.at.isoformat(timespec="seconds"),
-        "code": letter.code,
-        "reason": letter.reason,
-        **letter.summary(),
-    }
-
-
 def _say(text: str) -> None:
     """Print one line, whatever control characters are in `text`."""
     typer.echo("".join(each if each.isprintable() else ascii(each)[1:-1] for each in text))
@@ -71,7 +61,7 @@ def list_letters(
     with _letters() as letters:
         found, count = letters.list(most), letters.count()
     for letter in found:
-        fields = _fields(letter)
+        fields = letter.fields()
         if as_json:
             typer.echo(json.dumps(fields))
             continue
@@ -94,9 +84,9 @@ def show(names: Names, as_json: AsJson = False) -> None:
         for name in names:
             letter = letters.find(name)
             if as_json:
-                typer.echo(json.dumps({**_fields(letter), "envelope": letter.envelope()}))
+                typer.echo(json.dumps({**letter.fields(), "envelope": letter.envelope()}))
                 continue
-            for key, value in _fields(letter).items():
+            for key, value in letter.fields().items():
                 _say(f"{key}: {value}")
             typer.echo(letter.envelope())
 
@@ -129,7 +119,7 @@ def _chosen(letters: DeadLetters, names: list[str] | None, every: bool) -> list[
     if every == bool(names):
         raise typer.BadParameter("give either names or --all")
     # Oldest first, in the order in which they came.
-    return letters.list(letters.count())[::-1] if every else [letters.find(name) for name in names or ()]
+    return letters.list()[::-1] if every else [letters.find(name) for name in names or ()]
 
 
 def main() -> None:

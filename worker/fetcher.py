@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from producer.contract import ErrorCode, Reply
@@ -97,14 +97,13 @@ class Fetcher:
         self._alone = False  # the one message held is a suspect: nothing may run beside it
         self._serving: set[asyncio.Task[None]] = set()
         self._stopping = False
-        self._fetching: asyncio.Task[None] | None = None
+        self._fetching: asyncio.Task[None]
 
     def start(self) -> None:
         """Start the loop that takes messages; it takes none before `consume`."""
         self._fetching = asyncio.create_task(self._fetch_all())
 
     def consume(self, *, on: bool) -> None:
-        """Take messages, or stop taking."""
         self._consuming = on
         self._changed.set()
 
@@ -114,8 +113,7 @@ class Fetcher:
         self.consume(on=False)
         with contextlib.suppress(TimeoutError, RedisUnavailable):
             async with asyncio.timeout(seconds):
-                if self._fetching is not None:
-                    await asyncio.wait([self._fetching])  # a reservation may be on its way
+                await asyncio.wait([self._fetching])  # a reservation may be on its way
                 if self._serving:
                     await asyncio.wait(self._serving)
                 await self._service.drain(seconds - SETTLE_TIME)
@@ -126,21 +124,13 @@ class Fetcher:
                     self._at_celery_now.clear()
                     await self._broker.run([self.queue.release(tags)])
         await self._settler.abandon()
-        if self._fetching is not None:
-            self._fetching.cancel()
-            await asyncio.wait([self._fetching])
+        self._fetching.cancel()
+        await asyncio.wait([self._fetching])
         await self._wakeup.close()
 
-    @property
-    def load(self) -> int:
-        """How many requests this worker holds, those at Celery included."""
-        return len(self.held.keys() | self._at_celery.keys())
-
     def tags(self) -> list[str]:
-        """The tags of all that this worker holds."""
-        return [*self.held, *self._at_celery]
-
-    # The loop: ask how many are wanted, reserve them, hand them on.
+        """The tags of all requests that this worker holds, those at Celery included."""
+        return list(self.held | self._at_celery)
 
     async def _fetch_all(self) -> None:
         while not self._stopping:
@@ -162,7 +152,6 @@ class Fetcher:
                 await asyncio.sleep(_PAUSE)
 
     def _wanted(self) -> int:
-        """How many messages to reserve now."""
         # A message that Celery has still to run counts as held; one that waits there for its ETA does not.
         held = len(self.held.keys() | self._at_celery_now) if self._at_celery_now else len(self.held)
         if not self._consuming or self._alone or (self._suspects and held):
@@ -195,7 +184,7 @@ class Fetcher:
             self._celery_side.received(jobs)
         return len(taken) + len(dead_lettered) >= wanted or self._suspects > 0
 
-    def _read(self, taken: Iterable[Reserved]) -> list[Job]:
+    def _read(self, taken: list[Reserved]) -> list[Job]:
         """The jobs for the service. All other messages go to Celery, are answered, or are dead-lettered."""
         jobs = []
         now = asyncio.get_running_loop().time()
@@ -239,15 +228,13 @@ class Fetcher:
                 if job.tag in self.held:
                     self._settler.answer(job, ErrorCode.EXCEPTION, mark=True)
 
-    # What the settler and the maintenance report.
-
     def outcome(self) -> None:
         """A request has its outcome: its relay connection is free before it is settled."""
         if self._wanted() > 0:
             self._changed.set()
 
     def done(self, finished: Finished) -> None:
-        """These requests are settled."""
+        """The settler has settled these requests."""
         held = len(self.held)
         for job, _ in finished:
             self.held.pop(job.tag, None)
@@ -264,8 +251,6 @@ class Fetcher:
         self._prefetch.tick(asyncio.get_running_loop().time())
         if result.ready or result.suspects:
             self._changed.set()
-
-    # What Celery reports of the messages that went to it.
 
     async def serve_for_celery(self, tag: str) -> Reply | None:
         """Serve a request as Celery runs its task. None: it was delayed, dead-lettered or put back on the queue."""
@@ -296,15 +281,15 @@ class Fetcher:
     async def dead_letter_from_celery(self, tag: str) -> None:
         """Celery rejected the message: dead-letter it."""
         self._counters.dead_lettered(CELERY_REJECTED)
-        await self.leave_celery(tag, lambda tag: [self.queue.dead_letter(tag, CELERY_REJECTED)])
+        await self.leave_celery(tag, self.queue.dead_letter(tag, CELERY_REJECTED))
 
-    async def leave_celery(self, tag: str, command: Callable[[str], list[Command]]) -> None:
+    async def leave_celery(self, tag: str, command: Command) -> None:
         """Celery is done with a message: settle its reservation with `command`."""
         self._at_celery.pop(tag, None)
         self._at_celery_now.discard(tag)
         self._changed.set()
         try:
-            await self._broker.run(command(tag))
+            await self._broker.run([command])
         except RedisUnavailable:
             logger.warning("a message that Celery is done with could not be settled; it will be redelivered")
 
@@ -326,14 +311,6 @@ _SHORTEST_TICK: Final = 0.1  # seconds; the rate of a shorter time is counted as
 _SMOOTHING: Final = 8  # fetches over which their duration is averaged
 
 
-class HasCapacity(Protocol):
-    """A mail channel, as far as the prefetch looks."""
-
-    @property
-    def capacity(self) -> int:
-        """How many mails can be sent at once at the moment."""
-
-
 class Prefetch:
     """Decides how many messages to reserve, by how many mails can be sent soon.
 
@@ -341,8 +318,9 @@ class Prefetch:
     what it sends during two fetches. More would wait here while another worker may have idle connections.
     """
 
-    def __init__(self, channel: HasCapacity, counters: Counters) -> None:
-        self._channel = channel
+    def __init__(self, capacity: Callable[[], int], counters: Counters) -> None:
+        """`capacity`: how many mails can be sent at once at the moment."""
+        self._capacity = capacity
         self._counters = counters
         self._mails = 0  # accepted until the last tick
         self._rate = 0.0  # mails per second, smoothed
@@ -361,7 +339,7 @@ class Prefetch:
 
     def wanted(self, held: int, *, settling: int) -> int:
         """How many messages to reserve now. `held`: by this worker, of which `settling` need no connection any more."""
-        at_once = self._channel.capacity
+        at_once = self._capacity()
         ahead = round(self._rate * min(2 * self._fetch, MAX_AHEAD))
         most = at_once + ahead
         unsent = max(held - settling, 0)
@@ -400,7 +378,6 @@ class Wakeup:
             raise_errors(waited.result())
 
     async def close(self) -> None:
-        """Stop waiting."""
         if self._waiting is not None:
             self._waiting.cancel()
             await asyncio.wait([self._waiting])

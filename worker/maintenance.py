@@ -48,17 +48,14 @@ class Maintenance:
         self._relay_healthy = relay_healthy
         self._in_contact_since: float | None = None  # loop time; None: Redis is away
         self._reported = counters.dead.copy()
-        self._running: asyncio.Task[None] | None = None
+        self._running: asyncio.Task[None]
 
     def start(self) -> None:
-        """Start the rounds."""
         self._running = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        """End the rounds."""
-        if self._running is not None:
-            self._running.cancel()
-            await asyncio.wait([self._running])
+        self._running.cancel()
+        await asyncio.wait([self._running])
         self._report_dead_letters()
 
     async def _run(self) -> None:
@@ -99,9 +96,9 @@ class Maintenance:
             job = parse(poison).job
         except UnfitMessage:
             self._settler.dead_letter(unreadable_job(poison.tag), POISON)
-            return
-        job.validate()
-        self._settler.dead_letter(job, POISON, answer=ErrorCode.EXCEPTION)
+        else:
+            job.validate()
+            self._settler.dead_letter(job, POISON, answer=ErrorCode.EXCEPTION)
 
     def _report_dead_letters(self) -> None:
         """Log the messages dead-lettered since the last report: one line a round, however many there are."""

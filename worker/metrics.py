@@ -5,23 +5,16 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Final
 
 from prometheus_client.metrics_core import Metric
 
 from producer.contract import ErrorCode
 from producer.errors import RedisUnavailable
-from producer.metrics import (
-    Histogram,
-    ProcessMetrics,
-    counter,
-    gauge,
-    histogram,
-    labelled_counter,
-    labelled_gauge,
-)
+from producer.metrics import Histogram, ProcessMetrics, counter, gauge, histogram, labelled_counter, labelled_gauge
 from producer.redis.connection import ServerError
-from producer.store.backlog import Backlog, backlog, read_backlog
+from producer.store.backlog import backlog, read_backlog
 from producer.store.codes import BUCKET_HIT, COOLDOWN_HIT
 from worker.databases import Database
 from worker.mail.failover import RelayStatus
@@ -29,7 +22,6 @@ from worker.queue.message import DeadLetterCode, DeadLetterReason
 
 # Seconds: from an immediate 250 to the longest VERIFY_GIVE_UP_AFTER.
 BOUNDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
-_LONGEST: Final = BOUNDS[-1]
 
 
 class Counters:
@@ -50,7 +42,6 @@ class Counters:
         self.last_dead_letter = ""  # its reason
 
     def replied(self, error: ErrorCode, enqueued_at: float | None) -> None:
-        """A request has its answer."""
         self.replies[error] += 1
         _observe_age(self.until_reply, enqueued_at)
 
@@ -60,7 +51,6 @@ class Counters:
         _observe_age(self.until_accepted, enqueued_at)
 
     def dead_lettered(self, reason: DeadLetterReason) -> None:
-        """A message was dead-lettered."""
         self.dead[reason.code] += 1
         self.last_dead_letter = reason.text
 
@@ -69,12 +59,10 @@ def _observe_age(ages: Histogram, enqueued_at: float | None) -> None:
     """Count the seconds since `enqueued_at` (Unix time), if the message had one."""
     if enqueued_at is not None:
         # Another host's clock may be ahead of ours, and a message may contain any number.
-        ages.observe(min(max(0.0, time.time() - enqueued_at), _LONGEST))
+        ages.observe(min(max(0.0, time.time() - enqueued_at), BOUNDS[-1]))
 
 
 class WorkerMetrics(ProcessMetrics):
-    """One worker's metrics."""
-
     def __init__(
         self,
         counters: Counters,
@@ -92,29 +80,30 @@ class WorkerMetrics(ProcessMetrics):
 
     async def page(self) -> bytes:
         """The whole page in Prometheus' text format."""
-        return self.render(await self._read_backlog())
-
-    async def _read_backlog(self) -> Backlog | None:
-        """The queue's figures now; None if the broker does not answer, as old figures would mislead."""
-        try:
+        found = None  # if the broker does not answer: old figures would mislead
+        with suppress(RedisUnavailable):
             [answer] = await self._broker.run([backlog(self._queue)])
-        except RedisUnavailable:
-            return None
-        return None if isinstance(answer, ServerError) else read_backlog(answer)
+            if not isinstance(answer, ServerError):
+                found = read_backlog(answer)
+        return self.render(found)
 
     def own_metrics(self) -> Iterator[Metric]:
-        """Requests, replies, sends and relays."""
-        yield from self._requests()
-        yield from self._sends()
-        yield gauge("worker_requests_held", "Requests that this worker has taken and not settled.", self._held())
-
-    def _requests(self) -> Iterator[Metric]:
         counters = self._counters
         taken = {("fast",): counters.taken - counters.through_celery, ("celery",): counters.through_celery}
         replies = {(str(int(error)),): count for error, count in counters.replies.items()}
         reasons = {(reason,): count for reason, count in counters.dead.items()}
         to_reply, to_accepted = {(): counters.until_reply}, {(): counters.until_accepted}
         hits = counters.hits
+        sends: Counter[tuple[str, str]] = Counter()
+        connections: Counter[tuple[str]] = Counter()
+        unhealthy: dict[tuple[str], bool] = {}
+        for each in self._relays():
+            # Relays that differ only in what is masked, such as the user, have one name.
+            name = (each.relay,)
+            for outcome, count in each.sends.items():
+                sends[each.relay, outcome] += count
+            connections[name] += each.connections
+            unhealthy[name] = unhealthy.get(name, False) or each.unhealthy
         yield labelled_counter("worker_requests_taken", "Requests taken from the queue, with retries.", ["path"], taken)
         yield labelled_counter("worker_replies", "Replies by error code.", ["error"], replies)
         yield histogram("worker_reply_seconds", "From a request's enqueued_at to its reply.", (), to_reply)
@@ -125,25 +114,7 @@ class WorkerMetrics(ProcessMetrics):
         yield counter("worker_rate_limited", "Requests of an address that had too many mails.", hits["bucket"])
         yield counter("worker_redeliveries", "Requests of dead workers that this one restored.", counters.restored)
         yield labelled_counter("worker_dead_letters", "Messages that this worker dead-lettered.", ["reason"], reasons)
-
-    def _sends(self) -> Iterator[Metric]:
-        relays = _by_name(self._relays())
-        sends = {(name, outcome): count for name, each in relays.items() for outcome, count in each.sends.items()}
-        connections = {(name,): each.connections for name, each in relays.items()}
-        unhealthy = {(name,): each.unhealthy for name, each in relays.items()}
         yield labelled_counter("worker_sends", "Attempts to send a mail.", ["relay", "outcome"], sends)
         yield labelled_gauge("worker_relay_connections", "Connections to a relay.", ["relay"], connections)
         yield labelled_gauge("worker_relay_unhealthy", "1: the relay is skipped for a while.", ["relay"], unhealthy)
-
-
-def _by_name(relays: Iterable[RelayStatus]) -> dict[str, RelayStatus]:
-    """The relays by their masked URL. Those that differ only in what is masked, such as the user, become one."""
-    found: dict[str, RelayStatus] = {}
-    for each in relays:
-        found[each.relay] = _both(found[each.relay], each) if each.relay in found else each
-    return found
-
-
-def _both(one: RelayStatus, other: RelayStatus) -> RelayStatus:
-    sends = {outcome: count + other.sends[outcome] for outcome, count in one.sends.items()}
-    return RelayStatus(one.relay, sends, one.connections + other.connections, one.unhealthy or other.unhealthy)
+        yield gauge("worker_requests_held", "Requests that this worker has taken and not settled.", self._held())

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
 
 from producer.store.codes import Answered, Conflict, Send, Wait
 from worker.mail.errors import MailError
@@ -18,22 +18,12 @@ if TYPE_CHECKING:
     from producer.contract import ErrorCode
     from producer.setting_types import RelayURL
     from producer.store.codes import Issue
-    from producer.tracing.spans import Step, Traces
+    from producer.tracing.spans import Attributes, Traces
     from worker.job import Finished, Job
 
 logger = logging.getLogger(__name__)
 
 _ISSUED: Final = {Send: "send", Answered: "answered", Wait: "wait", Conflict: "conflict"}
-
-
-class _Event(NamedTuple):
-    """One thing that was done for a request, with loop times."""
-
-    name: str
-    began: float
-    ended: float
-    attributes: dict[str, str | int]
-    error_type: str = ""
 
 
 class Trace:
@@ -44,7 +34,8 @@ class Trace:
     def __init__(self, headers: Mapping[str, object]) -> None:
         """`headers`: the message's; they may name the caller's span."""
         self.headers = headers
-        self.events: list[_Event] = []
+        # Name, began and ended in loop time, attributes, error type or "".
+        self.events: list[tuple[str, float, float, Attributes, str]] = []
         self._retry = 0
         self._trying: tuple[RelayURL, float] | None = None
         self._settling_since: float | None = None
@@ -54,12 +45,8 @@ class Trace:
         if isinstance(issue, Send):
             self._retry = issue.tries
         outcome = "unavailable" if issue is None else _ISSUED[type(issue)]
-        attributes: dict[str, str | int] = {
-            "db.system.name": "redis",
-            "db.operation.name": "issue",
-            "verify.issue": outcome,
-        }
-        self.events.append(_Event("issue", began, ended, attributes, outcome if issue is None else ""))
+        attributes = {"db.system.name": "redis", "db.operation.name": "issue", "verify.issue": outcome}
+        self.events.append(("issue", began, ended, attributes, outcome if issue is None else ""))
 
     def trying(self, relay: RelayURL) -> None:
         """The mail goes to `relay` now."""
@@ -79,7 +66,7 @@ class Trace:
         }
         if isinstance(error, MailError) and error.code is not None:
             attributes["verify.smtp_code"] = error.code
-        self.events.append(_Event("smtp send", began, _now(), attributes, outcome if error is not None else ""))
+        self.events.append(("smtp send", began, _now(), attributes, "" if error is None else outcome))
 
     def settling(self) -> None:
         """The request has its outcome, which is yet to be settled."""
@@ -87,8 +74,8 @@ class Trace:
 
     def settled(self, how: str, now: float) -> None:
         """The outcome is settled. `how`: ack, delay or dead_letter."""
-        attributes: dict[str, str | int] = {"messaging.operation.name": how, "messaging.operation.type": "settle"}
-        self.events.append(_Event("settle", self._settling_since or now, now, attributes))
+        attributes = {"messaging.operation.name": how, "messaging.operation.type": "settle"}
+        self.events.append(("settle", self._settling_since or now, now, attributes, ""))
 
 
 class Recorder:
@@ -100,7 +87,7 @@ class Recorder:
 
     def finish(self, finished: Finished) -> None:
         """Make the spans of these requests."""
-        now = asyncio.get_running_loop().time()
+        now = _now()
         zero = time.time_ns() - int(now * 1e9)  # Unix time of the loop's zero
         for job, error in finished:
             if job.trace is not None:
@@ -112,13 +99,12 @@ class Recorder:
     def _finish(self, job: Job, trace: Trace, error: ErrorCode | None, zero: int, now: float) -> None:
         how = "dead_letter" if job.dead_lettered else "delay" if error is None else "ack"
         trace.settled(how, now)
-
-        def steps() -> Iterator[Step]:
-            for name, began, ended, attributes, error_type in trace.events:
-                yield name, zero + int(began * 1e9), zero + int(ended * 1e9), attributes, error_type
-
         times = zero + int(job.began * 1e9), zero + int(now * 1e9)
-        self._traces.processed(self._queue, job.request_id, trace.headers, times, how, error, steps())
+        steps = (
+            (name, zero + int(began * 1e9), zero + int(ended * 1e9), attributes, error_type)
+            for name, began, ended, attributes, error_type in trace.events
+        )
+        self._traces.processed(self._queue, job.request_id, trace.headers, times, how, error, steps)
 
 
 def _now() -> float:

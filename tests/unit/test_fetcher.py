@@ -31,13 +31,6 @@ def no_recheck(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetcher, "RECHECK_TIME", 3600.0)
 
 
-class FakeChannel:
-    """A mail channel with a fixed capacity."""
-
-    def __init__(self, capacity: int = AT_ONCE) -> None:
-        self.capacity = capacity
-
-
 class Harness:
     """A fetcher between fakes: this object is the broker, the service and the settler."""
 
@@ -47,22 +40,29 @@ class Harness:
         self.celery = Mock(CelerySide, **{"is_revoked.return_value": False})
         self.under_way = 0  # outcomes that are not settled yet
         self.counters = Counters()
-        self.prefetch = Prefetch(FakeChannel(), self.counters)
+        self.prefetch = Prefetch(lambda: AT_ONCE, self.counters)
         self.set_ahead(AHEAD)
         self.pushed = asyncio.Event()
         self._tags = itertools.count()
         queue = RequestQueue("verification", visibility_timeout=30)
-        us, waiter = cast(Any, self), cast(Any, FakeWaiter(self.pushed))
+        us, waiter = cast(Any, self), cast(Any, Mock(run=self.wait))
         self.fetcher = Fetcher(us, waiter, queue, us, us, self.celery, self.counters, self.prefetch)
 
     def set_ahead(self, count: int) -> None:
         """Let the prefetch hold so many messages beyond what can be sent at once."""
         self.prefetch._rate, self.prefetch._fetch = count / fetcher.MAX_AHEAD, 1.0
 
-    def push(self, count: int, **options: Any) -> None:
-        """Put `count` messages on the queue."""
+    async def push(self, count: int, **options: Any) -> None:
+        """Put `count` messages on the queue, and let the fetcher take them."""
         self.waiting += [json.dumps(message({"email": "a@example.com"}, **options)).encode() for _ in range(count)]
         self.pushed.set()
+        await turns()
+
+    async def wait(self, _commands: object) -> list[Any]:
+        """Block until a message comes, as the waiting connection does."""
+        await self.pushed.wait()
+        self.pushed.clear()
+        return [b""]
 
     async def run(self, commands: list[Any]) -> list[Any]:
         """Answer as the broker does."""
@@ -89,21 +89,10 @@ class Harness:
         """The delivery tags of the messages that went to Celery."""
         return [call.args[0]["properties"]["delivery_tag"] for call in self.celery.to_celery.call_args_list]
 
-    def finish(self, count: int) -> None:
-        """Settle so many of those held."""
+    async def finish(self, count: int) -> None:
+        """Settle so many of those held, and let the fetcher take others."""
         self.fetcher.done([(job, ErrorCode.SUCCESS) for job in list(self.fetcher.held.values())[:count]])
-
-
-class FakeWaiter:
-    """The connection that blocks until a message comes."""
-
-    def __init__(self, pushed: asyncio.Event) -> None:
-        self._pushed = pushed
-
-    async def run(self, _commands: object) -> list[Any]:
-        await self._pushed.wait()
-        self._pushed.clear()
-        return [b""]
+        await turns()
 
 
 async def turns() -> None:
@@ -112,100 +101,79 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
-def run(scenario: Callable[[Harness], Awaitable[None]]) -> Harness:
-    async def main() -> Harness:
+def scenario(test: Callable[[Harness], Awaitable[None]]) -> Callable[[], None]:
+    """Runs a test on the loop of a fetcher that takes messages."""
+
+    async def main() -> None:
         harness = Harness()
         fetching = asyncio.create_task(harness.fetcher._fetch_all())
         harness.fetcher.consume(on=True)
         await turns()
-        await scenario(harness)
+        await test(harness)
         fetching.cancel()
         await asyncio.wait([fetching])
-        return harness
 
-    return asyncio.run(main())
-
-
-def test_an_idle_worker_takes_what_comes_at_once_and_asks_once() -> None:
-    async def scenario(harness: Harness) -> None:
-        assert harness.asked == [AT_ONCE + AHEAD]
-        harness.push(1)
-        await turns()
-        assert len(harness.fetcher.held) == 1
-        harness.push(2)
-        await turns()
-        assert len(harness.fetcher.held) == 3
-        assert harness.asked[1:] == [AT_ONCE + AHEAD, AT_ONCE + AHEAD - 1]
-
-    run(scenario)
+    return lambda: asyncio.run(main())
 
 
-def test_no_more_is_held_than_can_be_sent_soon() -> None:
-    async def scenario(harness: Harness) -> None:
-        harness.push(100)
-        await turns()
-        for _ in range(20):
-            assert len(harness.fetcher.held) == AT_ONCE + AHEAD
-            harness.finish(AHEAD // 4)
-            await turns()
-        assert len(harness.waiting) == 100 - AT_ONCE - AHEAD - 20 * AHEAD // 4
-
-    run(scenario)
+@scenario
+async def test_an_idle_worker_takes_what_comes_at_once_and_asks_once(harness: Harness) -> None:
+    assert harness.asked == [AT_ONCE + AHEAD]
+    await harness.push(1)
+    assert len(harness.fetcher.held) == 1
+    await harness.push(2)
+    assert len(harness.fetcher.held) == 3
+    assert harness.asked[1:] == [AT_ONCE + AHEAD, AT_ONCE + AHEAD - 1]
 
 
-def test_what_is_held_ahead_is_refilled_a_share_at_a_time() -> None:
-    async def scenario(harness: Harness) -> None:
-        harness.push(100)
-        await turns()
+@scenario
+async def test_no_more_is_held_than_can_be_sent_soon(harness: Harness) -> None:
+    await harness.push(100)
+    for _ in range(20):
+        assert len(harness.fetcher.held) == AT_ONCE + AHEAD
+        await harness.finish(AHEAD // 4)
+    assert len(harness.waiting) == 100 - AT_ONCE - AHEAD - 20 * AHEAD // 4
+
+
+@scenario
+async def test_what_is_held_ahead_is_refilled_a_share_at_a_time(harness: Harness) -> None:
+    await harness.push(100)
+    asked = len(harness.asked)
+    await harness.finish(AHEAD // 4 - 1)
+    assert len(harness.asked) == asked
+    await harness.finish(1)
+    assert harness.asked[asked:] == [AHEAD // 4]
+
+
+@scenario
+async def test_a_connection_with_nothing_to_send_gets_work_at_once(harness: Harness) -> None:
+    harness.set_ahead(0)
+    await harness.push(100)
+    await harness.finish(len(harness.fetcher.held) - AT_ONCE)
+    for _ in range(5):
         asked = len(harness.asked)
-        harness.finish(AHEAD // 4 - 1)
-        await turns()
-        assert len(harness.asked) == asked
-        harness.finish(1)
-        await turns()
-        assert harness.asked[asked:] == [AHEAD // 4]
-
-    run(scenario)
-
-
-def test_a_connection_with_nothing_to_send_gets_work_at_once() -> None:
-    async def scenario(harness: Harness) -> None:
-        harness.set_ahead(0)
-        harness.push(100)
-        await turns()
-        harness.finish(len(harness.fetcher.held) - AT_ONCE)
-        await turns()
-        for _ in range(5):
-            asked = len(harness.asked)
-            harness.finish(1)
-            await turns()
-            assert harness.asked[asked:] == [1]
-            assert len(harness.fetcher.held) == AT_ONCE
-
-    run(scenario)
-
-
-def test_a_mail_that_has_left_its_connection_makes_room_before_it_is_settled() -> None:
-    async def scenario(harness: Harness) -> None:
-        harness.set_ahead(0)
-        harness.push(100)
-        await turns()
-        harness.finish(len(harness.fetcher.held) - AT_ONCE)
-        await turns()
+        await harness.finish(1)
+        assert harness.asked[asked:] == [1]
         assert len(harness.fetcher.held) == AT_ONCE
-        harness.under_way = 2
-        harness.fetcher.outcome()
-        await turns()
-        assert len(harness.fetcher.held) == AT_ONCE + 2
-        harness.under_way = 100  # outcomes that cannot be settled do not pile up
-        assert harness.fetcher._wanted() == 2 * AT_ONCE - len(harness.fetcher.held)
 
-    run(scenario)
+
+@scenario
+async def test_a_mail_that_has_left_its_connection_makes_room_before_it_is_settled(harness: Harness) -> None:
+    harness.set_ahead(0)
+    await harness.push(100)
+    await harness.finish(len(harness.fetcher.held) - AT_ONCE)
+    assert len(harness.fetcher.held) == AT_ONCE
+    harness.under_way = 2
+    harness.fetcher.outcome()
+    await turns()
+    assert len(harness.fetcher.held) == AT_ONCE + 2
+    harness.under_way = 100  # outcomes that cannot be settled do not pile up
+    assert harness.fetcher._wanted() == 2 * AT_ONCE - len(harness.fetcher.held)
 
 
 def test_how_much_is_held_ahead_depends_on_how_long_a_fetch_takes() -> None:
     counters = Counters()
-    prefetch = Prefetch(FakeChannel(), counters)
+    prefetch = Prefetch(lambda: AT_ONCE, counters)
     for tick in range(20):
         counters.mails += 1000
         prefetch.tick(float(tick))
@@ -215,91 +183,74 @@ def test_how_much_is_held_ahead_depends_on_how_long_a_fetch_takes() -> None:
         assert prefetch.wanted(0, settling=0) == AT_ONCE + ahead
 
 
-def test_an_empty_queue_is_not_asked_again_for_each_settled_request() -> None:
-    async def scenario(harness: Harness) -> None:
-        harness.push(3)
-        await turns()
+@scenario
+async def test_an_empty_queue_is_not_asked_again_for_each_settled_request(harness: Harness) -> None:
+    await harness.push(3)
+    asked = len(harness.asked)
+    for _ in range(3):
+        await harness.finish(1)
+    assert len(harness.asked) == asked
+    await harness.push(1)
+    assert len(harness.fetcher.held) == 1
+
+
+@scenario
+async def test_an_empty_queue_is_asked_again_for_what_a_settled_request_woke(harness: Harness) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetcher, "RECHECK_TIME", 0.0)
+        await harness.push(1)
         asked = len(harness.asked)
-        for _ in range(3):
-            harness.finish(1)
-            await turns()
-        assert len(harness.asked) == asked
-        harness.push(1)
-        await turns()
-        assert len(harness.fetcher.held) == 1
-
-    run(scenario)
-
-
-def test_an_empty_queue_is_asked_again_for_what_a_settled_request_woke(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetcher, "RECHECK_TIME", 0.0)
-
-    async def scenario(harness: Harness) -> None:
-        harness.push(1)
-        await turns()
-        asked = len(harness.asked)
-        harness.finish(1)
-        await turns()
+        await harness.finish(1)
         assert len(harness.asked) == asked + 1
 
-    run(scenario)
 
-
-def test_what_celery_has_to_run_counts_as_held_unless_it_waits_for_its_eta() -> None:
-    async def scenario(harness: Harness) -> None:
-        harness.push(5, headers=ETA)
-        harness.push(3, headers=GROUP)
-        await turns()
-        tags = harness.celery_tags
-        assert len(tags) == 8
-        assert harness.fetcher._wanted() == AT_ONCE + AHEAD - 3
-        assert harness.fetcher.load == 8
-        serving = [asyncio.create_task(harness.fetcher.serve_for_celery(tag)) for tag in (tags[0], tags[-1])]
-        await turns()
-        assert harness.fetcher._wanted() == AT_ONCE + AHEAD - 4  # the ETA of one has come
-        harness.finish(2)
-        assert [(await each) is not None for each in serving] == [True, True]
-        for tag in tags:
-            await harness.fetcher.leave_celery(tag, lambda _: [ACK])
-        assert harness.fetcher._wanted() == AT_ONCE + AHEAD
-        assert harness.fetcher.load == 0
-
+@scenario
+async def test_what_celery_has_to_run_counts_as_held_unless_it_waits_for_its_eta(harness: Harness) -> None:
+    await harness.push(5, headers=ETA)
+    await harness.push(3, headers=GROUP)
+    tags = harness.celery_tags
+    assert len(tags) == 8
+    assert harness.fetcher._wanted() == AT_ONCE + AHEAD - 3
+    assert len(harness.fetcher.tags()) == 8
+    serving = [asyncio.create_task(harness.fetcher.serve_for_celery(tag)) for tag in (tags[0], tags[-1])]
+    await turns()
+    assert harness.fetcher._wanted() == AT_ONCE + AHEAD - 4  # the ETA of one has come
+    await harness.finish(2)
+    assert [(await each) is not None for each in serving] == [True, True]
+    for tag in tags:
+        await harness.fetcher.leave_celery(tag, ACK)
+    assert harness.fetcher._wanted() == AT_ONCE + AHEAD
+    assert harness.fetcher.tags() == []
     # Celery itself sends the events of its tasks.
-    assert [finished for finished in run(scenario).events if finished] == []
+    assert [finished for finished in harness.events if finished] == []
 
 
-def test_messages_are_taken_again_once_celery_is_done_with_its_own() -> None:
-    async def scenario(harness: Harness) -> None:
-        harness.set_ahead(0)
-        harness.push(AT_ONCE, headers=GROUP)
-        await turns()
-        harness.push(3)
-        await turns()
-        assert harness.fetcher.held == {}
-        for tag in harness.celery_tags:
-            await harness.fetcher.leave_celery(tag, lambda _: [ACK])
-        await turns()
-        assert len(harness.fetcher.held) == 3
-
-    run(scenario)
+@scenario
+async def test_messages_are_taken_again_once_celery_is_done_with_its_own(harness: Harness) -> None:
+    harness.set_ahead(0)
+    await harness.push(AT_ONCE, headers=GROUP)
+    await harness.push(3)
+    assert harness.fetcher.held == {}
+    for tag in harness.celery_tags:
+        await harness.fetcher.leave_celery(tag, ACK)
+    await turns()
+    assert len(harness.fetcher.held) == 3
 
 
 def test_one_reservation_never_asks_for_more_than_a_script_can_carry() -> None:
-    assert Prefetch(FakeChannel(10_000), Counters()).wanted(0, settling=0) == MAX_MOVES
+    assert Prefetch(lambda: 10_000, Counters()).wanted(0, settling=0) == MAX_MOVES
 
 
-def test_celery_is_told_once_of_all_that_a_round_trip_settled() -> None:
-    async def scenario(harness: Harness) -> None:
-        harness.push(3)
-        harness.push(1, headers=GROUP)
-        await turns()
-        task = asyncio.create_task(harness.fetcher.serve_for_celery(harness.celery_tags[0]))
-        await turns()
-        jobs = list(harness.fetcher.held.values())
-        harness.fetcher.done([(job, ErrorCode.SUCCESS) for job in jobs[:2]] + [(job, None) for job in jobs[2:]])
-        assert await task is None
-        assert harness.fetcher.held == {}
-
-    [told] = run(scenario).events
+@scenario
+async def test_celery_is_told_once_of_all_that_a_round_trip_settled(harness: Harness) -> None:
+    await harness.push(3)
+    await harness.push(1, headers=GROUP)
+    task = asyncio.create_task(harness.fetcher.serve_for_celery(harness.celery_tags[0]))
+    await turns()
+    jobs = list(harness.fetcher.held.values())
+    harness.fetcher.done([(job, ErrorCode.SUCCESS) for job in jobs[:2]] + [(job, None) for job in jobs[2:]])
+    assert await task is None
+    assert harness.fetcher.held == {}
+    [told] = harness.events
     # A delayed request's event is ours to send, even if a task of Celery waited for it.
     assert [error for _, error in told] == [ErrorCode.SUCCESS, ErrorCode.SUCCESS, None, None]

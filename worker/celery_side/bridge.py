@@ -180,7 +180,7 @@ class Bridge:
 
     def ack(self, tag: str) -> None:
         """Celery is done with the message."""
-        self._call(self._fetcher.leave_celery(tag, lambda tag: [RequestQueue.ack([tag])]))
+        self._call(self._fetcher.leave_celery(tag, RequestQueue.ack([tag])))
 
     def dead_letter(self, tag: str) -> None:
         """Celery rejects the message."""
@@ -188,8 +188,7 @@ class Bridge:
 
     def release(self, tag: str) -> None:
         """Return the message to the queue."""
-        queue = self._fetcher.queue
-        self._call(self._fetcher.leave_celery(tag, lambda tag: [queue.release([tag])]))
+        self._call(self._fetcher.leave_celery(tag, self._fetcher.queue.release([tag])))
 
     def revoke(self, tag: str) -> None:
         """Celery will not run this message."""

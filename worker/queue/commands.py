@@ -43,8 +43,6 @@ class Reservation(NamedTuple):
 
 
 class MaintenanceResult(NamedTuple):
-    """What one round of maintenance found."""
-
     ready: int  # delayed requests that are due
     suspects: int
     restored: int  # messages of dead workers
@@ -82,7 +80,6 @@ class RequestQueue:
 
     @staticmethod
     def read_reserve(answer: list[Any]) -> Reservation:
-        """Read the answer to `reserve`."""
         pairs = _pairs(answer[2:])
         reasons = [reason.decode().split(" ", 1) for tag, reason in pairs if not tag]
         dead_lettered = [DeadLetterReason(DeadLetterCode(code), text) for code, text in reasons]
@@ -105,7 +102,6 @@ class RequestQueue:
 
     @staticmethod
     def read_maintain(answer: list[Any]) -> MaintenanceResult:
-        """Read the answer to `maintain`."""
         return MaintenanceResult(answer[0], answer[1], answer[2], _pairs(answer[3:]))
 
     @staticmethod
@@ -133,7 +129,6 @@ class RequestQueue:
 
     @staticmethod
     def dead_letter(tag: str, reason: DeadLetterReason) -> Command:
-        """Move a message to the dead letters."""
         return _DEAD_LETTER([UNACKED, INDEX, DEAD_LETTERS], [tag, *reason])
 
     def release(self, tags: list[str]) -> Command:

@@ -51,13 +51,16 @@ class DeadLetter:
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             return cls(name, None, "not written by a worker", datetime.fromtimestamp(0, UTC), raw, raw)
 
-    def summary(self) -> dict[str, Any]:
-        """The request's id, masked address and purpose, as far as they can be read."""
+    def fields(self) -> dict[str, object]:
+        """What to show of it; the request's id, masked address and purpose as far as they can be read."""
+        at = self.at.isoformat(timespec="seconds")
+        found: dict[str, object] = {"name": self.name, "at": at, "code": self.code, "reason": self.reason}
         try:
             job = parse(Reserved("", self.message)).job
         except UnfitMessage:
-            return {"id": None, "email": None}
-        return {"id": job.request_id, "email": mask_email(job.request.email), "purpose": str(job.request.purpose)}
+            return found | {"id": None, "email": None}
+        request = job.request
+        return found | {"id": job.request_id, "email": mask_email(request.email), "purpose": str(request.purpose)}
 
     def envelope(self) -> str:
         """The message's envelope as indented JSON, without the arguments, addresses masked."""
@@ -82,17 +85,16 @@ class DeadLetters:
         self._client = client
         self._queue = queue
 
-    def list(self, most: int = 100) -> list[DeadLetter]:
-        """The newest `most` letters."""
+    def list(self, most: int = 0) -> list[DeadLetter]:
+        """The newest `most` letters; 0: all."""
         return [DeadLetter.of(_bytes(raw)) for raw in self._client.lrange(DEAD_LETTERS, 0, most - 1)]
 
     def count(self) -> int:
-        """How many there are."""
         return int(self._client.llen(DEAD_LETTERS))
 
     def find(self, name: str) -> DeadLetter:
         """The letter with this name. Raises `NoSuchLetter`."""
-        for letter in self.list(self.count()):
+        for letter in self.list():
             if letter.name == name:
                 return letter
         raise NoSuchLetter
