@@ -84,6 +84,7 @@ class Failover:
             visibility_timeout=3,
             give_up_after=GIVE_UP_AFTER,
             resend_cooldown=2,
+            reply_timeout=5,  # what ships
         )
         self.servers = servers
         self.rig.caller.listener.heard = unkept(lambda _: None)

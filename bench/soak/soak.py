@@ -77,6 +77,7 @@ class Soak:
             resend_cooldown=2,
             connect_timeout=1,
             send_timeout=4,
+            reply_timeout=5,  # what ships; a rig waits longer for the sake of loaded machines
         )
         stack.callback(self.rig.close)
         relays = [Relay(ledger), Relay(ledger)]
