@@ -21,10 +21,9 @@ import orjson
 
 from producer.contract import REPLY_TTL, ErrorCode, reply_key
 from producer.errors import StoreUnavailable
-from producer.redis.connection import ServerError, entries
+from producer.redis.connection import ServerError, Step, entries, run_steps
 from producer.redis.protocol import kind_of
 from producer.redis.scripts import EACH, Command, Script
-from producer.redis.steps import Step, run_steps
 from producer.store.codes import (
     FAILED,
     UNKNOWN,

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Generic, Self, TypeVar
 
 import hiredis
 from redis.asyncio.connection import SSLConnection, parse_url
 
 from producer.errors import RedisUnavailable, ServerTooOld
-from producer.redis.protocol import OnPush, Protocol, auth, kind_of, pack, packed, refused
+from producer.redis.protocol import OnPush, Protocol, auth, kind_of, pack, refused
 from producer.redis.scripts import Command, in_full, load_all
 from producer.redis.sentinel import Address, PrimaryFinder
 from producer.setting_types import SentinelURL, is_sentinel
@@ -32,6 +33,7 @@ UNABLE = ("LOADING", "BUSY", "MASTERDOWN", "READONLY", "NOREPLICAS")
 Batch = Sequence[Command]
 Part = tuple[int, Batch]  # a database's number, and the commands for it
 ServerError = hiredis.ReplyError
+T = TypeVar("T")
 
 
 class RedisConnections:
@@ -58,7 +60,7 @@ class RedisConnections:
         key = (service, *sorted((name, str(value)) for name, value in options.items()))
         if (server := self._servers.get(key)) is None:
             server = self._servers[key] = _Server(options, service)
-        connection = RedisConnection(server.open, database, server=server, on_push=on_push, on_open=on_open)
+        connection = RedisConnection(server, database, on_push, on_open)
         self._connections.append(connection)
         return connection
 
@@ -73,9 +75,7 @@ class RedisConnections:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, _kind: type[BaseException] | None, _exc: BaseException | None, _tb: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_exc: object) -> None:
         await self.close()
 
 
@@ -86,7 +86,7 @@ class _Server:
         """`options`: redis-py's, of a server's URL."""
         self._options = options
         self._tls: ssl.SSLContext | None = None
-        self.finder = None if service is None else PrimaryFinder(service, self._sentinel)
+        self.finder = None if service is None else PrimaryFinder(service, self._dial)
 
     async def open(self, database: int, on_push: OnPush | None) -> Protocol:
         """A connection that is ready for commands. Raises `RedisUnavailable` within CONNECT_TIMEOUT seconds."""
@@ -118,11 +118,6 @@ class _Server:
         _, protocol = await loop.create_connection(lambda: Protocol(on_push), *address, ssl=self._tls)
         return protocol
 
-    def _sentinel(self, address: Address, on_push: OnPush, on_open: OnOpen) -> RedisConnection:
-        return RedisConnection(
-            lambda _, on_push: self._dial(address, on_push), 0, server=address, on_push=on_push, on_open=on_open
-        )
-
     def _trust(self) -> ssl.SSLContext | None:
         options = self._options
         if options.get("connection_class") is not SSLConnection:
@@ -137,19 +132,14 @@ class _Server:
         return tls
 
     async def _greet(self, protocol: Protocol, database: int) -> None:
-        greeting = auth(self._options.get("username"), self._options.get("password"))
-        greeting.append(("SELECT", database))
-        if self.finder is not None:
-            greeting.append(("ROLE",))
+        greeting = [*auth(self._options.get("username"), self._options.get("password")), ("SELECT", database)]
+        role: Batch = () if self.finder is None else [("ROLE",)]
         # Scripts go first: one found missing would run after the commands that were written behind it.
-        replies = await protocol.ask(*packed([*greeting, *load_all()]))
-        if self.finder is not None:
-            role = replies.pop(len(greeting) - 1)
-            greeting.pop()
-            # An error passes: a user may lack the right to ask for the role, and a replica refuses writes anyway.
-            if isinstance(role, list) and role[:1] != [b"master"]:
-                raise RedisUnavailable("the server that a sentinel names is no primary")
-        for i, reply in enumerate(replies):
+        *replies, last = await protocol.ask(pack([*greeting, *load_all(), *role]))
+        # An error passes: a user may lack the right to ask for the role, and a replica refuses writes anyway.
+        if role and isinstance(last, list) and last[:1] != [b"master"]:
+            raise RedisUnavailable("the server that a sentinel names is no primary")
+        for i, reply in enumerate([*replies, last]):
             # A user who may not load scripts may still be able to run them.
             if isinstance(reply, ServerError) and (i < len(greeting) or kind_of(reply) in UNABLE):
                 raise refused(reply)
@@ -162,35 +152,20 @@ class RedisConnection:
     are returned in their place as `ServerError` objects. A batch that was cut off may have been executed in part.
     """
 
-    def __init__(
-        self,
-        open_: Callable[[int, OnPush | None], Awaitable[Protocol]],
-        database: int,
-        *,
-        server: object,
-        on_push: OnPush | None,
-        on_open: OnOpen | None,
-    ) -> None:
-        """Made by `RedisConnections.connection`. `server`: equal for connections to one server as one user."""
-        self.server = server
+    def __init__(self, server: _Server, database: int, on_push: OnPush | None, on_open: OnOpen | None) -> None:
+        """Made by `RedisConnections.connection`."""
+        self.server = server  # the same for connections to one server as one user
         self.database = database
-        self._open_protocol = open_
         self._on_push = on_push
         self._on_open = on_open
         self._protocol: Protocol | None = None
         self._opening: asyncio.Task[Protocol] | None = None
-        self._repairs: set[asyncio.Task[list[list[Any]]]] = set()  # posts that met an error, to be run again
         self._selected = database
 
     @property
     def connected(self) -> bool:
         """Whether a connection is open now."""
         return self._protocol is not None and self._protocol.open
-
-    def when_lost(self, call: Callable[[], None]) -> None:
-        """Call `call` once the connection that is open now is lost or closed."""
-        if self._protocol is not None:
-            self._protocol.closed.add_done_callback(lambda _: call())
 
     async def run(self, batch: Batch, *, database: int | None = None) -> list[Any]:
         """Send all commands of a batch in one write; their replies in order."""
@@ -203,7 +178,13 @@ class RedisConnection:
         if not protocol.open:  # lost between its opening and our turn
             raise RedisUnavailable("the connection to Redis was lost")
         before = self._selected
-        return await self._read(protocol, parts, before, await protocol.ask(*self._pack_all(parts)))
+        found = _split(protocol, parts, before, await protocol.ask(self._pack_all(parts)))
+        for (database, batch), replies in zip(parts, found, strict=True):
+            if unknown := _unknown_scripts(protocol, batch, replies):
+                again = await self.run(list(unknown.values()), database=database)
+                for i, reply in zip(unknown, again, strict=True):
+                    replies[i] = reply
+        return found
 
     def post(self, batch: Batch, *, database: int | None = None) -> None:
         """Write now and ignore the replies. Later commands on this connection are executed after it.
@@ -213,87 +194,41 @@ class RedisConnection:
         protocol = self._protocol
         if protocol is None or not protocol.open:
             raise RedisUnavailable
-        parts = [(self.database if database is None else database, batch)]
+        number = self.database if database is None else database
         before = self._selected
 
         def repair(replies: list[Any]) -> None:
-            if _has_error(replies):
-                task = asyncio.create_task(self._read(protocol, parts, before, replies))
-                self._repairs.add(task)
-                task.add_done_callback(self._repaired)
+            with suppress(RedisUnavailable):
+                [found] = _split(protocol, [(number, batch)], before, replies)
+                if unknown := _unknown_scripts(protocol, batch, found):
+                    self.post(list(unknown.values()), database=number)
 
-        protocol.tell(*self._pack_all(parts), repair)
+        protocol.tell(self._pack_all([(number, batch)]), repair)
 
-    def _repaired(self, task: asyncio.Task[list[list[Any]]]) -> None:
-        self._repairs.discard(task)
-        if not task.cancelled():
-            task.exception()  # nobody waits for it
-
-    def _pack_all(self, parts: Sequence[Part]) -> tuple[bytes, int]:
-        """The bytes to write, and how many replies they will get."""
-        written, selected = [], self._selected
+    def _pack_all(self, parts: Sequence[Part]) -> list[bytes]:
+        packed, selected = [], self._selected
         for database, batch in parts:
             if database != selected:
-                written.append(pack(("SELECT", database)))
+                packed += pack([("SELECT", database)])
                 selected = database
-            written += map(pack, batch)
+            packed += pack(batch)
         self._selected = selected  # only now: if a command cannot be packed, nothing is written
-        return b"".join(written), len(written)
-
-    async def _read(
-        self, protocol: Protocol, parts: Sequence[Part], selected: int, replies: list[Any]
-    ) -> list[list[Any]]:
-        """The replies to each of `parts`, which were written while `selected` was the connection's database."""
-        found, at = [], 0
-        for database, batch in parts:
-            if database != selected:
-                if isinstance(replies[at], ServerError):
-                    protocol.transport.abort()
-                    raise RedisUnavailable(f"Redis refused SELECT {database}: {kind_of(replies[at])}")
-                selected = database
-                at += 1
-            found.append(replies[at : at + len(batch)])
-            at += len(batch)
-        if _has_error(replies):
-            for (database, batch), answers in zip(parts, found, strict=True):
-                await self._repair(protocol, database, batch, answers)
-        return found
-
-    async def _repair(self, protocol: Protocol, database: int, batch: Batch, replies: list[Any]) -> None:
-        """Run scripts again that the server did not know. Raises `RedisUnavailable` if it is unable to work."""
-        errors = {i: kind_of(reply) for i, reply in enumerate(replies) if isinstance(reply, ServerError)}
-        for kind in errors.values():
-            if kind in UNABLE:
-                # The address may lead to a server that works by now; this connection does not.
-                protocol.transport.abort()
-                raise RedisUnavailable(f"Redis cannot work at the moment ({kind})")
-        unknown = [i for i, kind in errors.items() if kind == "NOSCRIPT"]
-        if unknown:
-            # They were not executed: the server was restarted, or its scripts were flushed.
-            again = await self.run([in_full(batch[i]) for i in unknown], database=database)
-            for i, reply in zip(unknown, again, strict=True):
-                replies[i] = reply
+        return packed
 
     async def _open(self) -> Protocol:
         if self._protocol is not None and self._protocol.open:
             return self._protocol
         opening = self._opening
-        if opening is None:
+        if opening is None or opening.done():
             opening = self._opening = asyncio.create_task(self._connect())
-            opening.add_done_callback(self._opened)
+            opening.add_done_callback(retrieve_exception)
         await asyncio.wait([opening])  # a caller that is cancelled does not cancel what others wait for
         if opening.cancelled():
             raise RedisUnavailable("the connection to Redis was closed")
         return opening.result()
 
-    def _opened(self, task: asyncio.Task[Protocol]) -> None:
-        if self._opening is task:
-            self._opening = None
-        if not task.cancelled():
-            task.exception()  # retrieved, even if nobody waits any more
-
     async def _connect(self) -> Protocol:
-        protocol = await self._open_protocol(self.database, self._on_push)
+        protocol = await self.server.open(self.database, self._on_push)
         self._selected = self.database
         self._protocol = protocol
         if self._on_open is not None:
@@ -318,8 +253,71 @@ class RedisConnection:
 OnOpen = Callable[[RedisConnection], Awaitable[None]]
 
 
-def _has_error(replies: list[Any]) -> bool:
-    return any(isinstance(reply, ServerError) for reply in replies)
+@dataclass(slots=True)
+class Step(Generic[T]):
+    """Commands for one database together with what reads their answers. Several can leave in one write.
+
+    Await it to run it alone. Raises `RedisUnavailable`, and whatever `read` raises.
+    """
+
+    connection: RedisConnection
+    database: int
+    commands: Batch
+    read: Callable[[list[Any]], T]  # gets one answer for each command, an error answer as a `ServerError`
+
+    async def _run(self) -> T:
+        return self.read(await self.connection.run(self.commands, database=self.database))
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return self._run().__await__()
+
+
+async def run_steps(steps: Sequence[Step[Any]]) -> list[Any]:
+    """Run steps that share a connection in one write, in their order; the result of each.
+
+    Raises `RedisUnavailable`; then none is read.
+    """
+    found = await steps[0].connection.run_all([(step.database, step.commands) for step in steps])
+    return [step.read(answers) for step, answers in zip(steps, found, strict=True)]
+
+
+def _split(protocol: Protocol, parts: Sequence[Part], selected: int, replies: list[Any]) -> list[list[Any]]:
+    """The replies to each of `parts`, which were written while `selected` was the connection's database."""
+    found, at = [], 0
+    for database, batch in parts:
+        if database != selected:
+            if isinstance(replies[at], ServerError):
+                protocol.transport.abort()
+                raise RedisUnavailable(f"Redis refused SELECT {database}: {kind_of(replies[at])}")
+            selected = database
+            at += 1
+        found.append(replies[at : at + len(batch)])
+        at += len(batch)
+    return found
+
+
+def _unknown_scripts(protocol: Protocol, batch: Batch, replies: list[Any]) -> dict[int, Command]:
+    """The scripts that the server did not know and so did not run, in full, by their place in the batch.
+
+    Raises `RedisUnavailable` if the server is unable to work.
+    """
+    unknown = {}
+    for i, reply in enumerate(replies):
+        if isinstance(reply, ServerError):
+            kind = kind_of(reply)
+            if kind in UNABLE:
+                # The address may lead to a server that works by now; this connection does not.
+                protocol.transport.abort()
+                raise RedisUnavailable(f"Redis cannot work at the moment ({kind})")
+            if kind == "NOSCRIPT":  # the server was restarted, or its scripts were flushed
+                unknown[i] = in_full(batch[i])
+    return unknown
+
+
+def retrieve_exception(task: asyncio.Task[Any]) -> None:
+    """As a task's callback: keeps asyncio from logging a failure that nobody waits for any more."""
+    if not task.cancelled():
+        task.exception()
 
 
 def raise_errors(replies: list[Any]) -> list[Any]:

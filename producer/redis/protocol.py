@@ -19,6 +19,7 @@ TOO_LATE = "Redis did not answer in time"
 _PUSHED = ([b"message"], [b"pmessage"])
 
 OnPush = Callable[[Any], None]
+Then = Callable[[list[Any]], None]
 
 
 @dataclass(slots=True)
@@ -28,7 +29,7 @@ class _Sent:
     size: int  # replies
     due: float  # loop time; if not all replies are here by then, the connection counts as dead
     waiter: asyncio.Future[list[Any]] | None
-    then: Callable[[list[Any]], None] | None = None  # called with the replies if there is no waiter
+    then: Then | None  # called with the replies if there is no waiter
     replies: list[Any] = field(default_factory=list)
 
 
@@ -36,7 +37,6 @@ class Protocol(asyncio.BufferedProtocol):
     """Matches replies with the writes that they answer."""
 
     def __init__(self, on_push: OnPush | None) -> None:
-        """`on_push` is called with each message of a subscription."""
         self.reader = hiredis.Reader()
         # One buffer for all reads: asyncio would make a new one of 256 kB for each, which takes 20 us.
         self.buffer = memoryview(bytearray(BUFFER))
@@ -95,21 +95,19 @@ class Protocol(asyncio.BufferedProtocol):
                 sent.waiter.set_exception(RedisUnavailable(why))
         self.waiting.clear()
 
-    def ask(self, packed: bytes, size: int) -> asyncio.Future[list[Any]]:
-        """Write; the future gets the `size` replies."""
+    def ask(self, packed: Sequence[bytes]) -> asyncio.Future[list[Any]]:
+        """Write these commands; the future gets their replies."""
         waiter: asyncio.Future[list[Any]] = self.loop.create_future()
-        self._write(packed, _Sent(size, self.loop.time() + ANSWER_TIMEOUT, waiter))
+        self.tell(packed, None, waiter)
         return waiter
 
-    def tell(self, packed: bytes, size: int, then: Callable[[list[Any]], None]) -> None:
-        """Write; `then` is called with the `size` replies if they come."""
-        self._write(packed, _Sent(size, self.loop.time() + ANSWER_TIMEOUT, None, then))
-
-    def _write(self, packed: bytes, sent: _Sent) -> None:
-        self.waiting.append(sent)
+    def tell(self, packed: Sequence[bytes], then: Then | None, waiter: asyncio.Future[list[Any]] | None = None) -> None:
+        """Write these commands; `then` is called with their replies if they come."""
+        due = self.loop.time() + ANSWER_TIMEOUT
+        self.waiting.append(_Sent(len(packed), due, waiter, then))
         if self.timer is None:
-            self.timer = self.loop.call_at(sent.due, self._look)
-        self.transport.write(packed)
+            self.timer = self.loop.call_at(due, self._look)
+        self.transport.write(b"".join(packed))
 
     def _look(self) -> None:
         """One timer for all writes: replies come in order, so the oldest write shows whether the server answers."""
@@ -125,15 +123,9 @@ class Protocol(asyncio.BufferedProtocol):
         self.transport.abort()
 
 
-def pack(command: Command) -> bytes:
-    """The bytes of a command."""
-    packed: bytes = hiredis.pack_command(command)  # type: ignore[arg-type]  # its stub says a tuple of one
-    return packed
-
-
-def packed(commands: Sequence[Command]) -> tuple[bytes, int]:
-    """The arguments of `ask` for these commands."""
-    return b"".join(map(pack, commands)), len(commands)
+def pack(commands: Sequence[Command]) -> list[bytes]:
+    """Each command as bytes."""
+    return list(map(hiredis.pack_command, commands))  # type: ignore[arg-type]  # its stub says a tuple of one
 
 
 def auth(user: str | None, password: str | None) -> list[Command]:

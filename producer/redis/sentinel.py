@@ -15,16 +15,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from contextlib import suppress
+from typing import Any, Final, NamedTuple
 
 import hiredis
 
 from producer.errors import RedisUnavailable
-from producer.redis.protocol import OnPush, Protocol, auth, refused
+from producer.redis.protocol import OnPush, Protocol, auth, pack, refused
 from producer.setting_types import SentinelURL
-
-if TYPE_CHECKING:
-    from producer.redis.connection import OnOpen, RedisConnection
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +34,8 @@ FIND_TIMEOUT: Final = 0.75  # seconds that a connection waits for answers, of th
 SWITCHED: Final = "+switch-master"
 
 Address = tuple[str, int]
+Dial = Callable[[Address, OnPush], Awaitable[Protocol]]
+Connect = Callable[[Address], Awaitable[Protocol]]
 
 
 class _Answer(NamedTuple):
@@ -48,26 +48,26 @@ class _Answer(NamedTuple):
 class PrimaryFinder:
     """Finds the primary of one service, and drops the connections to one that was replaced. For one event loop."""
 
-    def __init__(self, service: SentinelURL, connection: Callable[[Address, OnPush, OnOpen], RedisConnection]) -> None:
-        """`connection`: makes a connection to a sentinel."""
+    def __init__(self, service: SentinelURL, dial: Dial) -> None:
+        """`dial`: connects to a sentinel."""
         self._name = service.service
-        self._sentinels = [_Sentinel(each, service, connection, self._heard) for each in service.sentinels]
+        self._sentinels = [_Sentinel(each, service, dial, self._heard) for each in service.sentinels]
         self._current: _Answer | None = None
         self._unproved: set[_Answer] = set()  # named a server that could not be reached or was no primary
         self._open: dict[Protocol, Address] = {}
         self._changed = asyncio.Event()  # a sentinel answered, or did not
         self._watching: list[asyncio.Task[None]] = []
 
-    async def find(self, connect: Callable[[Address], Awaitable[Protocol]]) -> Protocol:
+    async def find(self, connect: Connect) -> Protocol:
         """What `connect` makes of the primary's address. Raises `RedisUnavailable`; the caller limits the time."""
         if not self._watching:
             self._watching = [asyncio.create_task(each.watch()) for each in self._sentinels]
         tried: set[Address] = set()
         failure: RedisUnavailable | None = None
-        asked = False
-        while True:
-            answer = self._best(tried)
-            if answer is not None:
+        for ask in (False, True):
+            if ask:
+                await self._ask_all(tried)
+            while (answer := self._best(tried)) is not None:
                 tried.add(answer.primary)
                 try:
                     return await self._try(answer, connect)
@@ -76,12 +76,8 @@ class PrimaryFinder:
                 except (OSError, UnicodeError) as exc:
                     kind = type(exc).__name__
                     failure = RedisUnavailable(f"the primary of {self._name!r} could not be reached ({kind})")
-            elif not asked:
-                asked = True
-                await self._ask_all(tried)
-            else:
-                said = [each.failure for each in self._sentinels if each.failure is not None]
-                raise failure or (type(said[0])(str(said[0])) if said else RedisUnavailable("no sentinel answers"))
+        said = [each.failure for each in self._sentinels if each.failure is not None]
+        raise failure or (type(said[0])(str(said[0])) if said else RedisUnavailable("no sentinel answers"))
 
     def _best(self, tried: set[Address]) -> _Answer | None:
         """The answer to try next: one that is not outdated, then one that did not fail before, then the latest."""
@@ -92,15 +88,13 @@ class PrimaryFinder:
     async def _ask_all(self, tried: set[Address]) -> None:
         """Wait until a sentinel names a server that was not tried yet, or all have answered."""
         self._wake_all()
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(FIND_TIMEOUT):
                 while self._best(tried) is None and any(each.asking for each in self._sentinels):
                     self._changed.clear()
                     await self._changed.wait()
-        except TimeoutError:
-            pass
 
-    async def _try(self, answer: _Answer, connect: Callable[[Address], Awaitable[Protocol]]) -> Protocol:
+    async def _try(self, answer: _Answer, connect: Connect) -> Protocol:
         before = self._current
         self._unproved.add(answer)  # until it proves right; it stays if this is cancelled
         try:
@@ -143,29 +137,24 @@ class PrimaryFinder:
         watching, self._watching = self._watching, []
         for task in watching:
             task.cancel()
-        if watching:
-            await asyncio.wait(watching)
-        for each in self._sentinels:
-            await each.close()
+        await asyncio.gather(*watching, return_exceptions=True)
 
 
 class _Sentinel:
     """One sentinel: its connection, and what it said last."""
 
     def __init__(
-        self,
-        address: Address,
-        service: SentinelURL,
-        connection: Callable[[Address, OnPush, OnOpen], RedisConnection],
-        heard: Callable[[_Answer | None], None],
+        self, address: Address, service: SentinelURL, dial: Dial, heard: Callable[[_Answer | None], None]
     ) -> None:
         """`heard` is called after each question, with None if it was not answered."""
         self.answer: _Answer | None = None
         self.failure: RedisUnavailable | None = None  # why it gave no answer, if it said so
         self.asking = True
+        self._address = address
         self._service = service
+        self._dial = dial
         self._heard = heard
-        self._connection = connection(address, lambda _: self.wake(), self._subscribe)
+        self._protocol: Protocol | None = None
         self._announces = False
         self._woken = asyncio.Event()
 
@@ -177,65 +166,66 @@ class _Sentinel:
     async def watch(self) -> None:
         """Keep asking it, until cancelled."""
         retry = RETRY_FIRST
-        while True:
-            self._woken.clear()
-            try:
-                async with asyncio.timeout(ASK_TIMEOUT):
-                    self.answer, self.failure = await self._ask(), None
-                pause, retry = POLL_EVERY if self._announces else LOOK_EVERY, RETRY_FIRST
-            except (OSError, UnicodeError) as exc:
-                self.answer, self.failure = None, exc if isinstance(exc, RedisUnavailable) else None
-                await self._connection.close()
-                pause, retry = retry, min(2 * retry, POLL_EVERY)
-            self.asking = self._woken.is_set()
-            self._heard(self.answer)
-            try:
-                async with asyncio.timeout(pause):
-                    await self._woken.wait()
-            except TimeoutError:
+        try:
+            while True:
+                self._woken.clear()
+                try:
+                    async with asyncio.timeout(ASK_TIMEOUT):
+                        self.answer, self.failure = await self._ask(), None
+                    pause, retry = POLL_EVERY if self._announces else LOOK_EVERY, RETRY_FIRST
+                except (OSError, UnicodeError) as exc:
+                    self.answer, self.failure = None, exc if isinstance(exc, RedisUnavailable) else None
+                    self._drop()
+                    pause, retry = retry, min(2 * retry, POLL_EVERY)
+                self.asking = self._woken.is_set()
+                self._heard(self.answer)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(pause):
+                        await self._woken.wait()
                 self.asking = True
+        finally:
+            self._drop()
 
-    async def close(self) -> None:
-        await self._connection.close()
+    def _drop(self) -> None:
+        if self._protocol is not None:
+            self._protocol.transport.abort()
 
     async def _ask(self) -> _Answer:
+        if self._protocol is None or not self._protocol.open:
+            self._protocol = await self._dial(self._address, lambda _: self.wake())
+            await self._subscribe(self._protocol)
         name = self._service.service
-        address, state = await self._connection.run(
-            [("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name), ("SENTINEL", "MASTER", name)]
-        )
+        questions = [("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name), ("SENTINEL", "MASTER", name)]
+        address, state = await self._protocol.ask(pack(questions))
         if isinstance(address, hiredis.ReplyError):
             raise refused(address, "a sentinel", "sentinel_username and sentinel_password")
         if address is None:
             raise RedisUnavailable(f"the sentinels watch no {name!r}")
         try:
-            return _Answer(_address(address), _epoch(state))
+            return _read(address, state)
         except (ValueError, TypeError, IndexError, AttributeError):
             raise RedisUnavailable("a sentinel gave an invalid answer") from None
 
-    async def _subscribe(self, connection: RedisConnection) -> None:
+    async def _subscribe(self, protocol: Protocol) -> None:
         # Version 3 of the protocol lets a connection that is subscribed take other commands as well.
         login = auth(self._service.sentinel_user, self._service.sentinel_password)
-        *_, hello = await connection.run([*login, ("HELLO", 3)])
+        *_, hello = await protocol.ask(pack([*login, ("HELLO", 3)]))
         self._announces = False
         if not isinstance(hello, hiredis.ReplyError):
-            [subscribed] = await connection.run([("SUBSCRIBE", SWITCHED)])
+            [subscribed] = await protocol.ask(pack([("SUBSCRIBE", SWITCHED)]))
             self._announces = not isinstance(subscribed, hiredis.ReplyError)
-        connection.when_lost(self._lost)
+        protocol.closed.add_done_callback(self._lost)
 
-    def _lost(self) -> None:
+    def _lost(self, closed: asyncio.Future[None]) -> None:
         if self.answer is not None:  # otherwise `watch` tries again by itself
-            asyncio.get_running_loop().call_later(LOOK_EVERY, self.wake)
+            closed.get_loop().call_later(LOOK_EVERY, self.wake)
 
 
-def _address(address: Any) -> Address:
+def _read(address: Any, state: Any) -> _Answer:
     host, port = address[0].decode(), int(address[1])
     # What no socket takes would raise other errors than a server that is away.
     if not host.isprintable() or not 0 < port < 65536:
         raise ValueError
-    return host, port
-
-
-def _epoch(state: Any) -> int:
     if isinstance(state, list):  # in version 2 of the protocol a map is a flat list
         state = dict(zip(state[::2], state[1::2], strict=True))
-    return int(state.get(b"config-epoch", 0)) if isinstance(state, dict) else 0
+    return _Answer((host, port), int(state.get(b"config-epoch", 0)) if isinstance(state, dict) else 0)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from producer.contract import CheckResult, ErrorCode, code_key, known_error
-from producer.redis.connection import RedisConnection, ServerError, entries, raise_errors
+from producer.redis.connection import RedisConnection, ServerError, Step, entries, raise_errors
 from producer.redis.protocol import kind_of
 from producer.redis.scripts import EACH, Arg, Command, Script
-from producer.redis.steps import Step
 from producer.store.codes import (
     Answered,
     Claim,

@@ -18,7 +18,7 @@ from support.redis_server import RedisServer
 from support.store_driver import RedisDriver, claim_of
 
 from producer.contract import ErrorCode, code_key
-from producer.redis.steps import Step
+from producer.redis.connection import Step
 from producer.store.codes import (
     FAILED,
     UNKNOWN,

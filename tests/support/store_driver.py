@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 
 from producer.address import parse
 from producer.contract import ErrorCode, code_key
-from producer.redis.connection import RedisConnections
-from producer.redis.steps import Step, run_steps
+from producer.redis.connection import RedisConnections, Step, run_steps
 from producer.store.codes import (
     Answered,
     Claim,
