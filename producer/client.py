@@ -16,7 +16,6 @@ import threading
 import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from producer.aio import AsyncVerificationClient
@@ -57,7 +56,6 @@ class VerificationClient:
         self._settings = settings or load()
         self._lock = threading.Lock()
         self._thread: _LoopThread | None = None
-        self._stop: Callable[[], object] = _do_nothing
         self._closed = False
         _clients.add(self)
 
@@ -69,8 +67,9 @@ class VerificationClient:
         """Close the connections and end the thread. Requests that still wait are answered `TIMEOUT`."""
         with self._lock:
             self._closed = True
-            self._thread = None
-        self._stop()
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.stop()
 
     def _start(self, verb: Callable[[AsyncVerificationClient], Coroutine[Any, Any, T]]) -> Future[T]:
         with self._lock:
@@ -78,7 +77,7 @@ class VerificationClient:
                 raise RuntimeError("the client is closed")
             if self._thread is None:
                 self._thread = _LoopThread(self._settings)
-                self._stop = weakref.finalize(self, self._thread.stop)
+                weakref.finalize(self, self._thread.stop)
             return self._thread.submit(verb)
 
     def _after_fork(self) -> None:
@@ -87,14 +86,11 @@ class VerificationClient:
         if self._thread is not None:
             self._thread.disown()
             self._thread = None
-            self._stop = _do_nothing
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _exc: BaseException | None, _tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exc: object) -> None:
         self.close()
 
 
@@ -150,10 +146,6 @@ class _LoopThread:
             with contextlib.suppress(OSError):
                 os.dup2(nowhere, number, inheritable=False)
         os.close(nowhere)
-
-
-def _do_nothing() -> None:
-    """Stops a client that was never used."""
 
 
 _clients: weakref.WeakSet[VerificationClient] = weakref.WeakSet()  # a fork concerns all clients of the process

@@ -19,6 +19,7 @@ from producer.store import backlog
 MAX_PUSH = 500  # messages of about 800 bytes: the first reply of a crowd need not wait for the crowd's last message
 
 Outcome = asyncio.Future[Any]  # what becomes of one message
+Message = tuple[bytes, Callable[[], None]]  # and what to call once Redis has it
 
 
 class Publisher:
@@ -29,20 +30,16 @@ class Publisher:
         self._queue = queue
         self._limit = limit
         self._connection = redis.connection(url, on_open=check_version)
-        self._waiting: dict[Outcome, bytes] = {}
-        self._on_confirmed: dict[Outcome, Callable[[], None]] = {}
+        self._waiting: dict[Outcome, Message] = {}
         self._deadlines = Deadlines(REDIS_TIMEOUT, lambda outcome: outcome.set_exception(RedisUnavailable(TOO_LATE)))
         self._pusher: asyncio.Task[None] | None = None
         self._closed = False
-
-    def __len__(self) -> int:
-        return len(self._waiting)
 
     def expect(self, outcome: Outcome) -> None:
         """A message will be posted: from now on it has `REDIS_TIMEOUT` seconds to reach Redis."""
         self._deadlines.watch(outcome)
 
-    def post(self, message: bytes, outcome: Outcome, on_confirmed: Callable[[], None] | None = None) -> None:
+    def post(self, message: bytes, outcome: Outcome, on_confirmed: Callable[[], None]) -> None:
         """Send the message with the next push, unless `outcome` is done by then.
 
         Calls `on_confirmed` once Redis has the message, unless `outcome` is done before. If Redis does not confirm,
@@ -54,16 +51,13 @@ class Publisher:
         if self._closed:
             outcome.set_exception(RedisUnavailable("the client was closed"))
             return
-        if on_confirmed is not None:
-            self._on_confirmed[outcome] = on_confirmed
-        self._waiting[outcome] = message
-        if self._pusher is None:
+        self._waiting[outcome] = message, on_confirmed
+        if self._pusher is None or self._pusher.done():
             self._pusher = asyncio.create_task(self._push_all())
 
     def forget(self, outcome: Outcome) -> None:
         """Nobody waits for the outcome any more: do not send the message if it is not sent yet."""
         self._waiting.pop(outcome, None)
-        self._on_confirmed.pop(outcome, None)
         self._deadlines.forget(outcome)
 
     def unconfirmed(self, outcome: Outcome) -> bool:
@@ -92,45 +86,39 @@ class Publisher:
         await self._connection.close()
 
     async def _push_all(self) -> None:
-        try:
-            while batch := dict(islice(self._waiting.items(), MAX_PUSH)):
-                failure: VerifyError | None = None
-                refused: list[Outcome] = []
-                try:
-                    refused = await self._push_batch(batch)
-                except VerifyError as exc:
-                    failure = exc
-                for outcome in refused:
-                    if not outcome.done():
-                        outcome.set_exception(QueueFull())
-                for outcome in batch:
-                    on_confirmed = self._on_confirmed.get(outcome)
-                    self.forget(outcome)
-                    if outcome.done():
-                        continue
-                    if failure is not None:
-                        # A copy for each: an exception object collects the traceback of everyone who raises it.
-                        outcome.set_exception(type(failure)(str(failure)))
-                    elif on_confirmed is not None:
-                        on_confirmed()
-        finally:
-            self._pusher = None
+        while batch := dict(islice(self._waiting.items(), MAX_PUSH)):
+            failure: VerifyError | None = None
+            refused: list[Outcome] = []
+            try:
+                refused = await self._push(batch)
+            except VerifyError as exc:
+                failure = exc
+            for outcome in refused:
+                if not outcome.done():
+                    outcome.set_exception(QueueFull())
+            for outcome, (_, on_confirmed) in batch.items():
+                self.forget(outcome)
+                if outcome.done():
+                    continue
+                if failure is None:
+                    on_confirmed()
+                else:
+                    # A copy for each: an exception object collects the traceback of everyone who raises it.
+                    outcome.set_exception(type(failure)(str(failure)))
 
-    async def _push_batch(self, batch: dict[Outcome, bytes]) -> list[Outcome]:
+    async def _push(self, batch: dict[Outcome, Message], *, again: bool = True) -> list[Outcome]:
         """Push what is still wanted. Returns the outcomes of messages for which the queue has no room."""
         wanted = [outcome for outcome in batch if not outcome.done()]
+        if not wanted:
+            return []
+        messages = [batch[outcome][0] for outcome in wanted]
         try:
-            replies = await self._push(wanted, batch)
+            replies = await self._connection.run([backlog.push(self._queue, messages, limit=self._limit)])
         except RedisUnavailable:
+            if not again:
+                raise
             # Perhaps only this connection was lost. A message that arrives twice has the same id, so it stays one
             # request.
-            wanted = [outcome for outcome in wanted if not outcome.done()]
-            if not wanted:
-                return []
-            replies = await self._push(wanted, batch)
+            return await self._push(batch, again=False)
         [pushed] = raise_errors(replies)
         return [] if self._limit is None else wanted[pushed:]
-
-    async def _push(self, wanted: list[Outcome], batch: dict[Outcome, bytes]) -> list[Any]:
-        messages = [batch[outcome] for outcome in wanted]
-        return await self._connection.run([backlog.push(self._queue, messages, limit=self._limit)])

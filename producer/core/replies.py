@@ -9,7 +9,13 @@ from typing import Any
 
 from producer.contract import REPLY_KEY_PREFIX, ErrorCode, new_uuid, read_reply, reply_key
 from producer.errors import RedisUnavailable, VerifyError
-from producer.redis.connection import RedisConnection, RedisConnections, raise_errors, require_version
+from producer.redis.connection import (
+    RedisConnection,
+    RedisConnections,
+    raise_errors,
+    require_version,
+    retrieve_exception,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +51,6 @@ class Replies:
         self._keeper: asyncio.Task[None] | None = None
         self._closed = False
 
-    def __len__(self) -> int:
-        return len(self._waiting)
-
     @property
     def listening(self) -> bool:
         """Whether it is subscribed, on a connection that gave a sign of life just now."""
@@ -65,7 +68,7 @@ class Replies:
     def expect(self, request_id: str) -> asyncio.Future[ErrorCode]:
         """The future reply to a request that is about to be pushed."""
         reply = self._waiting[request_id] = self._loop.create_future()
-        if self._keeper is None:
+        if self._keeper is None or self._keeper.done():
             self._keeper = asyncio.create_task(self._keep_listening())
         return reply
 
@@ -87,36 +90,30 @@ class Replies:
 
     def _shared_ping(self) -> asyncio.Task[None]:
         """A task that ends once it is listening, or fails. All callers share it, and none cancels it."""
-        if self._ping is None:
+        if self._ping is None or self._ping.done():
             self._ping = asyncio.create_task(self._ping_once())
-            self._ping.add_done_callback(_retrieve_exception)
+            self._ping.add_done_callback(retrieve_exception)
         return self._ping
 
     async def _ping_once(self) -> None:
+        if self._closed:
+            raise RedisUnavailable("the client was closed")
+        # A new connection subscribes before it takes this command, so the answer proves the subscription too.
         try:
-            if self._closed:
-                raise RedisUnavailable("the client was closed")
-            # A new connection subscribes before it takes this command, so the answer proves the subscription too.
-            try:
-                await self._connection.run([("PING",)])
-            except RedisUnavailable:
-                await self._connection.run([("PING",)])  # perhaps only that connection was lost
-            self._heard = self._loop.time()
-        finally:
-            self._ping = None
+            await self._connection.run([("PING",)])
+        except RedisUnavailable:
+            await self._connection.run([("PING",)])  # perhaps only that connection was lost
+        self._heard = self._loop.time()
 
     async def _keep_listening(self) -> None:
         """While someone waits, notice a lost or half-open connection and replace it."""
-        try:
-            while self._waiting:
-                await asyncio.sleep(PING_EVERY)
-                if not self.listening:
-                    try:
-                        await asyncio.shield(self._shared_ping())
-                    except VerifyError as exc:
-                        logger.warning("cannot listen for replies: %s", exc)
-        finally:
-            self._keeper = None
+        while self._waiting:
+            await asyncio.sleep(PING_EVERY)
+            if not self.listening:
+                try:
+                    await asyncio.shield(self._shared_ping())
+                except VerifyError as exc:
+                    logger.warning("cannot listen for replies: %s", exc)
 
     async def _subscribe(self, connection: RedisConnection) -> None:
         info, subscribed = await connection.run([("INFO", "server"), ("PSUBSCRIBE", self.ids.pattern)])
@@ -147,9 +144,3 @@ class Replies:
         except (ValueError, RecursionError):
             # Anyone may publish on the channel; the real reply may still come.
             logger.warning("ignored an invalid reply to request %s", request_id)
-
-
-def _retrieve_exception(task: asyncio.Task[None]) -> None:
-    """Keep asyncio from logging a failure that nobody waits for any more."""
-    if not task.cancelled():
-        task.exception()

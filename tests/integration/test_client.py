@@ -416,7 +416,8 @@ try:
     client.request({A!r})
 except KeyboardInterrupt:
     time.sleep(0.1)
-    sys.exit(client._thread.client._on_loop.pending)
+    here = client._thread.client._on_loop
+    sys.exit(len(here.publisher._waiting) + len(here.replies._waiting))
 sys.exit(9)
 """
         assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=20, check=False).returncode == 0

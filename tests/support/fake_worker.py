@@ -8,7 +8,6 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Self
 
 import redis
@@ -48,9 +47,7 @@ class FakeWorker:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _exc: BaseException | None, _tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exc: object) -> None:
         self._end.set()
         with contextlib.suppress(redis.RedisError):
             self.broker.lpush(END, "")
@@ -105,4 +102,5 @@ def connections(server: RedisServer) -> set[str]:
 
 def pending(client: AsyncVerificationClient) -> int:
     """How many messages and replies of the client are on their way."""
-    return 0 if client._on_loop is None else client._on_loop.pending
+    here = client._on_loop
+    return 0 if here is None else len(here.publisher._waiting) + len(here.replies._waiting)
