@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import hiredis
 import pytest
@@ -23,8 +23,7 @@ from producer.redis import sentinel as sentinel_module
 from producer.redis.connection import RedisConnection, RedisConnections
 from worker.celery_side.redis_urls import connect
 
-T = TypeVar("T")
-Use = Callable[[RedisConnections, str], Awaitable[T]]
+Servers = tuple[RedisServer, RedisServer]
 
 
 class FakeSentinel:
@@ -107,12 +106,11 @@ async def serving(*sentinels: FakeSentinel) -> AsyncIterator[str]:
         yield f"redis+sentinel://{','.join(f'127.0.0.1:{each.port}' for each in sentinels)}/service/3"
 
 
-def using(use: Use[T], *sentinels: FakeSentinel, query: str = "") -> T:
-    async def main() -> T:
-        async with asyncio.timeout(60), serving(*sentinels) as url, RedisConnections() as redis:
-            return await use(redis, url + query)
-
-    return asyncio.run(main())
+@asynccontextmanager
+async def connected(*sentinels: FakeSentinel, query: str = "") -> AsyncIterator[RedisConnection]:
+    """A connection to the sentinels' service."""
+    async with asyncio.timeout(60), serving(*sentinels) as url, RedisConnections() as redis:
+        yield redis.connection(url + query)
 
 
 async def port_of(connection: RedisConnection) -> int:
@@ -120,31 +118,33 @@ async def port_of(connection: RedisConnection) -> int:
     return int(port)
 
 
-async def find(redis: RedisConnections, url: str) -> int:
+async def find(*sentinels: FakeSentinel, query: str = "") -> int:
     """The port of the primary that a new connection finds."""
-    return await port_of(redis.connection(url))
+    async with connected(*sentinels, query=query) as connection:
+        return await port_of(connection)
 
 
-def failure(*sentinels: FakeSentinel, query: str = "") -> RedisUnavailable:
+async def failure(*sentinels: FakeSentinel, query: str = "") -> RedisUnavailable:
     with pytest.raises(RedisUnavailable) as caught:
-        using(find, *sentinels, query=query)
+        await find(*sentinels, query=query)
     return caught.value
 
 
 async def until(true: Callable[[], bool]) -> None:
-    while not true():  # noqa: ASYNC110 - `using` limits the time
+    while not true():  # noqa: ASYNC110 - the caller limits the time
         await asyncio.sleep(0.02)
 
 
 @pytest.fixture
-def servers() -> Iterator[tuple[RedisServer, RedisServer]]:
+def servers() -> Iterator[Servers]:
     """A primary, and another server."""
     with ExitStack() as stack:
         yield stack.enter_context(RedisServer()), stack.enter_context(RedisServer())
 
 
-def test_the_database_of_the_url_is_used_on_the_primary(redis_server: RedisServer) -> None:
-    using(lambda redis, url: redis.connection(url).run([("SET", "key", "a")]), FakeSentinel(redis_server.port))
+async def test_the_database_of_the_url_is_used_on_the_primary(redis_server: RedisServer) -> None:
+    async with connected(FakeSentinel(redis_server.port)) as connection:
+        await connection.run([("SET", "key", "a")])
     with redis_server.client(3) as client:
         assert client.getdel("key") == b"a"
 
@@ -158,14 +158,12 @@ UNHELPFUL: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("unhelpful", UNHELPFUL.values(), ids=UNHELPFUL)
-def test_an_unhelpful_sentinel_is_passed_over(redis_server: RedisServer, unhelpful: dict[str, Any]) -> None:
-    async def use(redis: RedisConnections, url: str) -> None:
-        connection = redis.connection(url)
+async def test_an_unhelpful_sentinel_is_passed_over(redis_server: RedisServer, unhelpful: dict[str, Any]) -> None:
+    sentinels = [*(FakeSentinel(**unhelpful) for _ in range(7)), FakeSentinel(redis_server.port)]
+    async with connected(*sentinels) as connection:
         for _ in range(3):
             assert await port_of(connection) == redis_server.port
             await connection.close()
-
-    using(use, *(FakeSentinel(**unhelpful) for _ in range(7)), FakeSentinel(redis_server.port))
 
 
 NONSENSE = [
@@ -177,55 +175,51 @@ NONSENSE = [
 
 
 @pytest.mark.parametrize("first", NONSENSE, ids=range(len(NONSENSE)))
-def test_a_sentinel_that_answers_nonsense_is_passed_over(redis_server: RedisServer, first: FakeSentinel) -> None:
-    assert using(find, first, FakeSentinel(redis_server.port)) == redis_server.port
-    assert str(failure(first)) == "a sentinel gave an invalid answer"
+async def test_a_sentinel_that_answers_nonsense_is_passed_over(redis_server: RedisServer, first: FakeSentinel) -> None:
+    assert await find(first, FakeSentinel(redis_server.port)) == redis_server.port
+    assert str(await failure(first)) == "a sentinel gave an invalid answer"
 
 
-def test_a_replica_is_never_taken_for_the_primary(servers: tuple[RedisServer, RedisServer]) -> None:
+async def test_a_replica_is_never_taken_for_the_primary(servers: Servers) -> None:
     primary, replica = servers
     with replica.client() as client:
         client.replicaof("127.0.0.1", str(primary.port))
-    assert using(find, FakeSentinel(replica.port, epoch=2), FakeSentinel(primary.port)) == primary.port
-    assert "no primary" in str(failure(FakeSentinel(replica.port)))
+    assert await find(FakeSentinel(replica.port, epoch=2), FakeSentinel(primary.port)) == primary.port
+    assert "no primary" in str(await failure(FakeSentinel(replica.port)))
 
 
-def test_the_error_says_why_no_primary_was_found() -> None:
-    assert "watch no 'service'" in str(failure(FakeSentinel(None)))
-    assert str(failure(*(FakeSentinel(1, silent=True) for _ in range(3)))) == "no sentinel answers"
-    assert "could not be reached" in str(failure(FakeSentinel(1)))
+async def test_the_error_says_why_no_primary_was_found() -> None:
+    assert "watch no 'service'" in str(await failure(FakeSentinel(None)))
+    assert str(await failure(*(FakeSentinel(1, silent=True) for _ in range(3)))) == "no sentinel answers"
+    assert "could not be reached" in str(await failure(FakeSentinel(1)))
 
 
-def test_a_sentinel_gets_its_own_password(redis_server: RedisServer) -> None:
+async def test_a_sentinel_gets_its_own_password(redis_server: RedisServer) -> None:
     sentinel = FakeSentinel(redis_server.port, password="secret")
-    assert using(find, sentinel, query="?sentinel_password=secret") == redis_server.port
-    refused = failure(sentinel, query="?sentinel_password=wrong")
+    assert await find(sentinel, query="?sentinel_password=secret") == redis_server.port
+    refused = await failure(sentinel, query="?sentinel_password=wrong")
     assert isinstance(refused, RedisLoginRefused)
     assert str(refused).startswith("a sentinel refused the login (NOAUTH): check sentinel_username and")
 
 
-def test_connections_to_one_service_share_one_connection_to_each_sentinel(redis_server: RedisServer) -> None:
+async def test_connections_to_one_service_share_one_connection_to_each_sentinel(redis_server: RedisServer) -> None:
     sentinels = [FakeSentinel(redis_server.port) for _ in range(3)]
-
-    async def use(redis: RedisConnections, url: str) -> None:
-        connections = [redis.connection(f"{url[:-1]}{database}") for database in range(10)]
-        for _ in range(3):
-            await asyncio.gather(*map(port_of, connections))
-            await asyncio.gather(*(each.close() for each in connections))
-        assert [len(each.open) for each in sentinels] == [1, 1, 1]
-        await redis.close()
+    async with asyncio.timeout(60), serving(*sentinels) as url:
+        async with RedisConnections() as redis:
+            connections = [redis.connection(f"{url[:-1]}{database}") for database in range(10)]
+            for _ in range(3):
+                await asyncio.gather(*map(port_of, connections))
+                await asyncio.gather(*(each.close() for each in connections))
+            assert [len(each.open) for each in sentinels] == [1, 1, 1]
         await until(lambda: not any(each.open for each in sentinels))
-
-    using(use, *sentinels)
     assert [each.connections for each in sentinels] == [1, 1, 1]
     assert max(each.questions for each in sentinels) < 5
 
 
-def test_an_announced_failover_moves_all_connections(servers: tuple[RedisServer, RedisServer]) -> None:
+async def test_an_announced_failover_moves_all_connections(servers: Servers) -> None:
     old, new = servers
     late, early = FakeSentinel(old.port), FakeSentinel(old.port)
-
-    async def use(redis: RedisConnections, url: str) -> None:
+    async with asyncio.timeout(60), serving(late, early) as url, RedisConnections() as redis:
         connections = [redis.connection(f"{url[:-1]}{database}") for database in range(5)]
         assert {await port_of(each) for each in connections} == {old.port}
         early.fail_over(new.port, announce=True)  # the other one has not heard of it, and the old primary is healthy
@@ -234,38 +228,30 @@ def test_an_announced_failover_moves_all_connections(servers: tuple[RedisServer,
             assert {await port_of(each) for each in connections} == {new.port}
             await asyncio.sleep(0.02)
 
-    using(use, late, early)
-
 
 @pytest.mark.parametrize(
     ("refuses", "interval"), [(b"", "POLL_EVERY"), (b"HELLO", "LOOK_EVERY"), (b"SUBSCRIBE", "LOOK_EVERY")]
 )
-def test_a_failover_that_is_not_announced_is_noticed_by_asking(
-    servers: tuple[RedisServer, RedisServer], monkeypatch: pytest.MonkeyPatch, refuses: bytes, interval: str
+async def test_a_failover_that_is_not_announced_is_noticed_by_asking(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch, refuses: bytes, interval: str
 ) -> None:
     monkeypatch.setattr(sentinel_module, interval, 0.1)
     old, new = servers
     sentinel = FakeSentinel(old.port, refuses=refuses)
-
-    async def use(redis: RedisConnections, url: str) -> int:
-        connection = redis.connection(url)
+    async with connected(sentinel) as connection:
         assert await port_of(connection) == old.port
         sentinel.fail_over(new.port, announce=False)
         await until(lambda: not connection.connected)
-        return await port_of(connection)
-
-    assert using(use, sentinel) == new.port
+        assert await port_of(connection) == new.port
 
 
-def test_a_lost_connection_to_a_sentinel_is_opened_again(
-    servers: tuple[RedisServer, RedisServer], monkeypatch: pytest.MonkeyPatch
+async def test_a_lost_connection_to_a_sentinel_is_opened_again(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sentinel_module, "LOOK_EVERY", 0.1)
     old, new = servers
     sentinel = FakeSentinel(old.port)
-
-    async def use(redis: RedisConnections, url: str) -> int:
-        connection = redis.connection(url)
+    async with connected(sentinel) as connection:
         assert await port_of(connection) == old.port
         [lost] = sentinel.open
         lost.transport.abort()
@@ -273,46 +259,38 @@ def test_a_lost_connection_to_a_sentinel_is_opened_again(
         assert connection.connected
         sentinel.fail_over(new.port, announce=True)
         await until(lambda: not connection.connected)
-        return await port_of(connection)
-
-    assert using(use, sentinel) == new.port
+        assert await port_of(connection) == new.port
 
 
-def test_sentinels_that_were_set_up_anew_are_believed(redis_server: RedisServer) -> None:
+async def test_sentinels_that_were_set_up_anew_are_believed(redis_server: RedisServer) -> None:
     sentinel = FakeSentinel(redis_server.port, epoch=7)
-
-    async def use(redis: RedisConnections, url: str) -> int:
-        connection = redis.connection(url)
+    async with connected(sentinel) as connection:
         await port_of(connection)
         sentinel.epoch = 0
         sentinel.open[0].transport.abort()
         await connection.close()
-        return await port_of(connection)
-
-    assert using(use, sentinel) == redis_server.port
+        assert await port_of(connection) == redis_server.port
 
 
-def test_a_plain_url_asks_no_sentinel(redis_server: RedisServer) -> None:
-    async def commands() -> int:
-        async with RedisConnections() as redis:
-            await redis.connection(redis_server.url()).run([("PING",)])
-        with redis_server.client() as client:
-            stats: dict[str, Any] = client.info("commandstats")
-        return sum(each["calls"] for name, each in stats.items() if name in {"cmdstat_role", "cmdstat_sentinel"})
-
+async def test_a_plain_url_asks_no_sentinel(redis_server: RedisServer) -> None:
     with redis_server.client() as client:
         client.config_resetstat()
-    assert asyncio.run(commands()) == 0
+        async with RedisConnections() as redis:
+            await redis.connection(redis_server.url()).run([("PING",)])
+        stats: dict[str, Any] = client.info("commandstats")
+    assert not stats.keys() & {"cmdstat_role", "cmdstat_sentinel"}
 
 
-def test_tls_is_spoken_with_sentinel_and_server_and_both_are_checked(redis_server: RedisServer, tmp_path: Path) -> None:
+async def test_tls_is_spoken_with_sentinel_and_server_and_both_are_checked(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
     authority, stranger = trustme.CA(), trustme.CA()
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     trusted, doubtful = (ssl.create_default_context(ssl.Purpose.CLIENT_AUTH) for _ in range(2))
     authority.issue_cert("127.0.0.1").configure_cert(trusted)
     stranger.issue_cert("127.0.0.1").configure_cert(doubtful)
 
-    async def main(before_sentinel: ssl.SSLContext, before_server: ssl.SSLContext) -> None:
+    async def use(before_sentinel: ssl.SSLContext, before_server: ssl.SSLContext) -> None:
         sentinel = FakeSentinel(0)
         async with (
             serving(sentinel),
@@ -325,7 +303,7 @@ def test_tls_is_spoken_with_sentinel_and_server_and_both_are_checked(redis_serve
             with connect(url, timeout=2) as client:
                 assert await asyncio.to_thread(client.ping)
 
-    asyncio.run(main(trusted, trusted))
+    await use(trusted, trusted)
     for contexts in ((doubtful, trusted), (trusted, doubtful)):
         with pytest.raises(RedisUnavailable):
-            asyncio.run(main(*contexts))
+            await use(*contexts)
