@@ -86,10 +86,10 @@ class Worker:
             traced=traces is not None,
         )
         self._request_log = RequestLog()
-        settler.subscribe(self.fetcher.done, self.fetcher.outcome)
-        settler.subscribe(self._request_log.settled)
+        settler.on_outcome.append(self.fetcher.outcome)
+        settler.on_settled += [self.fetcher.done, self._request_log.settled]
         if traces is not None:
-            settler.subscribe(Recorder(traces, settings.queue).finish)
+            settler.on_settled.append(Recorder(traces, settings.queue).finish)
         parts = (broker, queue, service, settler, counters, self.fetcher)
         self._maintenance = Maintenance(*parts, lambda: self._channel.healthy)
         self._traces = traces

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from producer.redis.connection import Batch, RedisConnection, RedisConnections
 from producer.settings import Settings
 
 
+@dataclass
 class Database:
     """One of the three: a connection, possibly shared, and a database number."""
 
-    def __init__(self, connection: RedisConnection, number: int) -> None:
-        self.connection = connection
-        self.number = number
+    connection: RedisConnection
+    number: int
 
     async def run(self, batch: Batch) -> list[Any]:
         """As `RedisConnection.run`."""
@@ -24,12 +25,12 @@ class Databases:
     """Codes, broker and results. Those on one server share a connection."""
 
     def __init__(self, settings: Settings, redis: RedisConnections) -> None:
-        self._redis = redis
-        self._connections: dict[object, RedisConnection] = {}
-        self.codes = self._database(settings.codes_url)
-        self.broker = self._database(settings.broker_url)
-        self.results = self._database(settings.results_url)
+        connections: dict[object, RedisConnection] = {}
 
-    def _database(self, url: str) -> Database:
-        connection = self._redis.connection(url)
-        return Database(self._connections.setdefault(connection.server, connection), connection.database)
+        def database(url: str) -> Database:
+            connection = redis.connection(url)
+            return Database(connections.setdefault(connection.server, connection), connection.database)
+
+        self.codes = database(settings.codes_url)
+        self.broker = database(settings.broker_url)
+        self.results = database(settings.results_url)

@@ -14,8 +14,9 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import orjson
 
@@ -29,7 +30,6 @@ from producer.store.codes import (
     UNKNOWN,
     Answered,
     CodeStore,
-    Issue,
     IssueRequest,
     Outcome,
     Result,
@@ -70,7 +70,6 @@ class Settlement:
 
     @property
     def finished(self) -> bool:
-        """Whether no step is left."""
         return not self.reply and self.move is None and not self.ack and self.marked
 
     def mark_decides(self) -> bool:
@@ -113,11 +112,7 @@ def _payload(job: Job, error: ErrorCode, date_done: str) -> bytes:
         return json.dumps(meta).encode()
 
 
-class _Work(NamedTuple):
-    """One step for a batch, and what applies its result."""
-
-    step: Awaitable[Any]
-    apply: Callable[[Any], None]
+_Work = tuple[Awaitable[Any], Callable[[Any], None]]  # one step for a batch, and what applies its result
 
 
 class Settler:
@@ -134,21 +129,12 @@ class Settler:
         self._counters = counters
         connections = (store.connection, databases.results.connection, databases.broker.connection)
         self._one_write = all(connection is connections[0] for connection in connections)
-        self._on_outcome: list[Callable[[], None]] = []
-        self._on_settled: list[Callable[[Finished], None]] = []
+        self.on_outcome: list[Callable[[], None]] = []  # called when a request needs no relay connection any more
+        self.on_settled: list[Callable[[Finished], None]] = []  # called once a trip
         self._pending: list[Settlement] = []
         self._in_trip = 0  # how many requests the present round trip settles
         self._to_wake: list[str] = []
         self._flushing: asyncio.Task[None] | None = None
-
-    def subscribe(self, on_settled: Callable[[Finished], None], on_outcome: Callable[[], None] | None = None) -> None:
-        """Call `on_settled` once a trip with the requests that this worker holds no longer.
-
-        `on_outcome` is called earlier, when a request has an outcome and needs no relay connection any more.
-        """
-        self._on_settled.append(on_settled)
-        if on_outcome is not None:
-            self._on_outcome.append(on_outcome)
 
     @property
     def under_way(self) -> int:
@@ -203,7 +189,7 @@ class Settler:
         self._pending.append(item)
         if item.job.trace is not None:
             item.job.trace.settling()
-        for on_outcome in self._on_outcome:
+        for on_outcome in self.on_outcome:
             on_outcome()
         if self._flushing is None:
             self._flushing = asyncio.create_task(self._flush())
@@ -232,7 +218,7 @@ class Settler:
             if item.error is not None:
                 self._counters.replied(item.error, item.job.enqueued_at)
         finished = [(item.job, item.error) for item in items]
-        for on_settled in self._on_settled if finished else ():
+        for on_settled in self.on_settled if finished else ():
             try:
                 on_settled(finished)
             except Exception as exc:  # noqa: BLE001 - the other subscribers and the next batch go on
@@ -262,14 +248,15 @@ class Settler:
     async def _take(self, *parts: _Work | None) -> None:
         """Take steps; several are one write. If the store or Redis is unavailable, everything stays as it is."""
         work = [part for part in parts if part is not None]
+        steps = [step for step, _ in work]
         waking: list[str] = []
         try:
-            if len(work) == 1:
-                results = [await work[0].step]
-            elif work:
-                results = await run_steps(cast("list[Step[Any]]", [each.step for each in work]))  # of one connection
-            for each, result in zip(work, results if work else (), strict=True):
-                each.apply(result)
+            if len(steps) > 1:  # of one connection
+                results = await run_steps(cast("list[Step[Any]]", steps))
+            else:
+                results = [await step for step in steps]
+            for (_, apply), result in zip(work, results, strict=True):
+                apply(result)
             if self._to_wake:
                 waking, self._to_wake = self._to_wake, []
                 _warn_of(await self._databases.broker.run([self._queue.wake(waking)]))
@@ -280,34 +267,26 @@ class Settler:
     def _marks(self, batch: list[Settlement]) -> _Work | None:
         items = [item for item in batch if item.mark is not None and not item.ask]
         outcomes = [Outcome(item.job.claim, item.mark) for item in items if item.mark is not None]
-
-        def apply(results: Sequence[Settled | StoreError]) -> None:
-            _warn_of(results)
-            for item, result in zip(items, results, strict=True):
-                if isinstance(result, StoreError):
-                    item.mark_refused = True
-                    continue
-                self._to_wake += result.wake
-                if not result.held and item.mark_decides():
-                    item.drop_reply()
-                item.mark = None
-
-        return _Work(self._store.settle(outcomes), apply) if items else None
+        return (self._store.settle(outcomes), partial(self._marked, items)) if items else None
 
     def _questions(self, items: list[Settlement]) -> _Work | None:
         requests = [IssueRequest(item.job.claim, "", item.error) for item in items]
+        return (self._store.issue(requests), partial(self._marked, items)) if items else None
 
-        def apply(results: Sequence[Issue | StoreError]) -> None:
-            _warn_of(results)
-            for item, result in zip(items, results, strict=True):
-                if isinstance(result, StoreError):
+    def _marked(self, items: list[Settlement], results: Sequence[Any]) -> None:
+        _warn_of(results)
+        for item, result in zip(items, results, strict=True):
+            match result:
+                case StoreError():
                     item.mark_refused = True
                     continue
-                if isinstance(result, Answered):
-                    item.error = result.error
-                item.mark = None
-
-        return _Work(self._store.issue(requests), apply) if items else None
+                case Settled(held, wake):
+                    self._to_wake += wake
+                    if not held and item.mark_decides():
+                        item.drop_reply()
+                case Answered(error):
+                    item.error = error
+            item.mark = None
 
     def _may_follow(self, item: Settlement) -> bool:
         """Whether a step may be taken before it is known how the mark was answered."""
@@ -323,7 +302,7 @@ class Settler:
             for item, entry in zip(items, stored, strict=True):
                 item.reply = isinstance(entry, ServerError)
 
-        return _Work(_step(self._databases.results, [store_replies(answered)]), apply) if items else None
+        return (_step(self._databases.results, [store_replies(answered)]), apply) if items else None
 
     def _moves(self, batch: list[Settlement]) -> _Work | None:
         items = [item for item in batch if (item.marked and not item.reply) or self._may_follow(item)]
@@ -345,7 +324,7 @@ class Settler:
                 if not isinstance(answer, ServerError):
                     item.move = None
 
-        return _Work(_step(self._databases.broker, commands), apply) if commands else None
+        return (_step(self._databases.broker, commands), apply) if commands else None
 
     def _ack(self, items: list[Settlement]) -> Command:
         tags = [item.job.tag for item in items]

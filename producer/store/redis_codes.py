@@ -45,13 +45,11 @@ class RedisCodeStore:
         self.lease = policy.lease / 1000
         self._policy = policy
         self._database = connection.database if database is None else database
-        lives = (policy.lease, policy.give_up_after, policy.ttl, policy.min_life)
-        limits = (policy.cooldown, policy.interval, policy.burst)
-        answers = (int(ErrorCode.SUCCESS), int(ErrorCode.TOO_MANY_REQUESTS), int(ErrorCode.TIMEOUT))
         self._issue_args: tuple[Arg, ...] = (
-            *(*lives, *limits, policy.remember),
+            *(policy.lease, policy.give_up_after, policy.ttl, policy.min_life),
+            *(policy.cooldown, policy.interval, policy.burst, policy.remember),
             *(REQUEST, ATTEMPTS, COOLDOWN, SENDING, JOINED),
-            *answers,
+            *(int(ErrorCode.SUCCESS), int(ErrorCode.TOO_MANY_REQUESTS), int(ErrorCode.TIMEOUT)),
         )
         self._settle_args: tuple[Arg, ...] = (
             *(policy.cooldown, policy.interval, policy.remember),

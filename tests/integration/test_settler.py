@@ -42,7 +42,7 @@ class Harness:
             self.store = MemoryCodeStore(POLICY)
         self.queue = RequestQueue("verification", visibility_timeout=15)
         self.settler = Settler(self.store, self.databases, self.queue, Counters())
-        self.settler.subscribe(self._on_settled)
+        self.settler.on_settled.append(self._on_settled)
         self.settled: Finished = []
         self.broken = False  # the subscriber raises
         self.writes: list[int] = []  # how many databases each write was for
