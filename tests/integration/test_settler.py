@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -86,135 +87,123 @@ class Harness:
 
 
 @pytest.fixture(params=["redis", "memory"])
-def run(
-    request: pytest.FixtureRequest, redis: redis_py.Redis, redis_server: RedisServer
-) -> Callable[[Callable[[Harness], Awaitable[None]]], None]:
-    """Runs a scenario with the code store in Redis, where steps share a write, and with one elsewhere."""
+def harness(request: pytest.FixtureRequest, redis: redis_py.Redis, redis_server: RedisServer) -> Harness:
+    """With the code store in Redis, where steps share a write, and with one elsewhere."""
     del redis  # it has emptied the server
+    return Harness(redis_server, memory=request.param == "memory")
 
-    def run(scenario: Callable[[Harness], Awaitable[None]]) -> None:
+
+def settler_test(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Run an async test, and close its connections."""
+
+    @functools.wraps(test)
+    def run(harness: Harness, **fixtures: Any) -> None:
         async def main() -> None:
-            harness = Harness(redis_server, memory=request.param == "memory")
-            try:
-                await scenario(harness)
-            finally:
-                await harness.redis.close()
+            async with harness.redis:
+                await test(harness, **fixtures)
 
         asyncio.run(main())
 
     return run
 
 
-Run = Callable[[Callable[[Harness], Awaitable[None]]], None]
+@settler_test
+async def test_outcomes_are_recorded_answered_and_acked(harness: Harness) -> None:
+    jobs = [await harness.sending(name) for name in ("one", "two")]
+    harness.settler.answer(jobs[0], ErrorCode.SUCCESS, mark=True)
+    harness.settler.answer(jobs[1], ErrorCode.MAIL_REJECTED, mark=True)
+    await harness.finish()
+    # One write for all three databases, or one for each of two beside the store.
+    assert harness.writes == ([3] if harness.store.connection else [1, 1])
+    assert await harness.replies("one", "two") == [ErrorCode.SUCCESS, ErrorCode.MAIL_REJECTED]
+    assert await harness.unacked() == 0
+    again = await harness.store.issue([IssueRequest(job.claim, "") for job in jobs])
+    assert again == [Answered(ErrorCode.SUCCESS), Answered(ErrorCode.MAIL_REJECTED)]
 
 
-def test_outcomes_are_recorded_answered_and_acked(run: Run) -> None:
-    async def scenario(harness: Harness) -> None:
-        jobs = [await harness.sending(name) for name in ("one", "two")]
-        harness.settler.answer(jobs[0], ErrorCode.SUCCESS, mark=True)
-        harness.settler.answer(jobs[1], ErrorCode.MAIL_REJECTED, mark=True)
-        await harness.finish()
-        # One write for all three databases, or one for each of two beside the store.
-        assert harness.writes == ([3] if harness.store.connection else [1, 1])
-        assert await harness.replies("one", "two") == [ErrorCode.SUCCESS, ErrorCode.MAIL_REJECTED]
-        assert await harness.unacked() == 0
-        again = await harness.store.issue([IssueRequest(job.claim, "") for job in jobs])
-        assert again == [Answered(ErrorCode.SUCCESS), Answered(ErrorCode.MAIL_REJECTED)]
-
-    run(scenario)
-
-
-def test_a_reply_that_its_reader_deletes_at_once_holds_up_no_other(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario(harness: Harness) -> None:
-        jobs = [await harness.sending(f"user{number}") for number in range(3)]
-        connection = harness.databases.results.connection
-        run_all = connection.run_all
-
-        async def deleting(parts: Any) -> Any:
-            # Between the storing of the reply and the ack, as its reader may.
-            parts = list(parts)
-            if len(parts) == 3:
-                parts.insert(2, (harness.databases.results.number, [("DEL", reply_key("user0"))]))
-                found = await run_all(parts)
-                del found[2]
-                return found
-            return await run_all(parts)
-
-        monkeypatch.setattr(connection, "run_all", deleting)
-        for job in jobs:
-            harness.settler.answer(job, ErrorCode.SUCCESS, mark=True)
-        await harness.finish()
-        assert sorted(job.request_id for job, _ in harness.settled) == ["user0", "user1", "user2"]
-        assert await harness.unacked() == 0
-
-    run(scenario)
-
-
-def test_requests_that_wait_for_a_send_are_woken_though_the_connection_is_lost(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+@settler_test
+async def test_a_reply_that_its_reader_deletes_at_once_holds_up_no_other(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def scenario(harness: Harness) -> None:
-        job = await harness.sending("one")
-        joining = claim_of("two", "one@example.com")
-        [found] = await harness.store.issue([IssueRequest(joining, "654321")])
-        assert isinstance(found, Wait)
-        assert found.joined
-        delayed = ("HSET", "verification.parked", "two", "1 message")
-        await harness.databases.broker.run([delayed, ("ZADD", "verification.parked.due", 1e13, "two")])
-        run_batch = harness.databases.broker.run
-        lost: list[Any] = []
+    jobs = [await harness.sending(f"user{number}") for number in range(3)]
+    connection = harness.databases.results.connection
+    run_all = connection.run_all
 
-        async def losing(batch: Any) -> Any:
-            if not lost:
-                lost.append(batch)
-                raise RedisUnavailable
-            return await run_batch(batch)
+    async def deleting(parts: Any) -> Any:
+        # Between the storing of the reply and the ack, as its reader may.
+        parts = list(parts)
+        if len(parts) == 3:
+            parts.insert(2, (harness.databases.results.number, [("DEL", reply_key("user0"))]))
+            found = await run_all(parts)
+            del found[2]
+            return found
+        return await run_all(parts)
 
-        monkeypatch.setattr(harness.databases.broker, "run", losing)
+    monkeypatch.setattr(connection, "run_all", deleting)
+    for job in jobs:
         harness.settler.answer(job, ErrorCode.SUCCESS, mark=True)
+    await harness.finish()
+    assert sorted(job.request_id for job, _ in harness.settled) == ["user0", "user1", "user2"]
+    assert await harness.unacked() == 0
+
+
+@settler_test
+async def test_requests_that_wait_for_a_send_are_woken_though_the_connection_is_lost(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = await harness.sending("one")
+    joining = claim_of("two", "one@example.com")
+    [found] = await harness.store.issue([IssueRequest(joining, "654321")])
+    assert isinstance(found, Wait)
+    assert found.joined
+    delayed = ("HSET", "verification.parked", "two", "1 message")
+    await harness.databases.broker.run([delayed, ("ZADD", "verification.parked.due", 1e13, "two")])
+    run_batch = harness.databases.broker.run
+    lost: list[Any] = []
+
+    async def losing(batch: Any) -> Any:
+        if not lost:
+            lost.append(batch)
+            raise RedisUnavailable
+        return await run_batch(batch)
+
+    monkeypatch.setattr(harness.databases.broker, "run", losing)
+    harness.settler.answer(job, ErrorCode.SUCCESS, mark=True)
+    await harness.finish()
+    assert len(lost) == 1
+    queue = [("LRANGE", "verification", 0, -1), ("HLEN", "verification.parked")]
+    assert await run_batch(queue) == [[b"message"], 0]
+
+
+@settler_test
+async def test_a_dead_letter_is_answered_with_the_answer_that_its_request_has(harness: Harness) -> None:
+    known, new = await harness.sending("known"), await harness.sending("new")
+    harness.settler.answer(known, ErrorCode.SUCCESS, mark=True)
+    await harness.finish()
+    for job in (known, new):
+        harness.settler.dead_letter(job, ID_CONFLICT, answer=ErrorCode.EXCEPTION)
+    await harness.finish()
+    assert await harness.replies("known", "new") == [ErrorCode.SUCCESS, ErrorCode.EXCEPTION]
+    assert await harness.unacked() == 0
+
+
+@settler_test
+async def test_a_subscriber_that_raises_keeps_no_request(harness: Harness) -> None:
+    harness.broken = True
+    for name in ("one", "two"):
+        harness.settler.answer(await harness.sending(name), ErrorCode.SUCCESS, mark=True)
         await harness.finish()
-        assert len(lost) == 1
-        queue = [("LRANGE", "verification", 0, -1), ("HLEN", "verification.parked")]
-        assert await run_batch(queue) == [[b"message"], 0]
-
-    run(scenario)
+    assert harness.settler.under_way == 0
+    assert {job.request_id for job, _ in harness.settled} == {"one", "two"}
+    assert await harness.unacked() == 0
 
 
-def test_a_dead_letter_is_answered_with_the_answer_that_its_request_has(run: Run) -> None:
-    async def scenario(harness: Harness) -> None:
-        known, new = await harness.sending("known"), await harness.sending("new")
-        harness.settler.answer(known, ErrorCode.SUCCESS, mark=True)
-        await harness.finish()
-        for job in (known, new):
-            harness.settler.dead_letter(job, ID_CONFLICT, answer=ErrorCode.EXCEPTION)
-        await harness.finish()
-        assert await harness.replies("known", "new") == [ErrorCode.SUCCESS, ErrorCode.EXCEPTION]
-        assert await harness.unacked() == 0
-
-    run(scenario)
-
-
-def test_a_subscriber_that_raises_keeps_no_request(run: Run) -> None:
-    async def scenario(harness: Harness) -> None:
-        harness.broken = True
-        for name in ("one", "two"):
-            harness.settler.answer(await harness.sending(name), ErrorCode.SUCCESS, mark=True)
-            await harness.finish()
-        assert harness.settler.under_way == 0
-        assert {job.request_id for job, _ in harness.settled} == {"one", "two"}
-        assert await harness.unacked() == 0
-
-    run(scenario)
-
-
-def test_a_store_that_cannot_be_asked_is_answered_only_where_a_reply_can_be_stored(run: Run) -> None:
-    async def scenario(harness: Harness) -> None:
-        harness.settler.store_unavailable(await harness.sending("one"))
-        await harness.finish()
-        [(_, error)] = harness.settled
-        assert error is (None if harness.store.connection else ErrorCode.REDIS_ERR)
-
-    run(scenario)
+@settler_test
+async def test_a_store_that_cannot_be_asked_is_answered_only_where_a_reply_can_be_stored(harness: Harness) -> None:
+    harness.settler.store_unavailable(await harness.sending("one"))
+    await harness.finish()
+    [(_, error)] = harness.settled
+    assert error is (None if harness.store.connection else ErrorCode.REDIS_ERR)
 
 
 # --- the commands ---

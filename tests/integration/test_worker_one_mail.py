@@ -43,43 +43,6 @@ def test_a_code_of_the_old_server_is_reused_if_it_lives_long_enough(rig: Rig, li
     assert code_in(mail) == code(rig, email)
 
 
-def test_within_the_cooldown_the_answer_is_success_without_a_mail(rig: Rig) -> None:
-    email = address()
-    assert rig.caller.ask(email)["error"] == 0
-    first = code(rig, email)
-    assert rig.caller.ask(email)["error"] == 0
-    assert code(rig, email) == first
-    assert len(rig.mails_to(email)) == 1
-
-
-def test_the_cooldown_ends_with_its_code(rig: Rig) -> None:
-    email = address()
-    assert rig.caller.ask(email)["error"] == 0
-    rig.codes.delete(f"code_{email}")  # GateServer, or a right check
-    assert rig.caller.ask(email)["error"] == 0
-    first, second = rig.mails_to(email)
-    assert code_in(first) != code_in(second) == code(rig, email)
-
-
-def test_another_purpose_has_another_code_and_mail(rig: Rig) -> None:
-    email = address()
-    assert rig.caller.ask(email)["error"] == 0
-    assert rig.caller.ask(email, purpose="login")["error"] == 0
-    assert len(rig.mails_to(email)) == 2
-
-
-def test_after_the_cooldown_the_same_code_is_mailed_again_and_its_expiry_stays(new_rig: Callable[..., Rig]) -> None:
-    rig = new_rig(resend_cooldown=0)
-    rig.add_worker()
-    email = address()
-    assert rig.caller.ask(email)["error"] == 0
-    rig.codes.expire(f"code_{email}", 300)
-    assert rig.caller.ask(email)["error"] == 0
-    first, second = rig.mails_to(email)
-    assert code_in(first) == code_in(second) == code(rig, email)
-    assert rig.codes.ttl(f"code_{email}") <= 300
-
-
 def test_an_empty_bucket_answers_4_for_all_spellings_of_an_address(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(max_sends_per_hour=2, resend_cooldown=0)
     rig.add_worker()
@@ -88,26 +51,9 @@ def test_an_empty_bucket_answers_4_for_all_spellings_of_an_address(new_rig: Call
     assert rig.caller.ask(address())["error"] == 0
 
 
-def test_a_rejected_mail_is_refunded_to_the_bucket(new_rig: Callable[..., Rig]) -> None:
-    rig = new_rig(max_sends_per_hour=1, resend_cooldown=0)
-    rig.add_worker()
-    email = address()
-    rig.script(email, rcpt=["550 5.1.1 gone"])
-    assert [rig.caller.ask(email)["error"] for _ in range(3)] == [5, 0, 4]
-
-
-def held(rig: Rig, email: str) -> Held:
-    """The relay answers the next mail to `email` only when released."""
-    hold = Held("250 ok")
-    rig.script(email, dot=[hold])
-    return hold
-
-
 def test_requests_that_meet_anothers_send_share_its_mail_and_block_no_other(rig: Rig) -> None:
     email = address()
-    hold = held(rig, email)
-    first = rig.caller.request(email)
-    assert hold.reached.wait(60)
+    hold, first = held(rig, email, "250 ok")
     ids = rig.caller.push(*(message({"email": email}) for _ in range(N)))
     # They wait in Redis; the worker does not hold them.
     eventually(lambda: rig.broker.hlen("verification.parked") == N)
@@ -123,62 +69,40 @@ def test_requests_that_meet_anothers_send_share_its_mail_and_block_no_other(rig:
     assert code_in(rig.mails_to(email)[0]) == code(rig, email)
 
 
-def test_simultaneous_requests_share_one_code_and_one_mail(rig: Rig) -> None:
-    email = address()
-    ids = rig.caller.push(*(message({"email": email}) for _ in range(N)))
-    assert rig.caller.replies(ids) == [0] * N
-    assert len(rig.mails_to(email)) == 1
-
-
-@pytest.mark.parametrize("refusal", ["450 4.2.1 later", "421 4.3.2 closing"])
-def test_a_transient_failure_wakes_one_of_the_waiting_requests(rig: Rig, refusal: str) -> None:
-    email = address()
-    hold = Held(refusal)
+def held(rig: Rig, email: str, reply: str) -> tuple[Held, str]:
+    """A request whose mail the relay has, and answers so once released."""
+    hold = Held(reply)
     rig.script(email, dot=[hold])
     first = rig.caller.request(email)
     assert hold.reached.wait(60)
-    ids = rig.caller.push(*(message({"email": email}) for _ in range(5)))
-    eventually(lambda: rig.broker.hlen("verification.parked") == 5)
-    hold.release.set()
-    assert rig.caller.replies([first, *ids]) == [0] * 6
-    assert len(rig.mails_to(email)) == 1
+    return hold, first
 
 
-def test_a_permanent_failure_answers_all_waiting_requests(rig: Rig) -> None:
+@pytest.mark.parametrize(
+    ("reply", "error", "mails"), [("450 4.2.1 later", 0, 2), ("421 4.3.2 closing", 0, 2), ("550 5.1.1 gone", 5, 1)]
+)
+def test_a_transient_failure_wakes_one_waiting_request_and_a_permanent_one_answers_all(
+    rig: Rig, reply: str, error: int, mails: int
+) -> None:
     email = address()
-    hold = Held("550 5.1.1 gone")
-    rig.script(email, dot=[hold])
-    first = rig.caller.request(email)
-    assert hold.reached.wait(60)
+    hold, first = held(rig, email, reply)
     ids = rig.caller.push(*(message({"email": email}) for _ in range(5)))
     eventually(lambda: rig.broker.hlen("verification.parked") == 5)
     hold.release.set()
-    assert rig.caller.replies([first, *ids]) == [5] * 6
-    assert len(rig.dotted_to(email)) == 1
+    assert rig.caller.replies([first, *ids]) == [error] * 6
+    assert len(rig.dotted_to(email)) == mails
 
 
 def test_a_waiting_request_is_answered_6_at_its_own_deadline(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig()
     rig.add_worker()
     email = address()
-    hold = held(rig, email)
-    first = rig.caller.request(email)
-    assert hold.reached.wait(60)
+    hold, first = held(rig, email, "250 ok")
     expires = (datetime.now(UTC) + timedelta(seconds=1)).isoformat()
     [second] = rig.caller.push(message({"email": email}, headers={"expires": expires}))
     assert rig.caller.reply(second) == {"email": email, "error": 6}
     hold.release.set()
     assert rig.caller.reply(first)["error"] == 0
-
-
-def test_without_a_cooldown_every_request_gets_a_mail(new_rig: Callable[..., Rig]) -> None:
-    rig = new_rig(resend_cooldown=0)
-    rig.add_worker()
-    email = address()
-    ids = rig.caller.push(*(message({"email": email}) for _ in range(5)))
-    assert rig.caller.replies(ids) == [0] * 5
-    assert {code_in(mail) for mail in rig.mails_to(email)} == {code(rig, email)}
-    assert len(rig.mails_to(email)) == 5
 
 
 def test_two_workers_on_one_queue_send_each_request_once(new_rig: Callable[..., Rig]) -> None:
@@ -199,18 +123,3 @@ def test_two_producers_on_one_queue_get_their_own_replies(rig: Rig) -> None:
         assert [rig.caller.reply(each)["email"] for each in ids] == emails
         # Both receive everything that is published; each knows its own by the id.
         eventually(lambda: all(len(caller.published(each)) == 1 for caller in (rig.caller, second) for each in ids))
-
-
-def test_a_code_can_be_checked_before_the_relay_accepts_its_mail(rig: Rig) -> None:
-    email = address()
-    hold = held(rig, email)
-    request_id = rig.caller.request(email)
-    assert hold.reached.wait(60)
-    [on_wire] = rig.dotted_to(email)
-    assert code_in(on_wire) == code(rig, email)
-    rig.codes.delete(f"code_{email}")  # consumed: some relays deliver before they answer
-    hold.release.set()
-    assert rig.caller.reply(request_id) == {"email": email, "error": 0}
-    # The mailed code is no longer live, so there is no cooldown.
-    assert rig.caller.ask(email)["error"] == 0
-    assert len(rig.mails_to(email)) == 2

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import pytest
 from support.memory_store import MemoryCodeStore
+from support.relays import asyncio_test
 from support.store_driver import POLICY, claim_of
 
 from producer.contract import ErrorCode, VerifyRequest
@@ -77,11 +77,9 @@ class Harness:
         self.settled.append((job.request_id, "unavailable"))
 
 
-def run(scenario: Callable[[Harness], Awaitable[None]]) -> None:
-    async def main() -> None:
-        await scenario(Harness())
-
-    asyncio.run(main())
+@pytest.fixture
+def harness() -> Harness:
+    return Harness()
 
 
 def test_retries_back_off_exponentially_up_to_a_cap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,15 +107,13 @@ def test_retries_are_jittered() -> None:
         (LookupError("anna@example.com"), (ErrorCode.EXCEPTION, True)),
     ],
 )
-def test_each_outcome_of_a_send_is_settled(
-    error: Exception | None, settled: Call, caplog: pytest.LogCaptureFixture
+@asyncio_test
+async def test_each_outcome_of_a_send_is_settled(
+    harness: Harness, error: Exception | None, settled: Call, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def scenario(harness: Harness) -> None:
-        [mail] = await harness.serve("anna")
-        mail.done(error)
-        assert harness.settled == [("anna", *settled)]
-
-    run(scenario)
+    [mail] = await harness.serve("anna")
+    mail.done(error)
+    assert harness.settled == [("anna", *settled)]
     assert "anna@" not in caplog.text
 
 
@@ -128,113 +124,102 @@ def test_each_outcome_of_a_send_is_settled(
         (classify(Step.RCPT, 550, "5.1.1"), logging.INFO, "mail rejected"),
     ],
 )
-def test_a_refused_sender_is_told_apart_from_a_refused_mailbox(
-    error: MailError, level: int, message: str, caplog: pytest.LogCaptureFixture
+@asyncio_test
+async def test_a_refused_sender_is_told_apart_from_a_refused_mailbox(
+    harness: Harness, error: MailError, level: int, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     error.relay = "smtp://***@relay.example.com"
-
-    async def scenario(harness: Harness) -> None:
-        [mail] = await harness.serve("anna")
-        mail.done(error)
-        assert harness.settled == [("anna", ErrorCode.MAIL_REJECTED, True)]
-
-    with caplog.at_level(logging.INFO):
-        run(scenario)
+    [mail] = await harness.serve("anna")
+    mail.done(error)
+    assert harness.settled == [("anna", ErrorCode.MAIL_REJECTED, True)]
     [line] = caplog.records
     assert (line.levelno, line.getMessage()) == (level, message)
     expected = {"request_id": "anna", "relay": error.relay, "reply": error.reply}
     assert vars(line).items() >= expected.items()
 
 
-def test_a_request_that_needs_no_mail_is_settled_at_once() -> None:
-    async def scenario(harness: Harness) -> None:
-        [mail] = await harness.serve("anna")
-        anna = VerifyRequest("anna@example.com")
-        assert await harness.serve_all(Job("two", "b", anna, None, None)) == []
-        mail.done(None)
-        await harness.store.settle([Outcome(claim_of("anna", token="tag-anna"), ErrorCode.SUCCESS)])
-        invalid = Job("four", "d", VerifyRequest("no address"), None, None)
-        assert await harness.serve_all(Job("three", "c", anna, None, None), invalid) == []
-        assert harness.settled == [
-            ("two", "wait"),
-            ("anna", ErrorCode.SUCCESS, True),
-            ("three", ErrorCode.SUCCESS, False),
-            ("four", ErrorCode.INVALID_ADDRESS, False),
-        ]
-        assert (harness.counters.joins, harness.counters.hits[COOLDOWN_HIT]) == (1, 1)
-
-    run(scenario)
+@asyncio_test
+async def test_a_request_that_needs_no_mail_is_settled_at_once(harness: Harness) -> None:
+    [mail] = await harness.serve("anna")
+    anna = VerifyRequest("anna@example.com")
+    assert await harness.serve_all(Job("two", "b", anna, None, None)) == []
+    mail.done(None)
+    await harness.store.settle([Outcome(claim_of("anna", token="tag-anna"), ErrorCode.SUCCESS)])
+    invalid = Job("four", "d", VerifyRequest("no address"), None, None)
+    assert await harness.serve_all(Job("three", "c", anna, None, None), invalid) == []
+    assert harness.settled == [
+        ("two", "wait"),
+        ("anna", ErrorCode.SUCCESS, True),
+        ("three", ErrorCode.SUCCESS, False),
+        ("four", ErrorCode.INVALID_ADDRESS, False),
+    ]
+    assert (harness.counters.joins, harness.counters.hits[COOLDOWN_HIT]) == (1, 1)
 
 
-def test_an_unavailable_store_and_a_failing_template_each_settle_every_request(
-    monkeypatch: pytest.MonkeyPatch,
+@asyncio_test
+async def test_an_unavailable_store_and_a_failing_template_each_settle_every_request(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def scenario(harness: Harness) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(harness.store, "issue", _unavailable)
-            assert await harness.serve("anna", "bob") == []
-        with monkeypatch.context() as patch:
-            patch.setattr(Renderer, "render", _unavailable)
-            assert await harness.serve("carl") == []
-        assert harness.settled == [
-            ("anna", "unavailable"),
-            ("bob", "unavailable"),
-            ("carl", ErrorCode.EXCEPTION, True),
-        ]
-
-    run(scenario)
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.store, "issue", _unavailable)
+        assert await harness.serve("anna", "bob") == []
+    with monkeypatch.context() as patch:
+        patch.setattr(Renderer, "render", _unavailable)
+        assert await harness.serve("carl") == []
+    assert harness.settled == [
+        ("anna", "unavailable"),
+        ("bob", "unavailable"),
+        ("carl", ErrorCode.EXCEPTION, True),
+    ]
 
 
 def _unavailable(*_: object, **__: object) -> Any:
     raise StoreUnavailable
 
 
-def test_content_is_written_only_under_a_lease_and_after_its_announcement(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario(harness: Harness) -> None:
-        mails = await harness.serve("anna", "bob")
-        allowed: list[bool] = []
-        announced: list[list[str]] = []
-        monkeypatch.setattr(
-            harness.store, "announce_data", lambda claims: announced.append([claim.request_id for claim in claims])
-        )
-        for mail in mails:
-            mail.before_data(allowed.append)
-        assert allowed == []
-        await asyncio.sleep(0)
-        assert (announced, allowed) == ([["anna", "bob"]], [True, True])
+@asyncio_test
+async def test_content_is_written_only_under_a_lease_and_after_its_announcement(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mails = await harness.serve("anna", "bob")
+    allowed: list[bool] = []
+    announced: list[list[str]] = []
+    monkeypatch.setattr(
+        harness.store, "announce_data", lambda claims: announced.append([claim.request_id for claim in claims])
+    )
+    for mail in mails:
+        mail.before_data(allowed.append)
+    assert allowed == []
+    await asyncio.sleep(0)
+    assert (announced, allowed) == ([["anna", "bob"]], [True, True])
 
-        monkeypatch.setattr(harness.store, "announce_data", _unavailable)
-        mails[0].before_data(allowed.append)
-        await asyncio.sleep(0)
-        assert allowed == [True, True, False]
+    monkeypatch.setattr(harness.store, "announce_data", _unavailable)
+    mails[0].before_data(allowed.append)
+    await asyncio.sleep(0)
+    assert allowed == [True, True, False]
 
-        monkeypatch.undo()
-        harness.service._leased["tag-bob"].lease_until = 0.0
-        mails[1].before_data(allowed.append)
-        await asyncio.sleep(0)
-        assert allowed == [True, True, False, False]
-
-    run(scenario)
-
-
-def test_a_renewed_lease_is_extended_and_a_lost_one_is_not() -> None:
-    async def scenario(harness: Harness) -> None:
-        await harness.serve("anna", "bob")
-        leased = harness.service._leased
-        for job in leased.values():
-            job.lease_until = 1.0
-        harness.store.state.records["bob"].token = "another worker's"
-        await harness.service.renew_leases()
-        assert leased["tag-anna"].lease_until > 1.0
-        assert leased["tag-bob"].lease_until == 1.0
-
-    run(scenario)
+    monkeypatch.undo()
+    harness.service._leased["tag-bob"].lease_until = 0.0
+    mails[1].before_data(allowed.append)
+    await asyncio.sleep(0)
+    assert allowed == [True, True, False, False]
 
 
-def test_a_stopping_worker_cancels_what_does_not_finish_and_retries_it_at_once() -> None:
-    async def scenario(harness: Harness) -> None:
-        await harness.serve("anna")
-        await harness.service.drain(0.01)
-        assert harness.settled == [("anna", "retry", False)]
+@asyncio_test
+async def test_a_renewed_lease_is_extended_and_a_lost_one_is_not(harness: Harness) -> None:
+    await harness.serve("anna", "bob")
+    leased = harness.service._leased
+    for job in leased.values():
+        job.lease_until = 1.0
+    harness.store.state.records["bob"].token = "another worker's"
+    await harness.service.renew_leases()
+    assert leased["tag-anna"].lease_until > 1.0
+    assert leased["tag-bob"].lease_until == 1.0
 
-    run(scenario)
+
+@asyncio_test
+async def test_a_stopping_worker_cancels_what_does_not_finish_and_retries_it_at_once(harness: Harness) -> None:
+    await harness.serve("anna")
+    await harness.service.drain(0.01)
+    assert harness.settled == [("anna", "retry", False)]
