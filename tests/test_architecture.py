@@ -157,7 +157,7 @@ def test_nothing_is_imported_in_a_circle() -> None:
 
 
 def test_an_error_code_is_one_row_of_one_table() -> None:
-    number = re.compile(r"\b100[134]\b|\bErrorCode\(\d|\berror[\"']?\]? *(?:==|~=|!=) *[\"']?\d")
+    number = re.compile(r"\b100[134]\b|\b(ErrorCode|answer)\(\d|\b(error|result)[\"']?\]? *(?:==|~=|!=) *[\"']?\d")
     product = [path for package in ("producer", "worker") for path in (ROOT / package).rglob("*.*")]
     sources = [path for path in product if path.suffix in {".py", ".lua", ".js", ".html"}]
     for path in sources:

@@ -71,7 +71,7 @@ class RedisCodeStore:
                 "" if expires_at is None else round(expires_at * 1000),
                 candidate,
             )
-        return self._step(_ISSUE(keys, args), lambda answer: [_read_issue(e) for e in entries(answer, len(requests))])
+        return self._step(_ISSUE(keys, args), lambda answer: _each(_read_issue, answer, len(requests)))
 
     def settle(self, outcomes: Sequence[Outcome]) -> Step[list[Settled | StoreError]]:
         keys: list[str] = []
@@ -79,7 +79,7 @@ class RedisCodeStore:
         for claim, result in outcomes:
             keys += (REQUEST + claim.request_id, claim.code_key, BUCKET + claim.canonical)
             args += (claim.token, result if isinstance(result, str) else int(result))
-        return self._step(_SETTLE(keys, args), lambda answer: [_read_settle(e) for e in entries(answer, len(outcomes))])
+        return self._step(_SETTLE(keys, args), lambda answer: _each(_read_settle, answer, len(outcomes)))
 
     def announce_data(self, claims: Sequence[Claim]) -> None:
         keys = [REQUEST + claim.request_id for claim in claims]
@@ -104,9 +104,11 @@ class RedisCodeStore:
         return Step(self.connection, self._database, [command], lambda answers: read(answers[0]))
 
 
-def _read_issue(entry: Any) -> Issue | StoreError:
-    if isinstance(entry, ServerError):
-        return StoreError(kind_of(entry))
+def _each(read: Callable[[Any], T], answer: Any, count: int) -> list[T | StoreError]:
+    return [StoreError(kind_of(e)) if isinstance(e, ServerError) else read(e) for e in entries(answer, count)]
+
+
+def _read_issue(entry: Any) -> Issue:
     match entry[0]:
         case b"send":
             code = entry[1].decode("utf-8", "surrogateescape")
@@ -119,9 +121,7 @@ def _read_issue(entry: Any) -> Issue | StoreError:
     return Wait(entry[1] / 1000, joined=entry[0] == b"join")
 
 
-def _read_settle(entry: Any) -> Settled | StoreError:
-    if isinstance(entry, ServerError):
-        return StoreError(kind_of(entry))
+def _read_settle(entry: Any) -> Settled:
     return Settled(entry[0] == 1, [request_id.decode() for request_id in entry[1:]])
 
 

@@ -356,19 +356,6 @@ def test_each_request_of_a_batch_gets_its_own_answer_in_its_place(driver: Driver
     assert others == [HIT, Conflict(), Answered(ErrorCode.INVALID_ADDRESS), Answered(ErrorCode.TIMEOUT)]
 
 
-def test_the_second_request_of_a_batch_for_one_address_joins_the_first(driver: Driver) -> None:
-    one, two, other = driver.issue_all(claim_of("one"), claim_of("two"), claim_of("three", OTHER))
-    assert [type(each) for each in (one, two, other)] == [Send, Wait, Send]
-    assert driver.settle(claim_of("one")) == ["two"]
-
-
-def test_a_request_that_comes_twice_in_a_batch_is_sent_once(driver: Driver) -> None:
-    one, again = driver.issue_all(claim_of("one", token="a"), claim_of("one", token="b"))
-    assert isinstance(one, Send)
-    assert isinstance(again, Wait)
-    assert not again.joined
-
-
 def test_outcomes_of_a_batch_are_settled_each_in_its_place(driver: Driver) -> None:
     accepted, failed, lost, unknown = (claim_of(f"id-{i}", f"{i}@example.com") for i in range(4))
     driver.issue_all(accepted, failed, unknown, claim_of("joined", "0@example.com"))

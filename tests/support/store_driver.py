@@ -76,8 +76,7 @@ class Driver(ABC):
         """The store's clock, in Unix seconds."""
 
     @abstractmethod
-    def pass_time(self, ms: int) -> None:
-        """Move the store's clock."""
+    def pass_time(self, ms: int) -> None: ...
 
     @abstractmethod
     def put_code(self, value: str, life: int, email: str = EMAIL) -> None:
@@ -92,12 +91,9 @@ class Driver(ABC):
         """Everything in the store, to compare."""
 
     def close(self) -> None:
-        """Close connections."""
         self._runner.close()
 
     def wait(self, step: Awaitable[T]) -> T:
-        """Take one step."""
-
         async def take() -> T:
             return await step
 
@@ -108,12 +104,10 @@ class Driver(ABC):
         return IssueRequest(claim, candidate or next(self._candidates), **options)
 
     def issue_all(self, *requests: Claim | IssueRequest) -> list[Issue | StoreError]:
-        """Issue for a batch."""
         batch = [self.request(each) if isinstance(each, Claim) else each for each in requests]
         return [*self.wait(self.store.issue(batch))]
 
     def issue(self, claim: Claim, candidate: str | None = None, **options: Any) -> Issue:
-        """Issue for one request."""
         [found] = self.issue_all(self.request(claim, candidate, **options))
         assert not isinstance(found, StoreError), found
         return found
@@ -131,7 +125,6 @@ class Driver(ABC):
         return found.error
 
     def settle_all(self, *outcomes: Outcome) -> list[Settled | StoreError]:
-        """Settle a batch."""
         return [*self.wait(self.store.settle(outcomes))]
 
     def settle(self, claim: Claim, result: Result = ErrorCode.SUCCESS) -> list[str]:
@@ -154,15 +147,12 @@ class Driver(ABC):
         return code
 
     def announce_data(self, claim: Claim) -> None:
-        """Announce the final dot."""
-
         async def announce() -> None:
             self.store.announce_data([claim])
 
         self.wait(announce())
 
     def renew(self, *claims: Claim) -> list[bool]:
-        """Renew leases."""
         return [*self.wait(self.store.renew(claims))]
 
     def lapse(self) -> None:
@@ -170,7 +160,6 @@ class Driver(ABC):
         self.pass_time(self.policy.lease)
 
     def check(self, code: str, email: str = EMAIL, purpose: str = "default") -> ErrorCode:
-        """Check a code."""
         return self.wait(self.store.check(email, code, purpose)).error
 
 
@@ -254,9 +243,12 @@ class RedisDriver(Driver):
         self._passed += ms
 
     def request(self, claim: Claim, candidate: str | None = None, **options: Any) -> IssueRequest:
-        found = super().request(claim, candidate, **options)
-        times = {name: getattr(found, name) for name in ("enqueued_at", "expires_at")}
-        return found._replace(**{name: at and at - self._passed / 1000 for name, at in times.items()})
+        return self.shifted(super().request(claim, candidate, **options))
+
+    def shifted(self, request: IssueRequest) -> IssueRequest:
+        """The same request by the server's own clock."""
+        times = (at and at - self._passed / 1000 for at in (request.enqueued_at, request.expires_at))
+        return IssueRequest(*request[:3], *times)
 
     def put_code(self, value: str, life: int, email: str = EMAIL) -> None:
         self.client.set(code_key(email), value, px=life)
