@@ -81,7 +81,7 @@ def held(rig: Rig, email: str, reply: str) -> tuple[Held, str]:
 @pytest.mark.parametrize(
     ("reply", "error", "mails"), [("450 4.2.1 later", 0, 2), ("421 4.3.2 closing", 0, 2), ("550 5.1.1 gone", 5, 1)]
 )
-def test_a_transient_failure_wakes_one_waiting_request_and_a_permanent_one_answers_all(
+def test_a_failure_for_now_wakes_one_waiting_request_and_a_final_one_answers_all(
     rig: Rig, reply: str, error: int, mails: int
 ) -> None:
     email = address()
