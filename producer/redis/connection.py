@@ -253,7 +253,7 @@ class RedisConnection:
 OnOpen = Callable[[RedisConnection], Awaitable[None]]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # hashable, as `asyncio.gather` asks of what it awaits
 class Step(Generic[T]):
     """Commands for one database together with what reads their answers. Several can leave in one write.
 
