@@ -19,5 +19,5 @@ def program() -> str:
 
 
 def start(directory: Path) -> tuple[Child, str]:
-    """Start a server that keeps its files in `directory`; its URL. Raises `CannotStart`."""
+    """Start a server that keeps its files in `directory`; its URL. Raises `PartMissing`."""
     return embedded_redis.start(directory, program(), FLAGS)

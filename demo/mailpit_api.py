@@ -8,11 +8,11 @@ from email.utils import getaddresses
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 from demo.catcher import HOST, Catcher, Mail
 
-LIMIT = 50  # mails in a list that does not say how many; Mailpit's own
+LIMIT = 50  # mails in a list; Mailpit's own default
 LIST, MESSAGE = "/api/v1/messages", "/api/v1/message/"
 
 
@@ -42,14 +42,12 @@ class _Handler(BaseHTTPRequestHandler):
         super().__init__(*given)
 
     def do_GET(self) -> None:
-        """A list of mails, or one."""
-        parts = urlsplit(self.path)
+        path = urlsplit(self.path).path
         mails = list(self._catcher.kept)
-        if parts.path == LIST:
-            wanted = parse_qs(parts.query).get("limit", [""])[0]
-            shown = mails[: int(wanted) if wanted.isascii() and wanted.isdecimal() else LIMIT]
-            self._answer({"total": len(mails), "start": 0, "messages": [_summary(mail) for mail in shown]})
-        elif found := [mail for mail in mails if parts.path == MESSAGE + mail.id]:
+        if path == LIST:
+            shown = [{**_head(mail), "Created": _time(mail)} for mail in mails[:LIMIT]]
+            self._answer({"total": len(mails), "start": 0, "messages": shown})
+        elif found := [mail for mail in mails if path == MESSAGE + mail.id]:
             self._answer({**_head(found[0]), "Date": _time(found[0]), "Text": found[0].text, "HTML": found[0].html})
         else:
             self.send_error(404)
@@ -75,10 +73,6 @@ def _head(mail: Mail) -> dict[str, Any]:
         "To": [{"Name": "", "Address": mail.recipient}],
         "Subject": str(mail.message["Subject"] or ""),
     }
-
-
-def _summary(mail: Mail) -> dict[str, Any]:
-    return {**_head(mail), "Created": _time(mail)}
 
 
 def _time(mail: Mail) -> str:

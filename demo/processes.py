@@ -37,7 +37,7 @@ _T = TypeVar("_T")
 
 
 class PartMissing(VerifyError):
-    """A part of the demo did not start, or has ended."""
+    """A part of the demo cannot be used, did not start or has ended."""
 
 
 class Child:
@@ -57,20 +57,16 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """The program's process id."""
         return self._process.pid
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended."""
         return self._process.poll() is None
 
     def written(self) -> str:
-        """What it logged so far."""
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
     def tail(self) -> str:
-        """The end of its log."""
         return "\n".join(self.written().splitlines()[-TAIL:])
 
     def require_running(self) -> None:

@@ -25,12 +25,10 @@ class Screen:
         self._console = Console(highlight=False, soft_wrap=True)
 
     def title(self, text: str) -> None:
-        """A heading."""
         self._console.print()
         self._console.print(Text(text, "bold"))
 
     def fact(self, name: str, value: str) -> None:
-        """A named value."""
         self._console.print(Text.assemble("  ", (f"{name:<15}", "dim"), value))
 
     def highlight(self, name: str, value: str, aside: str = "") -> None:
@@ -42,7 +40,6 @@ class Screen:
         self._console.print(Text.assemble("  ", ("✓", "green"), " ", text))
 
     def note(self, text: str) -> None:
-        """An aside."""
         self._console.print(Text(f"  {text}", "dim"))
 
     def command(self, text: str) -> None:

@@ -19,8 +19,6 @@ MAIL_TIMEOUT = 10.0  # seconds from the reply, which says that the mail was acce
 
 
 class StepFailed(Exception):
-    """A step failed."""
-
     def __init__(self, step: str, why: str) -> None:
         super().__init__(f"{step}: {why}")
         self.step = step
@@ -35,13 +33,12 @@ class Tour:
         self._api = api
         self._catcher = catcher
         self._screen = screen
-        # New in each run: an earlier run may have left codes and cooldowns in Redis.
-        name = f"demo-{uuid.uuid4().hex[:8]}"
-        self._email, self._other_email = f"{name}@example.com", f"{name}-grpc@example.com"
 
     def run(self) -> None:
         """Run all steps. Raises `StepFailed` at the first that fails."""
-        email = self._email
+        # New in each run: an earlier run may have left codes and cooldowns in Redis.
+        name = f"demo-{uuid.uuid4().hex[:8]}"
+        email = f"{name}@example.com"
         self._screen.title("1  Ask for a code")
         code, life = self._first(email)
         self._screen.title("2  Ask again after the cooldown")
@@ -54,7 +51,7 @@ class Tour:
         _require(gone is None, "the code is consumed", f"{key} still holds {gone}")
         self._screen.done(f"{key} is gone: a code works once")
         self._screen.title("4  Ask over gRPC, as GateServer does")
-        self._over_grpc(self._other_email)
+        self._over_grpc(f"{name}-grpc@example.com")
 
     def _first(self, email: str) -> tuple[str, float]:
         mail = self._request(email)
@@ -155,5 +152,4 @@ def _named(error: ErrorCode) -> str:
 
 
 def _other(code: str) -> str:
-    """Another code."""
     return ("1" if code[0] == "0" else "0") + code[1:]

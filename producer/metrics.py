@@ -45,7 +45,6 @@ class Histogram:
         self.total = 0.0
 
     def observe(self, seconds: float) -> None:
-        """Count one duration."""
         self.counts[bisect_left(self.bounds, seconds)] += 1
         self.total += seconds
 
@@ -74,7 +73,6 @@ class ProcessMetrics(Collector):
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Called by the registry."""
         yield from self.own_metrics()
         # Every process shows the same figures of the whole queue: take max() over instances, not sum().
         queued, delayed, suspects, dead, workers, oldest = (self._backlog or (_NAN,) * 6)[:6]
@@ -89,12 +87,10 @@ class ProcessMetrics(Collector):
 
 
 def gauge(name: str, text: str, value: float) -> Metric:
-    """A gauge without labels."""
     return GaugeMetricFamily(f"verify_{name}", text, value=value)
 
 
 def counter(name: str, text: str, value: int) -> Metric:
-    """A counter without labels."""
     return CounterMetricFamily(f"verify_{name}", text, value=value)
 
 
@@ -148,7 +144,6 @@ class MetricsServer:
         logger.info("metrics are at http://%s/metrics", where)
 
     async def close(self) -> None:
-        """Stop listening."""
         if self._server is not None:
             self._server.close()
 

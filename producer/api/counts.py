@@ -31,7 +31,6 @@ class Counts:
         self.durations = Histogram(BOUNDS)
 
     def answered(self, error: ErrorCode, seconds: float) -> None:
-        """Count an answer that took `seconds`."""
         self.answers[error] = self.answers.get(error, 0) + 1
         self.durations.observe(seconds)
 
@@ -49,7 +48,6 @@ class ApiMetrics(ProcessMetrics):
         return sum(counts.in_flight for (each, _), counts in self.counts.items() if each == protocol)
 
     def own_metrics(self) -> Iterator[Metric]:
-        """Answers, durations, requests in flight and refusals."""
         answers = {
             (*served, str(int(error))): count
             for served, counts in self.counts.items()

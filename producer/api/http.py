@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
 from fastapi import APIRouter, FastAPI, Request, Response, Security
@@ -90,11 +91,8 @@ def make_app(api: Api, url: str = "http://127.0.0.1:8081") -> ASGIApp:
 
     with_key = [Security(HTTPBearer(auto_error=False, scheme_name="key"))] if api.settings.api_keys else []
     app.include_router(_verbs(api, url), dependencies=with_key)
-    app.include_router(_metrics(api), dependencies=with_key)
-    _add_probes(app, api)
-    free = OPEN
-    if api.settings.demo:
-        free |= demo.add(app, api)
+    _add_operations(app, api, with_key)
+    free = OPEN | demo.add(app, api) if api.settings.demo else OPEN
     # Inside the key check: a caller without a key leaves no trace.
     guarded: ASGIApp = app if api.traces is None else _Traced(app, api.traces)
     if api.settings.api_keys:
@@ -143,20 +141,18 @@ def _described(text: str, url: str, verb: str, body: type[CodeRequest | CodeChec
     return f"{text} {alias}\n\n```sh\ncurl {url}/{verb}_varifycode -d '{example}'\n```"
 
 
-def _metrics(api: Api) -> APIRouter:
-    router = APIRouter(tags=["operations"])
+def _add_operations(app: FastAPI, api: Api, with_key: list[Any]) -> None:
+    tags: list[str | Enum] = ["operations"]
 
-    @router.head("/metrics", include_in_schema=False)
-    @router.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
+    @app.head("/metrics", include_in_schema=False)
+    @app.get(
+        "/metrics", summary="Prometheus metrics", response_class=PlainTextResponse, tags=tags, dependencies=with_key
+    )
     async def metrics() -> Response:
         return Response(api.metrics.render((await api.readiness.find()).backlog), media_type=CONTENT_TYPE)
 
-    return router
-
-
-def _add_probes(app: FastAPI, api: Api) -> None:
     @app.head("/healthz", include_in_schema=False)
-    @app.get("/healthz", summary="The process is up", response_model=Health, tags=["operations"])
+    @app.get("/healthz", summary="The process is up", response_model=Health, tags=tags)
     async def healthz() -> Response:
         return _json({"status": "ok"})
 
@@ -167,12 +163,12 @@ def _add_probes(app: FastAPI, api: Api) -> None:
         description="Broker, results and codes can be reached, and a worker gave a sign of life within 5 s; else 503.",
         response_model=ReadinessAnswer,
         responses={503: {"model": ReadinessAnswer, "description": "Not ready"}},
-        tags=["operations"],
+        tags=tags,
     )
     async def readyz() -> Response:
         found = await api.readiness.find()
         ready = found.ready and not api.leaving
-        databases = {name: found.up(name) for name in ("broker", "results", "codes")}
+        databases = {name: name not in found.errors for name in ("broker", "results", "codes")}
         problem = {"problem": found.problem} if found.problem else {}
         answer = {"ready": ready, **databases, "workers": found.workers, "leaving": api.leaving, **problem}
         return _json(answer, 200 if ready else 503)
@@ -238,12 +234,8 @@ class _Traced:
             await self._app(scope, receive, send)
             return
         path = scope["path"]
-        attributes = {
-            "http.request.method": "POST",
-            "http.route": path,
-            "url.path": path,
-            "url.scheme": scope["scheme"],
-        }
+        url = {"url.path": path, "url.scheme": scope["scheme"]}
+        attributes = {"http.request.method": "POST", "http.route": path, **url}
         with self._traces.serving(f"POST {path}", scope["headers"], attributes) as span:
 
             async def sending(message: Message) -> None:

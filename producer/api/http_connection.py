@@ -28,7 +28,6 @@ class HttpConnection(HttpToolsProtocol):
     """One connection, on which a slow, half-open or endless client holds nothing up."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn's signature
-        """Wait for the first request."""
         super().connection_made(transport)
         self._reading: str | None = None  # the part of a request that has begun and not ended: head or body
         self._due: str | None = None  # the part that the timer runs for
@@ -38,7 +37,6 @@ class HttpConnection(HttpToolsProtocol):
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timer."""
         self._stop_timer()
         super().connection_lost(exc)
 
@@ -84,7 +82,6 @@ class HttpConnection(HttpToolsProtocol):
         return True
 
     def on_message_begin(self) -> None:
-        """A head begins."""
         super().on_message_begin()
         self._reading = "head"
 

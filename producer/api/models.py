@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
@@ -124,7 +123,7 @@ class ReadinessAnswer(BaseModel):
     problem: Annotated[str, Field(description="Why a database cannot be used, if one cannot.")] = ""
 
 
-def error_table(errors: Iterable[ErrorCode] = ErrorCode) -> str:
+def error_table() -> str:
     """The error codes as a Markdown table."""
-    rows = [f"| {int(error)} | {error.title}&ensp; | {error.meaning} | {error.advice} |" for error in errors]
+    rows = [f"| {int(error)} | {error.title}&ensp; | {error.meaning} | {error.advice} |" for error in ErrorCode]
     return "\n".join(["| error | name | meaning | what to do |", "|---|---|---|---|", *rows])

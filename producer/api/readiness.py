@@ -21,18 +21,12 @@ class Finding(NamedTuple):
     errors: dict[str, Exception]  # by database, of those that cannot be used
     backlog: Backlog | None  # None: the broker cannot be used
 
-    def up(self, database: str) -> bool:
-        """Whether a database can be used."""
-        return database not in self.errors
-
     @property
     def workers(self) -> int:
-        """How many workers are alive."""
         return 0 if self.backlog is None else self.backlog.workers
 
     @property
     def ready(self) -> bool:
-        """Whether a request can be served."""
         return not self.errors and self.workers > 0
 
     @property
@@ -63,7 +57,6 @@ class Readiness:
         return await asyncio.shield(look)  # one look for all; a caller that is cancelled does not cancel it
 
     async def close(self) -> None:
-        """Stop looking."""
         if self._look is not None:
             self._look.cancel()
 

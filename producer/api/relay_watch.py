@@ -33,17 +33,14 @@ class RelayWatch:
         return RelayWait(self, observer)
 
     def add(self, wait: RelayWait) -> None:
-        """A request begins to wait."""
         self._waits.add(wait)
         if self._timer is None and self._looking is None:
             self._timer = asyncio.get_running_loop().call_later(LOOK_AFTER, self._start_looking)
 
     def discard(self, wait: RelayWait) -> None:
-        """The request waits no longer."""
         self._waits.discard(wait)
 
     async def close(self) -> None:
-        """Stop looking."""
         if self._timer is not None:
             self._timer.cancel()
         if self._looking is not None:

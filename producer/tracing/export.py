@@ -38,18 +38,14 @@ def set_up(kind: str, service: str) -> Traces:
 def _exporter(kind: str) -> SpanExporter:
     if kind == "console":
         return ConsoleSpanExporter()
-    _require_headers()
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415 - brings requests
-
-    return OTLPSpanExporter()
-
-
-def _require_headers() -> None:
     # The library would quote a malformed header in the log and go on without it; it often holds a key.
     for name in _HEADERS:
         for header in os.environ.get(name, "").split(","):
             if header.strip() and not parse_env_headers(header, liberal=True):
                 raise ValueError(f"{name} must be a comma-separated list of name=value")
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415 - brings requests
+
+    return OTLPSpanExporter()
 
 
 class _Reporting(SpanExporter):
@@ -74,5 +70,4 @@ class _Reporting(SpanExporter):
         return result
 
     def shutdown(self) -> None:
-        """Close the connection."""
         self._exporter.shutdown()

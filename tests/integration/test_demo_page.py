@@ -287,7 +287,7 @@ class TestTheInbox:
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{not JSON", "something else"),
         (b'HTTP/1.1 200 OK\r\n\r\n{"messages": [{"ID": "../../etc"}]}', "something else"),
         (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1/\r\nContent-Length: 0\r\n\r\n", "answered 302"),
-        (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", "something else"),
+        (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", "answered 101"),
         (b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * (LIMIT + 1), "more than"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n" + b"[" * 99, "something else"),
     ], ids=["silence", "SMTP", "a list", "no JSON", "a path", "elsewhere", "upgrade", "too much", "cut"])  # fmt: skip

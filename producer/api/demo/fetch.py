@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+from http.client import HTTPException, HTTPResponse
+from io import BytesIO
 from typing import Any, Final
 from urllib.parse import urlsplit
-
-import httptools
 
 from producer.errors import VerifyError
 
@@ -20,37 +20,39 @@ class CannotFetch(VerifyError):
     """There was no answer, or not a JSON document."""
 
 
-class _Answer:
-    """Collects what httptools' parser finds."""
+class _Received:
+    """What `HTTPResponse` takes for a socket.
 
-    def __init__(self) -> None:
-        self.body = bytearray()
-        self.complete = False
+    A blocking client in a thread would not do: its time limits count from byte to byte, and nothing could stop it.
+    """
 
-    def on_body(self, body: bytes) -> None:
-        self.body += body
+    def __init__(self, data: bytes) -> None:
+        self._data = data
 
-    def on_message_complete(self) -> None:
-        self.complete = True
+    def makefile(self, _mode: str) -> BytesIO:
+        return BytesIO(self._data)
 
 
 async def fetch_json(url: str) -> Any:
     """The parsed document at `url` (http or https). Raises `CannotFetch`. Does not follow redirects."""
     try:
         async with asyncio.timeout(TIMEOUT):
-            status, body = await _get(url)
-        if status not in {0, 200}:  # 0: the connection ended before the status
-            raise CannotFetch(f"it answered {status}")
-        return json.loads(body)
+            received = _Received(await _get(url))
     except TimeoutError:
         raise CannotFetch(f"it did not answer within {TIMEOUT:g} s") from None
     except (OSError, UnicodeError) as exc:
         raise CannotFetch(f"it cannot be reached ({type(exc).__name__})") from None
-    except (ValueError, RecursionError, httptools.HttpParserError, httptools.HttpParserUpgrade):
+    try:
+        response = HTTPResponse(received)  # type: ignore[arg-type]  # all that it uses
+        response.begin()
+        if response.status != 200:
+            raise CannotFetch(f"it answered {response.status}")
+        return json.loads(response.read())
+    except (ValueError, RecursionError, HTTPException):
         raise CannotFetch("it answered something else") from None
 
 
-async def _get(url: str) -> tuple[int, bytes]:
+async def _get(url: str) -> bytes:
     parts = urlsplit(url)
     assert parts.hostname  # noqa: S101 - the setting has one
     tls = parts.scheme == "https"
@@ -59,15 +61,11 @@ async def _get(url: str) -> tuple[int, bytes]:
     try:
         head = f"GET {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nAccept: application/json\r\nConnection: close\r\n\r\n"
         writer.write(head.encode("ascii"))
-        answer = _Answer()
-        parser = httptools.HttpResponseParser(answer)
-        size = 0
-        while not answer.complete and (data := await reader.read(_CHUNK)):
-            size += len(data)
-            if size > LIMIT:
+        answer = bytearray()
+        while data := await reader.read(_CHUNK):
+            answer += data
+            if len(answer) > LIMIT:
                 raise CannotFetch(f"its answer has more than {LIMIT} bytes")
-            parser.feed_data(data)
-        # Without a length the body ends with the connection, which httptools does not report.
-        return parser.get_status_code(), bytes(answer.body)
+        return bytes(answer)
     finally:
         writer.transport.abort()

@@ -75,7 +75,6 @@ class Inbox:
         return {"id": mail_id, **_head(found), "at": found.Date, "text": found.Text, "view": view}
 
     def view(self, name: str) -> str | None:
-        """The HTML that was kept under `name`."""
         return self._views.get(name)
 
     def _keep(self, mail_id: str, html: str) -> str:

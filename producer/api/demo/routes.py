@@ -47,6 +47,7 @@ def add(app: FastAPI, api: Api) -> frozenset[str]:
     _add_request(data, api)
     _add_inbox(data, Inbox(settings.demo_inbox) if settings.demo_inbox else None)
     app.include_router(data, include_in_schema=False)
+    app.add_exception_handler(CannotFetch, _unreachable)
     return FREE
 
 
@@ -143,19 +144,11 @@ def _add_inbox(app: APIRouter, inbox: Inbox | None) -> None:
 
     @app.get("/demo/inbox")
     async def mails() -> Response:
-        """The newest mails."""
-        try:
-            return _json({"mails": await require_inbox().mails()})
-        except CannotFetch as exc:
-            return _unreachable(exc)
+        return _json({"mails": await require_inbox().mails()})
 
     @app.get("/demo/inbox/{mail_id}")
     async def mail(mail_id: str) -> Response:
-        """One mail."""
-        try:
-            return _json(await require_inbox().mail(mail_id))
-        except CannotFetch as exc:
-            return _unreachable(exc)
+        return _json(await require_inbox().mail(mail_id))
 
     @app.get("/page/mail/{name}")
     async def view(name: str) -> Response:
@@ -174,6 +167,6 @@ def _json(content: dict[str, Any]) -> Response:
     return Response(json.dumps(content), headers=_COMMON, media_type="application/json")
 
 
-def _unreachable(why: CannotFetch) -> Response:
+async def _unreachable(_request: Request, why: Exception) -> Response:
     body = refusal(f"the inbox: {why}", int(ErrorCode.EXCEPTION))
     return Response(body, 502, headers=_COMMON, media_type="application/json")

@@ -41,11 +41,9 @@ class TaskEvents:
         self._followed[request_id] = on_event
 
     def forget(self, request_id: str) -> None:
-        """Stop following it."""
         self._followed.pop(request_id, None)
 
     async def close(self) -> None:
-        """Stop opening the connection."""
         if self._opening is not None:
             self._opening.cancel()
 
