@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from email.utils import getaddresses
 from typing import Annotated, Final, NamedTuple, Self
@@ -45,7 +46,7 @@ def is_sentinel(url: str) -> bool:
 def with_database(url: str, number: int) -> str:
     """The Redis or Sentinel URL with this database."""
     if is_sentinel(url):
-        return str(SentinelURL.parse(url).with_database(number))
+        return str(replace(SentinelURL.parse(url), database=number))
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc, f"/{number}", parts.query, ""))
 
@@ -87,10 +88,6 @@ class SentinelURL:
             known.pop(_PASSWORD, None) or None,
             tuple(known.items()),
         )
-
-    def with_database(self, number: int) -> Self:
-        """The same URL with this database."""
-        return replace(self, database=number)
 
     def server_url(self, host: str = "sentinel", port: int = 6379) -> str:
         """The redis-py URL of the same database on one server of the service."""
@@ -204,9 +201,7 @@ def _base_redis_url(value: str) -> str:
     return value
 
 
-def _relays(value: object) -> object:
-    if not isinstance(value, str):
-        return value
+def _relays(value: str) -> tuple[RelayURL, ...]:
     return tuple(_relay(url.strip()) for url in value.split(","))
 
 
@@ -221,18 +216,14 @@ def _relay(url: str) -> RelayURL:
     return RelayURL(parts.scheme, parts.hostname, parts.port or RELAY_PORTS[parts.scheme], user, password)
 
 
-def _bind(value: object) -> object:
-    if not isinstance(value, str):
-        return value
+def _bind(value: str) -> Bind:
     parts = _split(f"//{value}")
     if not parts.hostname or parts.port is None or parts.path or "@" in value:
         raise ValueError
     return Bind(parts.hostname, parts.port)
 
 
-def _sender(value: object) -> object:
-    if not isinstance(value, str):
-        return value
+def _sender(value: str) -> Sender:
     found = getaddresses([value])
     if len(found) != 1 or value.count("<") != value.count(">") or any(c in value for c in "\r\n\0"):
         raise ValueError
@@ -246,9 +237,7 @@ def _sender(value: object) -> object:
     return Sender(name, parsed.mailbox)
 
 
-def _keys(value: object) -> object:
-    if not isinstance(value, str):
-        return value
+def _keys(value: str) -> tuple[str, ...]:
     keys = tuple(key.strip() for key in value.split(",") if key.strip())
     # "," must not mean that no key is needed, and a header cannot carry a line end.
     if not keys or not all(key.isprintable() for key in keys):
@@ -263,12 +252,15 @@ def _web_url(value: str) -> str:
     return value.rstrip("/")
 
 
-def _flag(value: object) -> object:
-    if value in {"0", "1"}:
-        return value == "1"
-    if isinstance(value, bool):
-        return value
-    raise ValueError
+def _flag(value: str) -> bool:
+    if value not in {"0", "1"}:
+        raise ValueError
+    return value == "1"
+
+
+def _read_by(read: Callable[[str], object]) -> BeforeValidator:
+    """Text is read by `read`; what code hands over ready made stays as it is."""
+    return BeforeValidator(lambda value: read(value) if isinstance(value, str) else value)
 
 
 # A type that is not in `repr` is secret. Validators raise `ValueError` without a text, as the setting says what is
@@ -278,15 +270,13 @@ RedisURL = Annotated[str, AfterValidator(_redis_url), PlainSerializer(mask_url),
 BaseRedisURL = Annotated[str, AfterValidator(_base_redis_url), PlainSerializer(mask_url), _Secret]
 RelayURLs = Annotated[
     tuple[RelayURL, ...],
-    BeforeValidator(_relays),
+    _read_by(_relays),
     PlainSerializer(lambda relays: ",".join(relay.masked() for relay in relays)),
     _Secret,
 ]
-Keys = Annotated[
-    tuple[str, ...], BeforeValidator(_keys), PlainSerializer(lambda keys: ",".join(MASK for _ in keys)), _Secret
-]
-BindTo = Annotated[Bind, BeforeValidator(_bind), PlainSerializer(str)]
-From = Annotated[Sender, BeforeValidator(_sender), PlainSerializer(str)]
+Keys = Annotated[tuple[str, ...], _read_by(_keys), PlainSerializer(lambda keys: ",".join(MASK for _ in keys)), _Secret]
+BindTo = Annotated[Bind, _read_by(_bind), PlainSerializer(str)]
+From = Annotated[Sender, _read_by(_sender), PlainSerializer(str)]
 WebURL = Annotated[str, AfterValidator(_web_url)]
-Flag = Annotated[bool, BeforeValidator(_flag), PlainSerializer(lambda flag: str(int(flag)))]
+Flag = Annotated[bool, _read_by(_flag), PlainSerializer(lambda flag: str(int(flag)))]
 Seconds = Annotated[float, PlainSerializer(lambda seconds: f"{seconds:g}")]

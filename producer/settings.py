@@ -14,15 +14,7 @@ from urllib.parse import quote
 
 from dotenv import dotenv_values
 from pydantic import AfterValidator, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
-from pydantic_settings import (
-    BaseSettings,
-    EnvSettingsSource,
-    InitSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from producer.contract import DEAD_LETTERS
 from producer.errors import BadSetting
@@ -62,7 +54,6 @@ _FLAG = "0 or 1"
 
 
 def _setting(default: Any, allowed: str, **limits: Any) -> Any:
-    """A field; `allowed` says in words what its values can be."""
     return Field(default, description=allowed, **limits)
 
 
@@ -132,7 +123,6 @@ class Settings(BaseSettings):
     def settings_customise_sources(  # type: ignore[override]
         cls, *_: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **__: PydanticBaseSettingsSource
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """See `BaseSettings`."""
         return (init_settings,)
 
     @model_validator(mode="before")
@@ -152,9 +142,7 @@ class Settings(BaseSettings):
         return {f"{PREFIX}{name.upper()}": str(value) for name, value in self.model_dump().items()}
 
 
-NAMES: Final = frozenset(
-    f"{PREFIX}{name.upper()}{suffix}" for name in (*Settings.model_fields, "config") for suffix in ("", "_FILE")
-)
+NAMES: Final = tuple(f"{PREFIX}{name.upper()}" for name in (*Settings.model_fields, "config"))
 
 
 def load(environ: Mapping[str, str] | None = None, *, dotenv: Path | None = _DOTENV) -> Settings:
@@ -162,16 +150,17 @@ def load(environ: Mapping[str, str] | None = None, *, dotenv: Path | None = _DOT
 
     Raises `BadSetting` with one line that names the setting, its value unless that is a secret, and what is allowed.
     """
-    layers = [_Variables(os.environ if environ is None else environ), _Variables(from_dotenv(dotenv) if dotenv else {})]
-    config = next((path for layer in layers if (path := layer.value_of("config")) is not None), "")
-    original = InitSettingsSource(Settings, _from_config(config) if config else {})
+    given = _given(os.environ if environ is None else environ)
+    given = _given(from_dotenv(dotenv) if dotenv else {}) | given
+    config = given.get(f"{PREFIX}CONFIG")
+    source = EnvSettingsSource(Settings)
+    source.env_vars = {name.lower(): value for name, value in given.items()}  # the names that it looks for
     try:
-        # The mypy plugin does not know this parameter.
-        return Settings(_build_sources=((*layers, original), {}))  # type: ignore[call-arg]
-    except SettingsError as exc:
-        raise exc.__cause__ or exc from None
+        return Settings(**(_from_config(config) if config else {}) | source())
     except ValidationError as exc:
-        raise _bad_setting(exc) from None
+        error = exc.errors()[0]
+        name = f"{PREFIX}{str(error['loc'][0]).upper()}"
+        raise _not_allowed(name, str(error["input"]), "" if name in given else f" (from {PREFIX}CONFIG)") from None
 
 
 def load_or_exit() -> Settings:
@@ -179,8 +168,7 @@ def load_or_exit() -> Settings:
     with exit_on_bad_setting():
         settings = load()
         given = {*os.environ, *from_dotenv()}
-    for line in unknown_names(given):
-        sys.stderr.write(f"{line}\n")
+    _report_unknown(given)
     return settings
 
 
@@ -194,14 +182,15 @@ def exit_on_bad_setting() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def unknown_names(given: set[str]) -> Iterator[str]:
-    """A line about each of `given` that looks like a setting and is not."""
-    known = {name.removeprefix(PREFIX) for name in NAMES}
-    for name in sorted(given - NAMES):
+def _report_unknown(given: set[str]) -> None:
+    """Write a line about each of `given` that looks like a setting and is not."""
+    known = {*NAMES, *(f"{name}_FILE" for name in NAMES)}
+    for name in sorted(given - known):
         if name.startswith(PREFIX):
-            near = get_close_matches(name.removeprefix(PREFIX), known, 1, NEAR)
+            words = {each.removeprefix(PREFIX) for each in known}
+            near = get_close_matches(name.removeprefix(PREFIX), words, 1, NEAR)
             hint = f"; did you mean {PREFIX}{near[0]}?" if near else ""
-            yield f"{name} is not a setting and does nothing{hint}"
+            sys.stderr.write(f"{name} is not a setting and does nothing{hint}\n")
 
 
 def from_dotenv(path: Path = _DOTENV) -> dict[str, str]:
@@ -214,41 +203,33 @@ def from_dotenv(path: Path = _DOTENV) -> dict[str, str]:
         raise BadSetting(f"{path} cannot be read ({_reason(exc)}); allowed: a readable text file in UTF-8") from None
 
 
-class _Variables(EnvSettingsSource):
-    """Reads `VERIFY_<NAME>`, or the file that `VERIFY_<NAME>_FILE` names, from `variables`."""
+def _given(variables: Mapping[str, str]) -> dict[str, str]:
+    """The settings among `variables`, by name, read from the file that `VERIFY_<NAME>_FILE` names if there is one.
 
-    def __init__(self, variables: Mapping[str, str]) -> None:
-        self._variables = variables
-        super().__init__(Settings, case_sensitive=True)
-
-    def _load_env_vars(self) -> Mapping[str, str | None]:
-        return self._variables
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
-        """See `EnvSettingsSource`."""
-        return self.value_of(field_name), field_name, False
-
-    def value_of(self, field_name: str) -> str | None:
-        """None: not mentioned. Empty: counts as not given, and hides the value of a lower source."""
-        name = f"{PREFIX}{field_name.upper()}"
-        value, path = self.env_vars.get(name), self.env_vars.get(f"{name}_FILE")
+    One that is not mentioned is left out. An empty one counts as not given, and hides the value of a lower source.
+    """
+    given = {}
+    for name in NAMES:
+        value, path = variables.get(name), variables.get(f"{name}_FILE")
         if value and path:
             raise BadSetting(f"{name} and {name}_FILE are both set; set one of them")
-        if not path:
-            return value if path is None else value or ""
-        text = _read(path, name)
-        if not text and field_name in Settings.model_fields:
-            raise _not_allowed(field_name, text)
-        return text
+        if path:
+            given[name] = _read(path, name)
+        elif value is not None or path is not None:
+            given[name] = value or ""
+    return given
 
 
 def _read(path: str, name: str) -> str:
     try:
-        return Path(path).read_text(encoding=_TEXT).strip()
+        text = Path(path).read_text(encoding=_TEXT).strip()
     except (OSError, UnicodeDecodeError) as exc:
         raise BadSetting(
             f"{name}_FILE: {path!r} cannot be read ({_reason(exc)}); allowed: a readable text file"
-        ) from exc
+        ) from None
+    if not text and name != f"{PREFIX}CONFIG":
+        raise _not_allowed(name, text)
+    return text
 
 
 def _from_config(path: str) -> dict[str, str]:
@@ -273,13 +254,7 @@ def _from_config(path: str) -> dict[str, str]:
             f"{PREFIX}CONFIG: {path!r} cannot be used ({_reason(exc)}); allowed: a config.json with"
             " email.user, email.pass, redis.host, redis.port, redis.passwd"
         ) from None
-    return {name: _ConfigText(value) for name, value in values.items()}
-
-
-class _ConfigText(str):
-    """A value from VERIFY_CONFIG: an error says so."""
-
-    __slots__ = ()
+    return values
 
 
 def _text(value: object) -> str:
@@ -290,7 +265,6 @@ def _text(value: object) -> str:
 
 
 def _host(value: object) -> str:
-    """A host for a URL."""
     host = _text(value)
     if any(c in host for c in "@/?#[]"):
         raise ValueError
@@ -304,14 +278,7 @@ def _reason(exc: Exception) -> str:
     return f"{exc.args[0]} is missing" if isinstance(exc, KeyError) else "not in that shape"
 
 
-def _bad_setting(exc: ValidationError) -> BadSetting:
-    error = exc.errors()[0]
-    field_name, value = str(error["loc"][0]), error["input"]
-    origin = f" (from {PREFIX}CONFIG)" if isinstance(value, _ConfigText) else ""
-    return _not_allowed(field_name, str(value), origin)
-
-
-def _not_allowed(field_name: str, value: str, origin: str = "") -> BadSetting:
-    field = Settings.model_fields[field_name]
+def _not_allowed(name: str, value: str, origin: str = "") -> BadSetting:
+    field = Settings.model_fields[name.removeprefix(PREFIX).lower()]
     shown = repr(value) if field.repr else "the value"
-    return BadSetting(f"{PREFIX}{field_name.upper()}{origin}: {shown} is not allowed; allowed: {field.description}")
+    return BadSetting(f"{name}{origin}: {shown} is not allowed; allowed: {field.description}")
