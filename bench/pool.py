@@ -23,7 +23,7 @@ from worker.service import new_code
 async def send(settings: Settings, mails: int) -> None:
     """Send so many mails, over as many connections at once as are set."""
     [url] = settings.relays
-    relay = SmtpPool.of(url, settings)
+    relay = SmtpPool(url, settings)
     renderer = Renderer(settings.mail_from, default_locale=settings.locale)
     sender = settings.mail_from.mailbox
     numbers = count()

@@ -46,7 +46,7 @@ def is_sentinel(url: str) -> bool:
 def with_database(url: str, number: int) -> str:
     """The Redis or Sentinel URL with this database."""
     if is_sentinel(url):
-        return str(replace(SentinelURL.parse(url), database=number))
+        return str(SentinelURL.parse(url).with_database(number))
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc, f"/{number}", parts.query, ""))
 
@@ -88,6 +88,10 @@ class SentinelURL:
             known.pop(_PASSWORD, None) or None,
             tuple(known.items()),
         )
+
+    def with_database(self, number: int) -> Self:
+        """The same URL with this database."""
+        return replace(self, database=number)
 
     def server_url(self, host: str = "sentinel", port: int = 6379) -> str:
         """The redis-py URL of the same database on one server of the service."""

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 
 # The mail channel for each URL scheme of VERIFY_RELAYS
 CHANNELS: Final[dict[str, Callable[[RelayURL, Settings], RelayChannel]]] = {
-    "smtp": SmtpPool.of,
-    "smtp+starttls": SmtpPool.of,
-    "smtps": SmtpPool.of,
+    "smtp": SmtpPool,
+    "smtp+starttls": SmtpPool,
+    "smtps": SmtpPool,
 }
 
 logger = logging.getLogger(__name__)

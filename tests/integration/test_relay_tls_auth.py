@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 import trustme
 from aiosmtpd.smtp import SMTP, AuthResult
-from support.relays import ENVELOPE, FOREVER, UTF8_ENVELOPE, asyncio_test, outcome, rig
+from support.relays import ENVELOPE, UTF8_ENVELOPE, asyncio_test, outcome, pool_of, rig
 from support.smtp_server import HOST, Act, ScriptedServer, Silence
 
 from producer.setting_types import RelayURL
 from worker.mail.errors import MailError, MessageDeferred, RelayUnavailable, Smtputf8Unsupported
 from worker.mail.message import Envelope
-from worker.mail.pool import SmtpPool
 
 USER, PASSWORD = "用户@example.com", "pä:ss /wörd"
 CA = trustme.CA()
@@ -76,7 +75,7 @@ async def aiosmtpd(
 
 async def send_to(url: RelayURL, tls: ssl.SSLContext | None = None, envelope: Envelope = ENVELOPE) -> MailError | None:
     """Send once with a pool of its own; the outcome."""
-    pool = SmtpPool(url, connections=2, connect_timeout=FOREVER, send_timeout=FOREVER, tls=tls)
+    pool = pool_of(url, tls=tls)
     try:
         return await outcome(pool, envelope)
     finally:

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from typing import Any, Final, ParamSpec
 
+from producer.setting_types import RelayURL
+from producer.settings import Settings
 from support.smtp_server import PLAIN_OFFERS, Act, ScriptedServer
 from worker.mail.channel import MailChannel
 from worker.mail.errors import MailError
@@ -22,7 +24,7 @@ ENVELOPE: Final = Envelope(
     "no-reply@example.com", "alice@example.com", False, b"Subject: code\r\n\r\n..stuffed\r\nhello\r\n"
 )
 UTF8_ENVELOPE: Final = ENVELOPE._replace(recipient="用户@example.com", needs_smtputf8=True)
-FOREVER: Final = 600.0  # seconds; longer than any test on a busy machine
+FOREVER: Final = 300.0  # seconds, the most that settings allow; longer than any test on a busy machine
 
 
 def asyncio_test(test: Callable[P, Coroutine[None, None, None]]) -> Callable[P, None]:
@@ -36,11 +38,24 @@ def asyncio_test(test: Callable[P, Coroutine[None, None, None]]) -> Callable[P, 
 
 
 def pool_of(
-    server: ScriptedServer, scheme: str = "smtp", *, login: tuple[str, str] | None = None, **options: Any
+    relay: ScriptedServer | RelayURL,
+    scheme: str = "smtp",
+    *,
+    login: tuple[str, str] | None = None,
+    connections: int = 4,
+    connect_timeout: float = FOREVER,
+    send_timeout: float = FOREVER,
+    **options: Any,
 ) -> SmtpPool:
-    """A pool for `server`, with 4 connections and without timeouts unless `options` say otherwise."""
-    options = {"connections": 4, "connect_timeout": FOREVER, "send_timeout": FOREVER, **options}
-    return SmtpPool(server.url(scheme, *(login or ())), **options)
+    """A pool for one relay."""
+    url = relay.url(scheme, *(login or ())) if isinstance(relay, ScriptedServer) else relay
+    settings = Settings(relay_connections=connections, connect_timeout=connect_timeout, send_timeout=send_timeout)
+    return SmtpPool(url, settings, **options)
+
+
+def free(pool: SmtpPool) -> int:
+    """How many sends could start now without waiting for a connection."""
+    return len(pool._idle) + pool._limit - pool._size
 
 
 @asynccontextmanager
@@ -91,6 +106,6 @@ async def outcome(
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for a condition that soon becomes true."""
-    async with asyncio.timeout(FOREVER / 5):
+    async with asyncio.timeout(FOREVER / 2):
         while not condition():  # noqa: ASYNC110 the server or the kernel makes it true
             await asyncio.sleep(0.01)

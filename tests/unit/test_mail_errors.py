@@ -95,7 +95,3 @@ def test_a_refused_sender_and_a_refused_login_are_told_apart(
 ) -> None:
     error = classify(step, code, enhanced)
     assert (error.sender_refused, error.login_refused) == (sender, login)
-
-
-def test_an_unavailable_relay_is_a_connection_error() -> None:
-    assert issubclass(RelayUnavailable, ConnectionError)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Final
+from typing import Final
 
 from producer.errors import VerifyError
 
@@ -39,11 +39,10 @@ class MailError(VerifyError):
         self.code = code
         self.enhanced = enhanced
         self.step = step
-        meaning = (type(self).__doc__ or "").strip()
-        super().__init__(f"{meaning} ({self.reply})" if self.reply else meaning)
+        super().__init__()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.code, self.enhanced, self.step), {"relay": self.relay}
+    def __str__(self) -> str:
+        return f"{self.args[0]} ({self.reply})" if self.reply else self.args[0]
 
     @property
     def reply(self) -> str:
@@ -75,15 +74,15 @@ class MessageDeferred(MailError):
     """The mail cannot be sent for now."""
 
 
-class RelayUnavailable(MailError, ConnectionError):
+class RelayUnavailable(MailError):
     """The relay cannot be reached or does not work."""
 
 
-class RelayBusy(MailError, ConnectionError):
+class RelayBusy(MailError):
     """The relay accepts no more connections."""
 
 
-class AcceptanceUnknown(MailError, ConnectionError):
+class AcceptanceUnknown(MailError):
     """The relay may have accepted the mail: the connection ended before it said so."""
 
 

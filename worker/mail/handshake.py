@@ -6,7 +6,7 @@ import asyncio
 from base64 import b64encode
 from typing import TYPE_CHECKING, Final
 
-from worker.mail.errors import MailError, RelayUnavailable, Step, classify
+from worker.mail.errors import RelayUnavailable, Step, classify
 
 if TYPE_CHECKING:
     import ssl
@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from worker.mail.responses import Response
     from worker.mail.smtp import SmtpConnection
 
-# First digits of the expected replies (RFC 5321, 4.2.1)
-_COMPLETED: Final = 2
-_INTERMEDIATE: Final = 3
+_INTERMEDIATE: Final = 3  # first digit of a reply that asks for more (RFC 5321, 4.2.1)
 
 
 async def establish(connection: SmtpConnection, url: RelayURL, tls: ssl.SSLContext | None, deadline: float) -> None:
@@ -27,7 +25,9 @@ async def establish(connection: SmtpConnection, url: RelayURL, tls: ssl.SSLConte
     """
     try:
         async with asyncio.timeout_at(deadline):
-            await _connect(connection, url, tls if url.scheme == "smtps" else None)
+            implicit = tls if url.scheme == "smtps" else None
+            # asyncio sets TCP_NODELAY.
+            await connection.loop.create_connection(lambda: connection, url.host, url.port, ssl=implicit)
             await _command(connection, Step.BANNER, b"")
             await _ehlo(connection)
             if url.scheme == "smtp+starttls":
@@ -39,18 +39,12 @@ async def establish(connection: SmtpConnection, url: RelayURL, tls: ssl.SSLConte
                 raise RelayUnavailable(step=Step.AUTH)  # noqa: TRY301 - handled as what the others raise
     except BaseException as exc:
         connection.abort()
-        # A MailError may be an OSError, too.
-        if isinstance(exc, OSError | UnicodeError) and not isinstance(exc, MailError):
+        if isinstance(exc, OSError | UnicodeError):
             raise RelayUnavailable(step=connection.handshake_step) from exc
         raise
 
 
-async def _connect(connection: SmtpConnection, url: RelayURL, implicit_tls: ssl.SSLContext | None) -> None:
-    # asyncio sets TCP_NODELAY.
-    await connection.loop.create_connection(lambda: connection, url.host, url.port, ssl=implicit_tls)
-
-
-async def _command(connection: SmtpConnection, step: Step, line: bytes, first_digit: int = _COMPLETED) -> Response:
+async def _command(connection: SmtpConnection, step: Step, line: bytes, first_digit: int = 2) -> Response:
     response = await connection.command(step, line)
     if response.code // 100 != first_digit:
         raise classify(step, response.code, response.enhanced)

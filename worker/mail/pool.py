@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import ssl
 from collections import deque
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
 from worker.mail.errors import MailError, MessageDeferred, RelayBusy, RelayUnavailable, SendCancelled
 from worker.mail.handshake import establish
@@ -26,26 +27,22 @@ class SmtpPool:
     def __init__(
         self,
         url: RelayURL,
+        settings: Settings,
         *,
-        connections: int,
-        connect_timeout: float,
-        send_timeout: float,
         idle_timeout: float = 30.0,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """At most `connections` at once; timeouts in seconds.
+        """`idle_timeout` in seconds: below what relays, and firewalls on the way, allow.
 
-        `connect_timeout`: TCP, TLS, banner, EHLO and AUTH; `send_timeout`: one whole send, up to half of it waiting
-        for a connection; `idle_timeout`: below what relays, and firewalls on the way, allow. `tls`: by default, one
-        that checks certificate and host name.
+        `tls`: by default, one that checks certificate and host name.
         """
         self.url: Final = url
-        self._connections = connections
-        self._connect_timeout = connect_timeout
-        self._send_timeout = send_timeout
+        self._connections = settings.relay_connections
+        self._connect_timeout = settings.connect_timeout  # TCP, TLS, banner, EHLO and AUTH
+        self._send_timeout = settings.send_timeout  # one whole send, up to half of it waiting for a connection
         self._idle_timeout = idle_timeout
         self._tls = tls or (None if url.scheme == "smtp" else ssl.create_default_context())
-        self._limit = connections
+        self._limit = self._connections
         self._raise_at = 0.0  # loop time
         self._size = 0  # connections that count against the limit: idle, sending, being opened
         self._idle: list[SmtpConnection] = []
@@ -56,29 +53,13 @@ class SmtpPool:
         self._closing = False
         self._all_lost: asyncio.Future[None] | None = None
 
-    @classmethod
-    def of(cls, url: RelayURL, settings: Settings) -> Self:
-        """The pool for one relay of `settings`."""
-        return cls(
-            url,
-            connections=settings.relay_connections,
-            connect_timeout=settings.connect_timeout,
-            send_timeout=settings.send_timeout,
-        )
-
     @property
     def capacity(self) -> int:
-        """How many mails can be on their way at once: the configured connections, fewer after a 421."""
+        """See `RelayChannel`: the configured connections, fewer after a 421."""
         return self._limit
 
     @property
-    def free(self) -> int:
-        """How many sends could start now without waiting for a connection."""
-        return max(0, len(self._idle) + self._limit - self._size - len(self._waiting))
-
-    @property
     def open_connections(self) -> int:
-        """Connections open or being opened."""
         return len(self._live)
 
     def send(self, mail: Mail) -> None:
@@ -92,10 +73,7 @@ class SmtpPool:
         self._start(mail, now)
 
     async def check(self) -> None:
-        """See `RelayChannel`."""
-        connection = self._new_connection()
-        await self._establish(connection, connection.loop.time() + self._connect_timeout)
-        connection.quit()
+        (await self._connect(math.inf)).quit()
 
     async def close(self) -> None:
         """See `RelayChannel`. Idle connections say QUIT, the others and their sends end at once."""
@@ -148,44 +126,40 @@ class SmtpPool:
 
     def _handshake_done(self, task: asyncio.Task[None], mail: Mail) -> None:
         self._handshakes.discard(task)
-        if task.cancelled():  # before it began; later, it handles that itself
+        if task.cancelled():
             self._size -= 1
             mail.finish(SendCancelled())
 
     async def _open_and_send(self, mail: Mail) -> None:
-        connection = self._new_connection()
-        loop = connection.loop
         try:
-            await self._establish(connection, min(mail.attempt_deadline, loop.time() + self._connect_timeout))
-        except BaseException as exc:  # noqa: BLE001 - whatever it is, it is the outcome of the mail
-            self._discard(connection)
+            connection = await self._connect(mail.attempt_deadline)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, it is the outcome of the mail
+            self._size -= 1
             if isinstance(exc, RelayBusy):
                 self._lower_limit(mail, exc)
-            elif isinstance(exc, MailError):
-                if exc.code is None and loop.time() >= mail.deadline:
-                    self._use_free_slot()
-                elif not self._size:
-                    # Without any connection, the waiting mails fail at once instead of trying a dead relay one by one.
-                    self._fail_waiting(exc)
-                self._fail(mail, exc)
-            else:
+                return
+            out_of_time = asyncio.get_running_loop().time() >= mail.deadline
+            if not isinstance(exc, MailError) or (exc.code is None and out_of_time):
                 self._use_free_slot()
-                mail.finish(exc if isinstance(exc, Exception) else SendCancelled())
+            elif not self._size:
+                # Without any connection, the waiting mails fail at once instead of trying a dead relay one by one.
+                self._fail_waiting(exc)
+            self._fail(mail, exc)
         else:
             connection.send(mail)
 
-    def _new_connection(self) -> SmtpConnection:
+    async def _connect(self, deadline: float) -> SmtpConnection:
+        """Open a connection by `deadline` (loop time) or the end of the connect timeout."""
         connection = SmtpConnection(self._on_done, self._on_lost)
         self._live.add(connection)
-        return connection
-
-    async def _establish(self, connection: SmtpConnection, deadline: float) -> None:
         try:
+            deadline = min(deadline, connection.loop.time() + self._connect_timeout)
             await establish(connection, self.url, self._tls, deadline)
         except BaseException:
             # asyncio does not report the loss of a connection that ends in its TLS handshake.
             self._on_lost(connection)
             raise
+        return connection
 
     # Outcomes
 
@@ -202,15 +176,11 @@ class SmtpPool:
         elif isinstance(error, RelayBusy):
             self._discard(connection)
             self._lower_limit(mail, error)
-        elif isinstance(error, MailError):
+        else:
             self._release(connection)
             self._fail(mail, error)
-        else:
-            self._discard(connection)
-            self._use_free_slot()
-            mail.finish(error)
 
-    def _fail(self, mail: Mail, error: MailError) -> None:
+    def _fail(self, mail: Mail, error: Exception) -> None:
         """Report a failure; `SendCancelled` if it is not the relay's fault."""
         if isinstance(error, RelayUnavailable | MessageDeferred) and error.code is None:
             now = asyncio.get_running_loop().time()

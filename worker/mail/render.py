@@ -95,7 +95,6 @@ class Renderer:
         self._message = functools.lru_cache(_MESSAGES)(self._prepare)
         for locale in names:
             self._message(locale, 10)  # a broken template fails here, not with the first mail
-        self._date = (0, b"")
 
     def render(self, *, recipient: str, code: str, life: float, request_id: str, locale: object) -> bytes:
         """The message with `code`, ready for SMTP's DATA but for the final dot: CRLF lines, dot-stuffed.
@@ -105,7 +104,7 @@ class Renderer:
         """
         text, markup = _encode_code(code)
         return self._message(self._best(locale), _minutes(life)) % {
-            b"date": self._now(),
+            b"date": _date(int(time.time())),
             b"recipient": _header_mailbox(recipient),
             b"reference": _reference(request_id),
             b"text_code": text,
@@ -122,14 +121,6 @@ class Renderer:
             tag = tag.rpartition("-")[0]
         return self._default
 
-    def _now(self) -> bytes:
-        now = int(time.time())
-        second, text = self._date
-        if second != now:
-            text = format_datetime(datetime.fromtimestamp(now, UTC)).encode()
-            self._date = (now, text)
-        return text
-
     def _prepare(self, locale: str, minutes: int) -> bytes:
         """The message as a bytes format, with slots for what differs from mail to mail."""
         subject, plain, markup = self._templates[locale]
@@ -143,6 +134,11 @@ class Renderer:
             html=_body(markup.render(code=_CODE, minutes=minutes), "html_code"),
         )
         return _crlf(message)
+
+
+@functools.lru_cache(1)
+def _date(second: int) -> bytes:
+    return format_datetime(datetime.fromtimestamp(second, UTC)).encode()
 
 
 def locales(templates: Path = TEMPLATES) -> list[str]:

@@ -264,15 +264,12 @@ class SmtpConnection(asyncio.BufferedProtocol):
     # asyncio.BufferedProtocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """See `asyncio.BaseProtocol`."""
         self.transport = cast("asyncio.Transport", transport)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 asyncio's signature
-        """See `asyncio.BufferedProtocol`."""
         return _BUFFER
 
     def buffer_updated(self, nbytes: int) -> None:
-        """See `asyncio.BufferedProtocol`."""
         for response in self._reader.feed(bytes(_BUFFER[:nbytes])):
             if self._mail is not None:
                 self._on_response(response)
@@ -290,7 +287,6 @@ class SmtpConnection(asyncio.BufferedProtocol):
         self._report()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 asyncio's signature
-        """See `asyncio.BaseProtocol`."""
         self.closed = True
         if self._timer:
             self._timer.cancel()
