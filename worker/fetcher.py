@@ -118,11 +118,7 @@ class Fetcher:
                     await asyncio.wait(self._serving)
                 await self._service.drain(seconds - SETTLE_TIME)
                 await self._settler.drain()
-                if self._at_celery:
-                    tags = list(self._at_celery)
-                    self._at_celery.clear()
-                    self._at_celery_now.clear()
-                    await self._broker.run([self.queue.release(tags)])
+                await self._put_back(list(self._at_celery))
         await self._settler.abandon()
         self._fetching.cancel()
         await asyncio.wait([self._fetching])
@@ -192,11 +188,9 @@ class Fetcher:
             try:
                 parsed = parse(reserved)
                 message = for_celery(parsed) if parsed.needs_celery else None
-            except UnfitMessage as exc:
-                self._settler.dead_letter(unreadable_job(reserved.tag), exc.reason)
-                continue
             except Exception as exc:  # noqa: BLE001 - no message may stop the worker, or the rest of its batch
-                reason = DeadLetterReason(DeadLetterCode.OTHER, f"it cannot be read ({type(exc).__name__})")
+                other = DeadLetterReason(DeadLetterCode.OTHER, f"it cannot be read ({type(exc).__name__})")
+                reason = exc.reason if isinstance(exc, UnfitMessage) else other
                 self._settler.dead_letter(unreadable_job(reserved.tag), reason)
                 continue
             job = parsed.job
@@ -254,8 +248,7 @@ class Fetcher:
 
     async def serve_for_celery(self, tag: str) -> Reply | None:
         """Serve a request as Celery runs its task. None: it was delayed, dead-lettered or put back on the queue."""
-        job = self._at_celery.get(tag)
-        if job is None:  # it has been put back meanwhile
+        if (job := self._at_celery.get(tag)) is None:  # it has been put back meanwhile
             return None
         job.through_celery = True
         job.began = asyncio.get_running_loop().time()  # until now it waited for its ETA
@@ -274,8 +267,7 @@ class Fetcher:
 
     def revoke(self, tag: str) -> None:
         """Celery will not run this message: its request is answered 6, unsent."""
-        job = self._at_celery.get(tag)
-        if job is not None:
+        if (job := self._at_celery.get(tag)) is not None:
             self._settler.answer(job, ErrorCode.TIMEOUT, mark=False)
 
     async def dead_letter_from_celery(self, tag: str) -> None:
@@ -295,14 +287,16 @@ class Fetcher:
 
     async def celery_forgot(self) -> None:
         """Celery reconnected and has forgotten the messages it had not started: put them back on the queue."""
-        tags = [tag for tag, job in self._at_celery.items() if not job.through_celery]
+        self._changed.set()
+        with contextlib.suppress(RedisUnavailable):  # then they are redelivered
+            await self._put_back([tag for tag, job in self._at_celery.items() if not job.through_celery])
+
+    async def _put_back(self, tags: list[str]) -> None:
         for tag in tags:
             del self._at_celery[tag]
             self._at_celery_now.discard(tag)
         if tags:
-            self._changed.set()
-            with contextlib.suppress(RedisUnavailable):  # then they are redelivered
-                await self._broker.run([self.queue.release(tags)])
+            await self._broker.run([self.queue.release(tags)])
 
 
 MAX_AHEAD: Final = 0.03  # seconds of sending; more is never held beyond what can be sent at once

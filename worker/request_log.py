@@ -9,7 +9,7 @@ from typing import Final
 
 from producer.contract import ErrorCode
 from producer.logs import mask_email
-from worker.job import Finished, Job
+from worker.job import Finished
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,6 @@ class RequestLog:
         self._period: asyncio.TimerHandle | None = None  # begins with the first request
 
     def settled(self, finished: Finished) -> None:
-        """This worker holds these requests no longer."""
         if not logger.isEnabledFor(logging.INFO):
             return
         for job, error in finished:
@@ -38,12 +37,20 @@ class RequestLog:
             if self._period is None:
                 self._period = asyncio.get_running_loop().call_later(PERIOD, self.flush)
             if self._lines < LINES:
+                level = logging.INFO
                 self._lines += 1
-                _log(logging.INFO, job, error)
             else:
+                level = logging.DEBUG
                 self._summed[error] += 1
-                if logger.isEnabledFor(logging.DEBUG):
-                    _log(logging.DEBUG, job, error)
+            if not logger.isEnabledFor(level):
+                continue
+            extra = {
+                "request_id": job.request_id,
+                "email": mask_email(job.request.email),
+                "error": error.title,
+                "seconds": round(asyncio.get_running_loop().time() - job.began, 3),
+            }
+            logger.log(level, "request answered", extra=extra)
 
     def flush(self) -> None:
         """End the period, with the line that sums up."""
@@ -55,16 +62,3 @@ class RequestLog:
             counts = ", ".join(f"{error.title} {count}" for error, count in sorted(self._summed.items()))
             logger.info("more requests answered: %s", counts, extra={"count": self._summed.total()})
             self._summed.clear()
-
-
-def _log(level: int, job: Job, error: ErrorCode) -> None:
-    logger.log(
-        level,
-        "request answered",
-        extra={
-            "request_id": job.request_id,
-            "email": mask_email(job.request.email),
-            "error": error.title,
-            "seconds": round(asyncio.get_running_loop().time() - job.began, 3),
-        },
-    )

@@ -14,43 +14,48 @@ from support.caller import address, message
 from support.process import WAIT_TIMEOUT, eventually
 from support.redis_server import RedisServer
 from support.rig import Rig
-from support.smtp_server import Held, Later, ScriptedServer
+from support.smtp_server import Held
 
 NewRig = Callable[..., Rig]
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)], ids=["SIGTERM", "SIGINT"])
-def test_a_send_under_way_is_finished_and_answered(new_rig: NewRig, number: signal.Signals, exit_code: int) -> None:
-    rig = new_rig()
+def on_the_wire(rig: Rig, step: str) -> tuple[str, str, Held]:
+    """Start a worker and a request whose send waits at this step; returns its address, its id and what holds it."""
     rig.add_worker()
     email, hold = address(), Held("250 ok")
-    rig.script(email, dot=[hold])
+    rig.relay.scripts[email] = {step: [hold]}
     request_id = rig.caller.request(email)
     assert hold.reached.wait(WAIT_TIMEOUT)
-    rig.worker.process.send_signal(number)
-    rig.worker.wait_for_log("Warm shutdown")
+    return email, request_id, hold
+
+
+def control_shutdown(rig: Rig) -> None:
+    """Celery's remote control command."""
+    with Celery("operator", set_as_current=False) as app:
+        app.config_from_object({"broker_url": rig.url("broker"), "broker_transport": "kombu.transport.redis:Transport"})
+        app.control.shutdown(destination=[rig.worker.name])
+
+
+@pytest.mark.parametrize(
+    ("stop", "exit_code"),
+    [
+        pytest.param(lambda rig: rig.worker.signal(signal.SIGTERM), 0, id="SIGTERM"),
+        pytest.param(lambda rig: rig.worker.signal(signal.SIGINT), 1, id="SIGINT"),
+        pytest.param(control_shutdown, 0, id="control"),
+    ],
+)
+def test_a_send_under_way_is_finished_and_answered(
+    new_rig: NewRig, stop: Callable[[Rig], None], exit_code: int
+) -> None:
+    rig = new_rig()
+    email, request_id, hold = on_the_wire(rig, "dot")
+    stop(rig)
+    rig.worker.wait_for_log("Warm shutdown" if stop is not control_shutdown else "Got shutdown from remote")
     assert rig.worker.alive
     hold.release.set()
     assert rig.worker.wait() == exit_code
     assert rig.caller.reply(request_id, within=0.1) == {"email": email, "error": 0}
     assert rig.broker.exists("verification", "unacked", "unacked_index") == 0
-
-
-def test_what_is_not_being_sent_stays_on_the_queue(new_rig: NewRig) -> None:
-    rig = new_rig(relay=ScriptedServer({"dot": Later("250 ok", 0.3)}), relay_connections=4)
-    rig.add_worker()
-    emails = [address() for _ in range(20)]
-    ids = rig.caller.push(*(message({"email": email}) for email in emails))
-    eventually(lambda: len(rig.relay.dotted) >= 4)
-    assert rig.worker.stop() == 0
-    assert rig.broker.exists("unacked", "unacked_index") == 0
-    answered = [each for each in ids if rig.results.exists(f"celery-task-meta-{each}")]
-    assert len(answered) == len(rig.relay.mails) >= 4
-    assert rig.broker.llen("verification") == len(ids) - len(answered) > 0
-
-    rig.add_worker()
-    assert rig.caller.replies(ids, within=WAIT_TIMEOUT) == [0] * len(ids)
-    assert sorted(mail.recipient for mail in rig.relay.mails) == sorted(emails)
 
 
 def test_requests_that_wait_for_their_eta_go_back_to_the_queue(new_rig: NewRig) -> None:
@@ -90,11 +95,7 @@ def test_delayed_requests_stay_for_the_next_worker(new_rig: NewRig) -> None:
 @pytest.mark.slow
 def test_a_send_that_does_not_end_is_cancelled(new_rig: NewRig) -> None:
     rig = new_rig(send_timeout=60)
-    rig.add_worker()
-    email, hold = address(), Held("250 ok")
-    rig.script(email, rcpt=[hold])
-    request_id = rig.caller.request(email)
-    assert hold.reached.wait(WAIT_TIMEOUT)
+    email, request_id, hold = on_the_wire(rig, "rcpt")
     assert rig.worker.stop() == 0
     assert rig.broker.exists("unacked", "unacked_index") == 0
     rig.add_worker()
@@ -106,52 +107,15 @@ def test_a_send_that_does_not_end_is_cancelled(new_rig: NewRig) -> None:
 def test_a_second_signal_does_not_lose_the_request(new_rig: NewRig) -> None:
     rig = new_rig(visibility_timeout=5)
     rig.tolerated += ["never retrieved", "never awaited", "destroyed but"]  # Celery ends it mid-way
-    rig.add_worker()
-    email, hold = address(), Held("250 ok")
-    rig.script(email, rcpt=[hold])
-    request_id = rig.caller.request(email)
-    assert hold.reached.wait(WAIT_TIMEOUT)
-    rig.worker.process.send_signal(signal.SIGINT)
+    email, request_id, hold = on_the_wire(rig, "rcpt")
+    rig.worker.signal(signal.SIGINT)
     rig.worker.wait_for_log("Warm shutdown")
-    rig.worker.process.send_signal(signal.SIGINT)
+    rig.worker.signal(signal.SIGINT)
     rig.worker.wait()
     hold.release.set()
     rig.add_worker()
     assert rig.caller.reply(request_id, within=WAIT_TIMEOUT)["error"] == 0
     assert len(rig.mails_to(email)) == 1
-
-
-def test_what_a_killed_worker_held_is_redelivered(new_rig: NewRig) -> None:
-    rig = new_rig(visibility_timeout=5)
-    rig.add_worker()
-    emails = [address() for _ in range(10)]
-    holds = [Held("250 ok") for _ in emails]
-    for email, hold in zip(emails, holds, strict=True):
-        rig.script(email, rcpt=[hold])
-    ids = rig.caller.push(*(message({"email": email}) for email in emails))
-    assert all(hold.reached.wait(WAIT_TIMEOUT) for hold in holds)
-    rig.worker.kill()
-    rig.add_worker()
-    assert rig.caller.replies(ids, within=WAIT_TIMEOUT) == [0] * len(ids)
-    for hold in holds:
-        hold.release.set()
-    assert sorted(mail.recipient for mail in rig.relay.mails) == sorted(emails)
-
-
-def test_celerys_shutdown_command_stops_a_worker_the_same_way(new_rig: NewRig) -> None:
-    rig = new_rig()
-    rig.add_worker()
-    email, hold = address(), Held("250 ok")
-    rig.script(email, dot=[hold])
-    request_id = rig.caller.request(email)
-    assert hold.reached.wait(WAIT_TIMEOUT)
-    with Celery("operator", set_as_current=False) as app:
-        app.config_from_object({"broker_url": rig.url("broker"), "broker_transport": "kombu.transport.redis:Transport"})
-        app.control.shutdown(destination=[rig.worker.name])
-    hold.release.set()
-    assert rig.worker.wait() == 0
-    assert rig.caller.reply(request_id, within=0.1)["error"] == 0
-    assert rig.broker.exists("verification", "unacked", "unacked_index") == 0
 
 
 def test_a_worker_stops_while_redis_is_away(new_redis_server: Callable[..., RedisServer], new_rig: NewRig) -> None:
@@ -170,11 +134,7 @@ def test_a_send_under_way_is_finished_if_redis_returns_during_the_stop(
 ) -> None:
     server = new_redis_server(aof=True)
     rig = new_rig(server=server)
-    rig.add_worker()
-    email, hold = address(), Held("250 ok")
-    rig.script(email, dot=[hold])
-    request_id = rig.caller.request(email)
-    assert hold.reached.wait(WAIT_TIMEOUT)
+    email, request_id, hold = on_the_wire(rig, "dot")
     time.sleep(1.1)  # appendfsync everysec: the request is on the disk by now
     server.kill()
     rig.worker.wait_for_log("waiting for Redis")

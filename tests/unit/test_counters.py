@@ -16,9 +16,10 @@ from worker.metrics import BOUNDS, Counters
 def test_an_age_is_clamped_to_the_buckets(ago: float, counted: float) -> None:
     counters = Counters()
     counters.accepted(time.time() - ago)
-    durations = counters.until_accepted
-    assert durations.counts[BOUNDS.index(counted)] == 1
-    assert 0 <= durations.total <= BOUNDS[-1]
+    counters.replied(ErrorCode.TIMEOUT, time.time() - ago)
+    for durations in (counters.until_accepted, counters.until_reply):
+        assert durations.counts[BOUNDS.index(counted)] == 1
+        assert 0 <= durations.total <= BOUNDS[-1]
 
 
 def test_a_request_without_enqueued_at_has_no_age() -> None:

@@ -71,10 +71,8 @@ class DeadLetter:
         if isinstance(envelope, dict):
             for part in (envelope, envelope.get("headers")):
                 if isinstance(part, dict):
-                    # These hold the arguments.
-                    for name in ("body", "argsrepr", "kwargsrepr"):
-                        if name in part:
-                            part[name] = "***"
+                    with_arguments = part.keys() & {"body", "argsrepr", "kwargsrepr"}
+                    part.update(dict.fromkeys(with_arguments, "***"))
         return mask_text(json.dumps(envelope, indent=2, ensure_ascii=False))
 
 
