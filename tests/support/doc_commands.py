@@ -76,7 +76,7 @@ BEGINNINGS: Final = {
 WAYS: Final[dict[str, Way]] = {
     # the checkout
     "make setup": Run(),
-    "make help": Run(r"demo +one code from request to mailbox"),
+    "make help": Run(r"make demo +send one code"),
     "make docs": Run(),
     "make lint": TestedBy("tests/e2e/test_docs_commands.py::test_make_knows_its_targets"),
     "make demo": TestedBy("tests/e2e/test_demo.py::test_it_stays_up_until_told_to_end"),
