@@ -123,9 +123,9 @@ class _Server:
         if options.get("connection_class") is not SSLConnection:
             return None
         tls = ssl.create_default_context(cafile=options.get("ssl_ca_certs"))
-        if options.get("ssl_check_hostname") is False or options.get("ssl_cert_reqs") == "none":
-            tls.check_hostname = False
-        if options.get("ssl_cert_reqs") == "none":
+        checked = options.get("ssl_cert_reqs") != "none"
+        tls.check_hostname = checked and options.get("ssl_check_hostname") is not False
+        if not checked:
             tls.verify_mode = ssl.CERT_NONE
         if options.get("ssl_certfile"):
             tls.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"))

@@ -43,6 +43,7 @@ class Protocol(asyncio.BufferedProtocol):
         self.waiting: deque[_Sent] = deque()
         self.loop = asyncio.get_running_loop()
         self.closed = self.loop.create_future()
+        self.why_lost = "the connection to Redis was lost"
         self.on_push = on_push
         self.timer: asyncio.TimerHandle | None = None
         self.transport: asyncio.Transport
@@ -82,18 +83,15 @@ class Protocol(asyncio.BufferedProtocol):
                 sent.waiter.set_result(sent.replies)
 
     def connection_lost(self, _exc: Exception | None) -> None:
-        self._fail("the connection to Redis was lost")
+        for sent in self.waiting:
+            if sent.waiter is not None and not sent.waiter.done():
+                sent.waiter.set_exception(RedisUnavailable(self.why_lost))
+        self.waiting.clear()
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
         if not self.closed.done():
             self.closed.set_result(None)
-
-    def _fail(self, why: str) -> None:
-        for sent in self.waiting:
-            if sent.waiter is not None and not sent.waiter.done():
-                sent.waiter.set_exception(RedisUnavailable(why))
-        self.waiting.clear()
 
     def ask(self, packed: Sequence[bytes]) -> asyncio.Future[list[Any]]:
         """Write these commands; the future gets their replies."""
@@ -119,7 +117,7 @@ class Protocol(asyncio.BufferedProtocol):
             self.timer = self.loop.call_at(due, self._look)
             return
         # A reply is missing, so later ones could not be matched with their writes.
-        self._fail(TOO_LATE)
+        self.why_lost = TOO_LATE
         self.transport.abort()
 
 

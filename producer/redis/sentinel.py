@@ -16,6 +16,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import hiredis
@@ -140,63 +141,60 @@ class PrimaryFinder:
         await asyncio.gather(*watching, return_exceptions=True)
 
 
+@dataclass(eq=False)
 class _Sentinel:
     """One sentinel: its connection, and what it said last."""
 
-    def __init__(
-        self, address: Address, service: SentinelURL, dial: Dial, heard: Callable[[_Answer | None], None]
-    ) -> None:
-        """`heard` is called after each question, with None if it was not answered."""
-        self.answer: _Answer | None = None
-        self.failure: RedisUnavailable | None = None  # why it gave no answer, if it said so
-        self.asking = True
-        self._address = address
-        self._service = service
-        self._dial = dial
-        self._heard = heard
-        self._protocol: Protocol | None = None
-        self._announces = False
-        self._woken = asyncio.Event()
+    address: Address
+    service: SentinelURL
+    dial: Dial
+    heard: Callable[[_Answer | None], None]  # called after each question, with None if it was not answered
+    answer: _Answer | None = None
+    failure: RedisUnavailable | None = None  # why it gave no answer, if it said so
+    asking: bool = True
+    protocol: Protocol | None = None
+    announces: bool = False
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
 
     def wake(self) -> None:
         """Ask it now."""
         self.asking = True
-        self._woken.set()
+        self.woken.set()
 
     async def watch(self) -> None:
         """Keep asking it, until cancelled."""
         retry = RETRY_FIRST
         try:
             while True:
-                self._woken.clear()
+                self.woken.clear()
                 try:
                     async with asyncio.timeout(ASK_TIMEOUT):
                         self.answer, self.failure = await self._ask(), None
-                    pause, retry = POLL_EVERY if self._announces else LOOK_EVERY, RETRY_FIRST
+                    pause, retry = POLL_EVERY if self.announces else LOOK_EVERY, RETRY_FIRST
                 except (OSError, UnicodeError) as exc:
                     self.answer, self.failure = None, exc if isinstance(exc, RedisUnavailable) else None
                     self._drop()
                     pause, retry = retry, min(2 * retry, POLL_EVERY)
-                self.asking = self._woken.is_set()
-                self._heard(self.answer)
+                self.asking = self.woken.is_set()
+                self.heard(self.answer)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(pause):
-                        await self._woken.wait()
+                        await self.woken.wait()
                 self.asking = True
         finally:
             self._drop()
 
     def _drop(self) -> None:
-        if self._protocol is not None:
-            self._protocol.transport.abort()
+        if self.protocol is not None:
+            self.protocol.transport.abort()
 
     async def _ask(self) -> _Answer:
-        if self._protocol is None or not self._protocol.open:
-            self._protocol = await self._dial(self._address, lambda _: self.wake())
-            await self._subscribe(self._protocol)
-        name = self._service.service
+        if self.protocol is None or not self.protocol.open:
+            self.protocol = await self.dial(self.address, lambda _: self.wake())
+            await self._subscribe(self.protocol)
+        name = self.service.service
         questions = [("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name), ("SENTINEL", "MASTER", name)]
-        address, state = await self._protocol.ask(pack(questions))
+        address, state = await self.protocol.ask(pack(questions))
         if isinstance(address, hiredis.ReplyError):
             raise refused(address, "a sentinel", "sentinel_username and sentinel_password")
         if address is None:
@@ -208,12 +206,12 @@ class _Sentinel:
 
     async def _subscribe(self, protocol: Protocol) -> None:
         # Version 3 of the protocol lets a connection that is subscribed take other commands as well.
-        login = auth(self._service.sentinel_user, self._service.sentinel_password)
+        login = auth(self.service.sentinel_user, self.service.sentinel_password)
         *_, hello = await protocol.ask(pack([*login, ("HELLO", 3)]))
-        self._announces = False
+        self.announces = False
         if not isinstance(hello, hiredis.ReplyError):
             [subscribed] = await protocol.ask(pack([("SUBSCRIBE", SWITCHED)]))
-            self._announces = not isinstance(subscribed, hiredis.ReplyError)
+            self.announces = not isinstance(subscribed, hiredis.ReplyError)
         protocol.closed.add_done_callback(self._lost)
 
     def _lost(self, closed: asyncio.Future[None]) -> None:

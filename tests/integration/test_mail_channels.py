@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 from support.fake_channel import ERRORS, FakeChannel
-from support.relays import ENVELOPE, asyncio_test, outcome, pool_of, until
+from support.relays import ENVELOPE, outcome, pool_of, until
 from support.smtp_server import Act, Drop, ScriptedServer, Silence
 
 from producer.setting_types import RELAY_PORTS
@@ -63,7 +63,6 @@ every_channel = pytest.mark.parametrize("opened", HARNESSES)
 
 
 @every_channel
-@asyncio_test
 async def test_an_accepted_mail_reaches_the_relay_once(opened: Opened) -> None:
     async with opened() as harness:
         assert await outcome(harness.channel, ENVELOPE) is None
@@ -72,7 +71,6 @@ async def test_an_accepted_mail_reaches_the_relay_once(opened: Opened) -> None:
 
 @every_channel
 @pytest.mark.parametrize(("behaviour", "kind"), ERRORS.items())
-@asyncio_test
 async def test_each_failure_has_its_kind_and_the_channel_recovers(
     behaviour: str, kind: type[MailError], opened: Opened
 ) -> None:
@@ -86,7 +84,6 @@ async def test_each_failure_has_its_kind_and_the_channel_recovers(
 
 
 @every_channel
-@asyncio_test
 async def test_the_content_leaves_only_if_it_is_wanted(opened: Opened) -> None:
     async with opened() as harness:
         answers = [False]
@@ -98,7 +95,6 @@ async def test_the_content_leaves_only_if_it_is_wanted(opened: Opened) -> None:
 
 
 @every_channel
-@asyncio_test
 async def test_before_data_is_not_called_for_a_refused_mail(opened: Opened) -> None:
     async with opened() as harness:
         harness.behave("reject")
@@ -106,7 +102,6 @@ async def test_before_data_is_not_called_for_a_refused_mail(opened: Opened) -> N
 
 
 @every_channel
-@asyncio_test
 async def test_an_envelope_that_cannot_be_sent_is_a_value_error(opened: Opened) -> None:
     async with opened() as harness:
         with pytest.raises(ValueError, match="an address"):
@@ -114,7 +109,6 @@ async def test_an_envelope_that_cannot_be_sent_is_a_value_error(opened: Opened) 
 
 
 @every_channel
-@asyncio_test
 async def test_many_mails_at_once_all_arrive(opened: Opened) -> None:
     async with opened() as harness:
         recipients = [f"user{number}@example.com" for number in range(50)]
@@ -124,7 +118,6 @@ async def test_many_mails_at_once_all_arrive(opened: Opened) -> None:
 
 
 @every_channel
-@asyncio_test
 async def test_a_mail_whose_deadline_passes_is_cancelled(opened: Opened) -> None:
     async with opened() as harness:
         harness.behave("silent")
@@ -133,7 +126,6 @@ async def test_a_mail_whose_deadline_passes_is_cancelled(opened: Opened) -> None
 
 
 @every_channel
-@asyncio_test
 async def test_close_cancels_what_is_on_its_way_and_what_comes_later(opened: Opened) -> None:
     async with opened() as harness:
         harness.behave("silent")
@@ -146,7 +138,6 @@ async def test_close_cancels_what_is_on_its_way_and_what_comes_later(opened: Ope
 
 
 @every_channel
-@asyncio_test
 async def test_check_says_whether_the_relay_can_be_reached_and_sends_nothing(opened: Opened) -> None:
     async with opened() as harness:
         await harness.channel.check()

@@ -7,7 +7,7 @@ import logging
 from contextlib import AsyncExitStack
 
 import pytest
-from support.relays import UTF8_ENVELOPE, asyncio_test, outcome, pool_of, until
+from support.relays import UTF8_ENVELOPE, outcome, pool_of, until
 from support.smtp_server import Act, Drop, Last, ScriptedServer, Silence
 
 from producer import logs
@@ -75,7 +75,6 @@ MIXED: list[tuple[tuple[Act | None, ...], type[MailError] | None, int]] = [
 
 
 @pytest.mark.parametrize(("replies", "kind", "tried"), MIXED, ids=str)
-@asyncio_test
 async def test_relays_are_tried_in_order_until_one_decides(
     replies: tuple[Act | None, ...], kind: type[MailError] | None, tried: int
 ) -> None:
@@ -91,7 +90,6 @@ async def test_relays_are_tried_in_order_until_one_decides(
 
 
 @pytest.mark.parametrize("act", [Drop(), Last("nonsense")], ids=["drop", "garbage"])
-@asyncio_test
 async def test_a_mail_that_may_have_been_accepted_goes_to_no_other_relay(act: Act) -> None:
     async with ScriptedServer({"dot": act}) as first, ScriptedServer() as second:
         failover = failover_of(first, second)
@@ -103,7 +101,6 @@ async def test_a_mail_that_may_have_been_accepted_goes_to_no_other_relay(act: Ac
         await failover.close()
 
 
-@asyncio_test
 async def test_an_aborted_send_goes_to_no_other_relay() -> None:
     async with ScriptedServer() as first, ScriptedServer() as second:
         failover = failover_of(first, second)
@@ -113,7 +110,6 @@ async def test_an_aborted_send_goes_to_no_other_relay() -> None:
         await failover.close()
 
 
-@asyncio_test
 async def test_a_relay_with_smtputf8_is_looked_for() -> None:
     async with (
         ScriptedServer(offers=("PIPELINING",)) as first,
@@ -139,7 +135,6 @@ async def test_a_relay_with_smtputf8_is_looked_for() -> None:
         await failover.close()
 
 
-@asyncio_test
 async def test_an_error_names_relay_step_and_reply() -> None:
     async with ScriptedServer({"mail": "553 5.1.8 no"}) as first, ScriptedServer({"rcpt": DEFERRED}) as second:
         for server, reply in ((first, "553 5.1.8 at MAIL FROM"), (second, "451 4.3.0 at RCPT TO")):
@@ -151,7 +146,6 @@ async def test_an_error_names_relay_step_and_reply() -> None:
             await failover.close()
 
 
-@asyncio_test
 async def test_an_unhealthy_relay_is_skipped_probed_and_used_again(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     clock = Clock()
@@ -193,7 +187,6 @@ async def test_an_unhealthy_relay_is_skipped_probed_and_used_again(caplog: pytes
         ("mail", "530 5.7.0 authenticate", "the relay wants a login (530): check VERIFY_RELAYS"),
     ],
 )
-@asyncio_test
 async def test_a_refused_login_names_the_setting_and_makes_the_relay_unhealthy(
     step: str, reply: str, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -209,7 +202,6 @@ async def test_a_refused_login_names_the_setting_and_makes_the_relay_unhealthy(
     assert record.__dict__["relay"] == logs.mask_text(record.__dict__["relay"]) == f"smtp://***@127.0.0.1:{first.port}"
 
 
-@asyncio_test
 async def test_without_a_healthy_relay_sends_fail_fast_but_for_one_probe_each() -> None:
     clock = Clock()
     async with ScriptedServer({"banner": Drop()}) as first, ScriptedServer({"banner": Drop()}) as second:
@@ -230,7 +222,6 @@ async def test_without_a_healthy_relay_sends_fail_fast_but_for_one_probe_each() 
         await failover.close()
 
 
-@asyncio_test
 async def test_beside_a_healthy_relay_the_pause_grows_to_a_minute_and_starts_over() -> None:
     clock = Clock()
     async with ScriptedServer({"banner": Drop()}) as server, ScriptedServer() as healthy:
@@ -255,7 +246,6 @@ async def test_beside_a_healthy_relay_the_pause_grows_to_a_minute_and_starts_ove
         await failover.close()
 
 
-@asyncio_test
 async def test_without_a_healthy_relay_each_is_probed_every_five_seconds_without_mails() -> None:
     clock = Clock()
     async with ScriptedServer({"banner": Drop()}) as first, ScriptedServer({"banner": Drop()}) as second:
@@ -275,7 +265,6 @@ async def test_without_a_healthy_relay_each_is_probed_every_five_seconds_without
         await failover.close()
 
 
-@asyncio_test
 async def test_a_relay_that_fails_after_the_connection_is_probed_by_mails_alone() -> None:
     clock = Clock()
     async with ScriptedServer({"mail": ["530 5.7.0 authenticate"]}) as server:
@@ -290,7 +279,6 @@ async def test_a_relay_that_fails_after_the_connection_is_probed_by_mails_alone(
 
 
 @pytest.mark.parametrize("act", ["554 5.7.1 no", "550 5.1.1 gone", "451 later"])
-@asyncio_test
 async def test_a_relay_that_answers_is_healthy(act: str) -> None:
     clock = Clock()
     async with ScriptedServer({"banner": [Drop()], "rcpt": [act]}) as server:
@@ -303,7 +291,6 @@ async def test_a_relay_that_answers_is_healthy(act: str) -> None:
         await failover.close()
 
 
-@asyncio_test
 async def test_a_probe_that_is_cancelled_lets_the_next_one_try() -> None:
     clock = Clock()
     banners: list[Act] = [Drop(), Silence()]

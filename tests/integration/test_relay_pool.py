@@ -8,7 +8,7 @@ import socket
 from collections import Counter
 
 import pytest
-from support.relays import ENVELOPE, FOREVER, asyncio_test, free, outcome, rig, send, send_many, until
+from support.relays import ENVELOPE, FOREVER, free, outcome, rig, send, send_many, until
 from support.smtp_server import Act, Drop, Held, Last, Later, Silence
 
 from worker.mail.errors import (
@@ -24,7 +24,6 @@ from worker.mail.message import Mail
 # Connections
 
 
-@asyncio_test
 async def test_one_connection_serves_one_mail_after_the_other() -> None:
     async with rig() as (server, pool):
         for number in range(10):
@@ -35,7 +34,6 @@ async def test_one_connection_serves_one_mail_after_the_other() -> None:
     assert server.commands[-1] == "QUIT"
 
 
-@asyncio_test
 async def test_200_sends_at_once_stay_within_the_limit() -> None:
     async with rig(connections=8) as (server, pool):
         assert await send_many(pool, 200) == [None] * 200
@@ -45,7 +43,6 @@ async def test_200_sends_at_once_stay_within_the_limit() -> None:
         assert free(pool) == 8
 
 
-@asyncio_test
 async def test_nodelay_is_set() -> None:
     async with rig() as (_, pool):
         await send(pool)
@@ -54,7 +51,6 @@ async def test_nodelay_is_set() -> None:
         assert transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-@asyncio_test
 async def test_connections_that_the_server_closed_are_replaced() -> None:
     async with rig() as (server, pool):
         await send_many(pool, 4)
@@ -68,7 +64,6 @@ async def test_connections_that_the_server_closed_are_replaced() -> None:
         assert len(server.mails) == 6
 
 
-@asyncio_test
 async def test_a_goodbye_to_an_idle_connection_is_no_failure() -> None:
     async with rig() as (server, pool):
         await send_many(pool, 4)
@@ -81,7 +76,6 @@ async def test_a_goodbye_to_an_idle_connection_is_no_failure() -> None:
 
 @pytest.mark.parametrize("act", [Drop(), Last("421 4.4.2 timeout"), "421 too many mails"], ids=["drop", "last", "421"])
 @pytest.mark.parametrize("offers", [("PIPELINING",), ("HELP",)], ids=["pipelined", "plain"])
-@asyncio_test
 async def test_a_kept_connection_that_ends_at_mail_is_replaced(act: Act, offers: tuple[str, ...]) -> None:
     async with rig({"mail": ["250 ok", act, "250 ok", act]}, offers=offers) as (server, pool):
         for _ in range(3):
@@ -91,14 +85,12 @@ async def test_a_kept_connection_that_ends_at_mail_is_replaced(act: Act, offers:
         assert free(pool) == 4
 
 
-@asyncio_test
 async def test_a_new_connection_that_ends_at_mail_is_a_failure() -> None:
     async with rig({"mail": Drop()}) as (server, pool):
         assert type(await send(pool)) is RelayUnavailable
         assert server.connections == 1
 
 
-@asyncio_test
 async def test_a_relay_that_accepts_one_mail_a_connection_accepts_all() -> None:
     mail: list[Act] = [act for _ in range(10) for act in ("250 ok", Drop())]
     async with rig({"rset": Drop(), "mail": mail}, connections=1) as (server, pool):
@@ -107,7 +99,6 @@ async def test_a_relay_that_accepts_one_mail_a_connection_accepts_all() -> None:
         assert len(server.mails) == 10
 
 
-@asyncio_test
 async def test_what_may_have_been_accepted_is_not_sent_again() -> None:
     async with rig({"dot": ["250 ok", Drop()]}) as (server, pool):
         assert await send(pool) is None
@@ -115,7 +106,6 @@ async def test_what_may_have_been_accepted_is_not_sent_again() -> None:
         assert server.commands.count("DATA") == 2
 
 
-@asyncio_test
 async def test_idle_connections_quit() -> None:
     async with rig(idle_timeout=0.1) as (server, pool):
         await send_many(pool, 3)
@@ -125,7 +115,6 @@ async def test_idle_connections_quit() -> None:
         assert await send(pool) is None
 
 
-@asyncio_test
 async def test_the_last_used_connection_is_used_first() -> None:
     async with rig() as (_, pool):
         await send_many(pool, 4)
@@ -139,7 +128,6 @@ async def test_the_last_used_connection_is_used_first() -> None:
         assert idle[3]._deadline > deadlines[3]
 
 
-@asyncio_test
 async def test_an_envelope_that_cannot_be_sent_opens_no_connection() -> None:
     async with rig() as (server, pool):
         with pytest.raises(ValueError, match="an address"):
@@ -147,14 +135,12 @@ async def test_an_envelope_that_cannot_be_sent_opens_no_connection() -> None:
         assert server.connections == 0
 
 
-@asyncio_test
 async def test_refused_mails_keep_their_connections() -> None:
     async with rig({"rcpt": "554 5.7.1 no"}) as (server, pool):
         assert {type(error) for error in await send_many(pool, 40)} == {MessageRejected}
         assert server.connections == 4
 
 
-@asyncio_test
 async def test_a_goodbye_with_the_last_handshake_reply_is_not_retried() -> None:
     async with rig({"ehlo": "250 hi\r\n421 4.3.2 bye"}) as (server, pool):
         assert type(await send(pool)) is RelayUnavailable
@@ -165,7 +151,6 @@ async def test_a_goodbye_with_the_last_handshake_reply_is_not_retried() -> None:
 
 
 @pytest.mark.parametrize("step", ["banner", "ehlo", "mail", "rcpt", "data", "dot"])
-@asyncio_test
 async def test_a_send_whose_deadline_passes_frees_its_connection(step: str) -> None:
     async with rig({step: [Silence()]}, connections=1) as (server, pool):
         soon = asyncio.get_running_loop().time() + 0.2
@@ -179,7 +164,6 @@ async def test_a_send_whose_deadline_passes_frees_its_connection(step: str) -> N
         assert free(pool) == 1
 
 
-@asyncio_test
 async def test_deadlines_at_any_moment_leak_no_connection() -> None:
     loop = asyncio.get_running_loop()
     async with rig(connections=3) as (server, pool):
@@ -193,7 +177,6 @@ async def test_deadlines_at_any_moment_leak_no_connection() -> None:
         assert server.peak <= 3 + 3  # the server sees the end of a dropped connection a moment later
 
 
-@asyncio_test
 async def test_a_send_that_waits_too_long_for_a_connection_is_deferred() -> None:
     async with rig({"dot": Silence()}, connections=1, send_timeout=0.3) as (_, pool):
         first, second = await send_many(pool, 2)
@@ -202,7 +185,6 @@ async def test_a_send_that_waits_too_long_for_a_connection_is_deferred() -> None
         assert free(pool) == 1
 
 
-@asyncio_test
 async def test_under_load_a_slow_relay_does_not_seem_dead() -> None:
     async with rig({"dot": Later("250 ok", 0.5)}, connections=2, send_timeout=6.0) as (server, pool):
         errors = await send_many(pool, 20)
@@ -210,7 +192,6 @@ async def test_under_load_a_slow_relay_does_not_seem_dead() -> None:
         assert errors.count(None) == len(server.mails)
 
 
-@asyncio_test
 async def test_a_dead_relay_fails_the_waiting_sends_at_once() -> None:
     async with rig({"banner": Silence()}, connections=2, connect_timeout=0.2) as (server, pool):
         assert {type(error) for error in await send_many(pool, 50)} == {RelayUnavailable}
@@ -221,7 +202,6 @@ async def test_a_dead_relay_fails_the_waiting_sends_at_once() -> None:
 # Too many connections
 
 
-@asyncio_test
 async def test_421_lowers_the_limit_and_fails_no_mail() -> None:
     async with rig(most=3, connections=16) as (server, pool):
         assert await send_many(pool, 100) == [None] * 100
@@ -232,7 +212,6 @@ async def test_421_lowers_the_limit_and_fails_no_mail() -> None:
         assert server.connections == refused
 
 
-@asyncio_test
 async def test_the_limit_rises_again_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     async with rig(most=1, connections=3) as (server, pool):
         await send_many(pool, 10)
@@ -245,7 +224,6 @@ async def test_the_limit_rises_again_step_by_step(monkeypatch: pytest.MonkeyPatc
         assert free(pool) == 3
 
 
-@asyncio_test
 async def test_421_at_mail_lowers_the_limit_too() -> None:
     held = Held("250 ok")
     async with rig({"dot": held}) as (server, pool):
@@ -259,7 +237,6 @@ async def test_421_at_mail_lowers_the_limit_too() -> None:
         assert free(pool) == 1
 
 
-@asyncio_test
 async def test_a_send_that_is_refused_a_connection_twice_leaves_the_relay() -> None:
     held = [Held("421 4.3.2 closing"), Held("250 ok")]
     async with rig({"dot": list(held)}) as (server, pool):
@@ -274,7 +251,6 @@ async def test_a_send_that_is_refused_a_connection_twice_leaves_the_relay() -> N
         assert {type(error) for error in await asyncio.gather(*holders)} == {MessageDeferred, type(None)}
 
 
-@asyncio_test
 async def test_421_without_any_connection_defers_the_mails() -> None:
     async with rig(most=0) as (_, pool):
         assert {type(error) for error in await send_many(pool, 20)} == {MessageDeferred}
@@ -284,7 +260,6 @@ async def test_421_without_any_connection_defers_the_mails() -> None:
 # Close
 
 
-@asyncio_test
 async def test_close_ends_what_is_on_its_way() -> None:
     script: dict[str, Act | list[Act]] = {"dot": ["250 ok", Silence()], "banner": ["220 hi", "220 hi", Silence()]}
     async with rig(script, connections=3) as (server, pool):
@@ -300,7 +275,6 @@ async def test_close_ends_what_is_on_its_way() -> None:
         assert type(await send(pool)) is SendCancelled
 
 
-@asyncio_test
 async def test_close_cancels_a_send_whose_handshake_has_not_begun() -> None:
     async with rig() as (_, pool):
         errors: list[Exception | None] = []
@@ -311,7 +285,6 @@ async def test_close_cancels_a_send_whose_handshake_has_not_begun() -> None:
         assert free(pool) == 4
 
 
-@asyncio_test
 async def test_close_does_not_wait_for_the_reply_to_quit() -> None:
     async with rig({"quit": Silence()}) as (_, pool):
         await send(pool)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from support.relays import ENVELOPE, FOREVER, asyncio_test, outcome, pool_of, rig, send
+from support.relays import ENVELOPE, FOREVER, outcome, pool_of, rig, send
 from support.smtp_server import Act, Drop, Last, ScriptedServer, Silence, Slowly
 
 from worker.mail.errors import (
@@ -58,7 +58,6 @@ def _name(value: object) -> str | None:
 
 @PIPELINING
 @pytest.mark.parametrize(("step", "act", "kind"), OUTCOMES, ids=_name)
-@asyncio_test
 async def test_every_kind_of_reply_at_every_step(
     step: str, act: Act, kind: type[MailError], offers: tuple[str, ...]
 ) -> None:
@@ -78,7 +77,6 @@ async def test_every_kind_of_reply_at_every_step(
 @PIPELINING
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("act", [Silence(), Slowly("250 " + "slow" * 6, 0.02), b"25"], ids=["silent", "slow", "half"])
-@asyncio_test
 async def test_one_deadline_covers_the_whole_send(act: Act, step: str, offers: tuple[str, ...]) -> None:
     async with rig({step: [act]}, offers=offers, connect_timeout=0.2, send_timeout=0.2) as (_, pool):
         answers = [True]
@@ -89,7 +87,6 @@ async def test_one_deadline_covers_the_whole_send(act: Act, step: str, offers: t
 
 @pytest.mark.parametrize("step", COMMANDS)
 @PIPELINING
-@asyncio_test
 async def test_a_refused_mail_keeps_the_connection(step: str, offers: tuple[str, ...]) -> None:
     async with rig({step: ["452 4.2.2 full"]}, offers=offers) as (server, pool):
         assert type(await send(pool)) is MessageDeferred
@@ -106,7 +103,6 @@ async def test_a_refused_mail_keeps_the_connection(step: str, offers: tuple[str,
         ({"mail": ["550 5.7.1 no"], "rcpt": ["250 ok"], "data": ["354 go"]}, MessageRejected, 2),
     ],
 )
-@asyncio_test
 async def test_data_accepted_after_a_refusal_sends_nothing(
     script: Script, kind: type[MailError], connections: int
 ) -> None:
@@ -120,13 +116,11 @@ async def test_data_accepted_after_a_refusal_sends_nothing(
 
 
 @pytest.mark.parametrize("second", [Drop(), Last("421 bye"), "554 5.5.1 no"], ids=["drop", "421", "554"])
-@asyncio_test
 async def test_the_first_refusal_counts_whatever_follows(second: Act) -> None:
     async with rig({"rcpt": ["550 5.1.1 gone"], "data": [second]}) as (_, pool):
         assert type(await send(pool)) is RecipientRejected
 
 
-@asyncio_test
 async def test_the_first_refusal_counts_even_if_the_rest_is_silence() -> None:
     async with rig({"rcpt": ["550 5.1.1 gone"], "data": [Silence()]}, send_timeout=0.3) as (server, pool):
         error = await send(pool)
@@ -134,7 +128,6 @@ async def test_the_first_refusal_counts_even_if_the_rest_is_silence() -> None:
 
 
 @PIPELINING
-@asyncio_test
 async def test_an_accepted_mail_stays_accepted_whatever_follows(offers: tuple[str, ...]) -> None:
     async with rig({"dot": ["250 2.0.0 ok\r\nnonsense", "250 ok\r\n250 ok"]}, offers=offers) as (server, pool):
         for _ in range(3):
@@ -143,7 +136,6 @@ async def test_an_accepted_mail_stays_accepted_whatever_follows(offers: tuple[st
 
 
 @PIPELINING
-@asyncio_test
 async def test_an_aborted_send_writes_no_content_and_drops_the_connection(offers: tuple[str, ...]) -> None:
     async with rig(offers=offers) as (server, pool):
         assert type(await send(pool, wanted=lambda: False)) is SendAborted
@@ -152,7 +144,6 @@ async def test_an_aborted_send_writes_no_content_and_drops_the_connection(offers
         assert server.connections == 2
 
 
-@asyncio_test
 async def test_the_callers_own_error_comes_back_and_nothing_is_sent() -> None:
     async with rig() as (server, pool):
         with pytest.raises(IndexError):
@@ -161,7 +152,6 @@ async def test_the_callers_own_error_comes_back_and_nothing_is_sent() -> None:
         assert len(server.mails) == 1
 
 
-@asyncio_test
 async def test_pipelined_commands_leave_in_one_write() -> None:
     seen: list[bytes] = []
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import trustme
 from aiosmtpd.smtp import SMTP, AuthResult
-from support.relays import ENVELOPE, UTF8_ENVELOPE, asyncio_test, outcome, pool_of, rig
+from support.relays import ENVELOPE, UTF8_ENVELOPE, outcome, pool_of, rig
 from support.smtp_server import HOST, Act, ScriptedServer, Silence
 
 from producer.setting_types import RelayURL
@@ -84,7 +84,6 @@ async def send_to(url: RelayURL, tls: ssl.SSLContext | None = None, envelope: En
 
 
 @pytest.mark.parametrize("scheme", ["smtps", "smtp+starttls"])
-@asyncio_test
 async def test_a_mail_goes_over_tls(scheme: str) -> None:
     inbox = Inbox()
     async with aiosmtpd(inbox, scheme, context(HOST)) as url:
@@ -96,7 +95,6 @@ async def test_a_mail_goes_over_tls(scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["smtps", "smtp+starttls"])
 @pytest.mark.parametrize("bad", ["name", "expired", "unknown authority"])
-@asyncio_test
 async def test_nothing_is_sent_to_a_bad_certificate(scheme: str, bad: str) -> None:
     inbox = Inbox()
     server = context("mail.example.com" if bad == "name" else HOST, expired=bad == "expired")
@@ -117,7 +115,6 @@ REFUSALS: list[dict[str, Act | list[Act]] | None] = [
 
 
 @pytest.mark.parametrize("script", REFUSALS, ids=str)
-@asyncio_test
 async def test_starttls_never_falls_back_to_plain(script: dict[str, Act | list[Act]] | None) -> None:
     offers = ("PIPELINING", "AUTH PLAIN") if script is None else ("STARTTLS", "AUTH PLAIN")
     options: dict[str, Any] = {"scheme": "smtp+starttls", "login": ("u", "p"), "connect_timeout": 0.3}
@@ -127,13 +124,11 @@ async def test_starttls_never_falls_back_to_plain(script: dict[str, Act | list[A
 
 
 @pytest.mark.parametrize("scheme", ["smtps", "smtp"])
-@asyncio_test
 async def test_a_silent_handshake_times_out(scheme: str) -> None:
     async with rig({"banner": Silence()}, scheme=scheme, connect_timeout=0.2) as (_, pool):
         assert type(await outcome(pool)) is RelayUnavailable
 
 
-@asyncio_test
 async def test_replies_before_tls_do_not_count() -> None:
     injected = b"220 go\r\n250-evil\r\n250 AUTH PLAIN\r\n235 in\r\n250 ok\r\n250 ok\r\nnonsense"
     async with ScriptedServer({"starttls": injected}, offers=("STARTTLS", "EVIL"), tls=context(HOST)) as server:
@@ -142,7 +137,6 @@ async def test_replies_before_tls_do_not_count() -> None:
         assert [line.split()[0] for line in server.commands].count("EHLO") == 2
 
 
-@asyncio_test
 async def test_extensions_are_those_offered_after_tls() -> None:
     script: dict[str, Act | list[Act]] = {"ehlo": ["250-x\r\n250-STARTTLS\r\n250 SMTPUTF8", "250-x\r\n250 HELP"]}
     async with ScriptedServer(script, tls=context(HOST)) as server:
@@ -150,7 +144,6 @@ async def test_extensions_are_those_offered_after_tls() -> None:
 
 
 @pytest.mark.parametrize("excluded", [[], ["PLAIN"], ["LOGIN"]], ids=["both", "LOGIN", "PLAIN"])
-@asyncio_test
 async def test_auth_uses_what_the_relay_offers(excluded: list[str]) -> None:
     inbox = Inbox()
     options = {"authenticator": authenticator, "auth_required": True, "auth_exclude_mechanism": excluded}
@@ -165,14 +158,12 @@ async def test_auth_uses_what_the_relay_offers(excluded: list[str]) -> None:
 
 
 @pytest.mark.parametrize("offer", ["AUTH CRAM-MD5", "AUTH", "HELP"])
-@asyncio_test
 async def test_without_a_known_mechanism_nothing_is_sent(offer: str) -> None:
     async with rig(offers=(offer,), login=("u", "p")) as (server, pool):
         assert type(await outcome(pool)) is RelayUnavailable
         assert not server.mails
 
 
-@asyncio_test
 async def test_the_old_form_of_offering_auth_is_understood() -> None:
     async with rig(offers=("AUTH=LOGIN",), login=("u", "p")) as (server, pool):
         assert await outcome(pool) is None
@@ -189,7 +180,6 @@ async def test_the_old_form_of_offering_auth_is_understood() -> None:
     ],
 )
 @pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN"])
-@asyncio_test
 async def test_every_reply_to_auth(mechanism: str, reply: str, kind: type[MailError]) -> None:
     async with rig({"auth": reply}, offers=(f"AUTH {mechanism}",), login=("user@example.com", "secret")) as (_, pool):
         error = await outcome(pool)
@@ -197,7 +187,6 @@ async def test_every_reply_to_auth(mechanism: str, reply: str, kind: type[MailEr
         assert not any(word in str(error) for word in ("user", "secret"))
 
 
-@asyncio_test
 async def test_smtputf8_is_used_when_needed_and_offered() -> None:
     content = "Subject: x\r\nTo: 用户@example.com\r\n\r\nhello\r\n".encode()
     wants = Envelope("no-reply@example.com", "用户@example.com", True, content)
@@ -213,7 +202,6 @@ async def test_smtputf8_is_used_when_needed_and_offered() -> None:
     assert len(inbox.envelopes) == 2
 
 
-@asyncio_test
 async def test_a_closed_port_is_an_unavailable_relay() -> None:
     async with ScriptedServer() as server:
         url = server.url()

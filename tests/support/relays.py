@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import gc
 import math
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final, ParamSpec
+from typing import Any, Final
 
 from producer.setting_types import RelayURL
 from producer.settings import Settings
@@ -18,23 +17,11 @@ from worker.mail.errors import MailError
 from worker.mail.message import Envelope, Mail
 from worker.mail.pool import SmtpPool
 
-P = ParamSpec("P")
-
 ENVELOPE: Final = Envelope(
     "no-reply@example.com", "alice@example.com", False, b"Subject: code\r\n\r\n..stuffed\r\nhello\r\n"
 )
 UTF8_ENVELOPE: Final = ENVELOPE._replace(recipient="用户@example.com", needs_smtputf8=True)
 FOREVER: Final = 300.0  # seconds, the most that settings allow; longer than any test on a busy machine
-
-
-def asyncio_test(test: Callable[P, Coroutine[None, None, None]]) -> Callable[P, None]:
-    """Run an async test in a loop of its own."""
-
-    @functools.wraps(test)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        asyncio.run(test(*args, **kwargs))
-
-    return run
 
 
 def pool_of(
@@ -67,6 +54,7 @@ async def rig(
     **options: Any,
 ) -> AsyncIterator[tuple[ScriptedServer, SmtpPool]]:
     """A scripted server and a pool; `options` are the pool's. In the end, no connection and no task may be left."""
+    before = asyncio.all_tasks()
     async with ScriptedServer(script, offers=offers, most=most) as server:
         pool = pool_of(server, **options)
         yield server, pool
@@ -75,7 +63,7 @@ async def rig(
         await until(lambda: server.open == 0)
         gc.collect()
         server_tasks = {task for task in asyncio.all_tasks() if "ScriptedServer" in repr(task)}
-        assert asyncio.all_tasks() - server_tasks == {asyncio.current_task()}
+        assert asyncio.all_tasks() - server_tasks == before
 
 
 async def send(through: MailChannel, name: str = "alice", **how: Any) -> MailError | None:

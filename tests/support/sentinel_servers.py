@@ -62,8 +62,8 @@ class SentinelServers:
     ) -> None:
         """`options` are further words for each server's command line. All keep an append-only file.
 
-        `way`: makes what the replicas reach the primary's port through, with a port of its own. Some ten seconds later
-        the sentinels mend that.
+        `proxy`: makes what the replicas reach the primary's port through, with a port of its own. The sentinels put the
+        replicas right some ten seconds later.
         """
         self._stack = ExitStack()
         # A replica that asks is served at once, and not after the usual five seconds.
@@ -107,21 +107,13 @@ class SentinelServers:
 
     def client(self, database: int = 0) -> redis.Redis:
         """A client that follows the primary, as any caller in Python has it; never retries."""
-        watch = redis.Sentinel(  # type: ignore[no-untyped-call]
-            [(HOST, sentinel.port) for sentinel in self.sentinels],
-            sentinel_kwargs={
-                "password": self.sentinel_password or None,
-                "socket_timeout": 2,
-                "retry": Retry(NoBackoff(), 0),
-            },
-        )
+        never = Retry(NoBackoff(), 0)
+        how = {"password": self.sentinel_password or None, "socket_timeout": 2, "retry": never}
+        addresses = [(HOST, sentinel.port) for sentinel in self.sentinels]
+        watch = redis.Sentinel(addresses, sentinel_kwargs=how)  # type: ignore[no-untyped-call]
+        limits = {"socket_timeout": 5, "socket_connect_timeout": 5, "retry": never}
         client: redis.Redis = watch.master_for(  # type: ignore[no-untyped-call]
-            SERVICE,
-            db=database,
-            password=self.password or None,
-            socket_timeout=5,
-            socket_connect_timeout=5,
-            retry=Retry(NoBackoff(), 0),
+            SERVICE, db=database, password=self.password or None, **limits
         )
         return client
 
@@ -157,9 +149,8 @@ class SentinelServers:
     def _in_step(self, primary: RedisServer) -> bool:
         with primary.client() as client:
             info = client.info("replication")
-        return sum(f"slave{i}" in info for i in range(9)) == len(self.servers) - 1 and all(
-            info[f"slave{i}"]["state"] == "online" for i in range(len(self.servers) - 1)
-        )
+        states = [info[f"slave{i}"]["state"] for i in range(9) if f"slave{i}" in info]
+        return states == ["online"] * (len(self.servers) - 1)
 
     def _settled(self) -> bool:
         """Whether each sentinel knows the others and all replicas."""
@@ -170,14 +161,10 @@ class SentinelServers:
                 return False
         return True
 
-    def close(self) -> None:
-        """End everything."""
+    def __exit__(self, *_exc: object) -> None:
         for server in (*self.servers, *self.sentinels):
             server.resume()
         self._stack.close()
-
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
 
 
 def role(server: RedisServer) -> str:

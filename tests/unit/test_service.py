@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import pytest
 from support.memory_store import MemoryCodeStore
-from support.relays import asyncio_test
 from support.store_driver import POLICY, claim_of
 
 from producer.contract import ErrorCode, VerifyRequest
@@ -107,7 +106,6 @@ def test_retries_are_jittered() -> None:
         (LookupError("anna@example.com"), (ErrorCode.EXCEPTION, True)),
     ],
 )
-@asyncio_test
 async def test_each_outcome_of_a_send_is_settled(
     harness: Harness, error: Exception | None, settled: Call, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -124,7 +122,6 @@ async def test_each_outcome_of_a_send_is_settled(
         (classify(Step.RCPT, 550, "5.1.1"), logging.INFO, "mail rejected"),
     ],
 )
-@asyncio_test
 async def test_a_refused_sender_is_told_apart_from_a_refused_mailbox(
     harness: Harness, error: MailError, level: int, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -139,7 +136,6 @@ async def test_a_refused_sender_is_told_apart_from_a_refused_mailbox(
     assert vars(line).items() >= expected.items()
 
 
-@asyncio_test
 async def test_a_request_that_needs_no_mail_is_settled_at_once(harness: Harness) -> None:
     [mail] = await harness.serve("anna")
     anna = VerifyRequest("anna@example.com")
@@ -157,7 +153,6 @@ async def test_a_request_that_needs_no_mail_is_settled_at_once(harness: Harness)
     assert (harness.counters.joins, harness.counters.hits[COOLDOWN_HIT]) == (1, 1)
 
 
-@asyncio_test
 async def test_an_unavailable_store_and_a_failing_template_each_settle_every_request(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,7 +173,6 @@ def _unavailable(*_: object, **__: object) -> Any:
     raise StoreUnavailable
 
 
-@asyncio_test
 async def test_content_is_written_only_under_a_lease_and_after_its_announcement(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +200,6 @@ async def test_content_is_written_only_under_a_lease_and_after_its_announcement(
     assert allowed == [True, True, False, False]
 
 
-@asyncio_test
 async def test_a_renewed_lease_is_extended_and_a_lost_one_is_not(harness: Harness) -> None:
     await harness.serve("anna", "bob")
     leased = harness.service._leased
@@ -218,7 +211,6 @@ async def test_a_renewed_lease_is_extended_and_a_lost_one_is_not(harness: Harnes
     assert leased["tag-bob"].lease_until == 1.0
 
 
-@asyncio_test
 async def test_a_stopping_worker_cancels_what_does_not_finish_and_retries_it_at_once(harness: Harness) -> None:
     await harness.serve("anna")
     await harness.service.drain(0.01)
