@@ -74,7 +74,7 @@ class AsyncVerificationClient:
         request = build_request(email, purpose, locale)
         if (error := certain_error(request)) is not None:
             return Reply(email, error)
-        request_id = here.replies.ids.new()
+        request_id = here.replies.new_id()
         span = here.start_span(request_id)
         message = encode(request, request_id, here.queue, span.headers)
 
@@ -118,7 +118,7 @@ class AsyncVerificationClient:
         """
         here = self._here()
         if request_id is None:
-            request_id = here.replies.ids.new()
+            request_id = here.replies.new_id()
         else:
             require_request_id(request_id)
         request = build_request(email, purpose, locale)

@@ -78,7 +78,7 @@ class VerificationClient:
             if self._thread is None:
                 self._thread = _LoopThread(self._settings)
                 weakref.finalize(self, self._thread.stop)
-            return self._thread.submit(verb)
+            return asyncio.run_coroutine_threadsafe(verb(self._thread.client), self._thread.loop)
 
     def _after_fork(self) -> None:
         # The lock may be held by a thread that does not exist here, and the loop belongs to the parent.
@@ -100,26 +100,22 @@ class _LoopThread:
     def __init__(self, settings: Settings) -> None:
         self._process = os.getpid()
         self._selector = selectors.DefaultSelector()
-        self._loop = asyncio.SelectorEventLoop(self._selector)
+        self.loop = asyncio.SelectorEventLoop(self._selector)
         self.client = AsyncVerificationClient(settings)
         self._thread = threading.Thread(target=self._serve, name="verification-client", daemon=True)
         self._thread.start()
 
-    def submit(self, verb: Callable[[AsyncVerificationClient], Coroutine[Any, Any, T]]) -> Future[T]:
-        """Start the verb on the loop."""
-        return asyncio.run_coroutine_threadsafe(verb(self.client), self._loop)
-
     def _serve(self) -> None:
         try:
-            self._loop.run_forever()
+            self.loop.run_forever()
         finally:
-            self._loop.close()
+            self.loop.close()
 
     def stop(self) -> None:
         """Answer those who still wait, close the connections, end the thread."""
         if os.getpid() != self._process or not self._thread.is_alive():
             return
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+        asyncio.run_coroutine_threadsafe(self._end(), self.loop)
         if threading.current_thread() is not self._thread:  # the garbage collector may run on any thread
             self._thread.join(2 * CLOSE_TIMEOUT)
 
@@ -130,7 +126,7 @@ class _LoopThread:
             if others:
                 await asyncio.wait(others, timeout=CLOSE_TIMEOUT)
         finally:
-            self._loop.stop()
+            self.loop.stop()
 
     def disown(self) -> None:
         """In a forked process: let go of the parent's sockets without disturbing its connections or its selector.

@@ -123,8 +123,7 @@ class Worker:
                     continue
                 break
             try:
-                if isinstance(info, bytes):  # an error: this user may not ask, but may do everything else
-                    require_version(info)
+                require_version(info)
             except ServerTooOld as exc:
                 self._celery_side.give_up(str(exc))
 

@@ -24,23 +24,12 @@ _PREFIX = len(REPLY_KEY_PREFIX)
 _SHARED = len("xxxxxxxx-xxxx-4xxx-")  # 60 random bits of the UUID are the client's; the other 62 are the request's
 
 
-class RequestIds:
-    """Request ids: UUIDs (version 4) with one random prefix, so that one pattern matches the replies to them all."""
-
-    def __init__(self) -> None:
-        self._shared = new_uuid()[:_SHARED]
-        self.pattern = reply_key(self._shared) + "*"
-
-    def new(self) -> str:
-        """An id that was never used."""
-        return self._shared + new_uuid()[_SHARED:]
-
-
 class Replies:
     """Replies that someone waits for, on one event loop."""
 
     def __init__(self, redis: RedisConnections, url: str) -> None:
-        self.ids = RequestIds()
+        self._shared = new_uuid()[:_SHARED]
+        self.pattern = reply_key(self._shared) + "*"  # matches the replies to this client's requests, and no others
         self._loop = asyncio.get_running_loop()
         self._connection = redis.connection(url, on_push=self._receive, on_open=self._subscribe)
         # A subscribed connection takes no other commands, so missed replies are read over a second one.
@@ -50,6 +39,10 @@ class Replies:
         self._ping: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._closed = False
+
+    def new_id(self) -> str:
+        """A request id that was never used: a UUID (version 4)."""
+        return self._shared + new_uuid()[_SHARED:]
 
     @property
     def listening(self) -> bool:
@@ -116,7 +109,7 @@ class Replies:
                     logger.warning("cannot listen for replies: %s", exc)
 
     async def _subscribe(self, connection: RedisConnection) -> None:
-        info, subscribed = await connection.run([("INFO", "server"), ("PSUBSCRIBE", self.ids.pattern)])
+        info, subscribed = await connection.run([("INFO", "server"), ("PSUBSCRIBE", self.pattern)])
         require_version(info)
         raise_errors([subscribed])
         # What was published while the connection was away is stored. Before the first subscription, nothing was asked.

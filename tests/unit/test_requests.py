@@ -8,23 +8,20 @@ from fnmatch import fnmatchcase
 import pytest
 
 from producer.contract import ErrorCode, reply_key
-from producer.core.replies import RequestIds
+from producer.core.replies import Replies
 from producer.core.requests import build_request, certain_error
+from producer.redis.connection import RedisConnections
 
 
-def test_request_ids_are_uuids_of_version_4() -> None:
-    given = RequestIds().new()
-    assert str(uuid.UUID(given)) == given
-    assert uuid.UUID(given).version == 4
-    assert uuid.UUID(given).variant == uuid.RFC_4122
-
-
-def test_one_pattern_matches_the_ids_of_one_client_only() -> None:
-    ours, theirs = RequestIds(), RequestIds()
-    mine = {ours.new() for _ in range(1000)}
+async def test_request_ids_are_uuids_and_one_pattern_matches_those_of_one_client_only() -> None:
+    ours, theirs = (Replies(RedisConnections(), "redis://127.0.0.1:1") for _ in range(2))
+    mine = {ours.new_id() for _ in range(1000)}
     assert len(mine) == 1000
-    assert all(fnmatchcase(reply_key(each), ours.pattern) for each in mine)
-    assert not fnmatchcase(reply_key(theirs.new()), ours.pattern)
+    for each in map(uuid.UUID, mine):
+        assert (each.version, each.variant) == (4, uuid.RFC_4122)
+        assert str(each) in mine
+        assert fnmatchcase(reply_key(str(each)), ours.pattern)
+    assert not fnmatchcase(reply_key(theirs.new_id()), ours.pattern)
 
 
 @pytest.mark.parametrize(
