@@ -13,9 +13,9 @@ import click
 from celery import signals
 from click.core import ParameterSource
 
-from celeryconfig import celery_config
+import celeryconfig
 from producer import logs
-from producer.settings import exit_on_bad_setting, load_or_exit
+from producer.settings import exit_on_bad_setting
 from producer.tracing import setup as traces
 from worker.bootstrap import SERVICE
 from worker.celery_side import (
@@ -31,10 +31,8 @@ EXIT_WITHIN = 14.0  # seconds; the contract says 15
 
 logger = logging.getLogger(__name__)
 
-# The one place where this process reads its settings: a later edit of .env counts from the next start.
-_settings = load_or_exit()
-transport.register(_settings.broker_url)
-app = VerifyApp(_settings, celery_config(_settings))
+transport.register(celeryconfig.settings.broker_url)
+app = VerifyApp(celeryconfig.settings, celeryconfig)
 send_code = app.register_task(SendCode())
 
 
@@ -56,7 +54,7 @@ def _before_start(instance: Any, options: dict[str, Any], **_: Any) -> None:
         instance.hostname = f"worker-{os.getpid()}@{instance.hostname.partition('@')[2]}"
     logs.allow_node_name(instance.hostname)
     with exit_on_bad_setting():
-        check_locale(_settings.locale)
+        check_locale(app.settings.locale)
     traces.set_up_or_exit(SERVICE)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from celery import Celery
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class VerifyApp(Celery):  # type: ignore[misc]  # Celery ships no types
     """Celery constructs its parts by name and hands them nothing of ours, except the app: so this carries it."""
 
-    def __init__(self, settings: Settings, config: dict[str, Any]) -> None:
+    def __init__(self, settings: Settings, config: object) -> None:
+        """`config`: the module celeryconfig."""
         super().__init__("verifyserver")
         self.config_from_object(config)
         self.settings = settings
