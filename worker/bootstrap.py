@@ -111,8 +111,8 @@ class Worker:
         """Give up if a database's server is too old; wait for those that are not up yet, or refuse our login."""
         for name in ("codes", "broker", "results"):
             database: Database = getattr(self._databases, name)
-            warned = False
-            while True:
+            warned, info = False, None
+            while info is None:
                 try:
                     [info] = await database.run([("INFO", "server")])
                 except RedisUnavailable as exc:
@@ -120,8 +120,6 @@ class Worker:
                         logger.error("%s database (VERIFY_%s_URL): %s", name, name.upper(), exc)
                         warned = True
                     await asyncio.sleep(1)
-                    continue
-                break
             try:
                 require_version(info)
             except ServerTooOld as exc:

@@ -31,6 +31,5 @@ class Databases:
             connection = redis.connection(url)
             return Database(connections.setdefault(connection.server, connection), connection.database)
 
-        self.codes = database(settings.codes_url)
-        self.broker = database(settings.broker_url)
-        self.results = database(settings.results_url)
+        urls = (settings.codes_url, settings.broker_url, settings.results_url)
+        self.codes, self.broker, self.results = map(database, urls)

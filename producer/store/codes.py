@@ -63,15 +63,12 @@ class Claim(NamedTuple):
         """`canonical`: the canonical address, or '' if `email` is not an address."""
         # An invalid address or purpose has no code; its text, perhaps not even Unicode, stays out of the keys.
         key = code_key(str(email), str(purpose)) if canonical and is_purpose(purpose) else ""
-        who = blake2b(_unambiguous(email, purpose), digest_size=16).hexdigest()
-        return cls(request_id, token, key, canonical, who)
-
-
-def _unambiguous(email: object, purpose: object) -> bytes:
-    """Both as one text that no other pair has."""
-    if isinstance(email, str) and isinstance(purpose, str):
-        return f"{len(purpose)} {purpose}{email}".encode("utf-8", "surrogatepass")
-    return json.dumps([email, purpose], sort_keys=True).encode()  # begins with no digit
+        # Both as one text that no other pair has.
+        if isinstance(email, str) and isinstance(purpose, str):
+            pair = f"{len(purpose)} {purpose}{email}".encode("utf-8", "surrogatepass")
+        else:
+            pair = json.dumps([email, purpose], sort_keys=True).encode()  # begins with no digit
+        return cls(request_id, token, key, canonical, blake2b(pair, digest_size=16).hexdigest())
 
 
 class IssueRequest(NamedTuple):
