@@ -111,19 +111,19 @@ class Worker:
         """Give up if a database's server is too old; wait for those that are not up yet, or refuse our login."""
         for name in ("codes", "broker", "results"):
             database: Database = getattr(self._databases, name)
-            warned, info = False, None
-            while info is None:
+            warned = answered = False
+            while not answered:
                 try:
                     [info] = await database.run([("INFO", "server")])
+                    answered = True
+                    require_version(info)
+                except ServerTooOld as exc:
+                    self._celery_side.give_up(str(exc))
                 except RedisUnavailable as exc:
                     if isinstance(exc, RedisLoginRefused) and not warned:
                         logger.error("%s database (VERIFY_%s_URL): %s", name, name.upper(), exc)
                         warned = True
                     await asyncio.sleep(1)
-            try:
-                require_version(info)
-            except ServerTooOld as exc:
-                self._celery_side.give_up(str(exc))
 
     async def stop(self, seconds: float) -> None:
         """Finish within `seconds` what this worker holds, put back the rest, close every connection."""
