@@ -86,7 +86,7 @@ class Worker:
             traced=traces is not None,
         )
         self._request_log = RequestLog()
-        settler.on_outcome.append(self.fetcher.outcome)
+        settler.on_outcome = self.fetcher.outcome
         settler.on_settled += [self.fetcher.done, self._request_log.settled]
         if traces is not None:
             settler.on_settled.append(Recorder(traces, settings.queue).finish)

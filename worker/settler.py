@@ -129,7 +129,7 @@ class Settler:
         self._counters = counters
         connections = (store.connection, databases.results.connection, databases.broker.connection)
         self._one_write = all(connection is connections[0] for connection in connections)
-        self.on_outcome: list[Callable[[], None]] = []  # called when a request needs no relay connection any more
+        self.on_outcome: Callable[[], None] = lambda: None  # called when a request needs no relay connection any more
         self.on_settled: list[Callable[[Finished], None]] = []  # called once a trip
         self._pending: list[Settlement] = []
         self._in_trip = 0  # how many requests the present round trip settles
@@ -189,8 +189,7 @@ class Settler:
         self._pending.append(item)
         if item.job.trace is not None:
             item.job.trace.settling()
-        for on_outcome in self.on_outcome:
-            on_outcome()
+        self.on_outcome()
         if self._flushing is None:
             self._flushing = asyncio.create_task(self._flush())
 
