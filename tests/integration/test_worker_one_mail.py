@@ -1,4 +1,4 @@
-"""A worker sends one code and one mail: cooldown, joins, codes of the old server, and the address' bucket."""
+"""A worker sends one code and one mail: joins, codes of the old server, the bucket, several workers and callers."""
 
 from __future__ import annotations
 

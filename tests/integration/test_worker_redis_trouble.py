@@ -1,4 +1,4 @@
-"""A worker whose Redis is down at the start, restarts, hangs, is three servers, has a password or speaks TLS."""
+"""A worker whose Redis is down at the start, restarts, hangs, loses its data, is three servers, or speaks TLS."""
 
 from __future__ import annotations
 
