@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import pytest
 from support.relays import UTF8_ENVELOPE, outcome, pool_of, until
@@ -22,7 +24,6 @@ from worker.mail.errors import (
     Smtputf8Unsupported,
 )
 from worker.mail.failover import Failover
-from worker.mail.pool import SmtpPool
 
 
 class Clock:
@@ -46,10 +47,24 @@ class Clock:
         return self._ticks.empty()
 
 
-def failover_of(*relays: ScriptedServer | SmtpPool, clock: Clock | None = None) -> Failover:
+Script = dict[str, Act | list[Act]]
+
+
+@asynccontextmanager
+async def failover_of(
+    *relays: Script | ScriptedServer, clock: Clock | None = None, **first: Any
+) -> AsyncIterator[tuple[Failover, list[ScriptedServer]]]:
+    """Failover over pools of two connections, and the servers; `first`: options of the first pool."""
     clock = clock or Clock()
-    pools = [relay if isinstance(relay, SmtpPool) else pool_of(relay, connections=2) for relay in relays]
-    return Failover(pools, clock=clock, sleep=clock.sleep)
+    async with AsyncExitStack() as stack:
+        servers = [relay if isinstance(relay, ScriptedServer) else ScriptedServer(relay) for relay in relays]
+        for server in servers:
+            await stack.enter_async_context(server)
+        options = [first] + [{}] * (len(servers) - 1)
+        pools = [pool_of(server, **({"connections": 2} | each)) for server, each in zip(servers, options, strict=True)]
+        failover = Failover(pools, clock=clock, sleep=clock.sleep)
+        yield failover, servers
+        await failover.close()
 
 
 REJECTED, DEFERRED, BUSY, DEAD = "554 5.7.1 no", "451 4.3.0 later", "421 4.7.0 too many", Drop()
@@ -78,80 +93,66 @@ MIXED: list[tuple[tuple[Act | None, ...], type[MailError] | None, int]] = [
 async def test_relays_are_tried_in_order_until_one_decides(
     replies: tuple[Act | None, ...], kind: type[MailError] | None, tried: int
 ) -> None:
-    async with AsyncExitStack() as stack:
-        scripts: list[dict[str, Act | list[Act]]] = [{} if act is None else {"rcpt": act} for act in replies]
-        servers = [await stack.enter_async_context(ScriptedServer(script)) for script in scripts]
-        failover = failover_of(*servers)
+    scripts: list[Script] = [{} if act is None else {"rcpt": act} for act in replies]
+    async with failover_of(*scripts) as (failover, servers):
         error = await outcome(failover)
         assert (None if error is None else type(error)) is kind
         assert [server.connections for server in servers] == [1] * tried + [0] * (len(replies) - tried)
         assert sum(len(server.mails) for server in servers) == (kind is None)
-        await failover.close()
 
 
 @pytest.mark.parametrize("act", [Drop(), Last("nonsense")], ids=["drop", "garbage"])
 async def test_a_mail_that_may_have_been_accepted_goes_to_no_other_relay(act: Act) -> None:
-    async with ScriptedServer({"dot": act}) as first, ScriptedServer() as second:
-        failover = failover_of(first, second)
+    async with failover_of({"dot": act}, {}) as (failover, [_, second]):
         answers = [True]
         error = await outcome(failover, wanted=answers.pop)
         assert type(error) is AcceptanceUnknown
         assert second.connections == 0
         assert not answers
-        await failover.close()
 
 
 async def test_an_aborted_send_goes_to_no_other_relay() -> None:
-    async with ScriptedServer() as first, ScriptedServer() as second:
-        failover = failover_of(first, second)
+    async with failover_of({}, {}) as (failover, [first, second]):
         assert type(await outcome(failover, wanted=lambda: False)) is SendAborted
         assert second.connections == 0
         assert not first.mails
-        await failover.close()
 
 
 async def test_a_relay_with_smtputf8_is_looked_for() -> None:
-    async with (
-        ScriptedServer(offers=("PIPELINING",)) as first,
-        ScriptedServer(offers=("PIPELINING",)) as second,
-        ScriptedServer() as able,
-        ScriptedServer({"rcpt": REJECTED}) as refusing,
-        ScriptedServer({"banner": Drop()}) as dead,
+    unable = [ScriptedServer(offers=("PIPELINING",)) for _ in range(2)]
+    dead, refusing = ScriptedServer({"banner": Drop()}), ScriptedServer({"rcpt": REJECTED})
+    for servers, kind in (
+        (unable, Smtputf8Unsupported),
+        ((unable[0], dead), MessageDeferred),
+        ((dead, unable[0]), MessageDeferred),
+        ((unable[0], refusing), MessageRejected),
     ):
-        for servers, kind in (
-            ((first, second), Smtputf8Unsupported),
-            ((first, dead), MessageDeferred),
-            ((dead, first), MessageDeferred),
-            ((first, refusing), MessageRejected),
-        ):
-            failover = failover_of(*servers)
+        async with failover_of(*servers) as (failover, _):
             assert type(await outcome(failover, UTF8_ENVELOPE)) is kind
-            await failover.close()
-        failover = failover_of(first, able)
+    async with failover_of(unable[0], {}) as (failover, [first, able]):
         assert await outcome(failover, UTF8_ENVELOPE) is None
         # A relay without the extension is healthy.
         assert await outcome(failover) is None
         assert len(first.mails) == len(able.mails) == 1
-        await failover.close()
 
 
 async def test_an_error_names_relay_step_and_reply() -> None:
-    async with ScriptedServer({"mail": "553 5.1.8 no"}) as first, ScriptedServer({"rcpt": DEFERRED}) as second:
-        for server, reply in ((first, "553 5.1.8 at MAIL FROM"), (second, "451 4.3.0 at RCPT TO")):
-            failover = failover_of(server)
+    for step, said, reply in (
+        ("mail", "553 5.1.8 no", "553 5.1.8 at MAIL FROM"),
+        ("rcpt", DEFERRED, "451 4.3.0 at RCPT TO"),
+    ):
+        async with failover_of({step: said}) as (failover, [server]):
             error = await outcome(failover)
             assert error
             assert (error.relay, error.reply) == (server.url().masked(), reply)
-            assert error.sender_refused == (server is first)
-            await failover.close()
+            assert error.sender_refused == (step == "mail")
 
 
 async def test_an_unhealthy_relay_is_skipped_probed_and_used_again(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     clock = Clock()
-    async with ScriptedServer({"banner": Drop()}) as first, ScriptedServer() as second:
-        preferred = pool_of(first, login=("user", "secret"), connections=3)
-        failover = failover_of(preferred, second, clock=clock)
+    options: dict[str, Any] = {"login": ("user", "secret"), "connections": 3}
+    async with failover_of({"banner": Drop()}, {}, clock=clock, **options) as (failover, [first, second]):
         assert (failover.healthy, failover.capacity) == (True, 3)
         for _ in range(5):
             assert await outcome(failover) is None
@@ -171,13 +172,12 @@ async def test_an_unhealthy_relay_is_skipped_probed_and_used_again(caplog: pytes
             assert await outcome(failover) is None
         assert len(first.mails) == 3
         assert failover.capacity == 3
-        await failover.close()
     own = [record for record in caplog.records if record.name == "worker.mail.failover"]
     assert [(record.levelname, record.getMessage()) for record in own] == [
         ("WARNING", "the relay is unhealthy: no usable reply at banner"),
         ("INFO", "the relay is healthy again"),
     ]
-    assert [record.__dict__["relay"] for record in own] == [preferred.url.masked()] * 2
+    assert [record.__dict__["relay"] for record in own] == [f"smtp://***@127.0.0.1:{first.port}"] * 2
 
 
 @pytest.mark.parametrize(
@@ -190,13 +190,11 @@ async def test_an_unhealthy_relay_is_skipped_probed_and_used_again(caplog: pytes
 async def test_a_refused_login_names_the_setting_and_makes_the_relay_unhealthy(
     step: str, reply: str, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with ScriptedServer({step: reply}, offers=("AUTH PLAIN",)) as first, ScriptedServer() as second:
-        preferred = pool_of(first, login=("user", "secret"))
-        failover = failover_of(preferred, second)
+    server = ScriptedServer({step: reply}, offers=("AUTH PLAIN",))
+    async with failover_of(server, {}, login=("user", "secret")) as (failover, [first, second]):
         for _ in range(3):
             assert await outcome(failover) is None
         assert (first.connections, len(second.mails)) == (1, 3)
-        await failover.close()
     [record] = [record for record in caplog.records if record.name == "worker.mail.failover"]
     assert (record.levelname, record.getMessage()) == ("WARNING", message)
     assert record.__dict__["relay"] == logs.mask_text(record.__dict__["relay"]) == f"smtp://***@127.0.0.1:{first.port}"
@@ -204,8 +202,7 @@ async def test_a_refused_login_names_the_setting_and_makes_the_relay_unhealthy(
 
 async def test_without_a_healthy_relay_sends_fail_fast_but_for_one_probe_each() -> None:
     clock = Clock()
-    async with ScriptedServer({"banner": Drop()}) as first, ScriptedServer({"banner": Drop()}) as second:
-        failover = failover_of(first, second, clock=clock)
+    async with failover_of({"banner": Drop()}, {"banner": Drop()}, clock=clock) as (failover, [first, second]):
         for _ in range(10):
             assert type(await outcome(failover)) is MessageDeferred
         assert (first.connections, second.connections) == (1, 1)
@@ -219,13 +216,11 @@ async def test_without_a_healthy_relay_sends_fail_fast_but_for_one_probe_each() 
         assert await outcome(failover) is None
         assert len(second.mails) == 1
         assert failover.healthy
-        await failover.close()
 
 
 async def test_beside_a_healthy_relay_the_pause_grows_to_a_minute_and_starts_over() -> None:
     clock = Clock()
-    async with ScriptedServer({"banner": Drop()}) as server, ScriptedServer() as healthy:
-        failover = failover_of(server, healthy, clock=clock)
+    async with failover_of({"banner": Drop()}, {}, clock=clock) as (failover, [server, _]):
         for _ in range(11):
             assert await outcome(failover) is None
             clock.now += 60
@@ -243,13 +238,11 @@ async def test_beside_a_healthy_relay_the_pause_grows_to_a_minute_and_starts_ove
         clock.now += 1
         await outcome(failover)
         assert server.connections == before + 1
-        await failover.close()
 
 
 async def test_without_a_healthy_relay_each_is_probed_every_five_seconds_without_mails() -> None:
     clock = Clock()
-    async with ScriptedServer({"banner": Drop()}) as first, ScriptedServer({"banner": Drop()}) as second:
-        failover = failover_of(first, second, clock=clock)
+    async with failover_of({"banner": Drop()}, {"banner": Drop()}, clock=clock) as (failover, [first, second]):
         assert type(await outcome(failover)) is MessageDeferred
         for probes in range(1, 9):
             clock.tick(4)
@@ -262,40 +255,34 @@ async def test_without_a_healthy_relay_each_is_probed_every_five_seconds_without
         assert [status.unhealthy for status in failover.statuses()] == [True, False]
         assert await outcome(failover) is None
         assert len(second.mails) == 1
-        await failover.close()
 
 
 async def test_a_relay_that_fails_after_the_connection_is_probed_by_mails_alone() -> None:
     clock = Clock()
-    async with ScriptedServer({"mail": ["530 5.7.0 authenticate"]}) as server:
-        failover = failover_of(server, clock=clock)
+    async with failover_of({"mail": ["530 5.7.0 authenticate"]}, clock=clock) as (failover, [server]):
         assert type(await outcome(failover)) is MessageDeferred
         clock.tick(4)
         await until(clock.is_idle)
         assert (server.connections, failover.healthy) == (1, False)
         assert await outcome(failover) is None
         assert failover.healthy
-        await failover.close()
 
 
 @pytest.mark.parametrize("act", ["554 5.7.1 no", "550 5.1.1 gone", "451 later"])
 async def test_a_relay_that_answers_is_healthy(act: str) -> None:
     clock = Clock()
-    async with ScriptedServer({"banner": [Drop()], "rcpt": [act]}) as server:
-        failover = failover_of(server, clock=clock)
+    async with failover_of({"banner": [Drop()], "rcpt": [act]}, clock=clock) as (failover, _):
         assert type(await outcome(failover)) is MessageDeferred
         clock.now += 1
         assert await outcome(failover) is not None
         assert failover.healthy
         assert await outcome(failover) is None
-        await failover.close()
 
 
 async def test_a_probe_that_is_cancelled_lets_the_next_one_try() -> None:
     clock = Clock()
     banners: list[Act] = [Drop(), Silence()]
-    async with ScriptedServer({"banner": banners}) as server:
-        failover = failover_of(pool_of(server), clock=clock)
+    async with failover_of({"banner": banners}, clock=clock) as (failover, _):
         await outcome(failover)
         clock.now += 1
         soon = asyncio.get_running_loop().time() + 0.2
@@ -305,4 +292,3 @@ async def test_a_probe_that_is_cancelled_lets_the_next_one_try() -> None:
         assert type(await probe) is SendCancelled
         clock.now += 1
         assert await outcome(failover) is None
-        await failover.close()
