@@ -170,7 +170,7 @@ def _in_url(host: str) -> str:
 
 
 def _is_plain(url: str) -> bool:
-    return url.isprintable() and not any(c.isspace() for c in url)
+    return url.isprintable() and " " not in url
 
 
 def _split(url: str) -> SplitResult:

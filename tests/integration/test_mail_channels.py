@@ -92,6 +92,7 @@ async def test_the_content_leaves_only_if_it_is_wanted(opened: Opened) -> None:
         with pytest.raises(IndexError):
             await outcome(harness.channel, ENVELOPE, wanted=answers.pop)
         assert not harness.accepted()
+        assert await outcome(harness.channel, ENVELOPE) is None
 
 
 @every_channel
@@ -106,6 +107,7 @@ async def test_an_envelope_that_cannot_be_sent_is_a_value_error(opened: Opened) 
     async with opened() as harness:
         with pytest.raises(ValueError, match="an address"):
             await outcome(harness.channel, ENVELOPE._replace(recipient="a@b.cc>\r\nRCPT TO:<v@b.cc"))
+        assert harness.channel.open_connections == 0
 
 
 @every_channel

@@ -14,7 +14,6 @@ from support.smtp_server import Act, Drop, Held, Last, Later, Silence
 from worker.mail.errors import (
     AcceptanceUnknown,
     MessageDeferred,
-    MessageRejected,
     RelayBusy,
     RelayUnavailable,
     SendCancelled,
@@ -85,12 +84,6 @@ async def test_a_kept_connection_that_ends_at_mail_is_replaced(act: Act, offers:
         assert free(pool) == 4
 
 
-async def test_a_new_connection_that_ends_at_mail_is_a_failure() -> None:
-    async with rig({"mail": Drop()}) as (server, pool):
-        assert type(await send(pool)) is RelayUnavailable
-        assert server.connections == 1
-
-
 async def test_a_relay_that_accepts_one_mail_a_connection_accepts_all() -> None:
     mail: list[Act] = [act for _ in range(10) for act in ("250 ok", Drop())]
     async with rig({"rset": Drop(), "mail": mail}, connections=1) as (server, pool):
@@ -126,19 +119,6 @@ async def test_the_last_used_connection_is_used_first() -> None:
         # So the connections of a busy time become idle and quit.
         assert [connection._deadline for connection in idle[:3]] == deadlines[:3]
         assert idle[3]._deadline > deadlines[3]
-
-
-async def test_an_envelope_that_cannot_be_sent_opens_no_connection() -> None:
-    async with rig() as (server, pool):
-        with pytest.raises(ValueError, match="an address"):
-            await outcome(pool, ENVELOPE._replace(recipient="a@b.cc>\r\nRCPT TO:<v@b.cc"))
-        assert server.connections == 0
-
-
-async def test_refused_mails_keep_their_connections() -> None:
-    async with rig({"rcpt": "554 5.7.1 no"}) as (server, pool):
-        assert {type(error) for error in await send_many(pool, 40)} == {MessageRejected}
-        assert server.connections == 4
 
 
 async def test_a_goodbye_with_the_last_handshake_reply_is_not_retried() -> None:

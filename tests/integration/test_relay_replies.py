@@ -144,14 +144,6 @@ async def test_an_aborted_send_writes_no_content_and_drops_the_connection(offers
         assert server.connections == 2
 
 
-async def test_the_callers_own_error_comes_back_and_nothing_is_sent() -> None:
-    async with rig() as (server, pool):
-        with pytest.raises(IndexError):
-            await send(pool, wanted=list[bool]().pop)
-        assert await send(pool) is None
-        assert len(server.mails) == 1
-
-
 async def test_pipelined_commands_leave_in_one_write() -> None:
     seen: list[bytes] = []
 

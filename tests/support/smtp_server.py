@@ -242,9 +242,7 @@ class _Session:
         # Before the reply: whoever acts on it finds the mail.
         if isinstance(act, str) and act.startswith("2") and mail.recipient:
             self._server.mails.append(mail)
-        said = await self._perform(act)
-        if not isinstance(act, str) and said.startswith("2") and mail.recipient:
-            self._server.mails.append(mail)
+        await self._perform(act)
 
     async def _content(self) -> bytes:
         lines: list[bytes] = []

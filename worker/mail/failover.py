@@ -58,8 +58,6 @@ logger = logging.getLogger(__name__)
 
 
 class RelayStatus(NamedTuple):
-    """The state of one relay."""
-
     relay: str  # its URL, masked
     sends: dict[str, int]  # by outcome, since the start
     connections: int
@@ -79,7 +77,7 @@ class Relay:
         self._jitter = 1.0
         self._probed_at = 0.0
         self._probing = False
-        self._failed_at: Step | None = None
+        self.failed_at: Step | None = None  # what made it unhealthy
 
     def admits_probe(self, longest_pause: float) -> bool:
         """Whether to probe this unhealthy relay now: one probe at a time. If so, the probe has begun."""
@@ -105,11 +103,6 @@ class Relay:
             self._probing = False
         return outcome
 
-    @property
-    def cannot_connect(self) -> bool:
-        """Whether it is unhealthy because a connection failed, so that `check` shows whether that is over."""
-        return not self.healthy and self._failed_at in _CONNECTING
-
     async def check(self) -> None:
         """Probe by a connection without a mail."""
         try:
@@ -125,7 +118,7 @@ class Relay:
             self._probing = False
 
     def _failed(self, error: RelayUnavailable) -> None:
-        self._failed_at = error.step
+        self.failed_at = error.step
         self._jitter = random.uniform(0.5, 1.0)  # so that many workers do not probe in step
         if not self.healthy:
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
@@ -144,6 +137,7 @@ class Relay:
         if not self.healthy:
             logger.info("the relay is healthy again", extra={"relay": self.name})
         self.healthy = True
+        self.failed_at = None
         self._pause = _FIRST_PAUSE
 
 
@@ -164,7 +158,6 @@ class Failover:
 
     @property
     def healthy(self) -> bool:
-        """Whether any relay is healthy."""
         return any(relay.healthy for relay in self._relays)
 
     @property
@@ -176,7 +169,6 @@ class Failover:
         return next((relay for relay in self._relays if relay.healthy), self._relays[0]).channel.capacity
 
     def statuses(self) -> list[RelayStatus]:
-        """The state of each relay."""
         return [
             RelayStatus(relay.name, relay.sends, relay.channel.open_connections, not relay.healthy)
             for relay in self._relays
@@ -195,7 +187,6 @@ class Failover:
         self._try_next(mail)
 
     async def close(self) -> None:
-        """Close all relays."""
         if self._prober is not None:
             self._prober.cancel()
             await asyncio.wait([self._prober])
@@ -237,9 +228,9 @@ class Failover:
         """Check the relays while none is healthy: mails may be rare, or their retries far ahead."""
         while not self.healthy:
             await self._sleep(_PROBER_INTERVAL)
-            due = [
-                relay for relay in self._relays if relay.cannot_connect and relay.admits_probe(self._longest_pause())
-            ]
+            pause = self._longest_pause()
+            # Of a failure after the connection, `check` would not show whether it is over.
+            due = [relay for relay in self._relays if relay.failed_at in _CONNECTING and relay.admits_probe(pause)]
             await asyncio.gather(*(relay.check() for relay in due))
 
 

@@ -164,7 +164,6 @@ class SmtpPool:
     # Outcomes
 
     def _on_done(self, connection: SmtpConnection, mail: Mail, error: Exception | None) -> None:
-        """A transaction has ended."""
         if error is None:
             self._release(connection)
             mail.finish(None)
@@ -219,7 +218,6 @@ class SmtpPool:
             self._waiting_timer = asyncio.get_running_loop().call_at(deadline, self._defer_expired)
 
     def _defer_expired(self) -> None:
-        """Defer the mails that have waited too long for a connection."""
         self._waiting_timer = None
         now = asyncio.get_running_loop().time()
         waiting, self._waiting = self._waiting, deque()
