@@ -3,10 +3,18 @@
 They use the servers and processes in `tests/support`.
 """
 
+import os
+import platform
 import sys
+from importlib.metadata import version
 from pathlib import Path
-
-MODULES = {"run": "soak", "compare": "compare", "failover": "failover", "picture": "picture"}
 
 if (tests := str(Path(__file__).parents[2] / "tests")) not in sys.path:
     sys.path.append(tests)
+
+
+def installed() -> str:
+    """Versions and machine, as they stand below a report."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("celery", "kombu", "redis", "hiredis"))
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, shared"
+    return f"Python {platform.python_version()}, {packages}; {machine}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from bench.soak import MODULES
+MODULES = {"run": "soak", "compare": "compare", "failover": "failover", "picture": "picture"}
 
 
 def main() -> int:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -20,17 +18,19 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import redis
 from support.caller import QUEUE, address, message
+from support.malformed import malformed_messages
 from support.process import eventually
 from support.rig import Calling, Rig, held_in
 from support.smtp_server import Act, Later, ScriptedServer
 from support.tcp_proxy import MUTE, PASS
 from support.worker_process import WorkerProcess
+
+from bench.soak import installed
 
 VISIBILITY: Final = 5  # seconds; the same for both
 TIMEOUT: Final = VISIBILITY + 15.0  # seconds after the fault within which a reply counts as given
@@ -109,22 +109,12 @@ class Side:
         for _ in range(count):
             email = address()
             envelope = message({"email": email})
-            self._insist(json.dumps(envelope).encode())
+            until = time.monotonic() + 30
+            assert self.rig.caller.push_despite_faults(envelope, lambda until=until: time.monotonic() > until)  # type: ignore[misc]  # bound at once
             self.ids[email] = envelope["headers"]["id"]
             emails.append(email)
             time.sleep(every)
         return emails
-
-    def _insist(self, raw: bytes) -> None:
-        until = time.monotonic() + 30
-        while True:
-            try:
-                self.rig.broker.lpush(QUEUE, raw)
-            except redis.RedisError:
-                assert time.monotonic() < until
-                time.sleep(0.1)
-            else:
-                return
 
     def restart_killed(self) -> None:
         """Start the worker again, as a supervisor does."""
@@ -186,14 +176,13 @@ class Scenario:
     name: str
     why: str
     do: Fault
-    options: dict[str, Any]
     relay: dict[str, Act | list[Act]] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def killed_at_reserve(side: Side) -> None:
     """Redis has handed a message out; the worker dies before it can say so."""
     proxy = side.rig.redis_proxy
-    assert proxy is not None
     for _ in range(ROUNDS):
         side.push(5, every=0.02)
         time.sleep(1)  # done, and waiting for the next one
@@ -239,7 +228,9 @@ def redis_restarted(side: Side) -> None:
     side.push(40, every=0.05)
 
 
-def _malformed(raw: bytes) -> Fault:
+def _malformed(what: str) -> Fault:
+    raw = malformed_messages()[what]
+
     def do(side: Side) -> None:
         side.push(5)
         side.rig.broker.lpush(QUEUE, raw)
@@ -285,23 +276,18 @@ def stopped(side: Side) -> None:
     side.start_worker()
 
 
-def _dumped(**changes: Any) -> bytes:
-    return json.dumps(message({"email": "poison@example.com"}, **changes)).encode()
-
-
 SCENARIOS: Final = [
     Scenario(
         "kill -9 between reserve and delivery, 5 times",
         "BRPOP takes a message off the queue, and only a second command writes it to `unacked`: what dies in between "
         "loses it. Our script moves a message in one step, so it is on the queue or in `unacked` at every instant.",
         killed_at_reserve,
-        {"redis_proxy": True},
+        options={"redis_proxy": True},
     ),
     Scenario(
         "kill -9 at 50 requests a second, 5 times",
         "The same two commands and the same doubts as in the rows around, met by chance.",
         killed_under_load,
-        {},
     ),
     Scenario(
         "kill -9 in mid-DATA with 10 at once, 5 times",
@@ -309,13 +295,11 @@ SCENARIOS: Final = [
         "all ten on the wire at once, stock Celery four: so many are in doubt. Ours are the same mail, code and "
         "Message-ID, so that a mailbox can tell.",
         _killed_at("content", ""),
-        {},
     ),
     Scenario(
         "kill -9 as the relay says 250, with 10 at once, 5 times",
         "The same, after the final dot. Ours sends once more and never a third time.",
         _killed_at("dot", "250 2.0.0 ok"),
-        {},
     ),
     Scenario(
         "Redis killed and restarted under a busy worker",
@@ -323,41 +307,35 @@ SCENARIOS: Final = [
         "was accepted or not. In ours what is held stays in `unacked`, and the worker settles it when Redis is back; a "
         "request that was taken at that very moment may be told RedisErr.",
         redis_restarted,
-        {},
         {"dot": Later("250 2.0.0 ok", 0.1)},
     ),
     Scenario(
         "malformed message: not JSON",
         "kombu decodes before anyone can catch, and the worker ends. Ours looks at the envelope in the script that "
         "takes it, and moves what is unfit to the dead letters in the same step.",
-        _malformed(b"hello"),
-        {},
+        _malformed("not JSON"),
     ),
-    Scenario("malformed message: `[]`", "The same check.", _malformed(b"[]"), {}),
+    Scenario("malformed message: `[]`", "The same check.", _malformed("list")),
     Scenario(
         "malformed message: no `id`",
         "Stock Celery cannot handle it, and puts it back; it comes again, and nothing else does.",
-        _malformed(json.dumps(message() | {"headers": {"task": "verification.send_code"}}).encode()),
-        {},
+        _malformed("no id"),
     ),
     Scenario(
         "malformed message: `expires` is no time",
         "Stock Celery logs it and drops it; ours keeps it as a dead letter with the reason.",
-        _malformed(_dumped(headers={"expires": "tomorrow"})),
-        {},
+        _malformed("bad expires"),
     ),
     Scenario(
         "malformed message: body is no base64",
         "As with what is not JSON, one step later.",
-        _malformed(_dumped(body="***")),
-        {},
+        _malformed("bad base64"),
     ),
     Scenario(
         "CLIENT KILL of every connection, 3 times under load",
         "Celery requeues what it holds at each reconnect while the tasks still run, so they run twice. Ours leaves "
         "what it holds where it is, and settles it over the next connection.",
         hung_up_on,
-        {},
         {"dot": Later("250 2.0.0 ok", 0.1)},
     ),
     Scenario(
@@ -365,19 +343,17 @@ SCENARIOS: Final = [
         "A stock task whose result cannot be stored is acked, and its reply is lost. Ours keeps what it could not "
         "reply, and replies when it can; the mark keeps a repetition from sending.",
         results_away,
-        {"own": ("results",)},
+        options={"own": ("results",)},
     ),
     Scenario(
         "relay says 451 for 5 s",
         "Both retry. Stock Celery holds a waiting retry in the worker and in `unacked`; ours keeps it in Redis.",
         relay_busy,
-        {},
     ),
     Scenario(
         "SIGTERM under load",
         "Both finish what is in hand and leave the rest to the next worker.",
         stopped,
-        {},
         {"dot": Later("250 2.0.0 ok", 0.3)},
     ),
 ]
@@ -396,11 +372,8 @@ def run(scenario: Scenario, who: str) -> Counted:
 
 def conditions() -> str:
     """The conditions of the runs, for the page."""
-    names = ("celery", "kombu", "redis", "hiredis")
-    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     return (
-        f"Python {platform.python_version()}, {packages}, {platform.system()} {platform.machine()}, {os.cpu_count()} "
-        f"cores, shared. Redis with AOF, appendfsync always. Visibility timeout {VISIBILITY} s for both; a reply "
+        f"{installed()}. Redis with AOF, appendfsync always. Visibility timeout {VISIBILITY} s for both; a reply "
         f"counts if it came within {TIMEOUT:.0f} s of the fault. Stock Celery: prefork, {PROCESSES} processes. Ours: "
         "one process, default settings otherwise. Each row is one run."
     )
@@ -412,19 +385,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only scenarios whose name contains this")
     parser.add_argument("--report", type=Path, help="write the table here too")
     options = parser.parse_args()
-    head = [
-        "fault",
-        "who",
-        "requests",
-        "replies",
-        "mails",
-        "second mails",
-        "waiting",
-        "lost",
-        "dead letters",
-        "worker serves",
-    ]
-    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * 7 + "---|"]
+    head = "| fault | who | requests | replies | mails | second mails | waiting | lost | dead letters | worker serves |"
+    lines = [head, "|---|---|" + "---:|" * 7 + "---|"]
     whys = []
     for scenario in SCENARIOS:
         if options.only not in scenario.name:

@@ -33,7 +33,6 @@ WINDOW: Final = 1.0  # seconds before the fault whose writes may not have reache
 NOTICED: Final = 4.0  # seconds after the sentinels' announcement in which our connections move, on a busy machine too
 DEMOTED: Final = 90.0  # seconds until the sentinels have made the old primary a replica, on a busy machine too
 BEHIND: Final = 0.5  # seconds
-BATCH: Final = 500
 
 _OTHERS: Final = {"LPUSH", "Celery.send_task"}
 # Violations in the ledger that the loss of a primary's last writes explains.
@@ -49,9 +48,7 @@ class Outcome:
     acknowledged: int = 0
     redis_err: int = 0  # callers that were answered RedisErr
     lost: int = 0  # acknowledged, never answered, and nowhere on the new primary
-    lost_by_others: int = (
-        0  # of these, by callers with a library that asks the sentinels when it connects, and not again
-    )
+    lost_by_others: int = 0  # of these, by callers whose library asks the sentinels only when it connects
     doubled: int = 0  # requests with two mails
     new_codes: int = 0  # addresses with two codes within one life
     codes_gone: int = 0  # requests answered Success whose code is not in Redis any more
@@ -126,12 +123,7 @@ class Failover:
             client.connection_pool.disconnect()  # it may still be on the old primary
         deadline = time.monotonic() + GIVE_UP_AFTER
         while True:
-            missing = [record.request_id for record in self.ledger.unanswered() if record.request_id]
-            for start in range(0, len(missing), BATCH):
-                keys = [META + each for each in missing[start : start + BATCH]]
-                for key, data in zip(keys, self.rig.results.mget(keys), strict=True):
-                    if isinstance(data, bytes):
-                        self.ledger.replied(key, data, stored=True)
+            self.ledger.read_missing(self.rig.results)
             held = self.rig.held()
             if not held:
                 break
@@ -172,14 +164,11 @@ class Failover:
         return found
 
     def _gone(self) -> list[Record]:
+        """Requests answered Success whose code is not in Redis."""
         mailed = [record for record in self.ledger.records if record.error == 0 and record.mails]
-        found = []
         with self.servers.client() as codes:
-            for start in range(0, len(mailed), BATCH):
-                some = mailed[start : start + BATCH]
-                live = codes.mget([f"code_{record.email}" for record in some])
-                found += [record for record, code in zip(some, live, strict=True) if code is None]
-        return found
+            live = codes.mget([f"code_{record.email}" for record in mailed])
+        return [record for record, code in zip(mailed, live, strict=True) if code is None]
 
     def ask_once_more(self) -> Record:
         """One more request, with its answer."""

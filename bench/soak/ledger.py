@@ -15,13 +15,16 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 
+import redis
 from support.caller import META
 from support.rig import code_in, reference, reference_in
 from support.smtp_server import Mail
 
 KEPT: Final = 3300.0  # seconds for which a stored reply is looked for: it lives for an hour
+BATCH: Final = 500  # keys of one MGET
 SAMPLE: Final = 20_000  # latencies that are kept
 CALM: Final = 3.0  # seconds after a fault that still count as part of it
 DECODED: Final = 32_768  # bytes of each part of a log that are also decoded as base64
@@ -184,6 +187,18 @@ class Ledger:
             calm = self._active == 0 and max(self._last_start, self._last_end) < record.at - CALM
             if calm and not stored:
                 self._latency(now - record.at)
+
+    def read_stored(self, results: redis.Redis, keys: Iterable[str]) -> None:
+        """Record the replies that are stored under these keys."""
+        remaining = iter(keys)
+        while batch := list(islice(remaining, BATCH)):
+            for key, data in zip(batch, results.mget(batch), strict=True):
+                if isinstance(data, bytes):
+                    self.replied(key, data, stored=True)
+
+    def read_missing(self, results: redis.Redis) -> None:
+        """Record the stored replies to requests of which none was heard: faults break the listener's connection too."""
+        self.read_stored(results, [META + each.request_id for each in self.unanswered() if each.request_id])
 
     def _latency(self, seconds: float) -> None:
         self._latencies_seen += 1

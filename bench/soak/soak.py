@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import logging
-import os
-import platform
 import random
 import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, Self
@@ -27,6 +25,7 @@ from support.rig import Rig, held_in, keys_without_ttl
 from support.smtp_server import running
 from support.tcp_proxy import TcpProxy
 
+from bench.soak import installed
 from bench.soak.callers import SHARES, Callers
 from bench.soak.faults import CALM, EVERY, MINUTE, WORKERS, FaultRunner, PlannedFault, Relay, schedule, unkept
 from bench.soak.ledger import KEPT, Ledger, Scanner
@@ -40,7 +39,6 @@ GIVE_UP_AFTER: Final = 60  # seconds
 SETTLED: Final = GIVE_UP_AFTER + 30.0  # seconds after the last fault within which nothing may be left anywhere
 PROGRESS: Final = 10.0  # seconds
 LAST: Final = 30  # requests after the last fault, which must all succeed
-BATCH: Final = 500
 MOST: Final = 20  # violations that are printed in full
 
 
@@ -157,14 +155,8 @@ class Soak:
         )
 
     def _collect(self) -> None:
-        """Read stored replies that were not heard: faults break the listener's connection too."""
-        missing = [record.request_id for record in self.ledger.unanswered() if record.request_id]
         with contextlib.suppress(redis.RedisError), self.rig.server.client(2, socket_timeout=2) as client:
-            for start in range(0, len(missing), BATCH):
-                ids = missing[start : start + BATCH]
-                for each, data in zip(ids, client.mget([META + each for each in ids]), strict=True):
-                    if isinstance(data, bytes):
-                        self.ledger.replied(META + each, data, stored=True)
+            self.ledger.read_missing(client)
 
     def _settle(self) -> None:
         deadline = time.monotonic() + SETTLED
@@ -185,31 +177,20 @@ class Soak:
             if record.answer != ErrorCode.SUCCESS:
                 self.ledger.violated(f"after the last fault, a request was answered {record.answer}", record)
 
-    def _read_stored(self) -> None:
-        """Compare every stored reply with the one that was heard, if any was."""
-        batch: list[bytes] = []
-        for key in self.rig.results.scan_iter(META + "*", count=1000):
-            batch.append(key)
-            if len(batch) == BATCH:
-                self._compare(batch)
-                batch = []
-        self._compare(batch)
-
-    def _compare(self, keys: list[bytes]) -> None:
-        if keys:
-            for key, data in zip(keys, self.rig.results.mget(keys), strict=True):
-                if isinstance(data, bytes):
-                    self.ledger.replied(key.decode(), data, stored=True)
+    def _read_stored(self) -> set[str]:
+        """Compare every stored reply with the one that was heard, if any was; their keys."""
+        keys = {key.decode() for key in self.rig.results.scan_iter(META + "*", count=1000)}
+        self.ledger.read_stored(self.rig.results, keys)
+        return keys
 
     def _check(self) -> None:
         ledger = self.ledger
         time.sleep(1)  # for what was published last
-        self._read_stored()
+        stored = self._read_stored()
         ledger.check()
         oldest = time.monotonic() - KEPT
-        stored = {key.decode().removeprefix(META) for key in self.rig.results.scan_iter(META + "*", count=1000)}
         for record in ledger.records:
-            if record.error is not None and record.at > oldest and record.request_id not in stored:
+            if record.error is not None and record.at > oldest and f"{META}{record.request_id}" not in stored:
                 ledger.violated("the reply is not stored", record)
         poisonous = sum(record.error == ErrorCode.EXCEPTION for record in ledger.records)
         dead = self.rig.broker.llen("verification.dead")
@@ -226,10 +207,10 @@ class Soak:
     def report(self) -> str:
         """One page."""
         ledger, fault_runner = self.ledger, self.fault_runner
-        outcomes, lines = ledger.outcomes(), []
-        names = {str(int(code)): code.title for code in ErrorCode}
+        names = {str(int(code)): f"{code:d} {code.title}" for code in ErrorCode}
+        outcomes = sorted((names.get(error, error), count) for error, count in ledger.outcomes().items())
         lost = sum(1 for record in ledger.records if record.acknowledged and record.error is None)
-        lines += [
+        lines = [
             f"# Soak of {self.took / 60:.1f} minutes, seed {self.seed}",
             "",
             (
@@ -237,21 +218,9 @@ class Soak:
                 f"{len(ledger.records)} requests, {ledger.mails} mails, {fault_runner.done.total()} faults."
             ),
             "",
-            "| requests by outcome | |",
-            "|---|---:|",
-            *(
-                f"| {error} {names.get(error, '')} | {count} |".replace("  |", " |")
-                for error, count in sorted(outcomes.items())
-            ),
-            "",
-            "| requests by caller | |",
-            "|---|---:|",
-            *(f"| {how} | {count} |" for how, count in sorted(Counter(r.how for r in ledger.records).items())),
-            "",
-            "| faults | times |",
-            "|---|---:|",
-            *(f"| {name} | {count} |" for name, count in sorted(fault_runner.done.items())),
-            "",
+            *_table("| requests by outcome | |", outcomes),
+            *_table("| requests by caller | |", sorted(Counter(r.how for r in ledger.records).items())),
+            *_table("| faults | times |", sorted(fault_runner.done.items())),
             "| | |",
             "|---|---:|",
             f"| mails that came whole and were not refused | {ledger.mails} |",
@@ -277,9 +246,6 @@ class Soak:
     def _conditions(self) -> list[str]:
         info = self._server
         server = f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info['redis_version']}"
-        packages = ", ".join(
-            f"{name} {importlib.metadata.version(name)}" for name in ("celery", "kombu", "redis", "hiredis")
-        )
         threads = {name: count for name, (count, _) in SHARES.items()}
         return [
             (
@@ -291,11 +257,12 @@ class Soak:
                 f"{EVERY[0]:.0f} to {EVERY[1]:.0f} s, but none in the last {CALM:.0f} s of each {MINUTE:.0f}."
             ),
             "",
-            (
-                f"Python {platform.python_version()}, {packages}; {platform.system()} {platform.machine()}, "
-                f"{os.cpu_count()} cores, shared."
-            ),
+            f"{installed()}.",
         ]
+
+
+def _table(head: str, rows: Iterable[tuple[str, int]]) -> list[str]:
+    return [head, "|---|---:|", *(f"| {name} | {count} |" for name, count in rows), ""]
 
 
 def main() -> int:

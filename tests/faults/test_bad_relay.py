@@ -6,7 +6,6 @@ import datetime as dt
 import ssl
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ import pytest
 import trustme
 from support.caller import address
 from support.process import eventually
-from support.rig import Rig
+from support.rig import NewRig, Rig
 from support.smtp_server import Act, Drop, Last, ScriptedServer, Silence, Slowly, running
-from support.tcp_proxy import HOLE, PASS, STALL, TRICKLE
+from support.tcp_proxy import HOLE, PASS, STALL, TRICKLE, in_mode
 
-NewRig = Callable[..., Rig]
 SEND_TIMEOUT = 5  # seconds
 
 
@@ -107,7 +105,6 @@ def outage(rig: Rig, begin: Callable[[], Any], end: Callable[[], Any], seconds: 
 @pytest.mark.slow
 def test_requests_survive_a_relay_that_refuses_connections(new_rig: NewRig) -> None:
     rig = new_rig(relay_proxy=True)
-    assert rig.relay_proxy is not None
     ids = outage(rig, rig.relay_proxy.refuse, rig.relay_proxy.admit, 2)
     assert rig.caller.replies(ids) == [0] * len(ids)
     rig.audit(twice=ids)
@@ -117,13 +114,7 @@ def test_requests_survive_a_relay_that_refuses_connections(new_rig: NewRig) -> N
 @pytest.mark.parametrize("mode", [HOLE, STALL, TRICKLE])
 def test_requests_survive_a_failing_network_to_the_relay(new_rig: NewRig, mode: str) -> None:
     rig = new_rig(relay_proxy=True, send_timeout=SEND_TIMEOUT, connect_timeout=1)
-    proxy = rig.relay_proxy
-    assert proxy is not None
-
-    def put(wanted: str) -> Callable[[], None]:
-        return lambda: setattr(proxy, "mode", wanted)
-
-    ids = outage(rig, put(mode), put(PASS), 5)
+    ids = outage(rig, in_mode(rig.relay_proxy, mode), in_mode(rig.relay_proxy, PASS), 5)
     assert set(rig.caller.replies(ids)) <= {0, 6}
     finding = rig.audit(twice=ids)
     # Error 6 is for those whose mail was in doubt twice.
@@ -133,7 +124,6 @@ def test_requests_survive_a_failing_network_to_the_relay(new_rig: NewRig, mode: 
 @pytest.mark.slow
 def test_requests_survive_resets_of_relay_connections(new_rig: NewRig) -> None:
     rig = new_rig(relay_proxy=True)
-    assert rig.relay_proxy is not None
     ids: list[str] = []
     for _ in range(30):
         ids += rig.caller.request_all(*(address() for _ in range(20)))
@@ -141,13 +131,6 @@ def test_requests_survive_resets_of_relay_connections(new_rig: NewRig) -> None:
         time.sleep(0.05)
     assert set(rig.caller.replies(ids)) <= {0, 6}
     rig.audit(twice=ids)
-
-
-def expired(authority: trustme.CA) -> ssl.SSLContext:
-    """A server's side of TLS, whose certificate has expired and has no other fault."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1", not_after=dt.datetime.now(dt.UTC) - dt.timedelta(days=1)).configure_cert(context)
-    return context
 
 
 def trusting(authority: trustme.CA, directory: Path) -> dict[str, str]:
@@ -175,24 +158,35 @@ FAULTS: dict[str, tuple[str, dict[str, Act | list[Act]]]] = {
 }
 
 
+def unhealthy_relay(fault: str, authority: trustme.CA) -> ScriptedServer:
+    """A relay with one of `FAULTS`, not started. An expired certificate has no other fault."""
+    tls = None
+    if fault == "certificate expired":
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        yesterday = dt.datetime.now(dt.UTC) - dt.timedelta(days=1)
+        authority.issue_cert("127.0.0.1", not_after=yesterday).configure_cert(tls)
+    offers = ("PIPELINING", "8BITMIME", "SMTPUTF8", "STARTTLS", "AUTH PLAIN")
+    return ScriptedServer(FAULTS[fault][1], offers=offers, tls=tls, implicit_tls=tls is not None)
+
+
+def relay_url(fault: str, relay: ScriptedServer) -> str:
+    """How a worker reaches it."""
+    login = "user:secret@" if fault == "AUTH refused" else ""
+    return f"{FAULTS[fault][0]}://{login}127.0.0.1:{relay.port}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_unhealthy_relay_is_passed_over_for_the_next_one(new_rig: NewRig, tmp_path: Path, fault: str) -> None:
-    scheme, script = FAULTS[fault]
-    authority = trustme.CA()
-    tls = expired(authority) if fault == "certificate expired" else None
-    offers = ("PIPELINING", "8BITMIME", "SMTPUTF8", "STARTTLS", "AUTH PLAIN")
-    unhealthy = ScriptedServer(script, offers=offers, tls=tls, implicit_tls=tls is not None)
-    with ExitStack() as stack:
-        stack.enter_context(running(unhealthy))
+    environment = trusting(authority := trustme.CA(), tmp_path)
+    with running(unhealthy_relay(fault, authority)) as unhealthy:
         rig = new_rig(workers=0, connect_timeout=1, send_timeout=8)
-        who = "user:secret@" if fault == "AUTH refused" else ""
-        first = f"{scheme}://{who}127.0.0.1:{unhealthy.port}"
-        rig.settings["VERIFY_RELAYS"] = f"{first},smtp://127.0.0.1:{rig.relay.port}"
-        rig.add_worker(environment=trusting(authority, tmp_path))
+        rig.settings["VERIFY_RELAYS"] = f"{relay_url(fault, unhealthy)},smtp://127.0.0.1:{rig.relay.port}"
+        rig.add_worker(environment=environment)
         ids = rig.caller.request_all(*(address() for _ in range(100)))
         assert rig.caller.replies(ids) == [0] * 100
-        assert unhealthy.connections > 0 or tls  # asyncio does not tell its servers about failed handshakes
+        # asyncio does not tell its servers about failed handshakes.
+        assert unhealthy.connections > 0 or unhealthy.tls
         assert unhealthy.mails == []
         assert rig.audit().errors
         assert "secret" not in rig.worker.log
@@ -201,15 +195,11 @@ def test_an_unhealthy_relay_is_passed_over_for_the_next_one(new_rig: NewRig, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_requests_wait_for_the_only_relay_until_their_deadline(new_rig: NewRig, tmp_path: Path, fault: str) -> None:
-    scheme, script = FAULTS[fault]
-    authority = trustme.CA()
-    tls = expired(authority) if fault == "certificate expired" else None
-    offers = ("PIPELINING", "8BITMIME", "SMTPUTF8", "STARTTLS", "AUTH PLAIN")
-    unhealthy = ScriptedServer(script, offers=offers, tls=tls, implicit_tls=tls is not None)
+    environment = trusting(authority := trustme.CA(), tmp_path)
+    unhealthy = unhealthy_relay(fault, authority)
     rig = new_rig(workers=0, relay=unhealthy, connect_timeout=1, send_timeout=3, give_up_after=4)
-    who = "user:secret@" if fault == "AUTH refused" else ""
-    rig.settings["VERIFY_RELAYS"] = f"{scheme}://{who}127.0.0.1:{unhealthy.port}"
-    rig.add_worker(environment=trusting(authority, tmp_path))
+    rig.settings["VERIFY_RELAYS"] = relay_url(fault, unhealthy)
+    rig.add_worker(environment=environment)
     ids = rig.caller.request_all(*(address() for _ in range(40)))
     # A relay that answers 5xx has refused; anything else is no answer.
     assert rig.caller.replies(ids) == [5 if fault in {"554", "EHLO refused"} else 6] * 40
@@ -222,7 +212,6 @@ def test_requests_wait_for_the_only_relay_until_their_deadline(new_rig: NewRig, 
 def test_a_long_outage_of_the_relay_costs_bounded_memory(new_rig: NewRig) -> None:
     rig = new_rig(relay_proxy=True, log_level="INFO")
     proxy = rig.relay_proxy
-    assert proxy is not None
     proxy.refuse()
     old = rig.caller.request_all(*(address("old") for _ in range(5000)))
     eventually(lambda: rig.held().get("delayed", 0) > 500)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support.caller import address
 from support.process import ROOT, eventually
-from support.rig import Rig
+from support.rig import NewRig
 from support.smtp_server import Held
 
-NewRig = Callable[..., Rig]
 DAY = 86_400
 
 # Python imports this at its start; from then on, every wall clock of the process is off by SHIFT seconds.

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import pytest
 from support.caller import address
-from support.process import eventually
-from support.rig import Rig
-from support.smtp_server import Held
-
-NewRig = Callable[..., Rig]
+from support.rig import NewRig
 
 
 @pytest.mark.parametrize("seconds", [1.0, pytest.param(8.0, marks=pytest.mark.slow)])
 def test_replies_are_stored_once_the_results_database_is_back(new_rig: NewRig, seconds: float) -> None:
     rig = new_rig(own=["results"])
-    held = Held("250 2.0.0 ok")
-    emails = [address() for _ in range(20)]
-    for email in emails:
-        rig.script(email, dot=[held])
-    ids = rig.caller.request_all(*emails)
-    eventually(lambda: len(rig.relay.dotted) == 20)
+    held, ids = rig.hold_at_dot(20)
     rig.servers["results"].kill()
     held.release.set()
     ids += rig.caller.request_all(*(address() for _ in range(20)))
@@ -38,12 +28,7 @@ def test_replies_are_stored_once_the_results_database_is_back(new_rig: NewRig, s
 @pytest.mark.parametrize("seconds", [1.0, 8.0])
 def test_while_the_broker_is_away_requests_in_hand_are_answered(new_rig: NewRig, seconds: float) -> None:
     rig = new_rig(own=["broker"], aof="always")
-    held = Held("250 2.0.0 ok")
-    emails = [address() for _ in range(20)]
-    for email in emails:
-        rig.script(email, dot=[held])
-    ids = rig.caller.request_all(*emails)
-    eventually(lambda: len(rig.relay.dotted) == 20)
+    held, ids = rig.hold_at_dot(20)
     rig.servers["broker"].kill()
     held.release.set()
     # Neither mark nor reply needs the broker.
@@ -72,12 +57,7 @@ def test_without_the_codes_database_requests_are_answered_1(new_rig: NewRig, how
 @pytest.mark.slow
 def test_losing_the_codes_database_between_250_and_mark_loses_no_reply(new_rig: NewRig) -> None:
     rig = new_rig(own=["codes"], aof="always")
-    held = Held("250 2.0.0 ok")
-    emails = [address() for _ in range(20)]
-    for email in emails:
-        rig.script(email, dot=[held])
-    ids = rig.caller.request_all(*emails)
-    eventually(lambda: len(rig.relay.dotted) == 20)
+    held, ids = rig.hold_at_dot(20)
     rig.servers["codes"].kill()
     held.release.set()
     time.sleep(8)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support.caller import address
-from support.rig import Rig
+from support.rig import NewRig
 
-NewRig = Callable[..., Rig]
 MANY = 100_000
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 
 import pytest
 import redis
 from support.caller import QUEUE, Load, address
 from support.process import eventually
-from support.rig import Rig
+from support.rig import NewRig
 from support.smtp_server import Later, ScriptedServer
 from support.tcp_proxy import HOLE, MUTE, PASS, STALL, TRICKLE, TcpProxy
 
@@ -19,8 +18,6 @@ from producer.contract import ErrorCode
 from producer.errors import RedisUnavailable
 from producer.settings import Settings
 
-NewRig = Callable[..., Rig]
-
 
 @pytest.mark.parametrize(
     "fault", ["reset", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("refuse", HOLE, STALL, TRICKLE))]
@@ -28,7 +25,6 @@ NewRig = Callable[..., Rig]
 def test_a_worker_recovers_when_its_network_to_redis_does(new_rig: NewRig, fault: str) -> None:
     rig = new_rig(redis_proxy=True)
     proxy = rig.redis_proxy
-    assert proxy is not None
     with Load(rig.caller, a_second=200) as load:
         eventually(lambda: len(rig.relay.mails) > 50)
         if fault == "reset":
@@ -54,7 +50,6 @@ def test_answers_lost_on_the_way_delay_no_request_by_a_visibility_timeout(new_ri
     relay = ScriptedServer({"dot": Later("250 2.0.0 ok", 0.02)})
     rig = new_rig(redis_proxy=True, relay=relay, visibility_timeout=600, relay_connections=8)
     proxy = rig.redis_proxy
-    assert proxy is not None
     emails = [address() for _ in range(600)]
     ids = rig.caller.request_all(*emails)
     for part in range(1, 4):
@@ -75,7 +70,6 @@ def test_answers_lost_on_the_way_delay_no_request_by_a_visibility_timeout(new_ri
 def test_while_one_worker_is_cut_off_another_serves_all(new_rig: NewRig) -> None:
     rig = new_rig(redis_proxy=True)
     proxy = rig.redis_proxy
-    assert proxy is not None
     rig.add_worker(environment={"VERIFY_REDIS_URL": rig.server.url()})
     ids: list[str] = []
     for mode in (HOLE, PASS, STALL, PASS):

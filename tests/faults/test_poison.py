@@ -8,16 +8,14 @@ import json
 import random
 import uuid
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from support.caller import META, QUEUE, address, message
 from support.malformed import malformed_messages
 from support.process import eventually
-from support.rig import Calling, Rig
+from support.rig import Calling, NewRig
 
-NewRig = Callable[..., Rig]
 # fmt: off
 VALUES: list[Any] = [
     None, True, False, 0, -1, 42, 1.5, 1e308, 2**63, 10**30, "", " ", "x", "\x00", "\xe9", "\U0001f600", "\ud800",

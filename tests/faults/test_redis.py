@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import datetime as dt
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import redis
 from support.caller import Load, address, message
 from support.process import WAIT_TIMEOUT, eventually
-from support.rig import Rig
+from support.rig import NewRig, Rig
 from support.smtp_server import Held
-
-NewRig = Callable[..., Rig]
 
 
 def crash(rig: Rig, *, away: float) -> None:
@@ -53,12 +50,7 @@ def test_a_crash_of_redis_under_load_loses_no_acknowledged_request(new_rig: NewR
 
 def test_a_mail_accepted_while_redis_was_away_is_not_sent_again(new_rig: NewRig) -> None:
     rig = new_rig(aof="always", visibility_timeout=10)
-    emails = [address() for _ in range(20)]
-    held = Held("250 2.0.0 ok")
-    for email in emails:
-        rig.script(email, dot=[held])
-    ids = rig.caller.request_all(*emails)
-    eventually(lambda: len(rig.relay.dotted) == 20)
+    held, ids = rig.hold_at_dot(20)
     # So much data that the server answers LOADING for a while when it comes back.
     rig.server.client(5).eval("for i = 1, 400000 do redis.call('SET', 'filler' .. i, i, 'EX', 600) end", 0)
     rig.server.kill()
@@ -101,12 +93,7 @@ def test_a_paused_redis_delays_requests_and_loses_none(new_rig: NewRig, mode: st
 @pytest.mark.slow
 def test_requests_are_served_once_a_full_redis_has_room_again(new_rig: NewRig) -> None:
     rig = new_rig()
-    held = Held("250 2.0.0 ok")
-    on_the_wire = [address() for _ in range(10)]
-    for email in on_the_wire:
-        rig.script(email, dot=[held])
-    sent = rig.caller.request_all(*on_the_wire)
-    eventually(lambda: len(rig.relay.dotted) == 10)
+    held, sent = rig.hold_at_dot(10)
     waiting = rig.caller.request_all(*(address() for _ in range(200)))
     rig.broker.config_set("maxmemory", 1)
     held.release.set()
@@ -121,12 +108,7 @@ def test_requests_are_served_once_a_full_redis_has_room_again(new_rig: NewRig) -
 
 def test_a_worker_killed_while_redis_is_full_leaves_every_request_answered(new_rig: NewRig) -> None:
     rig = new_rig()
-    held = Held("250 2.0.0 ok")
-    emails = [address() for _ in range(10)]
-    for email in emails:
-        rig.script(email, dot=[held])
-    ids = rig.caller.request_all(*emails)
-    eventually(lambda: len(rig.relay.dotted) == 10)
+    held, ids = rig.hold_at_dot(10)
     rig.broker.config_set("maxmemory", 1)
     held.release.set()
     time.sleep(0.7)
@@ -144,12 +126,7 @@ def test_no_request_is_lost_while_the_redis_user_lacks_rights(new_rig: NewRig, r
     rig.command("ACL", "SETUSER", "worker", "on", ">secret", "~*", "&*", "+@all")
     rig.settings["VERIFY_REDIS_URL"] = f"redis://worker:secret@127.0.0.1:{rig.server.port}"
     rig.add_worker()
-    held = Held("250 2.0.0 ok")
-    on_the_wire = [address() for _ in range(10)]
-    for email in on_the_wire:
-        rig.script(email, dot=[held])
-    ids = rig.caller.request_all(*on_the_wire)
-    eventually(lambda: len(rig.relay.dotted) == 10)
+    held, ids = rig.hold_at_dot(10)
     taken = ["resetkeys", rights] if rights.startswith("~") else rights.split()
     rig.command("ACL", "SETUSER", "worker", *taken)
     held.release.set()

@@ -10,10 +10,9 @@ import pytest
 from support.caller import QUEUE, address, message
 from support.process import eventually
 from support.redis_server import RedisServer
-from support.rig import Rig
+from support.rig import NewRig
 from support.smtp_server import Held
 
-NewRig = Callable[..., Rig]
 NewServer = Callable[..., RedisServer]
 
 

@@ -12,15 +12,13 @@ import pytest
 import redis
 from support.caller import address
 from support.process import eventually
-from support.rig import Rig
+from support.rig import NewRig, Rig
 from support.sentinel_servers import SentinelServers, role
 from support.smtp_server import Held
 
 from bench.soak.failover import FAULTS, Failover, servers_for
 from producer.client import VerificationClient
 from producer.settings import Settings
-
-NewRig = Callable[..., Rig]
 
 
 @pytest.fixture
@@ -58,9 +56,8 @@ def assert_in_order(rig: Rig) -> None:
 
 @pytest.mark.slow
 def test_requests_that_waited_are_served_by_the_new_primary(new_rig: NewRig) -> None:
-    rig = new_rig(sentinels=SentinelServers())
-    servers = rig.sentinels
-    assert servers is not None
+    servers = SentinelServers()
+    rig = new_rig(sentinels=servers)
     with VerificationClient(Settings(redis_url=servers.url())) as client:
         assert client.request(address()).error == 0
         held = Held("250 2.0.0 ok")
@@ -101,9 +98,8 @@ def test_a_failover_loses_only_what_was_not_replicated(new_failover: Callable[..
 @pytest.mark.slow
 def test_a_primary_that_lacks_its_replica_refuses_writes_and_loses_nothing(new_rig: NewRig) -> None:
     guard = ("--min-replicas-to-write", "1", "--min-replicas-max-lag", "1")
-    rig = new_rig(sentinels=SentinelServers(options=guard))
-    servers = rig.sentinels
-    assert servers is not None
+    servers = SentinelServers(options=guard)
+    rig = new_rig(sentinels=servers)
     [replica] = servers.others
     with VerificationClient(Settings(redis_url=servers.url())) as client:
         assert client.request(address()).error == 0

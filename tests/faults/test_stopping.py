@@ -5,15 +5,13 @@ from __future__ import annotations
 import datetime as dt
 import signal
 import time
-from collections.abc import Callable
 
 import pytest
 from support.caller import address
 from support.process import eventually
-from support.rig import Rig
+from support.rig import NewRig, Rig
 from support.smtp_server import Later, Silence
 
-NewRig = Callable[..., Rig]
 BOUND = 15.0 + 30.0  # seconds from SIGTERM to exit: the contract's, and room for a loaded machine
 
 

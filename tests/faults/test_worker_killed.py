@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support.caller import address
 from support.process import eventually
-from support.rig import VISIBILITY, Calling, Rig
+from support.rig import VISIBILITY, Calling, NewRig, Rig
 from support.smtp_server import Held, Later
 from support.tcp_proxy import HOLE, STALL, in_mode
 from support.worker_process import WorkerProcess
-
-NewRig = Callable[..., Rig]
 
 
 def test_another_worker_serves_a_request_whose_worker_was_killed_in_mid_data(new_rig: NewRig) -> None:
@@ -34,7 +31,6 @@ def test_a_worker_killed_between_250_and_mark_causes_one_identical_second_mail(
     new_rig: NewRig,
 ) -> None:
     rig = new_rig(redis_proxy=True)
-    assert rig.redis_proxy is not None
     email = address()
     rig.script(email, dot=[Calling("250 2.0.0 ok", in_mode(rig.redis_proxy, STALL))])
     request_id = rig.caller.request(email)
@@ -205,7 +201,6 @@ def test_a_slow_send_is_not_redelivered_while_its_worker_lives(new_rig: NewRig) 
 @pytest.mark.slow
 def test_a_worker_cut_off_from_redis_past_its_lease_does_not_send(new_rig: NewRig) -> None:
     rig = new_rig(redis_proxy=True)
-    assert rig.redis_proxy is not None
     direct = rig.add_worker(environment={"VERIFY_REDIS_URL": rig.server.url()})
     direct.pause()
     email = address()

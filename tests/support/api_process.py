@@ -7,7 +7,6 @@ import re
 import socket
 import sys
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, Final
 
 import grpc
@@ -98,7 +97,7 @@ class ApiProcess(Process):
             self.channel.close()
         super().close()
 
-    def __exit__(self, kind: type[BaseException] | None, _exc: BaseException | None, _tb: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 self.assert_quiet()

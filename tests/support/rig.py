@@ -142,17 +142,21 @@ class Rig:
         self._log_level = log_level
         self._redis_options = ("--appendfsync", aof) if aof else ()
         self._aof = bool(aof)
-        self.sentinels = self._stack.enter_context(sentinels) if sentinels else None
-        self.server = server or (self.sentinels.servers[0] if self.sentinels else self._start_redis())
+        self._sentinels = self._stack.enter_context(sentinels) if sentinels else None
+        self.server = server or (sentinels.servers[0] if sentinels else self._start_redis())
         self.servers = {which: self._start_redis() if which in own else self.server for which in DATABASES}
         self.relay = self._stack.enter_context(running(relay or ScriptedServer()))
-        self.redis_proxy = self._stack.enter_context(TcpProxy(self.server.port)) if redis_proxy else None
-        self.relay_proxy = self._stack.enter_context(TcpProxy(self.relay.port)) if relay_proxy else None
-        redis_url = self.sentinels.url() if self.sentinels else self.server.url()
+        redis_url, relay_port = (sentinels or self.server).url(), self.relay.port
+        if redis_proxy:
+            self.redis_proxy = self._stack.enter_context(TcpProxy(self.server.port))
+            redis_url = self.redis_proxy.url()
+        if relay_proxy:
+            self.relay_proxy = self._stack.enter_context(TcpProxy(relay_port))
+            relay_port = self.relay_proxy.port
         self.settings = {
-            "VERIFY_REDIS_URL": self.redis_proxy.url() if self.redis_proxy else redis_url,
+            "VERIFY_REDIS_URL": redis_url,
             **{f"VERIFY_{which.upper()}_URL": self.servers[which].url(DATABASES.index(which)) for which in own},
-            "VERIFY_RELAYS": f"smtp://127.0.0.1:{(self.relay_proxy or self.relay).port}",
+            "VERIFY_RELAYS": f"smtp://127.0.0.1:{relay_port}",
             "VERIFY_LOCALE": "en",
             "VERIFY_CODE_LENGTH": str(CODE_LENGTH),
             "VERIFY_METRICS_BIND": "127.0.0.1:0",
@@ -177,10 +181,10 @@ class Rig:
         """The URL of one of the three databases, past any proxy."""
         if given := self.settings.get(f"VERIFY_{which.upper()}_URL"):
             return given
-        return (self.sentinels or self.server).url(DATABASES.index(which))
+        return (self._sentinels or self.server).url(DATABASES.index(which))
 
     def _where(self, which: str) -> str | redis.Redis:
-        return self.sentinels.client(DATABASES.index(which)) if self.sentinels else self.url(which)
+        return self._sentinels.client(DATABASES.index(which)) if self._sentinels else self.url(which)
 
     def _client(self, which: str) -> redis.Redis:
         client = connect(self._where(which))
@@ -225,6 +229,16 @@ class Rig:
     def script(self, recipient: str, **steps: Act | list[Act]) -> None:
         """How the relay treats one recipient: `rcpt="550 no"`."""
         self.relay.scripts[recipient] = dict(steps)
+
+    def hold_at_dot(self, count: int) -> tuple[Held, list[str]]:
+        """Request codes; the final dot of each mail has arrived and is answered when the test sets `release`."""
+        held = Held("250 2.0.0 ok")
+        emails = [address() for _ in range(count)]
+        for recipient in emails:
+            self.script(recipient, dot=[held])
+        ids = self.caller.request_all(*emails)
+        eventually(lambda: len(self.relay.dotted) == count)
+        return held, ids
 
     def mails_to(self, recipient: str) -> list[Mail]:
         """What the relay accepted."""
@@ -425,6 +439,9 @@ class Rig:
                 self.check()
         finally:
             self.close()
+
+
+NewRig = Callable[..., Rig]  # the fixture `new_rig`
 
 
 def _email_in(envelope: dict[str, Any]) -> Any:
