@@ -22,7 +22,7 @@ from support.sentinel_servers import SentinelServers, role
 from support.tcp_proxy import HOLE, TcpProxy
 
 from bench.soak.callers import Callers
-from bench.soak.faults import Relay, unkept
+from bench.soak.faults import Relay, Unkept
 from bench.soak.ledger import Ledger, Record
 from producer.settings import Settings
 
@@ -84,12 +84,12 @@ class Failover:
             reply_timeout=5,  # what ships
         )
         self.servers = servers
-        self.rig.caller.listener.heard = unkept(lambda _: None)
-        self.rig._events.heard = unkept(lambda _: None)
+        self.rig.caller.listener.heard = Unkept()
+        self.rig._events.heard = Unkept()
         # It listens to each server: a replica repeats what its primary publishes.
         self._listeners = [Listener(server.url(2), f"{META}*") for server in servers.servers]
         for listener in self._listeners:
-            listener.heard = unkept(lambda heard: self.ledger.replied(*heard))
+            listener.heard = Unkept(lambda heard: self.ledger.replied(*heard))
         self.callers = Callers(self.ledger, Settings(redis_url=servers.url(), locale="en"), seed, a_second)
         try:
             self.rig.add_workers(workers)

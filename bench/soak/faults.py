@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import random
@@ -78,6 +77,20 @@ KINDS: Final = (
     Kind("same id twice", ("queue",), (0, 0), False, 4),
     Kind("same id, another address", ("queue",), (0, 0), False, 3),
 )
+# Those of `make picture`: each long enough to be seen, with calm between them. Begin in seconds, fault, target,
+# duration in seconds. The longer ones outlast the `for` of their alert.
+_LONG: Final = (
+    (25, "worker: kill -9", "worker 1", 10),
+    (60, "relay: down", "relay 0", 25),
+    (115, "relay: down", "relays 0 and 1", 75),
+    (225, "Redis: kill -9", "Redis", 40),
+    *((305, "worker: kill -9", name, 40) for name in _WORKERS),
+    (390, "relay: 451 at RCPT", "relays 0 and 1", 20),
+    (440, "relay: silent", "relay 0", 20),
+    (485, "malformed messages", "queue", 0),
+    (505, "Redis: SIGSTOP", "Redis", 8),
+)
+LONG_FAULTS_END: Final = 560.0  # seconds: after all of them, and calm
 _BY_NAME: Final = {kind.name: kind for kind in KINDS}
 _MODES: Final = {"stall": STALL, "half open": HOLE, "half open, one way": MUTE, "trickle": TRICKLE}
 _SCRIPTS: Final[dict[str, dict[str, Act]]] = {
@@ -121,7 +134,12 @@ def schedule(seed: int, seconds: float) -> list[PlannedFault]:
         planned.append(fault)
 
 
-class _Unkept(list[Any]):
+def long_faults() -> list[PlannedFault]:
+    """The faults of `make picture`."""
+    return [PlannedFault(at, kind, where, seconds, number) for number, (at, kind, where, seconds) in enumerate(_LONG)]
+
+
+class Unkept(list[Any]):
     """A list that stays empty: each item goes to a function instead, or nowhere."""
 
     def __init__(self, take: Callable[[Any], object] | None = None) -> None:
@@ -133,37 +151,15 @@ class _Unkept(list[Any]):
             self._take(item)
 
 
-def unkept(take: Callable[[Any], object]) -> list[Any]:
-    """A list that stays empty, and hands each item to `take`."""
-    return _Unkept(take)
-
-
 class Relay(ScriptedServer):
     """An SMTP server that reports its mails to the ledger, and keeps none."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()
         self._ledger = ledger
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self.dotted = _Unkept(self._whole)
-        self.mails = _Unkept(ledger.accepted)
-        self.commands = _Unkept()
-
-    async def start(self, port: int = 0) -> None:
-        """Listen."""
-        self._loop = asyncio.get_running_loop()
-        await super().start(port)
-
-    def script_steps(self, acts: dict[str, Act]) -> None:
-        """From now on, answer these steps so."""
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self.script.update, acts)
-
-    def unscript_steps(self, acts: dict[str, Act]) -> None:
-        """Answer these steps as usual again."""
-        assert self._loop is not None
-        for step in acts:
-            self._loop.call_soon_threadsafe(self.script.pop, step, None)
+        self.dotted = Unkept(self._whole)
+        self.mails = Unkept(ledger.accepted)
+        self.commands = Unkept()
 
     def _whole(self, mail: Mail) -> None:
         # Called when the final dot has come, right before the reply is chosen.
@@ -178,14 +174,14 @@ class FaultRunner:
 
     def __init__(
         self,
-        stage: Rig,
+        rig: Rig,
         ledger: Ledger,
         scanner: Scanner,
         callers: Callers,
         relays: list[tuple[Relay, TcpProxy]],
         logs: Path | None,
     ) -> None:
-        self._rig, self._ledger, self._scanner, self._askers = stage, ledger, scanner, callers
+        self._rig, self._ledger, self._scanner, self._askers = rig, ledger, scanner, callers
         self._relays, self._logs = relays, logs
         self._proxies: dict[str, TcpProxy] = {}
         self.workers: dict[str, WorkerProcess] = {}
@@ -365,10 +361,11 @@ class FaultRunner:
                 proxy.admit()
             return
         for relay, _ in chosen:
-            relay.script_steps(_SCRIPTS[what])
+            relay.script |= _SCRIPTS[what]
         time.sleep(fault.seconds)
         for relay, _ in chosen:
-            relay.unscript_steps(_SCRIPTS[what])
+            for step in _SCRIPTS[what]:
+                del relay.script[step]
 
     def _messages(self, fault: PlannedFault) -> None:
         chance = random.Random(fault.dice)

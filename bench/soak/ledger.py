@@ -25,7 +25,6 @@ from support.smtp_server import Mail
 
 KEPT: Final = 3300.0  # seconds for which a stored reply is looked for: it lives for an hour
 BATCH: Final = 500  # keys of one MGET
-SAMPLE: Final = 20_000  # latencies that are kept
 CALM: Final = 3.0  # seconds after a fault that still count as part of it
 DECODED: Final = 32_768  # bytes of each part of a log that are also decoded as base64
 BEFORE: Final = 1.0  # seconds before a mail came whole in which a fault may concern it
@@ -80,7 +79,6 @@ class Ledger:
         self.mails = 0
         self.doubles: Counter[str] = Counter()
         self.dead_least = self.dead_most = 0
-        self._latencies_seen = 0
         self._active = 0
         self._last_start = self._last_end = -_NEVER
         self._by_id: dict[str, Record] = {}
@@ -89,7 +87,6 @@ class Ledger:
         self._codes: defaultdict[str, set[int]] = defaultdict(set)
         self._accepted: set[str] = set()
         self._early: dict[str, list[tuple[Mail, float]]] = {}  # by address: mails whose request's id is not known yet
-        self._random = random.Random(0)
         self._lock = threading.RLock()
         self.began = time.monotonic()
 
@@ -186,7 +183,7 @@ class Ledger:
                 self.violated("Success without a mail that a relay accepted", record)
             calm = self._active == 0 and max(self._last_start, self._last_end) < record.at - CALM
             if calm and not stored:
-                self._latency(now - record.at)
+                self.latencies.append(now - record.at)
 
     def read_stored(self, results: redis.Redis, keys: Iterable[str]) -> None:
         """Record the replies that are stored under these keys."""
@@ -199,13 +196,6 @@ class Ledger:
     def read_missing(self, results: redis.Redis) -> None:
         """Record the stored replies to requests of which none was heard: faults break the listener's connection too."""
         self.read_stored(results, [META + each.request_id for each in self.unanswered() if each.request_id])
-
-    def _latency(self, seconds: float) -> None:
-        self._latencies_seen += 1
-        if len(self.latencies) < SAMPLE:
-            self.latencies.append(seconds)
-        elif (at := self._random.randrange(self._latencies_seen)) < SAMPLE:
-            self.latencies[at] = seconds
 
     def unanswered(self) -> list[Record]:
         """Acknowledged requests without a reply so far."""

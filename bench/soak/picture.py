@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from bench.report.drawn import NotDrawn, environment, run
-from bench.soak.scenario import SECONDS
+from bench.soak.faults import LONG_FAULTS_END
 
 _DRAWING = Path(__file__).parent / "dashboard.py"
 
@@ -18,7 +18,7 @@ def main() -> int:
     """The exit code: 1 if the soak broke a promise, or the picture could not be drawn."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("picture", type=Path)
-    parser.add_argument("seconds", type=float, nargs="?", default=SECONDS, help="only the first so many")
+    parser.add_argument("seconds", type=float, nargs="?", default=LONG_FAULTS_END, help="only the first so many")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="recording-") as folder:
         recording = Path(folder) / "recording.json"

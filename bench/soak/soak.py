@@ -27,10 +27,20 @@ from support.tcp_proxy import TcpProxy
 
 from bench.soak import installed
 from bench.soak.callers import SHARES, Callers
-from bench.soak.faults import CALM, EVERY, MINUTE, WORKERS, FaultRunner, PlannedFault, Relay, schedule, unkept
+from bench.soak.faults import (
+    CALM,
+    EVERY,
+    MINUTE,
+    WORKERS,
+    FaultRunner,
+    PlannedFault,
+    Relay,
+    Unkept,
+    long_faults,
+    schedule,
+)
 from bench.soak.ledger import KEPT, Ledger, Scanner
 from bench.soak.recording import Recording
-from bench.soak.scenario import long_faults
 from producer.contract import ErrorCode
 from producer.settings import Settings
 
@@ -83,8 +93,8 @@ class Soak:
             stack.enter_context(running(relay))
         fronts = [stack.enter_context(TcpProxy(relay.port)) for relay in relays]
         self.rig.settings["VERIFY_RELAYS"] = ",".join(f"smtp://127.0.0.1:{front.port}" for front in fronts)
-        self.rig.caller.listener.heard = unkept(lambda heard: ledger.replied(*heard))
-        self.rig._events.heard = unkept(lambda heard: self.scanner.scan_event(heard[1]))
+        self.rig.caller.listener.heard = Unkept(lambda heard: ledger.replied(*heard))
+        self.rig._events.heard = Unkept(lambda heard: self.scanner.scan_event(heard[1]))
         producer = logging.getLogger("producer")
         producer.setLevel(logging.DEBUG)
         producer.addHandler(self.scanner)

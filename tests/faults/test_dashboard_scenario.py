@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from bench.soak.faults import KINDS
-from bench.soak.scenario import SECONDS, long_faults
+from bench.soak.faults import KINDS, LONG_FAULTS_END, long_faults
 
 
 def test_its_faults_exist_and_fit_their_targets() -> None:
@@ -18,4 +17,4 @@ def test_faults_come_one_after_the_other_or_begin_together() -> None:
     planned = long_faults()
     for fault, after in pairwise(planned):
         assert fault.at + fault.seconds < after.at or fault.at == after.at
-    assert planned[-1].at + planned[-1].seconds < SECONDS
+    assert planned[-1].at + planned[-1].seconds < LONG_FAULTS_END

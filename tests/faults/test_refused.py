@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 
 import pytest
 from support.caller import QUEUE, address, message
 from support.process import eventually
-from support.redis_server import RedisServer
 from support.rig import NewRig
 from support.smtp_server import Held
-
-NewServer = Callable[..., RedisServer]
 
 
 def some(*quick: str, slow: tuple[str, ...]) -> list[object]:
@@ -23,9 +19,7 @@ def some(*quick: str, slow: tuple[str, ...]) -> list[object]:
 
 @pytest.mark.parametrize("command", some("zadd", "hdel", slow=("hset", "ltrim", "zrem", "rpush", "lpush")))
 def test_a_command_that_is_refused_for_a_while_loses_no_request(new_rig: NewRig, command: str) -> None:
-    rig = new_rig(visibility_timeout=2, give_up_after=60)
-    rig.tolerated.append("kombu")  # Celery's own connection is refused too, and kombu logs a traceback
-    rig.add_worker()
+    rig = new_rig(give_up_after=60)
     again = address()
     rig.script(again, rcpt=["451 4.3.0 later"] * 2)
     ids = rig.caller.push(*(message({"email": address()}) for _ in range(20)), message({"email": again}))
@@ -46,8 +40,7 @@ def test_a_command_that_is_refused_for_a_while_loses_no_request(new_rig: NewRig,
     some("unacked_index", "verification.dead", slow=("unacked", "verification.parked", "verification.parked.due")),
 )
 def test_a_key_of_the_wrong_type_delays_requests_and_loses_none(new_rig: NewRig, key: str) -> None:
-    rig = new_rig(visibility_timeout=2)
-    rig.add_worker()
+    rig = new_rig()
     assert rig.caller.ask(address())["error"] == 0
     eventually(lambda: not rig.broker.exists("unacked"))
     rig.broker.delete(key)
@@ -66,7 +59,6 @@ def test_a_key_of_the_wrong_type_delays_requests_and_loses_none(new_rig: NewRig,
 
 def test_a_reply_replaces_whatever_is_stored_under_its_key(new_rig: NewRig) -> None:
     rig = new_rig()
-    rig.add_worker()
     asked = message({"email": address()})
     request_id = asked["headers"]["id"]
     rig.results.lpush(f"celery-task-meta-{request_id}", "not a reply")
@@ -76,14 +68,10 @@ def test_a_reply_replaces_whatever_is_stored_under_its_key(new_rig: NewRig) -> N
     assert rig.caller.reply(request_id)["error"] == 0
 
 
-def test_an_outage_of_the_results_database_does_not_count_as_a_dead_worker(
-    new_redis_server: NewServer, new_rig: NewRig
-) -> None:
-    results = new_redis_server(aof=True)
-    rig = new_rig(results_url=results.url(2), visibility_timeout=1)
-    rig.add_worker()
+def test_an_outage_of_the_results_database_does_not_count_as_a_dead_worker(new_rig: NewRig) -> None:
+    rig = new_rig(own=["results"], visibility_timeout=1)
     assert rig.caller.ask(address())["error"] == 0
-    results.kill()
+    rig.servers["results"].kill()
     email = address()
     ids = rig.caller.push(message({"email": email}))
     eventually(lambda: rig.mails_to(email))
@@ -92,31 +80,30 @@ def test_an_outage_of_the_results_database_does_not_count_as_a_dead_worker(
     rig.caller.push(message({"email": other}))
     eventually(lambda: rig.mails_to(other))
     time.sleep(6)
-    results.start()
+    rig.servers["results"].start()
     assert rig.caller.replies(ids) == [0]
     assert rig.broker.llen("verification.dead") == 0
 
 
 def test_a_frozen_worker_does_not_answer_for_the_one_that_sent(new_rig: NewRig) -> None:
-    rig = new_rig(visibility_timeout=2)
-    slow = rig.add_worker()
+    rig = new_rig()
     email = address()
     refused = Held("550 5.1.1 no such mailbox")
     rig.script(email, rcpt=[refused, "250 2.1.5 ok"])
     request_id = rig.caller.request(email)
     assert refused.reached.wait(60)
-    slow.pause()
+    rig.worker.pause()
     rig.add_worker()
     eventually(lambda: len(rig.mails_to(email)) == 1)
     refused.release.set()
-    slow.resume()
+    rig.worker.resume()
     time.sleep(1)
     assert rig.caller.reply(request_id)["error"] == 0
 
 
 @pytest.mark.parametrize("eta", ["9999-12-31T23:59:59-14:00", "0001-01-01T00:00:00+14:00"])
 def test_an_eta_out_of_range_stops_neither_the_worker_nor_its_batch(new_rig: NewRig, eta: str) -> None:
-    rig = new_rig()
+    rig = new_rig(workers=0)
     ids = rig.caller.push(*(message({"email": address()}) for _ in range(5)))
     rig.caller.push(message({"email": address()}, headers={"eta": eta}))
     ids += rig.caller.push(*(message({"email": address()}) for _ in range(5)))
@@ -128,7 +115,6 @@ def test_an_eta_out_of_range_stops_neither_the_worker_nor_its_batch(new_rig: New
 @pytest.mark.parametrize("priority", [3, 6, 9])
 def test_a_request_with_a_priority_is_served(new_rig: NewRig, priority: int) -> None:
     rig = new_rig()
-    rig.add_worker()
     asked = message({"email": address()})
     rig.broker.lpush(f"{QUEUE}\x06\x16{priority}", json.dumps(asked))
     assert rig.caller.reply(asked["headers"]["id"])["error"] == 0

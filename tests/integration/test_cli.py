@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis as redis_py
@@ -29,10 +30,10 @@ def environment(**settings: str) -> dict[str, str]:
     return {**bare, "PYTHONPATH": str(_ROOT), "COLUMNS": "200", "NO_COLOR": "1", **settings}
 
 
-def run(*words: str, directory: Path, **settings: str) -> Done:
+def run(*words: str, directory: Path, program: tuple[str, ...] = ("-m", "producer"), **settings: str) -> Done:
     """`python -m producer ...` in an empty directory, so that no `.env` is read."""
     return subprocess.run(
-        [sys.executable, "-m", "producer", *words],
+        [sys.executable, *program, *words],
         cwd=directory,
         env=environment(**settings),
         capture_output=True,
@@ -44,11 +45,8 @@ def run(*words: str, directory: Path, **settings: str) -> Done:
 
 def test_send_prints_success(redis_server: RedisServer, tmp_path: Path) -> None:
     with FakeWorker(redis_server) as worker:
-        done = run(
-            *("send", A, "--purpose", "login", "--locale", "en"),
-            directory=tmp_path,
-            VERIFY_REDIS_URL=redis_server.url(),
-        )
+        words = ("send", A, "--purpose", "login", "--locale", "en")
+        done = run(*words, directory=tmp_path, VERIFY_REDIS_URL=redis_server.url())
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"Success (0)  {A}\n")
     assert worker.taken[0].kwargs == {"email": A, "purpose": "login", "locale": "en"}
@@ -114,7 +112,7 @@ def test_check_consumes_the_right_code_and_never_prints_it(
 
 
 def test_settings_shows_what_is_in_force_without_secrets(tmp_path: Path) -> None:
-    given = {"VERIFY_REDIS_URL": "redis://u:s3cret@h", "VERIFY_QUEUE": "q2", "VERIFY_API_KEYS": "k3y"}
+    given: dict[str, Any] = {"VERIFY_REDIS_URL": "redis://u:s3cret@h", "VERIFY_QUEUE": "q2", "VERIFY_API_KEYS": "k3y"}
     plain = run("settings", directory=tmp_path, **given)
     as_json = run("settings", "--json", directory=tmp_path, **given)
     assert plain.returncode == as_json.returncode == 0
@@ -166,14 +164,6 @@ def test_ctrl_c_is_quiet(redis_server: RedisServer, tmp_path: Path) -> None:
 @pytest.mark.parametrize("missing", ["typer", "rich"])
 def test_a_missing_extra_is_named(tmp_path: Path, missing: str) -> None:
     program = f"import sys; sys.modules[{missing!r}] = None; from producer.__main__ import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run(directory=tmp_path, program=("-c", program))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"The command line needs {missing}: pip install 'verifyserver[cli]'\n"

@@ -11,11 +11,12 @@ import pytest
 from support.caller import address, message
 from support.process import START_TIMEOUT, eventually
 from support.redis_server import RedisServer
-from support.rig import NewRig
+from support.rig import Rig
 from support.smtp_server import Held
 from support.tls_front import context_for, tls_front
 
 NewServer = Callable[..., RedisServer]
+NewRig = Callable[..., Rig]
 
 
 def test_codes_broker_and_results_may_be_three_servers(new_redis_server: NewServer, new_rig: NewRig) -> None:

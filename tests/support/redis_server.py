@@ -20,10 +20,8 @@ from support.process import HOST, START_TIMEOUT, Process, free_port
 class RedisServer(Process):
     """One server and its files."""
 
-    def __init__(
-        self, *, aof: bool = False, maxmemory: int = 0, password: str = "", options: tuple[str, ...] = ()
-    ) -> None:
-        """`maxmemory` is in bytes, 0 for no limit; `options` are further words for the server's command line."""
+    def __init__(self, *, aof: bool = False, password: str = "", options: tuple[str, ...] = ()) -> None:
+        """`options` are further words for the server's command line."""
         super().__init__("redis")
         self.password = password
         self.port = free_port()
@@ -31,7 +29,7 @@ class RedisServer(Process):
             os.environ.get("TEST_REDIS_BINARY") or str(get_binary_path()),
             *("--bind", HOST, "--port", str(self.port), "--dir", str(self.directory), "--save", ""),
             *("--appendonly", "yes" if aof else "no", "--appendfsync", "everysec"),
-            *("--maxmemory", str(maxmemory), "--maxmemory-policy", "noeviction"),
+            *("--maxmemory-policy", "noeviction"),
             *(("--requirepass", password) if password else ()),
             *options,
         ]
@@ -43,11 +41,7 @@ class RedisServer(Process):
 
     def client(self, database: int = 0, **options: Any) -> redis.Redis:
         """A plain client that never retries, so that a failure reaches the test."""
-        defaults: dict[str, Any] = {
-            "socket_timeout": 60,
-            "socket_connect_timeout": 60,
-            "retry": Retry(NoBackoff(), 0),
-        }
+        defaults: dict[str, Any] = {"socket_timeout": 60, "socket_connect_timeout": 60, "retry": Retry(NoBackoff(), 0)}
         return redis.Redis.from_url(self.url(database), **(defaults | options))
 
     def _wait_until_ready(self) -> None:

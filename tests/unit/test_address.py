@@ -121,11 +121,11 @@ def test_only_a_string_is_an_address(raw: object) -> None:
         address.parse(raw)
 
 
-@pytest.mark.parametrize("control", ["\r", "\n", "\r\n", "\0", "\t", "\x0b", "\x1b", "\x7f", "\x85", "\u2028"])
+@pytest.mark.parametrize("character", list("\r\n\0\t\x0b\x1b\x7f\x85\u2028\u00a0\u3000\u200b"))
 @pytest.mark.parametrize("place", ["{}a@example.com", "a{}b@example.com", "a@exa{}mple.com", "a@example.com{}"])
-def test_control_characters_are_refused_anywhere(control: str, place: str) -> None:
+def test_control_characters_and_other_blanks_are_refused_anywhere(character: str, place: str) -> None:
     with pytest.raises(InvalidAddress):
-        address.parse(place.format(control))
+        address.parse(place.format(character))
 
 
 @given(st.text())
@@ -141,12 +141,6 @@ def test_no_mailbox_can_end_an_smtp_command(text: str) -> None:
 
 def test_surrounding_spaces_are_trimmed() -> None:
     assert address.parse("  a@example.com ") == address.parse("a@example.com")
-
-
-@pytest.mark.parametrize("blank", ["\t", "\u00a0", "\u3000", "\u200b"])
-def test_no_other_whitespace_is_trimmed(blank: str) -> None:
-    with pytest.raises(InvalidAddress):
-        address.parse(f"{blank}a@example.com")
 
 
 def test_the_error_never_quotes_the_input() -> None:
@@ -212,7 +206,8 @@ def test_the_canonical_form_is_stable(text: str) -> None:
 
 
 @given(
-    st.text(max_size=20)
+    st.sampled_from([" a@example.com ", "a@example.com\n", "a" * 250 + "@b.example", "用户@例子.中国", "", 7])
+    | st.text(max_size=20)
     | st.from_regex(r"[ -~]{1,70}@[a-z0-9.-]{1,60}\.?[a-z]{0,5}", fullmatch=True)
     | st.emails()
     | st.none()
@@ -225,14 +220,3 @@ def test_is_address_agrees_with_parse(raw: object) -> None:
         assert not address.is_address(raw)
     else:
         assert address.is_address(raw)
-
-
-@pytest.mark.parametrize(
-    "raw", [" a@example.com ", "a@example.com\n", "a" * 250 + "@b.example", "用户@例子.中国", "", 7]
-)
-def test_is_address_reads_the_whole_string(raw: object) -> None:
-    try:
-        expected = bool(address.parse(raw))
-    except InvalidAddress:
-        expected = False
-    assert address.is_address(raw) is expected
