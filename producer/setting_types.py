@@ -44,7 +44,6 @@ def is_sentinel(url: str) -> bool:
 
 
 def with_database(url: str, number: int) -> str:
-    """The Redis or Sentinel URL with this database."""
     if is_sentinel(url):
         return str(SentinelURL.parse(url).with_database(number))
     parts = urlsplit(url)
@@ -90,7 +89,6 @@ class SentinelURL:
         )
 
     def with_database(self, number: int) -> Self:
-        """The same URL with this database."""
         return replace(self, database=number)
 
     def server_url(self, host: str = "sentinel", port: int = 6379) -> str:
@@ -133,7 +131,6 @@ class RelayURL(NamedTuple):
         return self.masked()
 
     def masked(self) -> str:
-        """The URL with user and password masked."""
         userinfo = f"{MASK}@" if self.user is not None else ""
         return f"{self.scheme}://{userinfo}{_in_url(self.host)}:{self.port}"
 

@@ -72,8 +72,7 @@ def test_with_nothing_set_the_defaults_of_the_contract_are_in_force() -> None:
 
 
 def test_each_setting_is_taken_from_the_environment() -> None:
-    given = OTHERS | {"VERIFY_API_KEYS": "one,two"}
-    assert settings.load(given, dotenv=None).shown() == OTHERS
+    assert settings.load(OTHERS | {"VERIFY_API_KEYS": "one,two"}, dotenv=None).shown() == OTHERS
 
 
 def test_other_variables_are_ignored() -> None:
@@ -312,11 +311,10 @@ def test_the_environment_wins_over_the_config(tmp_path: Path) -> None:
     assert found.relays[0].host == "smtp.163.com"
 
 
-@pytest.mark.parametrize("host", ["::1", "redis.internal"])
-def test_the_config_may_name_hosts_by_their_addresses(host: str, tmp_path: Path) -> None:
-    email, redis = ORIGINAL["email"] | {"host": host}, ORIGINAL["redis"] | {"host": host}
+def test_the_config_may_name_hosts_by_their_addresses(tmp_path: Path) -> None:
+    email, redis = ORIGINAL["email"] | {"host": "::1"}, ORIGINAL["redis"] | {"host": "::1"}
     found = load(CONFIG=write_config(tmp_path, email=email, redis=redis))
-    assert urlsplit(found.codes_url).hostname == found.relays[0].host == host
+    assert urlsplit(found.codes_url).hostname == found.relays[0].host == "::1"
 
 
 def test_a_config_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
