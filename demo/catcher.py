@@ -1,4 +1,4 @@
-"""A mailbox for every address: an SMTP server that keeps each mail it gets, for a person to look at."""
+"""An SMTP server that accepts mail for every address and keeps it to be looked at."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 from aiosmtpd.smtp import SMTP
 
 HOST = "127.0.0.1"
-KEPT = 200  # mails to look at again; older ones are gone
+KEPT = 200  # the newest mails
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Mail:
         return part.get_content() if part is not None else ""
 
     def codes(self, length: int) -> list[str]:
-        """Every run of exactly so many digits in the text part: what a reader, or a phone, takes for the code."""
+        """Every run of exactly `length` digits in the text part: what a reader, or a phone, takes for the code."""
         return re.findall(rf"(?<![0-9])[0-9]{{{length}}}(?![0-9])", self.text)
 
 

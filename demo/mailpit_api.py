@@ -1,4 +1,4 @@
-"""The catcher's mails over HTTP: the part of Mailpit's API that the demo page needs, so that it can show either's."""
+"""Serves the catcher's mails as Mailpit does: the part of its API that the demo page uses."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its own name
-        """The demo's screen is for mails."""
+        """Log nothing: the demo's screen shows mails."""
 
 
 def _head(mail: Mail) -> dict[str, Any]:

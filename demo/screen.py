@@ -14,12 +14,12 @@ from rich.text import Text
 
 from demo.catcher import Mail
 
-HEADERS = ("From", "To", "Subject", "Date", "Message-ID", "Auto-Submitted")  # those that matter to a reader
+HEADERS = ("From", "To", "Subject", "Date", "Message-ID", "Auto-Submitted")  # the ones that `mail` shows
 _WIDTH = 88
 
 
 class Screen:
-    """A calm terminal; plain lines where there is none."""
+    """Colours and a spinner on a terminal; plain lines elsewhere."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
@@ -32,23 +32,23 @@ class Screen:
         self._console.print(Text.assemble("  ", (f"{name:<15}", "dim"), value))
 
     def highlight(self, name: str, value: str, aside: str = "") -> None:
-        """A named value that comes before all others."""
+        """A named value that stands out."""
         self._console.print(Text.assemble("  ", (f"{name:<15}", "bold green"), (value, "bold"), (aside, "dim")))
 
     def done(self, text: str) -> None:
-        """A step that was true."""
+        """A step that succeeded."""
         self._console.print(Text.assemble("  ", ("✓", "green"), " ", text))
 
     def note(self, text: str) -> None:
         self._console.print(Text(f"  {text}", "dim"))
 
     def command(self, text: str) -> None:
-        """A command to copy: never wrapped."""
+        """A command to copy, on one line."""
         self._console.print(Text(f"    {text}", "cyan"))
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
-        """Shown while the block runs, on a terminal only."""
+        """Show `text` while the block runs, on a terminal only."""
         if not self._console.is_terminal:
             yield
             return
@@ -56,7 +56,7 @@ class Screen:
             yield
 
     def mail(self, mail: Mail) -> None:
-        """A mail as its reader sees it: the headers that matter, and the text part."""
+        """A mail as its reader sees it: headers and the text part."""
         grid = Table.grid(padding=(0, 2))
         for name in HEADERS:
             if mail.message[name] is not None:
@@ -69,7 +69,7 @@ class Screen:
         self._console.print(Padding(panel, (0, 0, 0, 2)), soft_wrap=False)
 
     def failed(self, step: str, why: str, logs: Mapping[str, str] | None = None) -> None:
-        """A step that was not true, why, and what the parts had to say, by their names."""
+        """A step that failed, why, and the ends of these logs by their parts' names."""
         self._console.print(Text.assemble("  ", ("✗", "bold red"), " ", (step, "bold")))
         for line in why.splitlines():
             self._console.print(Text(f"    {line}"))

@@ -130,6 +130,7 @@ class TestStarting:
             assert api.get_code(A)["error"] == api.call(A).error == 0
             api.signal(signal.SIGTERM)
             assert api.wait() == 0
+            assert "stopped" in api.log.splitlines()[-1]
 
     def test_the_old_servers_config_is_enough(self, redis_server: RedisServer, tmp_path: Path) -> None:
         config = tmp_path / "config.json"
@@ -157,6 +158,13 @@ class TestRedisTrouble:
                 assert api.get_code(A)["error"] == 0
                 assert api.call(A).error == 0
             assert api.check(A, "1")["error"] == 1003
+
+    def test_a_refused_login_is_told_apart_in_readyz(self, new_redis_server: NewServer) -> None:
+        server = new_redis_server(password="right")
+        with ApiProcess({"VERIFY_REDIS_URL": server.url().replace("right", "wrong")}) as api:
+            answer = api.http.get("/readyz")
+            assert answer.status_code == 503
+            assert answer.json()["problem"] == "Redis refused the login (broker, results, codes)"
 
     def test_hung_and_back(self, new_redis_server: NewServer) -> None:
         server = new_redis_server()
@@ -225,14 +233,6 @@ class TestStopping:
             assert asked[1].result() == 6
             assert api.wait() == 0
             half.close()
-
-    def test_idle_it_ends(self, settings: dict[str, str]) -> None:
-        with ApiProcess(settings) as api:
-            api.http.get("/healthz")
-            api.call("nobody")
-            api.signal(signal.SIGTERM)
-            assert api.wait() == 0
-            assert "stopped" in api.log.splitlines()[-1]
 
     def test_a_second_signal_ends_it_without_the_answers(self, settings: dict[str, str]) -> None:
         with ApiProcess({**settings, "VERIFY_REPLY_TIMEOUT": "60"}) as api:

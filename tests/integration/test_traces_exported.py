@@ -23,13 +23,8 @@ from support.worker_process import WorkerProcess
 TRACE_ID, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PARENT = f"00-{TRACE_ID}-{CALLER}-01"
 ON = {"OTEL_TRACES_EXPORTER": "otlp"}
-# What is loaded for traces only. redis-py loads the rest by itself, wherever it is installed.
-LOADED = (
-    "producer.tracing.spans",
-    "producer.tracing.export",
-    "opentelemetry.sdk.trace",
-    "opentelemetry.exporter",
-)
+# What only tracing loads. redis-py loads the rest of OpenTelemetry wherever it is installed.
+LOADED = ("producer.tracing.spans", "producer.tracing.export", "opentelemetry.sdk.trace", "opentelemetry.exporter")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +35,7 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="module")
 def traced(collector: Collector) -> Iterator[Rig]:
-    """A rig with a worker that is traced; the environment of its processes has what they need."""
+    """A rig with a traced worker. Its settings have tracing on."""
     with Rig() as rig:
         rig.settings |= collector.environment
         rig.add_worker()
@@ -54,19 +49,19 @@ def api(traced: Rig) -> Iterator[ApiProcess]:
 
 
 def of_trace(collector: Collector, trace_id: str, count: int) -> list[Kept]:
-    """So many spans of one trace."""
+    """The `count` spans of one trace, once all are exported."""
 
     def found() -> list[Kept]:
         return [span for span in collector.spans() if span.trace_id == trace_id]
 
     eventually(lambda: len(found()) >= count)
-    time.sleep(0.3)  # three more exports, in which one too many would come
+    time.sleep(0.3)  # three more exports, in which a surplus span would come
     assert len(found()) == count
     return found()
 
 
 def assert_private(collector: Collector, rig: Rig, *secrets: str) -> None:
-    """No address, no code, not even a part of one, and nothing that might be one."""
+    """No export holds an address, a part of one, or a code."""
     assert rig.relay.dotted
     private = {*secrets, "example.com", "code_", *(code_in(mail) for mail in rig.relay.dotted)}
     private |= {part for mail in rig.relay.dotted for part in mail.recipient.split("@")}
@@ -92,28 +87,7 @@ def test_one_trace_goes_through_both_processes(collector: Collector, traced: Rig
     assert_private(collector, traced, email)
 
 
-def test_a_retry_shows_both_tries_in_one_trace_and_a_check_is_one_of_its_own(
-    collector: Collector, traced: Rig, api: ApiProcess
-) -> None:
-    email, trace_id = address("patient"), "1" * 32
-    traced.script(email, rcpt=["450 4.2.1 <patient@example.com> later"])
-    parent = f"00-{trace_id}-{CALLER}-01"
-    assert api.post("/get_varifycode", {"email": email}, headers={"traceparent": parent})["error"] == 0
-    tries = [span.facts for span in of_trace(collector, trace_id, 10) if span.name == "smtp send"]
-    assert [(each["verify.retry"], each["verify.outcome"], each.get("verify.smtp_code")) for each in tries] == [
-        (0, "deferred", 450),
-        (1, "accepted", None),
-    ]
-    code, check_id = code_in(traced.mails_to(email)[0]), "2" * 32
-    check = {"email": email, "varifycode": code}
-    headers = {"traceparent": f"00-{check_id}-{CALLER}-01"}
-    assert api.post("/check_varifycode", check, headers=headers)["error"] == 0
-    [span] = of_trace(collector, check_id, 1)
-    assert (span.name, span.facts["verify.error"]) == ("POST /check_varifycode", 0)
-    assert_private(collector, traced, email, code)
-
-
-def test_what_goes_through_celery_is_traced_too(collector: Collector, traced: Rig) -> None:
+def test_a_message_that_celery_executes_is_traced_too(collector: Collector, traced: Rig) -> None:
     email, trace_id = address("later"), "3" * 32
     headers = {"traceparent": f"00-{trace_id}-{CALLER}-01", "eta": "2020-01-01T00:00:00+00:00"}
     [request_id] = traced.caller.push(message({"email": email}, headers=headers))
@@ -124,7 +98,7 @@ def test_what_goes_through_celery_is_traced_too(collector: Collector, traced: Ri
     assert_private(collector, traced, email)
 
 
-def test_what_is_left_is_exported_when_a_process_ends(new_rig: Callable[..., Rig]) -> None:
+def test_a_process_that_ends_exports_its_last_spans(new_rig: Callable[..., Rig]) -> None:
     with Collector() as collector:
         rig = new_rig()
         rig.settings |= {**collector.environment, "OTEL_BSP_SCHEDULE_DELAY": "600000", "OTEL_SERVICE_NAME": "ours"}
@@ -144,7 +118,9 @@ def test_what_is_left_is_exported_when_a_process_ends(new_rig: Callable[..., Rig
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["away", "silent"])
-def test_without_a_collector_all_is_served_and_ends_in_time(new_rig: Callable[..., Rig], *, silent: bool) -> None:
+def test_without_a_collector_requests_are_served_and_processes_end_in_time(
+    new_rig: Callable[..., Rig], *, silent: bool
+) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         if silent:
@@ -171,25 +147,16 @@ def test_without_a_collector_all_is_served_and_ends_in_time(new_rig: Callable[..
         rig.check()
 
 
-def start_of(process: str, **environment: str) -> tuple[int, list[str]]:
-    """With what status a process ends that must not start, and all the lines that it says."""
-    command = {
-        "worker": [sys.executable, "-m", "celery", "-A", "worker.app", "worker", "-P", "solo"],
-        "api": [
-            sys.executable,
-            "-m",
-            "producer",
-            "serve",
-            "--http-bind",
-            "127.0.0.1:0",
-            "--grpc-bind",
-            "127.0.0.1:0",
-        ],
-    }[process]
+def failed_start(process: str, **environment: str) -> tuple[int, list[str]]:
+    """The exit status of a process that must not start, and the lines that it prints."""
+    words = {
+        "worker": "celery -A worker.app worker -P solo",
+        "api": "producer serve --http-bind 127.0.0.1:0 --grpc-bind 127.0.0.1:0",
+    }
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("VERIFY_", "OTEL_"))}
     own = {"PYTHONPATH": str(ROOT), "VERIFY_REDIS_URL": "redis://127.0.0.1:1"}
     done = subprocess.run(
-        command,
+        [sys.executable, "-m", *words[process].split()],
         env={**inherited, **own, **environment},
         capture_output=True,
         text=True,
@@ -198,6 +165,9 @@ def start_of(process: str, **environment: str) -> tuple[int, list[str]]:
         cwd="/",
     )
     return done.returncode, (done.stdout + done.stderr).splitlines()
+
+
+REFUSED = "OTEL_*: OpenTelemetry cannot be set up with them: "
 
 
 @pytest.mark.parametrize("process", ["worker", "api"])
@@ -215,31 +185,28 @@ class TestStarting:
             ),
             (
                 {**ON, "OTEL_BSP_MAX_QUEUE_SIZE": "0"},
-                "OTEL_*: OpenTelemetry cannot be set up with them: max_queue_size must be a positive integer.",
+                f"{REFUSED}max_queue_size must be a positive integer.",
             ),
             (
                 {**ON, "OTEL_EXPORTER_OTLP_HEADERS": "a=b, Authorization s3cret"},
-                (
-                    "OTEL_*: OpenTelemetry cannot be set up with them:"
-                    " OTEL_EXPORTER_OTLP_HEADERS is no comma-separated list of name=value"
-                ),
+                f"{REFUSED}OTEL_EXPORTER_OTLP_HEADERS must be a comma-separated list of name=value",
             ),
         ],
         ids=["exporter", "protocol", "other", "a secret"],
     )
     def test_a_bad_value_is_one_line(self, process: str, environment: dict[str, str], line: str) -> None:
-        assert start_of(process, **environment) == (2, [line])
+        assert failed_start(process, **environment) == (2, [line])
 
     @pytest.mark.parametrize("missing", ["opentelemetry.sdk", "opentelemetry.exporter"])
     def test_a_missing_package_is_one_line(self, process: str, missing: str, tmp_path: Path) -> None:
         (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{missing!r}] = None\n")
-        status, [line] = start_of(process, **ON, PYTHONPATH=f"{tmp_path}:{ROOT}")
+        status, [line] = failed_start(process, **ON, PYTHONPATH=f"{tmp_path}:{ROOT}")
         assert status == 2
         assert line.startswith(f"OTEL_TRACES_EXPORTER: traces need {missing}")
         assert line.endswith(": pip install 'verifyserver[traces]'")
 
 
-# Writes down, at a process' end, what it has loaded.
+# Writes the names of all loaded modules to a file when a process ends.
 _WITNESS = """
 import atexit, json, os, sys
 atexit.register(lambda: open(f"{os.path.dirname(__file__)}/{os.getpid()}.json", "w").write(json.dumps([*sys.modules])))
@@ -247,7 +214,7 @@ atexit.register(lambda: open(f"{os.path.dirname(__file__)}/{os.getpid()}.json", 
 
 
 @pytest.mark.parametrize("value", [None, "", "none", " None "])
-def test_off_nothing_of_it_is_loaded_and_messages_say_nothing_of_it(
+def test_without_tracing_nothing_of_it_is_loaded_and_messages_carry_no_context(
     new_rig: Callable[..., Rig], tmp_path: Path, value: str | None
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(_WITNESS)
@@ -269,7 +236,7 @@ def test_off_nothing_of_it_is_loaded_and_messages_say_nothing_of_it(
     assert [name for each in loaded for name in each if name.startswith(LOADED)] == []
 
 
-def test_the_variables_may_stand_in_the_env_file_and_console_prints(new_rig: Callable[..., Rig]) -> None:
+def test_the_env_file_may_set_the_variables_and_console_prints_spans(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig()
     worker = WorkerProcess({**rig.settings, "OTEL_TRACES_EXPORTER": "", "OTEL_TRACES_SAMPLER": ""}, log_level="INFO")
     lines = "OTEL_TRACES_EXPORTER=console\nOTEL_SERVICE_NAME=from-the-file\n"
@@ -284,7 +251,7 @@ def test_the_variables_may_stand_in_the_env_file_and_console_prints(new_rig: Cal
         worker.close()
 
 
-# An application of somebody else's, which has set up OpenTelemetry for itself, or has not.
+# Another application, which has set up OpenTelemetry for itself ("own"), only imported it ("api"), or neither.
 _APPLICATION = """
 import sys
 from producer.client import VerificationClient

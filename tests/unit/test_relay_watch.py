@@ -79,29 +79,19 @@ def test_a_request_that_is_answered_soon_costs_no_look(monkeypatch: pytest.Monke
     assert readiness.looks == 0
 
 
-def test_a_timeout_of_the_client_itself_is_not_swallowed() -> None:
+@pytest.mark.parametrize("cancel", [False, True], ids=["the client's own timeout", "a caller that cancels"])
+def test_other_ends_are_not_answered(*, cancel: bool) -> None:
     async def ask() -> None:
         async def request() -> Reply:
+            if cancel:
+                await asyncio.sleep(3600)
             raise TimeoutError
 
-        await RelayWatch(cast(Readiness, FakeReadiness(1))).wait().reply(request())
-
-    with pytest.raises(TimeoutError):
-        asyncio.run(ask())
-
-
-def test_a_caller_that_cancels_is_not_answered() -> None:
-    async def ask() -> None:
-        wait = RelayWatch(cast(Readiness, FakeReadiness(1))).wait()
-
-        async def request() -> Reply:
-            await asyncio.sleep(3600)
-            raise AssertionError
-
-        task = asyncio.create_task(wait.reply(request()))
+        task = asyncio.create_task(RelayWatch(cast(Readiness, FakeReadiness(1))).wait().reply(request()))
         await asyncio.sleep(0)
-        task.cancel()
+        if cancel:
+            task.cancel()
         await task
 
-    with pytest.raises(asyncio.CancelledError):
+    with pytest.raises(asyncio.CancelledError if cancel else TimeoutError):
         asyncio.run(ask())
