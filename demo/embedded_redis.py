@@ -40,7 +40,6 @@ def embedded() -> str:
 def start(directory: Path, program: str | None = None, flags: Sequence[str] = KEEPS_NOTHING) -> tuple[Child, str]:
     """Start a server in `directory`, the embedded one unless `program` names another. Returns its URL, too."""
     program = program or embedded()
-    child: Child | None = None
     for _ in range(_TRIES):
         with socket.socket() as probe:
             probe.bind((HOST, 0))
@@ -51,7 +50,7 @@ def start(directory: Path, program: str | None = None, flags: Sequence[str] = KE
         if _answers(child, url):
             return child, url
         child.stop()
-    raise PartMissing(f"{program} did not start:\n{child.tail() if child else ''}")
+    raise PartMissing(f"{program} did not start:\n{child.tail()}")
 
 
 def _answers(child: Child, url: str) -> bool:

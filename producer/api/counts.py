@@ -44,7 +44,6 @@ class ApiMetrics(ProcessMetrics):
         self.refusals: Counter[int] = Counter()  # HTTP answers with a status other than 200
 
     def in_flight(self, protocol: Protocol) -> int:
-        """Requests that are being answered over a protocol."""
         return sum(counts.in_flight for (each, _), counts in self.counts.items() if each == protocol)
 
     def own_metrics(self) -> Iterator[Metric]:

@@ -86,7 +86,6 @@ class HttpConnection(HttpToolsProtocol):
         self._reading = "head"
 
     def on_headers_complete(self) -> None:
-        """The head is complete; a body may follow."""
         if self.parser.should_upgrade():
             self._upgrade = True
             return

@@ -11,7 +11,7 @@ from producer.redis.connection import REDIS_TIMEOUT, RedisConnections, check_ver
 from producer.settings import Settings
 from producer.store.backlog import Backlog, backlog, read_backlog
 
-FRESH = 0.25  # seconds for which one look serves everyone who asks, so that a crowd costs Redis nothing
+FRESH = 0.25  # seconds for which one look serves everyone, so that a crowd costs Redis nothing
 _DATABASES = ("broker", "results", "codes")
 
 

@@ -39,7 +39,7 @@ def in_flight(api: ApiProcess) -> float:
 
 
 def test_the_proto_file_compiles_to_our_descriptor(tmp_path: Path) -> None:
-    words = f"-m grpc_tools.protoc --descriptor_set_out={tmp_path}/message.pb message.proto"
+    words = f"-m grpc_tools.protoc -I. --descriptor_set_out={tmp_path}/message.pb message.proto"
     subprocess.run([sys.executable, *words.split()], cwd=ROOT / "producer/api", check=True, timeout=60)
     [file] = descriptor_pb2.FileDescriptorSet.FromString((tmp_path / "message.pb").read_bytes()).file
     assert file == file_descriptor()

@@ -33,11 +33,8 @@ SHAPES = [
 
 
 def colours() -> dict[str, dict[str, str]]:
-    text = STYLE.read_text(encoding="utf-8")
-    blocks = re.findall(r":root \{(.*?)\}", text, re.DOTALL)
-    light, dark = (dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block)) for block in blocks)
-    assert light.keys() == dark.keys()
-    return {"light": light, "dark": dark}
+    found = re.findall(r"--([\w-]+): light-dark\((#[0-9a-f]{6}), (#[0-9a-f]{6})\);", STYLE.read_text(encoding="utf-8"))
+    return {"light": {name: light for name, light, _ in found}, "dark": {name: dark for name, _, dark in found}}
 
 
 def luminance(colour: str) -> float:

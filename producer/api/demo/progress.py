@@ -56,12 +56,10 @@ class RequestProgress:
                 task.cancel()
 
     def on_publish(self, request_id: str) -> None:
-        """The request is about to be pushed under this id."""
         self._request_id = request_id
         self._task_events.follow(request_id, self._on_event)
 
     def on_confirmed(self) -> None:
-        """Redis has the request."""
         self._reach("queue", self._elapsed())
 
     def answered(self) -> None:
