@@ -1,12 +1,13 @@
 """Celery's settings for the worker and Flower, each with its reason."""
 
 from producer.contract import REPLY_TTL, TASK
+from producer.setting_types import is_sentinel
 from producer.settings import load_or_exit
-from worker.celery_side.redis_urls import broker_form, results_form
+from worker.celery_side.redis_urls import celery_form
 
 # The one place where a worker or Flower reads its settings: a later edit of .env counts from the next start.
 settings = load_or_exit()
-_broker, _results = broker_form(settings.broker_url), results_form(settings.results_url)
+_broker, _results = celery_form(settings.broker_url, login=True), celery_form(settings.results_url, login=False)
 # Notice a silent or half-open Redis within seconds. redis-py 8 would retry a command ten times on its own, while the
 # caller waits: an early error serves it better.
 _sockets = {
@@ -28,9 +29,8 @@ broker_connection_retry_on_startup = True  # worker and Redis start in any order
 broker_connection_max_retries = None  # Redis may stay away for long
 # An upper bound, opened on demand: each of Flower's threads (up to 32) holds two while it inspects.
 broker_pool_limit = 100
-result_backend = (
-    f"worker.celery_side.backend:{'SentinelReplyBackend' if _results.sentinel else 'ReplyBackend'}+{_results.url}"
-)
+_backend = "SentinelReplyBackend" if is_sentinel(settings.results_url) else "ReplyBackend"
+result_backend = f"worker.celery_side.backend:{_backend}+{_results.url}"
 redis_username = _results.user  # only set with Sentinel, as are the next two
 redis_password = _results.password
 redis_backend_use_ssl = _results.tls

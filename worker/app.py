@@ -10,11 +10,12 @@ import threading
 from typing import Any
 
 import click
-from celery import signals
+from celery import Celery, signals
 from click.core import ParameterSource
 
 import celeryconfig
 from producer import logs
+from producer.errors import VerifyError
 from producer.settings import exit_on_bad_setting
 from producer.tracing import setup as traces
 from worker.bootstrap import SERVICE
@@ -22,7 +23,7 @@ from worker.celery_side import (
     control,  # noqa: F401 - importing it replaces Celery's inspect commands by ours
     transport,
 )
-from worker.celery_side.application import VerifyApp
+from worker.celery_side.bridge import Bridge
 from worker.celery_side.flower import QueueLengths
 from worker.mail.render import check_locale
 from worker.tasks import SendCode
@@ -31,8 +32,25 @@ EXIT_WITHIN = 14.0  # seconds; the contract says 15
 
 logger = logging.getLogger(__name__)
 
+
+class VerifyApp(Celery):  # type: ignore[misc]  # Celery ships no types
+    """Carries what the parts that Celery makes itself (consumer, backend, requests) share: they get only the app."""
+
+    settings = celeryconfig.settings
+    running_bridge: Bridge | None = None  # set while a worker serves
+    masks_results = False  # set in Flower's process, which shows results to people
+
+    @property
+    def bridge(self) -> Bridge:
+        """The running worker's. Raises `VerifyError` outside one."""
+        if self.running_bridge is None:
+            raise VerifyError("verification.send_code runs in a worker only: celery -A worker.app worker")
+        return self.running_bridge
+
+
 transport.register(celeryconfig.settings.broker_url)
-app = VerifyApp(celeryconfig.settings, celeryconfig)
+app = VerifyApp("verifyserver")
+app.config_from_object(celeryconfig)
 send_code = app.register_task(SendCode())
 
 

@@ -49,8 +49,7 @@ class SendCode(Task):  # type: ignore[misc]  # Celery ships no types
         Raises `Ignore` if a retry is scheduled: the request will come back as a message.
         """
         del email, purpose, locale
-        tag = str((self.request.properties or {}).get("delivery_tag"))
-        reply = self.app.bridge.serve(tag)
+        reply = self.app.bridge.serve(str((self.request.properties or {}).get("delivery_tag")))
         if reply is None:
             raise Ignore
         return StoredReply(reply)

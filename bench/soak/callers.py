@@ -22,7 +22,7 @@ from producer.aio import AsyncVerificationClient
 from producer.client import VerificationClient
 from producer.errors import RedisUnavailable
 from producer.settings import Settings
-from worker.celery_side.redis_urls import broker_form, connect
+from worker.celery_side.redis_urls import celery_form, connect
 
 HOST: Final = "soak.example"
 POPULAR: Final = 12  # addresses that several callers ask for again and again
@@ -145,7 +145,7 @@ class Callers:
 
     def _celery(self) -> None:
         chance = random.Random(f"{self._seed} celery")
-        broker = broker_form(self._settings.broker_url)
+        broker = celery_form(self._settings.broker_url, login=True)
         app = Celery("stock", broker=broker.url)
         sockets = {"socket_timeout": 2, "socket_connect_timeout": 1, "retry_on_timeout": False, **broker.options}
         app.conf.update(broker_transport_options=sockets, task_publish_retry=False, broker_connection_timeout=1)

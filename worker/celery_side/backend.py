@@ -26,10 +26,12 @@ class ReplyBackend(RedisBackend):  # type: ignore[misc]  # Celery ships no types
         return result
 
     def decode_result(self, payload: Any) -> Any:
-        """What is stored under a task's id."""
         meta = super().decode_result(payload)
-        if self.app.masks_results and isinstance(meta, dict) and "result" in meta:
-            return {**meta, "result": _masked(meta["result"])}
+        if self.app.masks_results and isinstance(meta, dict) and meta.get("result") is not None:
+            result = meta["result"]
+            is_reply = isinstance(result, dict) and isinstance(result.get("error"), int)
+            masked = {"email": mask_email(result.get("email")), "error": result["error"]} if is_reply else "***"
+            return {**meta, "result": masked}
         return meta
 
 
@@ -38,12 +40,4 @@ class SentinelReplyBackend(ReplyBackend, SentinelBackend):  # type: ignore[misc]
 
     @property
     def _transport_options(self) -> dict[str, Any]:
-        options = sentinel_options(self.app.settings.results_url)
-        return {**super()._transport_options, "sentinel_kwargs": options}
-
-
-def _masked(result: Any) -> Any:
-    """A reply with its address masked; anything else is hidden altogether."""
-    if isinstance(result, dict) and isinstance(result.get("error"), int):
-        return {"email": mask_email(result.get("email")), "error": result["error"]}
-    return None if result is None else "***"
+        return {**super()._transport_options, "sentinel_kwargs": sentinel_options(self.app.settings.results_url)}

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
 
 from celery.worker import state
@@ -28,7 +28,7 @@ from celery.worker import state
 from producer.contract import TASK, Reply
 from producer.errors import VerifyError
 from producer.settings import Settings
-from worker.bootstrap import Worker, wire
+from worker.bootstrap import wire
 from worker.celery_side.events import Events
 from worker.fetcher import Fetcher
 from worker.job import Finished, Job
@@ -36,9 +36,7 @@ from worker.queue.commands import RequestQueue
 
 logger = logging.getLogger(__name__)
 
-FINISH_WITHIN: Final = (
-    11.0  # seconds that a warm shutdown waits for sends in hand; one takes VERIFY_SEND_TIMEOUT at most
-)
+FINISH_WITHIN: Final = 11.0  # seconds that a warm shutdown waits for sends in hand, each of VERIFY_SEND_TIMEOUT at most
 CUT_WITHIN: Final = 1.5  # seconds in which a cold shutdown puts back what it can; the rest is redelivered
 SWITCH_INTERVAL: Final = 0.0002  # seconds
 GC_THRESHOLD: Final = 50_000  # new objects until the next collection; the default of 700 is reached by a few requests
@@ -54,7 +52,7 @@ class HubPort:
         self._queue = queue
         self._events = events
         self._consumer: Any = None
-        self._posted: deque[Callable[[], None]] = deque()
+        self._posted: deque[dict[str, Any]] = deque()  # messages for Celery's consumer
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._reader, False)
         os.set_blocking(self._writer, False)
@@ -66,28 +64,19 @@ class HubPort:
         self._events.received(jobs)
 
     def done(self, finished: Finished) -> None:
-        """Send the events of requests that this worker does not hold any more."""
         self._events.done(finished)
 
     def to_celery(self, message: dict[str, Any]) -> None:
-        """Deliver to Celery's consumer, through its transport."""
-        self._posted.append(functools.partial(self._deliver, message))
-        # With more than one, the hub is running them, or was woken for the first.
+        self._posted.append(message)
+        # With more than one, the hub is delivering them, or was woken for the first.
         if len(self._posted) == 1:
             with contextlib.suppress(BlockingIOError):
                 os.write(self._writer, b"\0")
 
-    def _deliver(self, message: dict[str, Any]) -> None:
-        # While Celery waits for Redis, nothing is delivered: at the reconnect, the message returns to the queue.
-        if self._consumer.connection is not None:
-            self._consumer.connection.transport._deliver(message, self._queue)  # noqa: SLF001 - as transports do
-
     def is_revoked(self, request_id: str) -> bool:
-        """Whether `celery control revoke` named the request."""
         return request_id in state.revoked
 
     def give_up(self, reason: str) -> None:
-        """Stop the worker, with one line in the log."""
         logger.critical(reason)
         state.should_stop = 1
 
@@ -96,19 +85,23 @@ class HubPort:
         replaces, self._consumer = self._consumer is not None, consumer
         self._events.attach(consumer.event_dispatcher)
         # Read once the hub runs, not now: only then does the new channel know whose messages these are.
-        consumer.hub.add_reader(self._reader, self.run_posted)
+        consumer.hub.add_reader(self._reader, self.deliver_posted)
         # The hub sleeps for up to seconds. Without this, it would not wake for a signal either.
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         return replaces
 
-    def run_posted(self) -> None:
-        """Called by Celery's thread: run what was posted."""
+    def deliver_posted(self) -> None:
+        """Called by Celery's thread: deliver to its consumer, through its transport."""
         with contextlib.suppress(BlockingIOError):
             os.read(self._reader, 65536)
         while self._posted:
+            message = self._posted.popleft()
             try:
-                self._posted.popleft()()
-            except Exception as exc:  # noqa: BLE001 - one failed call must not stop the next
+                connection = self._consumer.connection
+                # None while Celery waits for Redis: at the reconnect, the message returns to the queue.
+                if connection is not None:
+                    connection.transport._deliver(message, self._queue)  # noqa: SLF001 - as transports do
+            except Exception as exc:  # noqa: BLE001 - one failed message must not stop the next
                 logger.error("unforeseen error in Celery's thread", extra={"kind": type(exc).__name__})
 
 
@@ -118,27 +111,24 @@ class Bridge:
     _port: HubPort
 
     def __init__(self, settings: Settings) -> None:
+        """Start the loop and wire the service on it."""
         self.queue = settings.queue
-        self._settings = settings
-        self._worker: Worker | None = None
+        self._stopped = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="service", daemon=True)
-
-    # Called by Celery, on its own thread.
-
-    def open(self) -> None:
-        """Start the loop and wire the service on it."""
         # While Celery's thread computes, the loop waits for the interpreter: by default 5 ms, at each reply.
         sys.setswitchinterval(SWITCH_INTERVAL)
         # Imported objects stay, and a request leaves no cycles: spare the garbage collector both.
         gc.freeze()
         gc.set_threshold(GC_THRESHOLD, *gc.get_threshold()[1:])
         self._thread.start()
-        self._worker = self._call(wire(self._settings, self._make_port)).result()
+        self._worker = self._call(wire(settings, self._make_port)).result()
 
     def _make_port(self, events: Events) -> HubPort:
         self._port = HubPort(self.queue, events)
         return self._port
+
+    # Called by Celery, on its own thread.
 
     def attach(self, consumer: Any) -> None:
         """Use this connected consumer from now on; Celery makes a new one at each reconnect."""
@@ -148,20 +138,18 @@ class Bridge:
 
     def close(self) -> None:
         """Finish what is in hand, put back the rest, end the loop. Celery's order to terminate cuts it short."""
-        if self._worker is None:
-            return
         stopping = self._call(self._worker.stop(CUT_WITHIN if state.should_terminate else FINISH_WITHIN))
         cut_at = math.inf
         while not stopping.done() and time.monotonic() < cut_at:
             concurrent.futures.wait([stopping], timeout=_POLL)
-            self._port.run_posted()
+            self._port.deliver_posted()
             if state.should_terminate and cut_at == math.inf:
                 cut_at = time.monotonic() + CUT_WITHIN
         with contextlib.suppress(TimeoutError):
             self._call(_cancel_all()).result(timeout=1)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=1)
-        self._worker = None
+        self._stopped = True
 
     def held(self) -> list[Job]:
         """The requests that the service holds and Celery does not know of."""
@@ -171,7 +159,7 @@ class Bridge:
 
     def consume(self, *, on: bool) -> None:
         """Start or stop taking requests; does nothing once the service has stopped."""
-        if self._worker is not None:
+        if not self._stopped:
             self._loop.call_soon_threadsafe(functools.partial(self._fetcher.consume, on=on))
 
     def serve(self, tag: str) -> Reply | None:
@@ -179,11 +167,9 @@ class Bridge:
         return self._call(self._fetcher.serve_for_celery(tag)).result()
 
     def ack(self, tag: str) -> None:
-        """Celery is done with the message."""
         self._call(self._fetcher.leave_celery(tag, RequestQueue.ack([tag])))
 
     def dead_letter(self, tag: str) -> None:
-        """Celery rejects the message."""
         self._call(self._fetcher.dead_letter_from_celery(tag))
 
     def release(self, tag: str) -> None:
@@ -196,7 +182,7 @@ class Bridge:
 
     @property
     def _fetcher(self) -> Fetcher:
-        if self._worker is None:
+        if self._stopped:
             raise VerifyError("the worker is stopping")
         return self._worker.fetcher
 

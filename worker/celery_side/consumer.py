@@ -29,10 +29,8 @@ class ServiceStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ship
         """Start the service once; each reconnect only attaches the new consumer."""
         app = consumer.app
         if app.running_bridge is None:
-            bridge = Bridge(app.settings)
-            bridge.open()
-            app.running_bridge = bridge
-        consumer.connection.transport.request_source = app.bridge
+            app.running_bridge = Bridge(app.settings)
+        consumer.connection.transport.bridge = app.bridge
         app.bridge.attach(consumer)
 
     def stop(self, consumer: Any) -> None:
@@ -50,12 +48,8 @@ class ServiceStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ship
 class Heartbeat(heartbeat.Heart):  # type: ignore[misc]  # Celery ships no types
     """Celery's heartbeat, except that requests held by the service count as active too."""
 
-    def __init__(self, app: Any, *args: Any) -> None:
-        super().__init__(*args)
-        self._app = app
-
     def _send(self, event: str, retry: bool = True) -> Any:
-        bridge = self._app.running_bridge
+        bridge = self.eventer.app.running_bridge
         return self.eventer.send(
             event,
             freq=self.interval,
@@ -68,11 +62,8 @@ class Heartbeat(heartbeat.Heart):  # type: ignore[misc]  # Celery ships no types
 
 
 class HeartbeatStep(heart.Heart):  # type: ignore[misc]  # Celery ships no types
-    """Celery's step, with our heartbeat."""
-
     def start(self, consumer: Any) -> None:
-        """Send the first one, and the others from a timer."""
-        consumer.heart = Heartbeat(consumer.app, consumer.timer, consumer.event_dispatcher, self.heartbeat_interval)
+        consumer.heart = Heartbeat(consumer.timer, consumer.event_dispatcher, self.heartbeat_interval)
         consumer.heart.start()
 
 
@@ -80,8 +71,6 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]  # Celery ships no type
     """Celery's consumer with the service, and without gossip and mingle, which cost O(workers^2) messages at start."""
 
     class Blueprint(consumer.Consumer.Blueprint):  # type: ignore[misc]  # Celery ships no types
-        """Celery's steps, and ours."""
-
         default_steps = (
             *(step for step in consumer.Consumer.Blueprint.default_steps if not str(step).endswith(":Heart")),
             HeartbeatStep,

@@ -13,7 +13,7 @@ import time
 import uuid
 from base64 import b64encode
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
@@ -27,32 +27,7 @@ from worker.job import Job
 MAX_DELAY = 0.05  # seconds that an event may wait for others, off the path of its request
 FLUSH_AT = 300  # events that are published at once; to build more would hold up the loop for over 0.1 ms
 FAREWELL = 0.5  # seconds to publish the last events
-_GROUP, _ROUTING_KEY = "task", "task.multi"
-
-
-class Clock(Protocol):
-    """Celery's logical clock."""
-
-    mutex: Any
-    value: int
-
-
-class Exchange(Protocol):
-    """The exchange that events are published to."""
-
-    name: str
-
-
-class Dispatcher(Protocol):
-    """What we read from Celery's event dispatcher; remote control may change it at any time, on Celery's thread."""
-
-    enabled: bool
-    groups: set[str]  # empty: all
-    hostname: str
-    pid: int
-    clock: Clock
-    exchange: Exchange
-    delivery_mode: int
+_ROUTING_KEY = "task.multi"
 
 
 class Events:
@@ -63,68 +38,43 @@ class Events:
 
     def __init__(self, broker: Database) -> None:
         self._broker = broker
-        self._dispatcher: Dispatcher | None = None
+        self._dispatcher: Any = None  # remote control may change it at any time, on Celery's thread
         self._collected: list[dict[str, Any]] = []
         self._timer: asyncio.TimerHandle | None = None
 
-    def attach(self, dispatcher: Dispatcher | None) -> None:
-        """Use this dispatcher from now on; Celery makes a new one at each reconnect. May be called on any thread."""
+    def attach(self, dispatcher: Any) -> None:
+        """Use this `EventDispatcher` from now on; Celery makes a new one at each reconnect. Called on any thread."""
         self._dispatcher = dispatcher
 
     def received(self, jobs: list[Job]) -> None:
         """Requests were taken and are served at once. Ids are masked: a caller may use an address as one."""
-        dispatcher = self._enabled()
-        if dispatcher is None:
-            return
-        common = _common(dispatcher)
-        clock = _forward(dispatcher.clock, 2 * len(jobs))
         events: list[dict[str, Any]] = []
         for job in jobs:
             uid = mask_text(job.request_id)
-            events += (
-                {
-                    **common,
-                    "clock": clock,
-                    "type": "task-received",
-                    "uuid": uid,
-                    "root_id": uid,
-                    "name": TASK,
-                    "args": "()",
-                    "kwargs": f"{{'email': {mask_email(job.request.email)!r}}}",
-                    "retries": 0,
-                },
-                {**common, "clock": clock + 1, "type": "task-started", "uuid": uid},
-            )
-            clock += 2
+            kwargs = f"{{'email': {mask_email(job.request.email)!r}}}"
+            known = {"root_id": uid, "name": TASK, "args": "()", "kwargs": kwargs, "retries": 0}
+            events.append({"type": "task-received", "uuid": uid, **known})
+            events.append({"type": "task-started", "uuid": uid})
         self._collect(events)
 
     def done(self, finished: Iterable[tuple[Job, ErrorCode | None]]) -> None:
         """Requests were settled; None: without a reply."""
-        dispatcher = self._enabled()
-        if dispatcher is None:
-            return
-        # An unreadable message has no id: it never was a task.
-        tasks = [(job, error) for job, error in finished if job.request_id]
-        common = _common(dispatcher)
-        clock = _forward(dispatcher.clock, len(tasks))
         now = asyncio.get_running_loop().time()
         events: list[dict[str, Any]] = []
-        for job, error in tasks:
-            event = {**common, "clock": clock, "uuid": mask_text(job.request_id)}
-            clock += 1
+        for job, error in finished:
+            if not job.request_id:  # an unreadable message: it never was a task
+                continue
+            uid = mask_text(job.request_id)
             if error is not None:
-                event["type"] = "task-succeeded"
-                event["result"] = shown(job.request.email, error)
-                event["runtime"] = now - job.began
+                result = shown(job.request.email, error)
+                events.append({"type": "task-succeeded", "uuid": uid, "result": result, "runtime": now - job.began})
             else:
                 # Where an id had a SUCCESS before, monitors keep it: Celery ranks states.
-                event["type"] = "task-rejected" if job.dead_lettered else "task-retried"
-                event["exception"] = "not yet answered"
-            events.append(event)
+                kind = "task-rejected" if job.dead_lettered else "task-retried"
+                events.append({"type": kind, "uuid": uid, "exception": "not yet answered"})
         self._collect(events)
 
     def flush(self) -> None:
-        """Publish now what was collected."""
         # Dropped if it cannot be written: no request may fail because of an event.
         with contextlib.suppress(RedisUnavailable, orjson.JSONEncodeError):
             command = self._publication()
@@ -166,34 +116,24 @@ class Events:
         }
         return ("PUBLISH", channel, orjson.dumps(message))
 
-    def _enabled(self) -> Dispatcher | None:
-        """The dispatcher, if task events are enabled now."""
-        dispatcher = self._dispatcher
-        if dispatcher is None or not dispatcher.enabled or (dispatcher.groups and _GROUP not in dispatcher.groups):
-            return None
-        return dispatcher
-
     def _collect(self, events: list[dict[str, Any]]) -> None:
+        """Complete and keep these events, if task events are enabled now."""
+        dispatcher = self._dispatcher
+        if dispatcher is None or not dispatcher.enabled or (dispatcher.groups and "task" not in dispatcher.groups):
+            return
+        with dispatcher.clock.mutex:  # as `LamportClock.forward`, several steps at once
+            first = dispatcher.clock.value + 1
+            dispatcher.clock.value += len(events)
+        now = time.time()
+        offset = -time.localtime(now).tm_gmtoff / 3600  # Celery's: hours, positive in the west
+        common = {"hostname": dispatcher.hostname, "utcoffset": offset, "pid": dispatcher.pid, "timestamp": now}
+        for clock, event in enumerate(events, first):
+            event.update(common, clock=clock)
         self._collected += events
         if len(self._collected) >= FLUSH_AT:
             self.flush()
         elif self._timer is None and events:
             self._timer = asyncio.get_running_loop().call_later(MAX_DELAY, self.flush)
-
-
-def _common(dispatcher: Dispatcher) -> dict[str, Any]:
-    """The fields that events of one moment share. `utcoffset` is Celery's: hours, positive in the west."""
-    now = time.time()
-    offset = -time.localtime(now).tm_gmtoff / 3600
-    return {"hostname": dispatcher.hostname, "utcoffset": offset, "pid": dispatcher.pid, "timestamp": now}
-
-
-def _forward(clock: Clock, steps: int) -> int:
-    """As `LamportClock.forward`, several steps at once. Returns the first stamp."""
-    with clock.mutex:
-        first = clock.value + 1
-        clock.value += steps
-    return first
 
 
 def shown(email: object, error: ErrorCode) -> str:

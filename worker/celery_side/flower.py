@@ -14,8 +14,7 @@ from producer.redis.connection import RedisConnections, raise_errors
 class QueueLengths:
     """Stands in for Flower's `RedisSentinel`, which is constructed once a page."""
 
-    def __init__(self, url: str, *_args: object, **_options: object) -> None:
-        """`url`: the broker's, as in our settings; the rest is what Flower passes."""
+    def __init__(self, url: str, *_args: object, **_options: object) -> None:  # the rest is what Flower passes
         self._url = url
 
     async def queues(self, names: Iterable[str]) -> list[dict[str, Any]]:

@@ -23,36 +23,26 @@ class CeleryForm(NamedTuple):
     tls: dict[str, Any]  # for the setting use_ssl
     user: str | None  # of results; a broker's are in the URL
     password: str | None
-    sentinel: bool
 
 
-def broker_form(url: str) -> CeleryForm:
-    """For a broker. kombu takes user and password from each sentinel's URL, and masks every password it shows."""
-    return _form(url, login=True)
+def celery_form(url: str, *, login: bool) -> CeleryForm:
+    """`login`: whether the URLs of sentinels have user and password.
 
-
-def results_form(url: str) -> CeleryForm:
-    """For a result backend. Celery masks the password of the first URL only, so no URL has one."""
-    return _form(url, login=False)
-
-
-def _form(url: str, *, login: bool) -> CeleryForm:
+    A broker's need them: kombu reads them from each, and masks every password it shows. A result backend's have none:
+    Celery masks the password of the first URL only.
+    """
     if not is_sentinel(url):
-        return CeleryForm(_checked(url), {}, {}, None, None, sentinel=False)
+        if url.startswith("rediss:") and "ssl_cert_reqs=" not in url:
+            # As on our own connections: kombu would not check certificates.
+            url += f"{'&' if '?' in url else '?'}ssl_cert_reqs=required"
+        return CeleryForm(url, {}, {}, None, None)
     service = SentinelURL.parse(url)
     userinfo = service.who() if login else ""
     joined = ";".join(f"sentinel://{userinfo}{address}/{service.database or 0}" for address in service.addresses())
     options = {"master_name": service.service}  # `inspect stats` shows these; see `sentinel_options`
     # Celery takes an empty dictionary for no TLS.
     tls = {"ssl_cert_reqs": "required", **_tls(service)} if service.tls else {}
-    return CeleryForm(joined, options, tls, service.user, service.password, sentinel=True)
-
-
-def _checked(url: str) -> str:
-    """`url`, with certificates required as on our own connections: kombu would not check them."""
-    if not url.startswith("rediss:") or "ssl_cert_reqs=" in url:
-        return url
-    return f"{url}{'&' if '?' in url else '?'}ssl_cert_reqs=required"
+    return CeleryForm(joined, options, tls, service.user, service.password)
 
 
 def connect(url: str, *, timeout: float) -> Redis:

@@ -7,30 +7,13 @@ the request queue only switches the fetcher on, and passes Celery the few messag
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from kombu.transport import TRANSPORT_ALIASES, redis, virtual
 
 from producer.setting_types import is_sentinel
+from worker.celery_side.bridge import Bridge
 from worker.celery_side.redis_urls import sentinel_options
-
-
-class RequestSource(Protocol):
-    """Where a worker's transport gets its requests from: the fetcher, called from Celery's threads."""
-
-    queue: str
-
-    def consume(self, *, on: bool) -> None:
-        """Start or stop taking requests."""
-
-    def ack(self, tag: str) -> None:
-        """Celery is done with the message."""
-
-    def dead_letter(self, tag: str) -> None:
-        """Celery rejects the message."""
-
-    def release(self, tag: str) -> None:
-        """Return the message to the queue."""
 
 
 class QoS(redis.QoS):
@@ -40,12 +23,14 @@ class QoS(redis.QoS):
     on a half-closed transport, which stops celery 5.7.0 with an AttributeError (tests/faults/test_redis.py).
     """
 
+    restore_at_shutdown = False  # the fetcher returns what is left when the worker stops
+
     @property
-    def _source(self) -> RequestSource:
-        source: RequestSource | None = self.channel.request_source
-        if source is None:
+    def _bridge(self) -> Bridge:
+        bridge: Bridge | None = self.channel.bridge
+        if bridge is None:
             raise RuntimeError("only a worker consumes requests: celery -A worker.app worker")
-        return source
+        return bridge
 
     def append(self, message: Any, delivery_tag: str) -> None:
         """The message is in `unacked` already: the script that reserved it put it there."""
@@ -53,24 +38,13 @@ class QoS(redis.QoS):
 
     def ack(self, delivery_tag: str) -> None:
         """Done. This channel's connection may be gone by now; the fetcher has its own."""
-        self._source.ack(delivery_tag)
+        self._bridge.ack(delivery_tag)
         virtual.QoS.ack(self, delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         """Not done; without `requeue`, Celery can make nothing of the message."""
-        (self._source.release if requeue else self._source.dead_letter)(delivery_tag)
+        (self._bridge.release if requeue else self._bridge.dead_letter)(delivery_tag)
         virtual.QoS.ack(self, delivery_tag)
-
-    def restore_unacked(self, client: Any = None) -> None:
-        """Nothing: the fetcher returns what is left when the worker stops."""
-        del client
-        self._delivered.clear()
-
-    def restore_unacked_once(self, stderr: Any = None) -> None:
-        """Nothing; see `restore_unacked`."""
-        del stderr
-        self._on_collect.cancel()
-        self._delivered.clear()
 
     def restore_visible(self, *_args: Any, **_kwargs: Any) -> None:
         """Nothing: the worker's maintenance restores from `unacked`, by Redis' clock, and knows which workers live."""
@@ -80,36 +54,34 @@ class Channel(redis.Channel):
     """A channel on which kombu does not read the request queue; the fetcher does."""
 
     QoS = QoS
-    request_source: RequestSource | None = None  # of a channel that consumes the request queue
+    bridge: Bridge | None = None  # of a channel that consumes the request queue
 
     def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **kwargs: Any) -> None:
-        """As kombu's, but the request queue is left to the fetcher."""
         super().basic_consume(queue, no_ack, callback, consumer_tag, **kwargs)
-        source = self.connection.request_source
-        if source is not None and queue == source.queue:
+        bridge = self.connection.bridge
+        if bridge is not None and queue == bridge.queue:
             self._active_queues.remove(queue)
             self._update_queue_cycle()
-            self.request_source = source  # kept here: a channel outlives its transport
-            source.consume(on=True)
+            self.bridge = bridge  # kept here: a channel outlives its transport
+            bridge.consume(on=True)
 
     def basic_cancel(self, consumer_tag: str) -> None:
         """As kombu's. A channel that closes with its connection stops no fetcher, which has its own connection."""
-        source, queue = self.request_source, self._tag_to_queue.get(consumer_tag)
-        if source is None or queue != source.queue:
+        if self.bridge is None or self._tag_to_queue.get(consumer_tag) != self.bridge.queue:
             super().basic_cancel(consumer_tag)
             return
         if not self.closed:
-            source.consume(on=False)
+            self.bridge.consume(on=False)
         # kombu's own method would remove the queue from its polling, where it never was.
         self._consumers.discard(consumer_tag)
         self._tag_to_queue.pop(consumer_tag, None)
 
 
 class Transport(redis.Transport):
-    """kombu's own transport, unless it is given a source of requests before the worker consumes from it."""
+    """kombu's own transport, unless it is given a bridge before the worker consumes from it."""
 
     Channel = Channel
-    request_source: RequestSource | None = None
+    bridge: Bridge | None = None
 
 
 class SentinelChannel(Channel, redis.SentinelChannel):
@@ -123,8 +95,6 @@ class SentinelChannel(Channel, redis.SentinelChannel):
 
 
 class SentinelTransport(Transport):
-    """The same, with such channels."""
-
     default_port = redis.SentinelTransport.default_port  # type: ignore[assignment]  # its base says None
     Channel = SentinelChannel
 
