@@ -31,7 +31,7 @@ SAMPLES: Final = (  # database, pattern: one key of each kind is looked at
 )
 
 
-async def queued_and_parked(rig: Rig, count: int) -> None:
+async def queued_and_delayed(rig: Rig, count: int) -> None:
     """Requests that wait for a worker, and requests that wait for their next try."""
     queue = rig.settings().queue
     before = await rig.memory()
@@ -41,11 +41,11 @@ async def queued_and_parked(rig: Rig, count: int) -> None:
     for start in range(0, count, BATCH):
         [answer] = await rig.ask(commands.reserve(min(BATCH, count - start), held=0), database=1)
         taken = commands.read_reserve(answer).taken
-        parked = [commands.delay_request(each.tag, f"{start + i:036}", 600.0, 1.0) for i, each in enumerate(taken)]
-        await rig.ask(*parked, database=1)
+        delayed = [commands.delay_request(each.tag, f"{start + i:036}", 600.0, 1.0) for i, each in enumerate(taken)]
+        await rig.ask(*delayed, database=1)
     [held] = await rig.ask(("HLEN", queue + DELAYED), database=1)
     assert held == count, held  # noqa: S101 - else the figure means nothing
-    say(("parked, its queue part", f"{(await rig.memory() - before) / count:.0f}"), (30, 8))
+    say(("delayed, its queue part", f"{(await rig.memory() - before) / count:.0f}"), (30, 8))
     await rig.ask(("FLUSHALL",))
 
 
@@ -112,7 +112,7 @@ async def connections(rig: Rig) -> None:
 
 
 def main() -> None:
-    """All of it."""
+    """Measure and print the memory of each part."""
     parser = argparse.ArgumentParser(prog="python -m bench.footprint", description="What requests take in Redis.")
     parser.add_argument("--count", type=int, default=100_000, help="of requests")
     count = parser.parse_args().count
@@ -120,7 +120,7 @@ def main() -> None:
     async def all_of_it(rig: Rig) -> None:
         await connections(rig)
         say((f"bytes for each of {count}", ""), (30, 8))
-        await queued_and_parked(rig, count)
+        await queued_and_delayed(rig, count)
         await answered(rig, count)
 
     rig.run(all_of_it)

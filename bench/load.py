@@ -68,7 +68,7 @@ def _cpu() -> float:
 
 
 def main() -> None:
-    """All of it."""
+    """Generate the load and print what was measured."""
     callers, seconds, prefix, *least = sys.argv[1:]
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         found = runner.run(ask(int(callers), float(seconds), prefix, int(least[0]) if least else 0))

@@ -65,7 +65,7 @@ async def send(settings: Settings, mails: int) -> None:
 
 
 def main() -> None:
-    """All of it."""
+    """Measure the bare SMTP pool and print it."""
     url, connections, mails = sys.argv[1:]
     settings = Settings.model_validate({"relays": url, "relay_connections": connections})
     asyncio.run(send(settings, int(mails)))

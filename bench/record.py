@@ -36,10 +36,10 @@ class Run:
     connections: int = 0  # of one process to the relay, at most
     backlog: int = 0  # requests that wait
     count: int = 0  # requests that were measured, all answered Success
-    seconds: float = 0.0  # in which they were
+    seconds: float = 0.0  # of the measured part
     latencies: Mapping[str, float] = field(default_factory=dict)  # p50, p90, p99, in ms
     cpu: Mapping[str, float] = field(default_factory=dict)  # seconds, by part
-    cpu_count: int = 0  # requests for which that was used
+    cpu_count: int = 0  # requests that this CPU time served
     figures: Mapping[str, float] = field(default_factory=dict)  # what only this scenario has
     load: float = 0.0  # of the machine as it began
     void: str = ""  # why it does not count
@@ -59,12 +59,12 @@ class Run:
 
     @classmethod
     def read(cls, written: Mapping[str, Any]) -> Self:
-        """What `written` wrote."""
+        """The run that `written` turned into a mapping."""
         return cls(**{name: value for name, value in written.items() if name != "rate"})
 
 
 def valid(runs: Iterable[Run], **wanted: object) -> list[Run]:
-    """Those that count and whose fields have these values."""
+    """The runs that are not void and match `wanted`."""
     return [run for run in runs if not run.void and all(getattr(run, name) == value for name, value in wanted.items())]
 
 

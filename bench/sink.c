@@ -1,4 +1,4 @@
-/* A relay that takes every mail, as late as it is told to, and counts. Linux only, one thread.
+/* A relay that takes every mail, with the latency it is given, and counts. Linux only, one thread.
 
        sink PORT LATENCY_MS
 

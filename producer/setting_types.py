@@ -95,7 +95,7 @@ class SentinelURL:
         """The redis-py URL of the same database on one server of the service."""
         query = f"?{urlencode(self.query)}" if self.query else ""
         scheme = "rediss" if self.tls else "redis"
-        return f"{scheme}://{self.who()}{_in_url(host)}:{port}/{self.database or 0}{query}"
+        return f"{scheme}://{self.userinfo()}{_in_url(host)}:{port}/{self.database or 0}{query}"
 
     def __str__(self) -> str:
         hosts = ",".join(self.addresses())
@@ -104,13 +104,13 @@ class SentinelURL:
         query = f"?{urlencode(pairs)}" if pairs else ""
         database = "" if self.database is None else f"/{self.database}"
         scheme = "rediss+sentinel" if self.tls else "redis+sentinel"
-        return f"{scheme}://{self.who()}{hosts}/{quote(self.service, safe='')}{database}{query}"
+        return f"{scheme}://{self.userinfo()}{hosts}/{quote(self.service, safe='')}{database}{query}"
 
     def addresses(self) -> list[str]:
         """Each sentinel as host:port."""
         return [f"{_in_url(host)}:{port}" for host, port in self.sentinels]
 
-    def who(self) -> str:
+    def userinfo(self) -> str:
         """`user:password@` for a server's URL; empty without them."""
         if self.user is None and self.password is None:
             return ""
@@ -260,7 +260,7 @@ def _flag(value: str) -> bool:
 
 
 def _read_by(read: Callable[[str], object]) -> BeforeValidator:
-    """Text is read by `read`; what code hands over ready made stays as it is."""
+    """Parse text with `read`; leave other values unchanged."""
     return BeforeValidator(lambda value: read(value) if isinstance(value, str) else value)
 
 

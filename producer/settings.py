@@ -36,7 +36,7 @@ from producer.setting_types import (
 )
 
 PREFIX: Final = "VERIFY_"
-# As a share of equal letters: RELAY is as near to RELAYS as 0.91, HTTP_DOOR to HTTP_BIND as 0.67.
+# As a share of equal letters: RELAY is as near to RELAYS as 0.91, HTTP_PORT to HTTP_BIND as 0.56.
 NEAR: Final = 0.85
 
 _DOTENV: Final = Path(".env")

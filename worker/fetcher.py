@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 SETTLE_TIME: Final = 1.0  # seconds of its last ones in which a stopping worker settles what it has sent
 MAX_LOST_TAGS: Final = 10_000  # a few reservations' tags; only the first ones can matter, made while Redis was there
-_PAUSE: Final = 0.25  # seconds between tries while Redis is away
+_PAUSE: Final = 0.25  # seconds between tries while Redis is unreachable
 
 
 class CelerySide(Protocol):
@@ -144,7 +144,7 @@ class Fetcher:
             except RedisUnavailable:
                 await asyncio.sleep(_PAUSE)
             except Exception as exc:  # noqa: BLE001 - no error may end the loop
-                logger.error("unforeseen error in the fetcher", extra={"kind": type(exc).__name__})
+                logger.error("unexpected error in the fetcher", extra={"kind": type(exc).__name__})
                 await asyncio.sleep(_PAUSE)
 
     def _wanted(self) -> int:
@@ -217,7 +217,7 @@ class Fetcher:
             await self._service.serve(jobs)
             self._prefetch.fetched(asyncio.get_running_loop().time() - asked)
         except Exception as exc:  # noqa: BLE001 - every request gets an answer
-            logger.error("unforeseen error in the service", extra={"kind": type(exc).__name__})
+            logger.error("unexpected error in the service", extra={"kind": type(exc).__name__})
             for job in jobs:
                 if job.tag in self.held:
                     self._settler.answer(job, ErrorCode.EXCEPTION, mark=True)

@@ -46,7 +46,7 @@ class Maintenance:
         self._counters = counters
         self._fetcher = fetcher
         self._relay_healthy = relay_healthy
-        self._in_contact_since: float | None = None  # loop time; None: Redis is away
+        self._in_contact_since: float | None = None  # loop time; None: Redis is unreachable
         self._reported = counters.dead.copy()
         self._running: asyncio.Task[None]
 
@@ -70,7 +70,7 @@ class Maintenance:
                     logger.warning("the broker database cannot be used, waiting for it: %s", exc)
                 self._in_contact_since = None
             except Exception as exc:  # noqa: BLE001 - no error may end the rounds: leases would lapse
-                logger.error("unforeseen error in the maintenance", extra={"kind": type(exc).__name__})
+                logger.error("unexpected error in the maintenance", extra={"kind": type(exc).__name__})
             await asyncio.sleep(max(0.0, self._queue.tick - (loop.time() - began)))
 
     async def _round(self, now: float) -> None:

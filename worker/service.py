@@ -100,7 +100,7 @@ class Service:
                     job.trace.issued(began, ended, None if isinstance(issue, StoreError) else issue)
                 self._proceed(job, issue, began)
             except Exception as exc:  # noqa: BLE001 - whatever it is, it concerns this request alone
-                logger.error("unforeseen error in the service", extra={"kind": type(exc).__name__})
+                logger.error("unexpected error in the service", extra={"kind": type(exc).__name__})
                 self._settler.answer(job, ErrorCode.EXCEPTION, mark=True)
 
     def _proceed(self, job: Job, issue: Issue | StoreError | None, began: float) -> None:
@@ -167,7 +167,7 @@ class Service:
             self._settler.retry(job, delay, unknown=isinstance(error, AcceptanceUnknown))
         else:
             # Its text and its traceback may carry the address or the code, so only the kind is logged.
-            logger.error("unforeseen error in a send", extra={"kind": type(error).__name__})
+            logger.error("unexpected error in a send", extra={"kind": type(error).__name__})
             self._settler.answer(job, ErrorCode.EXCEPTION, mark=True)
         if self._drained is not None and not self._leased and not self._drained.done():
             self._drained.set_result(None)
@@ -179,7 +179,7 @@ class Service:
             asyncio.get_running_loop().call_soon(self._announce_data)
 
     def _announce_data(self) -> None:
-        """Announce the final dots whose leases we still hold; where one has expired, another worker may be sending."""
+        """Announce the mails whose leases we still hold; where one has expired, another worker may be sending."""
         announcements, self._announcements = self._announcements, []
         now = asyncio.get_running_loop().time()
         held = [job.claim for job, _ in announcements if now < job.lease_until]
@@ -217,7 +217,7 @@ class Service:
 def _log_rejection(job: Job, error: MailError) -> None:
     extra = {"request_id": job.request_id, "relay": error.relay, "reply": error.reply}
     if error.sender_refused:
-        # The caller is told that the mail was rejected, but it is not the mailbox that is wrong.
+        # The caller gets MailRejected, but it is the sender that is wrong, not the mailbox.
         logger.warning("the relay refused the sender: check VERIFY_MAIL_FROM", extra=extra)
     else:
         logger.info("mail rejected", extra=extra)

@@ -1,8 +1,8 @@
 """Marks, replies and acks of many requests in one round trip.
 
-A request leaves in three steps: the code store records its outcome (the mark), the reply is stored and published, the
-message is acked. What finishes during one round trip leaves with the next. If all is on one Redis server the three
-steps are one write and are executed in that order: a lost connection leaves a prefix of them, and whoever gets the
+A request is settled in three steps: the code store records its outcome (the mark), the reply is stored and published,
+the message is acked. What finishes during one round trip is settled in the next. If all is on one Redis server, the
+three steps are one write, executed in that order: a lost connection leaves a prefix of them, and whoever gets the
 redelivered message finds what was done.
 """
 
@@ -44,7 +44,7 @@ from worker.queue.message import DeadLetterReason
 
 logger = logging.getLogger(__name__)
 
-_PAUSE = 0.25  # seconds between tries while Redis is away
+_PAUSE = 0.25  # seconds between tries while Redis is unreachable
 _TIMEOUT = 2.0  # seconds for a reply to be stored, before its request makes room for others
 _POSTPONED = 1.0  # seconds until a reply that could not be stored is tried again
 
@@ -201,7 +201,7 @@ class Settler:
                 try:
                     await self._trip(batch)
                 except Exception as exc:  # noqa: BLE001 - whatever it is, the batch must not stay here for ever
-                    logger.error("unforeseen error in settling", extra={"kind": type(exc).__name__})
+                    logger.error("unexpected error in settling", extra={"kind": type(exc).__name__})
                 self._announce([item for item in batch if item.finished])
                 left = [item for item in batch if not item.finished]
                 self._postpone_late(left)
@@ -221,7 +221,7 @@ class Settler:
             try:
                 on_settled(finished)
             except Exception as exc:  # noqa: BLE001 - the other subscribers and the next batch go on
-                logger.error("unforeseen error after settling", extra={"kind": type(exc).__name__})
+                logger.error("unexpected error after settling", extra={"kind": type(exc).__name__})
 
     def _postpone_late(self, left: list[Settlement]) -> None:
         """Delay requests whose reply could not be stored in time. The code store has their answers for later."""

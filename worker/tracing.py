@@ -94,7 +94,7 @@ class Recorder:
                 try:
                     self._finish(job, job.trace, error, zero, now)
                 except Exception as exc:  # noqa: BLE001 - a request must not fail because of its span
-                    logger.error("unforeseen error in tracing", extra={"kind": type(exc).__name__})
+                    logger.error("unexpected error in tracing", extra={"kind": type(exc).__name__})
 
     def _finish(self, job: Job, trace: Trace, error: ErrorCode | None, zero: int, now: float) -> None:
         how = "dead_letter" if job.dead_lettered else "delay" if error is None else "ack"

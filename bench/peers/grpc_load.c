@@ -29,7 +29,7 @@
 enum { CHANNELS = 64, CALLERS = 4096, FRAME = 16384, INPUT = 4 * FRAME, OUTPUT = 1 << 20, MESSAGE = 512, ERRORS = 2048 };
 enum { DATA = 0, HEADERS = 1, RST_STREAM = 3, SETTINGS = 4, PING = 6, GOAWAY = 7, WINDOW_UPDATE = 8 };
 enum { END_STREAM = 1, ACK = 1, END_HEADERS = 4, PADDED = 8 };
-enum { PATIENCE = 30000 }; /* ms without any answer */
+enum { TIMEOUT_MS = 30000 }; /* ms without any answer */
 
 struct channel {
     int fd;
@@ -357,7 +357,7 @@ int main(int count, char **words) {
             flush(channels[i]);
             polled[i].events = channels[i]->output_length ? POLLIN | POLLOUT : POLLIN;
         }
-        if (poll(polled, (nfds_t)channel_count, PATIENCE) == 0) fail("no answer within 30 s", "");
+        if (poll(polled, (nfds_t)channel_count, TIMEOUT_MS) == 0) fail("no answer within 30 s", "");
         for (int i = 0; i < channel_count; i++)
             if (polled[i].revents) receive(channels[i]);
     }

@@ -42,19 +42,19 @@ def write(raw: Mapping[str, Any], directory: Path, name: str) -> Path:
         (
             "latency",
             "Latency percentiles",
-            "From the question to the reply, of the same runs; the number is the p50.",
+            "Time from request to reply, in the same runs; the number is the p50.",
             lambda: plots.latency(runs, titles),
         ),
         (
             "drains",
             "Draining, against peers",
-            "Single messages lie on the queue; each system is set at its best (below). The black line is the range.",
+            "Single messages wait in the queue; each has its best settings (below). The black line is the range.",
             lambda: plots.drains(runs, titles),
         ),
         (
             "cpu",
             "What a request costs",
-            "CPU seconds of all processes divided by the requests, by process. On the same cores, this decides.",
+            "CPU seconds of each process divided by the requests. On shared cores, this sets the throughput.",
             lambda: plots.cpu(runs, titles),
         ),
         (
@@ -95,9 +95,9 @@ def _head(raw: Mapping[str, Any]) -> Iterator[str]:
     bars, machine = raw["bars"], raw["machine"]
     short = [letter for letter, bar in bars.items() if not bar["ok"]]
     met = (
-        f"{len(bars) - len(short)} of {len(bars)} bars are met; short: {', '.join(short)}"
+        f"{len(bars) - len(short)} of {len(bars)} goals are met; missed: {', '.join(short)}"
         if short
-        else "All bars are met"
+        else "All goals are met"
     )
     where = f"on {raw['when'][:10]} at commit {raw['commit']}, {machine['cores']} cores of {machine['cpu']}"
     yield "# How fast it is, and against whom"
@@ -152,7 +152,7 @@ def _conditions(raw: Mapping[str, Any], name: str) -> Iterator[str]:
 
 
 def main() -> None:
-    """All of it."""
+    """Write the report of one run."""
     path = Path(sys.argv[1]).resolve()
     text = path.read_text(encoding="utf-8")
     for old, new in _RENAMED.items():

@@ -181,7 +181,7 @@ class FaultRunner:
         relays: list[tuple[Relay, TcpProxy]],
         logs: Path | None,
     ) -> None:
-        self._rig, self._ledger, self._scanner, self._askers = rig, ledger, scanner, callers
+        self._rig, self._ledger, self._scanner, self._callers = rig, ledger, scanner, callers
         self._relays, self._logs = relays, logs
         self._proxies: dict[str, TcpProxy] = {}
         self.workers: dict[str, WorkerProcess] = {}
@@ -213,7 +213,7 @@ class FaultRunner:
         self._read[worker] = 0
         self.started += 1
         worker.start(wait=False)
-        # It is not ready while Redis is away, and that is no violation.
+        # It is not ready while Redis is unreachable, and that is no violation.
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline and b" ready." not in worker.log_path.read_bytes():
             if not worker.alive:
@@ -375,8 +375,8 @@ class FaultRunner:
             self._push_malformed([chance.choice(known) for _ in range(count)])
         elif fault.kind == "same id twice":
             for _ in range(count):
-                envelope = message({"email": self._askers.address("twice")})
-                self._askers.push_raw(self._queue, envelope, *[envelope] * chance.randint(1, 3))
+                envelope = message({"email": self._callers.address("twice")})
+                self._callers.push_raw(self._queue, envelope, *[envelope] * chance.randint(1, 3))
             # And ids that were answered long ago: the cooldown is over, and still there is no second mail.
             old = [record for record in self._ledger.some_answered(count, chance) if record.request_id]
             again = [message({"email": record.email}, request_id=record.request_id) for record in old]
@@ -385,7 +385,7 @@ class FaultRunner:
                     self._queue.lpush(QUEUE, *(json.dumps(each) for each in again))
         else:
             reused = [
-                message({"email": self._askers.address("reused")}, request_id=record.request_id)
+                message({"email": self._callers.address("reused")}, request_id=record.request_id)
                 for record in self._ledger.some_answered(count, chance)
             ]
             self._push_malformed([json.dumps(each).encode() for each in reused])

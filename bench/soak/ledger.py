@@ -303,7 +303,7 @@ class Ledger:
 class Scanner(logging.Handler):
     """Searches workers' logs, events and, as a log handler, clients' logs for codes and addresses."""
 
-    SIGNS: Final = (b"AttributeError", b"unforeseen", b"never retrieved", b"Unrecoverable")
+    SIGNS: Final = (b"AttributeError", b"unexpected error", b"never retrieved", b"Unrecoverable")
     _ADDRESS: Final = re.compile(rb"(?:[\w.+-]+@soak\.example|poison@example\.com)\b[^\n]*")
 
     def __init__(self, ledger: Ledger) -> None:

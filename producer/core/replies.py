@@ -1,4 +1,4 @@
-"""Receives replies: all request ids of a client share a prefix, so one subscription hears every reply."""
+"""Receives replies: all request ids of a client share a prefix, so one subscription receives every reply."""
 
 from __future__ import annotations
 

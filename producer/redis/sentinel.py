@@ -221,7 +221,7 @@ class _Sentinel:
 
 def _read(address: Any, state: Any) -> _Answer:
     host, port = address[0].decode(), int(address[1])
-    # What no socket takes would raise other errors than a server that is away.
+    # What no socket takes would raise other errors than an unreachable server.
     if not host.isprintable() or not 0 < port < 65536:
         raise ValueError
     if isinstance(state, list):  # in version 2 of the protocol a map is a flat list

@@ -31,5 +31,5 @@ def test_capacity_prints_a_row_for_each_run() -> None:
 
 def test_footprint_counts_connections_and_bytes() -> None:
     printed = run("bench.footprint", "--count", "1000")
-    for what in ("a worker, busy", "the API", "a Python client", "queued", "parked", "answered", "request:*"):
+    for what in ("a worker, busy", "the API", "a Python client", "queued", "delayed", "answered", "request:*"):
         assert what in printed

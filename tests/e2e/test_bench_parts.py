@@ -293,7 +293,7 @@ def test_calls_end_in_time() -> None:
     assert found["answers"]["0"] - 8 <= found["count"] <= found["answers"]["0"]
 
 
-def test_a_door_that_is_not_there_is_said() -> None:
+def test_a_server_that_is_down_is_reported() -> None:
     with socket.socket() as closed:
         closed.bind((HOST, 0))
         with pytest.raises(peers.LoadFailed, match="cannot connect"):

@@ -157,4 +157,6 @@ def test_a_planned_failover_interrupts_for_seconds_only(everything: Everything) 
 def test_the_worker_stops_cleanly(everything: Everything) -> None:
     assert everything.worker.stop() == 0
     log = everything.worker.log
-    assert not [sign for sign in ("AttributeError", "unforeseen", "never retrieved", "Unrecoverable") if sign in log]
+    assert not [
+        sign for sign in ("AttributeError", "unexpected error", "never retrieved", "Unrecoverable") if sign in log
+    ]

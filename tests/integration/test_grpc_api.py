@@ -86,7 +86,7 @@ class TestRequest:
         assert api.call(A).error == 6
         assert time.monotonic() - began >= REPLY_TIMEOUT
 
-    def test_a_crowd(self, api: ApiProcess, redis_server: RedisServer) -> None:
+    def test_500_callers_at_once_each_get_their_own_reply(self, api: ApiProcess, redis_server: RedisServer) -> None:
         emails = [f"u{i}@example.com" for i in range(500)]
         with (
             FakeWorker(redis_server, error=lambda kwargs: int(kwargs["email"][1:-12]) % 6) as worker,

@@ -11,7 +11,7 @@ from support.smtp_server import Act, Drop, Last, ScriptedServer, Silence, Slowly
 
 
 @pytest.fixture(scope="module")
-def impatient() -> Iterator[Rig]:
+def give_up_rig() -> Iterator[Rig]:
     """A rig with short timeouts."""
     with Rig(send_timeout=1, connect_timeout=0.5) as rig:
         rig.add_worker()
@@ -30,22 +30,24 @@ def impatient() -> Iterator[Rig]:
     ],
     ids=str,
 )
-def test_a_transient_failure_is_retried_with_the_same_code(impatient: Rig, script: dict[str, Act | list[Act]]) -> None:
+def test_a_transient_failure_is_retried_with_the_same_code(
+    give_up_rig: Rig, script: dict[str, Act | list[Act]]
+) -> None:
     email = address()
-    impatient.script(email, **script)
-    assert impatient.caller.ask(email) == {"email": email, "error": 0}
-    [mail] = impatient.mails_to(email)
-    assert code_in(mail).encode() == impatient.codes.get(f"code_{email}")
+    give_up_rig.script(email, **script)
+    assert give_up_rig.caller.ask(email) == {"email": email, "error": 0}
+    [mail] = give_up_rig.mails_to(email)
+    assert code_in(mail).encode() == give_up_rig.codes.get(f"code_{email}")
 
 
 @pytest.mark.parametrize(
     "script", [{"rcpt": "550 no such user"}, {"rcpt": "552 5.2.2 full"}, {"dot": "554 5.7.1 spam"}], ids=str
 )
-def test_a_permanent_failure_is_answered_5(impatient: Rig, script: dict[str, Act | list[Act]]) -> None:
+def test_a_permanent_failure_is_answered_5(give_up_rig: Rig, script: dict[str, Act | list[Act]]) -> None:
     email = address()
-    impatient.script(email, **script)
-    assert impatient.caller.ask(email) == {"email": email, "error": 5}
-    assert impatient.mails_to(email) == []
+    give_up_rig.script(email, **script)
+    assert give_up_rig.caller.ask(email) == {"email": email, "error": 5}
+    assert give_up_rig.mails_to(email) == []
 
 
 @pytest.mark.parametrize("step", ["content", "dot"])
@@ -53,22 +55,22 @@ def test_a_permanent_failure_is_answered_5(impatient: Rig, script: dict[str, Act
     "end", [Drop(), Silence(), Slowly("250 ok" + "." * 90, 0.2)], ids=["drop", "silence", "trickle"]
 )
 def test_an_unknown_outcome_is_retried_once_with_the_same_code_and_message_id(
-    impatient: Rig, step: str, end: Act
+    give_up_rig: Rig, step: str, end: Act
 ) -> None:
     email = address()
-    impatient.script(email, **{step: [end]})
-    assert impatient.caller.ask(email) == {"email": email, "error": 0}
-    assert len(impatient.mails_to(email)) == 1
-    sent = impatient.dotted_to(email)
+    give_up_rig.script(email, **{step: [end]})
+    assert give_up_rig.caller.ask(email) == {"email": email, "error": 0}
+    assert len(give_up_rig.mails_to(email)) == 1
+    sent = give_up_rig.dotted_to(email)
     assert len(sent) <= 2
     assert len({(code_in(mail), parsed(mail)["Message-ID"]) for mail in sent}) == 1
 
 
-def test_an_unknown_outcome_twice_is_answered_6_and_not_sent_again(impatient: Rig) -> None:
+def test_an_unknown_outcome_twice_is_answered_6_and_not_sent_again(give_up_rig: Rig) -> None:
     email = address()
-    impatient.script(email, dot=[Drop(), Drop()])
-    assert impatient.caller.ask(email) == {"email": email, "error": 6}
-    assert len(impatient.dotted_to(email)) == 2
+    give_up_rig.script(email, dot=[Drop(), Drop()])
+    assert give_up_rig.caller.ask(email) == {"email": email, "error": 6}
+    assert len(give_up_rig.dotted_to(email)) == 2
 
 
 @pytest.mark.parametrize("step", ["banner", "rcpt"])

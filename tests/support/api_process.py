@@ -17,7 +17,7 @@ from support.process import START_TIMEOUT, Process, own_environment
 
 STOP_WITHIN: Final = 10.0  # seconds after SIGTERM: what the docs promise
 TIMEOUT: Final = 60.0  # seconds for an answer
-LOUD: Final = ("Traceback", "unexpected", "never retrieved", "never awaited", "destroyed but it is pending")
+LOUD: Final = ("Traceback", "unexpected error", "never retrieved", "never awaited", "destroyed but it is pending")
 
 
 class ApiProcess(Process):
@@ -86,7 +86,7 @@ class ApiProcess(Process):
         return connection
 
     def assert_quiet(self) -> None:
-        """Nothing unforeseen happened, and no address is in the log."""
+        """Nothing unexpected happened, and no address is in the log."""
         assert [line for line in self.log.splitlines() if any(each in line for each in LOUD)] == []
         assert re.findall(r"[\w.]{2,}@\w", self.log) == []
 

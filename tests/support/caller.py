@@ -52,7 +52,7 @@ class Listener:
         self.heard.append((message["channel"].decode(), message["data"]))
 
     def _wait(self, *_: object) -> None:
-        time.sleep(0.05)  # the server is away; redis-py connects and subscribes again by itself
+        time.sleep(0.05)  # the server is unreachable; redis-py connects and subscribes again by itself
 
     def close(self) -> None:
         """Stop listening."""

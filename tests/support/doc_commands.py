@@ -10,7 +10,7 @@ from typing import Final
 
 @dataclass(frozen=True)
 class Run:
-    """Run it once what it `needs` is there: it exits 0 and prints what matches `prints`."""
+    """Run it as soon as everything in `needs` exists: it exits 0 and prints what matches `prints`."""
 
     prints: str = ""
     needs: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ MANIFESTS: Final = "tests/unit/test_kubernetes.py"
 PODS: Final = "tests/e2e/test_pods.py"
 IMAGE: Final = "tests/e2e/test_containers.py::test_the_image_has_no_development_packages"
 
-# For every command that begins so and has no way of its own.
+# For commands with this beginning that WAYS does not list.
 BEGINNINGS: Final = {
     "docker compose ": TestedBy(f"{NAMES}::test_a_compose_command_names_what_is_there"),
     "kubectl ": TestedBy(f"{NAMES}::test_a_kubectl_command_names_what_is_there"),
@@ -79,7 +79,7 @@ WAYS: Final[dict[str, Way]] = {
     "make help": Run(r"make demo +send one code"),
     "make docs": Run(),
     "make lint": TestedBy("tests/e2e/test_docs_commands.py::test_make_knows_its_targets"),
-    "make demo": TestedBy("tests/e2e/test_demo.py::test_it_stays_up_until_told_to_end"),
+    "make demo": TestedBy("tests/e2e/test_demo.py::test_it_stays_up_until_a_signal_ends_it"),
     "make demo ONCE=1": TestedBy("tests/e2e/test_demo.py::test_once_shows_every_step"),
     "make test": Slow(r"tests collected", variables=COLLECTED),
     "make test-all": Slow(r"tests collected", variables=COLLECTED),

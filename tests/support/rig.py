@@ -34,7 +34,14 @@ CODE_LENGTH: Final = 12  # as a rule of these tests: six digits are also in any 
 VISIBILITY: Final = 2  # seconds, for tests that wait for it to pass; the default is 15
 DATABASES: Final = ("codes", "broker", "results")
 # Lines that no log of ours should have: a bug that was survived.
-BUGS: Final = ("AttributeError", "unforeseen", "never retrieved", "never awaited", "destroyed but", "Unrecoverable")
+BUGS: Final = (
+    "AttributeError",
+    "unexpected error",
+    "never retrieved",
+    "never awaited",
+    "destroyed but",
+    "Unrecoverable",
+)
 _CODE: Final = re.compile(r"(?:code is|验证码是) (\S+)")
 _CODE_LINE: Final = re.compile(rb"\n(\d{12})=\r\n")
 _MESSAGE_ID: Final = re.compile(rb"\r\nMessage-ID: <([a-p]+)@example\.com>\r\n")

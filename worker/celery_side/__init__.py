@@ -1,1 +1,1 @@
-"""Everything that knows Celery's insides."""
+"""Everything that knows Celery's internals."""

@@ -102,7 +102,7 @@ class HubPort:
                 if connection is not None:
                     connection.transport._deliver(message, self._queue)  # noqa: SLF001 - as transports do
             except Exception as exc:  # noqa: BLE001 - one failed message must not stop the next
-                logger.error("unforeseen error in Celery's thread", extra={"kind": type(exc).__name__})
+                logger.error("unexpected error in Celery's thread", extra={"kind": type(exc).__name__})
 
 
 class Bridge:

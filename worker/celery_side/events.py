@@ -31,7 +31,7 @@ _ROUTING_KEY = "task.multi"
 
 
 class Events:
-    """Collects events and publishes them many at a time; drops them while Redis is away.
+    """Collects events and publishes them many at a time; drops them while Redis is unreachable.
 
     Used on the service's loop only, except for `attach`.
     """

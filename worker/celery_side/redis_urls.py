@@ -37,7 +37,7 @@ def celery_form(url: str, *, login: bool) -> CeleryForm:
             url += f"{'&' if '?' in url else '?'}ssl_cert_reqs=required"
         return CeleryForm(url, {}, {}, None, None)
     service = SentinelURL.parse(url)
-    userinfo = service.who() if login else ""
+    userinfo = service.userinfo() if login else ""
     joined = ";".join(f"sentinel://{userinfo}{address}/{service.database or 0}" for address in service.addresses())
     options = {"master_name": service.service}  # `inspect stats` shows these; see `sentinel_options`
     # Celery takes an empty dictionary for no TLS.

@@ -35,7 +35,7 @@ class Envelope(NamedTuple):
 
 
 class AttemptObserver(Protocol):
-    """Is told of each attempt to send a mail: one relay, one outcome."""
+    """Observes each attempt to send a mail: one relay, one outcome."""
 
     def trying(self, relay: RelayURL) -> None:
         """An attempt through this relay begins."""
