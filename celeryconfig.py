@@ -6,8 +6,9 @@ from producer.settings import load_or_exit
 from worker.celery_side.redis_urls import celery_form
 
 # The one place where a worker or Flower reads its settings: a later edit of .env counts from the next start.
-settings = load_or_exit()
-_broker, _results = celery_form(settings.broker_url, login=True), celery_form(settings.results_url, login=False)
+# `inspect conf`, and so Flower, shows every name here but those with an underscore.
+_settings = load_or_exit()
+_broker, _results = celery_form(_settings.broker_url, login=True), celery_form(_settings.results_url, login=False)
 # Notice a silent or half-open Redis within seconds. redis-py 8 would retry a command ten times on its own, while the
 # caller waits: an early error serves it better.
 _sockets = {
@@ -21,7 +22,7 @@ _sockets = {
 broker_url = _broker.url
 broker_use_ssl = _broker.tls or False  # only needed with Sentinel; a plain URL says rediss://
 broker_transport_options = {
-    "visibility_timeout": settings.visibility_timeout,
+    "visibility_timeout": _settings.visibility_timeout,
     **_sockets,
     **_broker.options,
 }
@@ -29,7 +30,7 @@ broker_connection_retry_on_startup = True  # worker and Redis start in any order
 broker_connection_max_retries = None  # Redis may stay away for long
 # An upper bound, opened on demand: each of Flower's threads (up to 32) holds two while it inspects.
 broker_pool_limit = 100
-_backend = "SentinelReplyBackend" if is_sentinel(settings.results_url) else "ReplyBackend"
+_backend = "SentinelReplyBackend" if is_sentinel(_settings.results_url) else "ReplyBackend"
 result_backend = f"worker.celery_side.backend:{_backend}+{_results.url}"
 redis_username = _results.user  # only set with Sentinel, as are the next two
 redis_password = _results.password
@@ -39,10 +40,10 @@ redis_socket_timeout = _sockets["socket_timeout"]  # the backend has its own nam
 redis_socket_connect_timeout = _sockets["socket_connect_timeout"]
 redis_socket_keepalive = True
 redis_backend_health_check_interval = _sockets["health_check_interval"]
-result_backend_transport_options = {"visibility_timeout": settings.visibility_timeout, **_results.options}
-visibility_timeout = settings.visibility_timeout  # the shortest of all apps on a broker wins
-task_default_queue = settings.queue  # the one queue that a worker consumes
-task_routes = {TASK: {"queue": settings.queue}}
+result_backend_transport_options = {"visibility_timeout": _settings.visibility_timeout, **_results.options}
+visibility_timeout = _settings.visibility_timeout  # the shortest of all apps on a broker wins
+task_default_queue = _settings.queue  # the one queue that a worker consumes
+task_routes = {TASK: {"queue": _settings.queue}}
 accept_content = ["json"]  # never pickle
 task_protocol = 2  # the contract's
 task_track_started = False  # SUCCESS is the only state ever stored

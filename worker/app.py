@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 class VerifyApp(Celery):  # type: ignore[misc]  # Celery ships no types
     """Carries what the parts that Celery makes itself (consumer, backend, requests) share: they get only the app."""
 
-    settings = celeryconfig.settings
+    settings = celeryconfig._settings  # noqa: SLF001 - private, as Flower would show it
     running_bridge: Bridge | None = None  # set while a worker serves
     masks_results = False  # set in Flower's process, which shows results to people
 
@@ -48,7 +48,7 @@ class VerifyApp(Celery):  # type: ignore[misc]  # Celery ships no types
         return self.running_bridge
 
 
-transport.register(celeryconfig.settings.broker_url)
+transport.register(VerifyApp.settings.broker_url)
 app = VerifyApp("verifyserver")
 app.config_from_object(celeryconfig)
 send_code = app.register_task(SendCode())
