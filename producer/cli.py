@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -18,8 +19,10 @@ from producer import logs
 from producer.client import VerificationClient
 from producer.contract import DEFAULT_PURPOSE, PURPOSE_PATTERN, ErrorCode, is_purpose
 from producer.errors import VerifyError
+from producer.redis.connection import REDIS_TIMEOUT, RedisConnections, raise_errors
 from producer.setting_types import mask_url
 from producer.settings import Settings, load_or_exit
+from producer.store.backlog import Backlog, backlog, read_backlog
 
 INTERRUPTED: Final = 130  # exit status of a program that Ctrl-C ended
 
@@ -74,14 +77,14 @@ def send(
     as_json: AsJson = False,
 ) -> None:
     """Send a code to EMAIL and wait for the worker's reply."""
+    detail = None
     with _client() as (client, settings, warnings):
         error = client.request(email, purpose=purpose, locale=locale).error
-    details = {
-        ErrorCode.REDIS_ERR: _servers(settings.broker_url, settings.results_url),
-        ErrorCode.TIMEOUT: f"Waited {settings.reply_timeout:g} s (VERIFY_REPLY_TIMEOUT) for a worker on queue"
-        f" {settings.queue!r}; `celery -A worker.app worker` starts one.",
-    }
-    _answer(email, error, warnings, details.get(error), as_json=as_json)
+        if error is ErrorCode.REDIS_ERR:
+            detail = _servers(settings.broker_url, settings.results_url)
+        elif error is ErrorCode.TIMEOUT:
+            detail = _why_no_reply(settings, asyncio.run(_backlog(settings)))
+    _answer(email, error, warnings, detail, as_json=as_json)
 
 
 @app.command(epilog=EPILOG)
@@ -191,6 +194,24 @@ def _answer(email: str, error: ErrorCode, warnings: list[str], detail: str | Non
 
 def _print(text: Text) -> None:
     Console(soft_wrap=True, highlight=False).print(text)
+
+
+async def _backlog(settings: Settings) -> Backlog | None:
+    """The queue's backlog within 3 s; None if Redis does not tell."""
+    try:
+        async with asyncio.timeout(REDIS_TIMEOUT), RedisConnections() as redis:
+            [answer] = raise_errors(await redis.connection(settings.broker_url).run([backlog(settings.queue)]))
+            return read_backlog(answer)
+    except (OSError, VerifyError):  # TimeoutError is an OSError
+        return None
+
+
+def _why_no_reply(settings: Settings, found: Backlog | None) -> str:
+    if found is not None and not found.workers:
+        return f"No worker is alive on queue {settings.queue!r}: start one with `celery -A worker.app worker`."
+    if found is not None and found.unhealthy_workers >= found.workers:
+        return "No worker has a healthy relay: check VERIFY_RELAYS and the worker's log."
+    return f"Waited {settings.reply_timeout:g} s (VERIFY_REPLY_TIMEOUT) for the reply."
 
 
 def _servers(*urls: str) -> str:

@@ -17,7 +17,7 @@ _PRIVATE = re.compile(
     r"(?P<address>[^\s@\"'<>()\[\]{},:;=\x1b]+@[^\s@\"'<>()\[\]{},:;=\\/\x1b]+)"
 )
 # The extra fields of our own lines. Other libraries' extras stay out: Celery's hold arguments and results.
-_EXTRAS = ("count", "email", "error", "kind", "next_try_in", "reason", "relay", "reply", "request_id", "seconds")
+_EXTRAS = ("count", "email", "error", "kind", "next_try_in", "reason", "relay", "reply", "request_id", "seconds", "why")
 
 
 LONGEST_DOMAIN = 253  # characters, RFC 1035, 2.3.4; a longer one is cut

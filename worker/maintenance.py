@@ -80,7 +80,7 @@ class Maintenance:
         [answer] = await self._broker.run([command])
         raise_errors([answer])
         if self._in_contact_since is None:
-            logger.info("in contact with the broker database")
+            logger.info("connected to the broker database")
         self._in_contact_since = since
         result = self._queue.read_maintain(answer)
         if result.restored:

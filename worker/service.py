@@ -21,6 +21,7 @@ from worker.mail.channel import MailChannel
 from worker.mail.errors import (
     AcceptanceUnknown,
     MailError,
+    MessageDeferred,
     MessageRejected,
     RecipientRejected,
     SendAborted,
@@ -162,7 +163,7 @@ class Service:
         elif isinstance(error, MailError):
             delay = 0.0 if self._stopping else retry_delay(send.tries, send.remaining)
             if not self._stopping and not isinstance(error, SendAborted):
-                extra = {"request_id": job.request_id, "reply": str(error), "next_try_in": round(delay, 1)}
+                extra = {"request_id": job.request_id, "next_try_in": round(delay, 1), **_why_deferred(error)}
                 logger.warning("mail deferred", extra=extra)
             self._settler.retry(job, delay, unknown=isinstance(error, AcceptanceUnknown))
         else:
@@ -212,6 +213,17 @@ class Service:
             await asyncio.wait([self._drained], timeout=seconds)
         self._stopping = True
         await self._channel.close()
+
+
+def _why_deferred(error: MailError) -> dict[str, str | None]:
+    """The fields of a log line that say why a mail was deferred."""
+    if error.reply:
+        return {"relay": error.relay, "reply": error.reply}
+    if not isinstance(error, MessageDeferred):
+        return {"relay": error.relay, "why": str(error)}
+    if error.relay is not None and error.step is None:
+        return {"relay": error.relay, "why": "no free connection in time"}
+    return {"why": "no healthy relay"}
 
 
 def _log_rejection(job: Job, error: MailError) -> None:

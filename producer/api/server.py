@@ -21,6 +21,7 @@ from producer.api.grpc import GrpcServer
 from producer.api.http import make_app
 from producer.api.http_connection import HttpConnection
 from producer.api.state import Api
+from producer.errors import RedisLoginRefused
 from producer.setting_types import Bind
 from producer.settings import Settings
 from producer.tracing.setup import LAST_EXPORT, set_up
@@ -139,7 +140,9 @@ async def _report_readiness(api: Api) -> None:
     """Log what is still missing at the start. The API serves without it."""
     found = await api.readiness.find()
     if found.problem:
-        logger.warning("%s; requests are answered RedisErr until it is mended", found.problem)
+        refused = all(isinstance(error, RedisLoginRefused) for error in found.errors.values())
+        what = "the user and password in VERIFY_REDIS_URL" if refused else "VERIFY_REDIS_URL"
+        logger.warning("%s: check %s; until then requests are answered RedisErr", found.problem, what)
     elif not found.workers:
         logger.warning("no worker is alive; requests wait in the queue until one is (celery -A worker.app worker)")
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import redis as redis_py
 from support.fake_worker import FakeWorker
 from support.process import eventually
 from support.redis_server import RedisServer
+
+from producer.store.backlog import UNHEALTHY_WORKERS, WORKERS
 
 pytestmark = pytest.mark.usefixtures("redis")  # the shared server is empty at first
 
@@ -61,12 +64,27 @@ def test_send_prints_what_went_wrong(redis_server: RedisServer, tmp_path: Path) 
     assert "refused for good" in said["meaning"]
 
 
-def test_send_without_a_worker_says_how_to_start_one(redis_server: RedisServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("workers", "unhealthy", "why"),
+    [
+        (0, 0, "No worker is alive on queue 'verification': start one with `celery -A worker.app worker`."),
+        (2, 2, "No worker has a healthy relay: check VERIFY_RELAYS and the worker's log."),
+        (2, 1, "Waited 0.3 s (VERIFY_REPLY_TIMEOUT) for the reply."),
+    ],
+)
+def test_send_without_a_reply_says_why(
+    redis_server: RedisServer, tmp_path: Path, workers: int, unhealthy: int, why: str
+) -> None:
+    with redis_server.client(1) as broker:
+        alive_until = time.time() + 600
+        for key, count in ((WORKERS, workers), (UNHEALTHY_WORKERS, unhealthy)):
+            for name in range(count):
+                broker.zadd(f"verification{key}", {str(name): alive_until})
     done = run("send", A, directory=tmp_path, VERIFY_REDIS_URL=redis_server.url(), VERIFY_REPLY_TIMEOUT="0.3")
     assert done.returncode == 1
-    assert "Timeout (6)" in done.stdout
-    assert "Waited 0.3 s" in done.stdout
-    assert "celery -A worker.app worker" in done.stdout
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"Timeout (6)  {A}"
+    assert [line for line in lines if line.startswith(("No worker", "Waited"))] == [why]
 
 
 def test_a_refused_redis_login_is_told_apart_from_a_server_that_is_down(

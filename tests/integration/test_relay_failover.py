@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
-from support.relays import UTF8_ENVELOPE, outcome, pool_of, until
+from support.relays import FOREVER, UTF8_ENVELOPE, outcome, pool_of, send_many, until
 from support.smtp_server import Act, Drop, Last, ScriptedServer, Silence
 
 from producer import logs
@@ -178,6 +178,32 @@ async def test_an_unhealthy_relay_is_skipped_probed_and_used_again(caplog: pytes
         ("INFO", "the relay is healthy again"),
     ]
     assert [record.__dict__["relay"] for record in own] == [f"smtp://***@127.0.0.1:{first.port}"] * 2
+
+
+@pytest.mark.parametrize(
+    ("scheme", "host", "script", "why"),
+    [
+        ("smtp", "127.0.0.1", None, "connection refused"),
+        ("smtp", "x" * 64, {}, "host name not found"),
+        ("smtps", "127.0.0.1", {}, "TLS failed; is it smtps:// on a plain port?"),
+        ("smtp", "127.0.0.1", {"banner": Silence()}, "timed out at banner"),
+    ],
+)
+async def test_a_relay_that_cannot_be_reached_is_logged_with_the_cause_and_the_setting(
+    scheme: str, host: str, script: Script | None, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with ScriptedServer(script or {}) as server:
+        url = server.url(scheme)._replace(host=host)
+        if script is None:
+            url = url._replace(port=1)
+        timeout = 0.2 if script else FOREVER
+        failover = Failover([pool_of(url, connections=1, connect_timeout=timeout)], sleep=Clock().sleep)
+        # The second mail waits for the connection of the first, and fails before it.
+        assert {type(error) for error in await send_many(failover, 2)} == {MessageDeferred}
+        await failover.close()
+    [record] = [record for record in caplog.records if record.name == "worker.mail.failover"]
+    assert record.getMessage() == f"the relay cannot be reached ({why}): check VERIFY_RELAYS"
+    assert record.__dict__["relay"] == url.masked()
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,9 @@ class TestRedisTrouble:
         server = new_redis_server()
         server.stop()
         with ApiProcess({"VERIFY_REDIS_URL": server.url()}) as api:
-            eventually(lambda: "Redis cannot be reached (broker, results, codes)" in api.log)
+            eventually(
+                lambda: "Redis cannot be reached (broker, results, codes): check VERIFY_REDIS_URL; until" in api.log
+            )
             assert api.get_code(A) == {"error": 1, "email": A}
             assert api.call(A).error == 1
             assert api.check(A, "1") == {"error": 1, "email": A}
@@ -162,6 +164,7 @@ class TestRedisTrouble:
     def test_a_refused_login_is_told_apart_in_readyz(self, new_redis_server: NewServer) -> None:
         server = new_redis_server(password="right")
         with ApiProcess({"VERIFY_REDIS_URL": server.url().replace("right", "wrong")}) as api:
+            eventually(lambda: "codes): check the user and password in VERIFY_REDIS_URL; until" in api.log)
             answer = api.http.get("/readyz")
             assert answer.status_code == 503
             assert answer.json()["problem"] == "Redis refused the login (broker, results, codes)"

@@ -97,8 +97,8 @@ WAYS: Final[dict[str, Way]] = {
     "export VERIFY_REDIS_URL=redis+sentinel://:password@host1:26379,host2:26379,host3:26379/verify": Run(),
     ".venv/bin/celery -A worker.app worker": Serve("worker", gives=("code",)),
     ".venv/bin/celery -A worker.app worker -l INFO": Serve("worker", r" ready\.", gives=("code",)),
-    "VERIFY_METRICS_BIND=127.0.0.1:0 .venv/bin/celery -A worker.app worker -n second@%h": Serve(
-        "second worker", gives=("code",)
+    "VERIFY_METRICS_BIND=127.0.0.1:9465 .venv/bin/celery -A worker.app worker -l INFO -n second@%h": Serve(
+        "second worker", r" ready\.", gives=("code",)
     ),
     ".venv/bin/python -m producer serve": Serve("api", r"gRPC API listens on", needs=("worker",)),
     f"{CONFIG} .venv/bin/python -m producer settings": Run(r"VERIFY_MAIL_FROM=chat@example\.com", unset=REDIS),

@@ -70,7 +70,7 @@ class DocHarness:
         self.checkout = folder / "checkout"
         self.server = self._stack.enter_context(RedisServer())
         self.relay = self._stack.enter_context(running(ScriptedServer()))
-        self.ports = {name: free_port() for name in ("http", "grpc", "metrics", "flower")}
+        self.ports = {name: free_port() for name in ("http", "grpc", "metrics", "second_metrics", "flower")}
         self._helpers: dict[str, WorkerProcess | ApiProcess] = {}
         self._services: dict[str, Service] = {}
         shutil.copytree(ROOT, self.checkout, ignore=shutil.ignore_patterns(*_NOT_COPIED), symlinks=True)
@@ -95,6 +95,7 @@ class DocHarness:
             "127.0.0.1:8081": f"127.0.0.1:{self.ports['http']}",
             "127.0.0.1:50051": f"127.0.0.1:{self.ports['grpc']}",
             "127.0.0.1:9464": f"127.0.0.1:{self.ports['metrics']}",
+            "127.0.0.1:9465": f"127.0.0.1:{self.ports['second_metrics']}",
             "127.0.0.1:5555": f"127.0.0.1:{self.ports['flower']}",
             "redis://127.0.0.1:6379": self.server.url(),
             "smtp+starttls://user:password@smtp.example.com:587": f"smtp://127.0.0.1:{self.relay.port}",

@@ -136,6 +136,29 @@ async def test_a_refused_sender_is_told_apart_from_a_refused_mailbox(
     assert vars(line).items() >= expected.items()
 
 
+RELAY = "smtp://***@relay.example.com"
+
+
+@pytest.mark.parametrize(
+    ("error", "relay", "fields"),
+    [
+        (MessageDeferred(450, "4.2.1", Step.RCPT), RELAY, {"relay": RELAY, "reply": "450 4.2.1 at RCPT TO"}),
+        (MessageDeferred(step=Step.CONNECT), RELAY, {"why": "no healthy relay"}),
+        (MessageDeferred(), None, {"why": "no healthy relay"}),
+        (MessageDeferred(), RELAY, {"relay": RELAY, "why": "no free connection in time"}),
+    ],
+)
+async def test_a_deferred_mail_is_logged_with_the_reply_or_the_reason(
+    harness: Harness, error: MailError, relay: str | None, fields: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    error.relay = relay
+    [mail] = await harness.serve("anna")
+    mail.done(error)
+    [line] = caplog.records
+    assert line.getMessage() == "mail deferred"
+    assert {name: value for name, value in vars(line).items() if name in {"relay", "reply", "why"}} == fields
+
+
 async def test_a_request_that_needs_no_mail_is_settled_at_once(harness: Harness) -> None:
     [mail] = await harness.serve("anna")
     anna = VerifyRequest("anna@example.com")

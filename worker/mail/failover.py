@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
+import re
+import socket
+import ssl
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -128,9 +132,11 @@ class Relay:
         if error.login_refused:
             did = "refused the login" if error.step is Step.AUTH else "wants a login"
             logger.warning("the relay %s (%s): check VERIFY_RELAYS", did, error.code, extra={"relay": self.name})
+        elif error.__cause__ is not None:
+            why = _reason(error.__cause__, error.step)
+            logger.warning("the relay cannot be reached (%s): check VERIFY_RELAYS", why, extra={"relay": self.name})
         else:
-            cause = type(error.__cause__).__name__ if error.__cause__ else "no usable reply"
-            why = error.reply or f"{cause} at {error.step}"
+            why = error.reply or f"no usable reply at {error.step}"
             logger.warning("the relay is unhealthy: %s", why, extra={"relay": self.name})
 
     def _answered(self) -> None:
@@ -232,6 +238,29 @@ class Failover:
             # Of a failure after the connection, `check` would not show whether it is over.
             due = [relay for relay in self._relays if relay.failed_at in _CONNECTING and relay.admits_probe(pause)]
             await asyncio.gather(*(relay.check() for relay in due))
+
+
+def _reason(cause: BaseException, step: Step | None) -> str:
+    """Why no connection was made, in plain words; with the step if the relay had been connected to."""
+    connected = "" if step is Step.CONNECT else f" at {step}"
+    match cause:
+        case ssl.SSLCertVerificationError():
+            return f"its certificate is not valid: {cause.verify_message}"
+        case ssl.SSLError():
+            return f"TLS failed{connected or '; is it smtps:// on a plain port?'}"
+        case TimeoutError():
+            return f"timed out{connected}"
+        case socket.gaierror() | UnicodeError():  # UnicodeError: IDNA cannot encode it
+            return "host name not found"
+        case ConnectionResetError():  # asyncio's own have no number
+            return f"connection reset{connected}"
+        case OSError():
+            # For a host with several addresses, asyncio puts all errors into one text, without a number.
+            found = re.search(r"\[Errno (\d+)\]", str(cause))
+            number = int(found[1]) if found else cause.errno
+            why = os.strerror(number).lower() if number else cause.strerror or type(cause).__name__
+            return f"{why}{connected}"
+    return type(cause).__name__
 
 
 def _combined(failures: tuple[MailError, ...]) -> MailError:

@@ -190,7 +190,9 @@ class SmtpPool:
     def _fail_waiting(self, error: MailError) -> None:
         waiting, self._waiting = self._waiting, deque()
         for mail in waiting:
-            self._fail(mail, type(error)(error.code, error.enhanced, error.step))
+            copy = type(error)(error.code, error.enhanced, error.step)
+            copy.__cause__ = error.__cause__
+            self._fail(mail, copy)
 
     def _lower_limit(self, mail: Mail, busy: RelayBusy) -> None:
         """Limit the pool to its current connections; without any, the relay accepts no mail now."""
