@@ -1,11 +1,12 @@
-"""`python docs/tables.py [--check]`: writes the docs' tables of error codes and settings.
+"""`python docs/tables.py [--check]`: writes the tables of error codes and settings.
 
-Error codes come from producer/contract.py, settings from .env.example. `--check` writes nothing and exits 1 if a page
-is out of date.
+Error codes come from producer/contract.py, settings from .env.example. They go to the docs, and the codes' names to the
+dashboard. `--check` writes nothing and exits 1 if a file is out of date.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -53,6 +54,27 @@ def settings(page: str) -> str:
     return _SETTINGS.sub(lambda found: found[1] + tables[found[2]], page)
 
 
+def dashboard(page: str) -> str:
+    """Grafana's dashboard with a name for each code that workers answer; colours stay as they are."""
+    content = json.loads(page)
+    [panel] = [panel for panel in content["panels"] if panel["title"] == "Replies by error code"]
+    config = panel["fieldConfig"]
+    colours = {
+        each["matcher"]["options"]: [kept for kept in each["properties"] if kept["id"] != "displayName"]
+        for each in config["overrides"]
+    }
+    config["overrides"] = [
+        {
+            "matcher": {"id": "byName", "options": number},
+            "properties": [*colours.get(number, ()), {"id": "displayName", "value": f"{number} {code.title}"}],
+        }
+        for code in ErrorCode
+        if code < 1000  # others are the API's alone
+        for number in [str(int(code))]
+    ]
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
 def _sentence(comment: str) -> str:
     return " ".join(line.removeprefix("# ") for line in comment.splitlines())
 
@@ -63,6 +85,7 @@ PAGES: Final = {
     "docs/callers.md": error_codes("advice"),
     "docs/callers.zh-CN.md": error_codes("advice", translated=True),
     "docs/settings.md": settings,
+    "deploy/grafana/verifyserver.json": dashboard,
 }
 
 

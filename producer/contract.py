@@ -54,7 +54,7 @@ class ErrorCode(IntEnum):
     EXCEPTION = (
         2,
         "Exception",
-        "An unforeseen error, a malformed purpose, or a message that killed its worker four times.",
+        "An unforeseen error, a malformed purpose, or a message that killed its worker too often.",
         "Look for the request id in the worker's log.",
         True,
     )

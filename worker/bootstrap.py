@@ -1,6 +1,6 @@
 """Makes the worker's objects, each once, and hands them to each other. Nothing else makes any of these.
 
-An own code store is wired here, in place of `RedisCodeStore`; another mail channel in place of `Failover`.
+An own code store is wired here, in place of `RedisCodeStore`; another mail channel is one line in `CHANNELS`.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Maintenance:
         self._fetcher.on_maintained(result)
 
     def _dead_letter_poison(self, poison: Reserved) -> None:
-        """Answer a message that killed its worker four times, and dead-letter it."""
+        """Answer a message that killed its worker too often, and dead-letter it."""
         try:
             job = parse(poison).job
         except UnfitMessage:

@@ -260,7 +260,8 @@ async def _refuse(_request: Request, exc: Exception) -> Response:
     headers = dict(exc.headers or {})
     if exc.status_code == 408:
         headers["Connection"] = "close"
-    return Response(refusal(exc.detail), exc.status_code, headers, media_type=JSON)
+    detail = "use POST with a JSON body" if headers.get("Allow") == "POST" else exc.detail
+    return Response(refusal(detail), exc.status_code, headers, media_type=JSON)
 
 
 async def _unexpected(_request: Request, _exc: Exception) -> Response:

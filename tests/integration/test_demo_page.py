@@ -24,6 +24,7 @@ from demo.catcher import Catcher
 from demo.mailpit_api import Inbox
 from producer.api.demo.fetch import LIMIT
 from producer.api.demo.inbox import NEWEST
+from producer.contract import ErrorCode
 
 STAGES = ["api", "queue", "worker", "relay", "reply"]
 DEMO = {"VERIFY_DEMO": "1"}
@@ -195,6 +196,9 @@ class TestThePage:
     def test_facts(self, api: ApiProcess) -> None:
         facts = api.http.get("/demo/facts").json()
         assert (facts["ttl"], facts["cooldown"], facts["inbox"], facts["flower"]) == (600, 10, False, None)
+        assert facts["errors"] == {
+            str(int(code)): {"meaning": code.meaning, "advice": code.advice} for code in ErrorCode
+        }
 
     def test_nothing_else_is_served(self, api: ApiProcess) -> None:
         for path in ("/page/", "/page/nothing", "/page/__init__.py", "/page/%2e%2e/routes.py"):

@@ -144,7 +144,7 @@ class TestMalformed:
         for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS"):
             answer = api.http.request(method, path)
             assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
-            assert answer.json()["error"] == 1001
+            assert answer.json() == {"error": 1001, "detail": "use POST with a JSON body"}
 
     def test_a_wrong_path(self, api: ApiProcess) -> None:
         for path in ("/", "/get_varifycode/", "/nothing", "/%00"):

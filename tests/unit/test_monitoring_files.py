@@ -91,17 +91,6 @@ def test_the_rules_count_as_failures_what_the_table_of_error_codes_calls_one() -
             assert errors == "|".join(map(str, expected)), rule.name
 
 
-def test_the_dashboard_names_error_codes_as_the_table_does() -> None:
-    [panel] = [panel for panel in panels() if panel["title"] == "Replies by error code"]
-    shown = {
-        override["matcher"]["options"]: each["value"]
-        for override in panel["fieldConfig"]["overrides"]
-        for each in override["properties"]
-        if each["id"] == "displayName"
-    }
-    assert shown == {str(int(error)): f"{int(error)} {error.title}" for error in ErrorCode if error < 1000}
-
-
 def test_recording_rules_are_used_and_used_ones_exist() -> None:
     recorded = {rule.name for rule in rules() if not rule.alert}
     used = {name for rule in ALERTS for name in asked(rule.expr)}

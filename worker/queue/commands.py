@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from producer.contract import DEAD_LETTERS, REPLY_TTL, TASK
 from producer.redis.scripts import Command, Script
 from producer.store.backlog import DELAYED, SUSPECTS, UNHEALTHY_WORKERS, WORKERS
-from worker.queue.message import DeadLetterCode, DeadLetterReason, Reserved
+from worker.queue.message import POISON_DEATHS, SUSPECT_DEATHS, DeadLetterCode, DeadLetterReason, Reserved
 
 _LUA = Path(__file__).parent
 _RESERVE, _MAINTAIN, _ACK, _DELAY, _WAKE, _DEAD_LETTER, _RELEASE = (
@@ -27,7 +27,6 @@ INDEX: Final = "unacked_index"
 # kombu's lists for lower priorities, beside the queue; the higher the number, the lower the priority.
 PRIORITY_SEPARATOR: Final = "\x06\x16"
 PRIORITY_STEPS: Final = (3, 6, 9)
-POISON_DEATHS: Final = 4  # a message that killed so many workers is not tried again
 MAX_MOVES: Final = 1000  # messages that one call may move; the rest waits for the next call
 TICK: Final = 1.0  # seconds between two rounds of maintenance, at most; several must fit into the visibility timeout
 WOKEN_TTL: Final = 5000  # ms; a request woken before it is delayed finds the note within one round trip
@@ -37,7 +36,7 @@ class Reservation(NamedTuple):
     """What `reserve` took."""
 
     taken: list[Reserved]
-    suspects: int  # suspected poison messages that still wait; each has killed its worker twice
+    suspects: int  # suspected poison messages that still wait
     alone: bool  # the only message in `taken` is a suspect: nothing else may run beside it
     dead_lettered: list[DeadLetterReason]
 
@@ -97,8 +96,8 @@ class RequestQueue:
         keys = [INDEX, UNACKED, self.name, self._suspects, self._due, self._ready, self._delayed]
         keys += [self.name + WORKERS, self.name + UNHEALTHY_WORKERS]
         visibility = self._visibility_timeout if restore else 0
-        arguments = [visibility, MAX_MOVES, self._prefix(), self._deaths, REPLY_TTL, POISON_DEATHS, self._owner]
-        return _MAINTAIN(keys, [*arguments, int(relay_healthy), *tags])
+        arguments = [visibility, MAX_MOVES, self._prefix(), self._deaths, REPLY_TTL, SUSPECT_DEATHS, POISON_DEATHS]
+        return _MAINTAIN(keys, [*arguments, self._owner, int(relay_healthy), *tags])
 
     @staticmethod
     def read_maintain(answer: list[Any]) -> MaintenanceResult:

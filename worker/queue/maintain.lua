@@ -16,10 +16,11 @@ ARGV 1 visibility  s      the timeout; 0: restore nothing
      3 tag prefix  string unique to this call
      4 deaths      string key prefix of the counters of dead workers, by request id
      5 life        s      of such a counter
-     6 poison      int    deaths after which a message is not tried again
-     7 worker      string unique to the process
-     8 healthy     1 or 0 whether the worker has a healthy relay
-     9 ...                tags that the worker holds
+     6 suspect     int    deaths after which a message is tried alone
+     7 poison      int    deaths after which a message is not tried again
+     8 worker      string unique to the process
+     9 healthy     1 or 0 whether the worker has a healthy relay
+    10 ...                tags that the worker holds
 
 Returns {ready, suspects, restored, tag, message ...}: this call has reserved these messages because each has killed so many
 workers as `poison` says; they must be answered and dead-lettered.
@@ -27,7 +28,7 @@ workers as `poison` says; they must be answered and dead-lettered.
 local time = redis.call('TIME')
 local seconds = time[1] + time[2] / 1000000
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-for i = 9, #ARGV do
+for i = 10, #ARGV do
     redis.call('ZADD', KEYS[1], 'XX', seconds, ARGV[i])
 end
 
@@ -48,13 +49,13 @@ if visibility > 0 then
                 deaths = 1
             end
             -- Written first and removed last, so that a refused command loses no message.
-            if deaths >= tonumber(ARGV[6]) then
+            if deaths >= tonumber(ARGV[7]) then
                 local tag = ARGV[3] .. #result
                 redis.call('HSET', KEYS[2], tag, entry)
                 redis.call('ZADD', KEYS[1], seconds, tag)
                 result[#result + 1] = tag
                 result[#result + 1] = message
-            elseif deaths >= 2 then
+            elseif deaths >= tonumber(ARGV[6]) then
                 redis.call('RPUSH', KEYS[4], message)
             else
                 redis.call('RPUSH', KEYS[3], message)
@@ -76,11 +77,11 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', now, 'LIMIT', 0
     redis.call('ZREM', KEYS[5], id)
 end
 -- Last, and with its errors ignored: a full server may refuse this, and must not prevent the rest.
-redis.pcall('ZADD', KEYS[8], seconds, ARGV[7])
-if ARGV[8] == '1' then
-    redis.pcall('ZREM', KEYS[9], ARGV[7])
+redis.pcall('ZADD', KEYS[8], seconds, ARGV[8])
+if ARGV[9] == '1' then
+    redis.pcall('ZREM', KEYS[9], ARGV[8])
 else
-    redis.pcall('ZADD', KEYS[9], seconds, ARGV[7])
+    redis.pcall('ZADD', KEYS[9], seconds, ARGV[8])
 end
 for i = 8, 9 do
     redis.pcall('ZREMRANGEBYSCORE', KEYS[i], '-inf', seconds - 60)

@@ -19,6 +19,8 @@ from worker.job import Job
 _ARGUMENTS = ("email", "purpose", "locale")  # in the order of the task's parameters
 _SIGNATURES = ("callbacks", "errbacks", "chain", "chord")
 _LATEST = 1e11  # Unix seconds; later times in milliseconds are not exact in Lua, and no clock is that wrong
+SUSPECT_DEATHS = 2  # a message that killed so many workers is tried alone
+POISON_DEATHS = 4  # one that killed so many is not tried again; the text of POISON says so too
 MAX_NESTING = 100  # levels of an email or purpose that is not a string: the reply echoes it, so it must be writable
 
 

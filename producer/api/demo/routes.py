@@ -112,6 +112,7 @@ def _add_request(app: APIRouter, api: Api) -> None:
                 "inbox": bool(settings.demo_inbox),
                 "flower": settings.demo_flower or None,
                 "keys": bool(settings.api_keys),
+                "errors": {int(code): {"meaning": code.meaning, "advice": code.advice} for code in ErrorCode},
             }
         )
 

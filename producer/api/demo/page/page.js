@@ -3,7 +3,7 @@
 import { Phone } from "./phone.js";
 import { Progress } from "./progress.js";
 import * as requests from "./requests.js";
-import { preferred, words } from "./words.js";
+import { explain, preferred, words } from "./words.js";
 
 const byId = (id) => document.getElementById(id);
 const FIELDS = { ask: "email", check: "code", key: "key" }; // the field that each message is about
@@ -114,7 +114,7 @@ class Page {
       this.answer("ask", "late", (say) => `${this.progress.sentence(say)} ${say.errors[6]}`); // the phone still waits
     } else {
       this.phone.relax();
-      this.refuse("ask", (say) => say.errors[error] ?? say.errors[2]);
+      this.refuse("ask", (say) => explain(say, this.facts, error));
     }
   }
 
@@ -146,7 +146,7 @@ class Page {
       if (error === 0) this.succeed(email);
       else {
         if (error === 1003) this.forget();
-        this.refuse("check", (say) => say.errors[error] ?? say.errors[2]);
+        this.refuse("check", (say) => explain(say, this.facts, error));
       }
     } catch (refused) {
       this.failed("check", refused);

@@ -188,6 +188,12 @@ export const words = {
   },
 };
 
+// What an error code means; in English, from the API's own table, if there are no words for it here.
+export const explain = (say, facts, code) => {
+  const row = facts?.errors[code];
+  return say.errors[code] ?? (row ? `${row.meaning} ${row.advice}` : say.errors[2]);
+};
+
 export const preferred = () => (navigator.languages.map((each) => each.slice(0, 2)).find((each) => each in words) ?? "en");
 
 // 0.0123 s as 12.3 ms; 1.52 s from one second on.
