@@ -24,6 +24,7 @@ from worker.mail.render import MAX_CODE, TEMPLATES, Renderer, locales
 
 CODE = "482913"
 SENDER = Sender("", "no-reply@example.com")
+OURS = ("en", "zh-CN")  # whose texts the tests know; every other check is made for any folder of templates
 RENDERER = Renderer(SENDER, default_locale="zh-CN")
 TAGS = {"html", "head", "meta", "title", "style", "body", "table", "tr", "td", "h1", "p", "b", "br"}
 VOID = {"meta", "br"}
@@ -389,7 +390,7 @@ def test_the_error_for_a_recipient_unfit_for_a_header_does_not_show_it(recipient
     ],
     ids=lambda text: ascii(text)[:12],
 )
-@pytest.mark.parametrize("locale", locales())
+@pytest.mark.parametrize("locale", OURS)
 def test_any_code_is_shown_on_one_line_and_breaks_nothing(code: str, shown: str, locale: str) -> None:
     raw = mail(code=code, locale=locale)
     check_wire(raw)
@@ -416,7 +417,7 @@ def test_a_line_that_begins_with_a_dot_is_dot_stuffed() -> None:
 @given(
     code=st.text(max_size=300) | st.from_regex(r"[0-9]{4,12}", fullmatch=True) | st.text(".=\r\n \t<&-_%", max_size=90),
     life=st.floats(),
-    locale=st.sampled_from([*locales(), None, "xx"]) | st.text(max_size=9) | st.integers(),
+    locale=st.sampled_from([*OURS, None, "xx"]) | st.text(max_size=9) | st.integers(),
     request_id=st.text(max_size=50),
 )
 def test_both_parts_carry_the_same_code(code: str, life: float, locale: object, request_id: str) -> None:
