@@ -19,13 +19,13 @@ def memory(pid: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_100_000_queued_requests_are_served_once_though_a_worker_is_killed(new_rig: NewRig) -> None:
     rig = new_rig(workers=0, log_level="INFO")
     ids = rig.caller.request_all(*(address() for _ in range(MANY)))
     first, second = rig.add_workers(2)
     most = 0
-    deadline = time.monotonic() + 1000
+    deadline = time.monotonic() + 2000
     while (left := rig.broker.llen("verification")) > 0:
         assert time.monotonic() < deadline, rig.held()
         if left < MANY // 2 and first.alive:
