@@ -99,7 +99,7 @@ def test_a_relay_that_comes_up_late_gets_the_mail(new_rig: Callable[..., Rig]) -
     rig.settings["VERIFY_RELAYS"] = f"smtp://127.0.0.1:{port}"
     rig.add_worker()
     request_id = rig.caller.request(address())
-    rig.worker.wait_for_log("is unhealthy")
+    rig.worker.wait_for_log("cannot be reached")
     assert rig.results.exists(f"celery-task-meta-{request_id}") == 0
     with running(ScriptedServer(), port) as late:
         assert rig.caller.reply(request_id)["error"] == 0
