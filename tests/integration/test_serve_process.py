@@ -254,6 +254,8 @@ def listens(port: int) -> bool:
         socket.create_connection(("127.0.0.1", port), 1).close()
     except ConnectionRefusedError:
         return False
+    except ConnectionResetError:  # the listener closed during the handshake: the next attempt tells
+        return True
     return True
 
 
