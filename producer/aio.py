@@ -6,6 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, Self
 
+from producer.audit import Audit
 from producer.contract import DEFAULT_PURPOSE, CheckResult, ErrorCode, Reply, is_purpose
 from producer.core.deadlines import Deadlines
 from producer.core.publisher import Publisher
@@ -40,18 +41,21 @@ class AsyncVerificationClient:
         max_queue: int | None = None,
         traces: Traces | None = None,
         redis: RedisConnections | None = None,
+        audit: Audit | None = None,
     ) -> None:
         """`settings`: by default read from the environment, which may raise `BadSetting`.
 
         `max_queue`: while more requests than this wait in the queue, `request` answers `TOO_MANY_REQUESTS` and
         `enqueue` raises `QueueFull`; by default the queue may grow without limit. `traces`: by default those of the
         application, if it has set up OpenTelemetry before the first use. `redis`: makes the connections, for a client
-        that stays on one loop; whoever made it closes it. By default the client makes its own.
+        that stays on one loop; whoever made it closes it. `audit`: takes the audit events, for a client that stays on
+        one loop. By default the client makes its own of both.
         """
         self._settings = settings or load()
         self._max_queue = max_queue
         self._traces = traces
         self._redis = redis
+        self._audit = audit
         self._on_loop: _OnLoop | None = None
         self._closed = False
 
@@ -165,7 +169,7 @@ class AsyncVerificationClient:
         here = self._on_loop
         if here is None or here.loop is not asyncio.get_running_loop():  # the other loop's connections died with it
             traces = self._traces or of_application()
-            here = self._on_loop = _OnLoop(self._settings, self._max_queue, traces, self._redis)
+            here = self._on_loop = _OnLoop(self._settings, self._max_queue, traces, self._redis, self._audit)
         return here
 
     async def __aenter__(self) -> Self:
@@ -179,11 +183,17 @@ class _OnLoop:
     """The part of a client that belongs to one event loop."""
 
     def __init__(
-        self, settings: Settings, max_queue: int | None, traces: Traces | None, redis: RedisConnections | None
+        self,
+        settings: Settings,
+        max_queue: int | None,
+        traces: Traces | None,
+        redis: RedisConnections | None,
+        audit: Audit | None,
     ) -> None:
         self._owns_redis = redis is None
         self._redis = redis = redis or RedisConnections()
         self.loop = asyncio.get_running_loop()
+        self.audit = audit or Audit()
         self.queue = settings.queue
         self.publisher = Publisher(redis, settings.broker_url, settings.queue, limit=max_queue)
         self.replies = Replies(redis, settings.results_url)
@@ -199,6 +209,7 @@ class _OnLoop:
         await self.publisher.close()
         await self.replies.close()
         await self._codes.close()
+        self.audit.flush()
         if self._owns_redis:
             await self._redis.close()
         self.deadlines.close()

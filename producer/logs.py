@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import sys
-from typing import Any
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import structlog
 
@@ -17,7 +20,12 @@ _PRIVATE = re.compile(
     r"(?P<address>[^\s@\"'<>()\[\]{},:;=\x1b]+@[^\s@\"'<>()\[\]{},:;=\\/\x1b]+)"
 )
 # The extra fields of our own lines. Other libraries' extras stay out: Celery's hold arguments and results.
-_EXTRAS = ("count", "email", "error", "kind", "next_try_in", "reason", "relay", "reply", "request_id", "seconds", "why")
+_EXTRAS = (
+    *("bucket", "count", "email", "error", "kind", "more", "next_try_in", "peer", "protocol", "reason", "relay"),
+    *("reply", "request_id", "seconds", "size", "why"),
+)
+
+Kind = TypeVar("Kind")
 
 
 LONGEST_DOMAIN = 253  # characters, RFC 1035, 2.3.4; a longer one is cut
@@ -54,6 +62,38 @@ def allow_node_name(name: str) -> None:
 
 def _mask_event(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     return {key: mask_text(value) if isinstance(value, str) else value for key, value in event.items()}
+
+
+class LineLimit(Generic[Kind]):
+    """Admits so many lines in each period, and hands over at its end how many of which kind it did not admit."""
+
+    def __init__(self, lines: int, period: float, sum_up: Callable[[Counter[Kind]], None]) -> None:
+        """`period`: seconds; it begins with the first line, on the running loop. `sum_up` gets at least one."""
+        self._lines = lines
+        self._period = period
+        self._sum_up = sum_up
+        self._admitted = 0  # so far in this period
+        self._left_out: Counter[Kind] = Counter()
+        self._end: asyncio.TimerHandle | None = None
+
+    def admits(self, kind: Kind) -> bool:
+        if self._end is None:
+            self._end = asyncio.get_running_loop().call_later(self._period, self.flush)
+        if self._admitted < self._lines:
+            self._admitted += 1
+            return True
+        self._left_out[kind] += 1
+        return False
+
+    def flush(self) -> None:
+        """End the period now."""
+        if self._end is not None:
+            self._end.cancel()
+            self._end = None
+        self._admitted = 0
+        if self._left_out:
+            left_out, self._left_out = self._left_out, Counter()
+            self._sum_up(left_out)
 
 
 class _MaskingFormatter(structlog.stdlib.ProcessorFormatter):

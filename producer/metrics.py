@@ -19,6 +19,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from producer.audit import Audit
 from producer.setting_types import Bind
 from producer.store.backlog import Backlog
 
@@ -57,7 +58,8 @@ class Histogram:
 class ProcessMetrics(Collector):
     """The metrics of one process, read at each scrape so that counting costs next to nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, audit: Audit) -> None:
+        self._audit = audit
         self._backlog: Backlog | None = None
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
@@ -74,6 +76,8 @@ class ProcessMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield from self.own_metrics()
+        events = {(event.value,): count for event, count in self._audit.counts.items()}
+        yield labelled_counter("audit_events", "Events that an attack would cause.", ("event",), events)
         # Every process shows the same figures of the whole queue: take max() over instances, not sum().
         queued, delayed, suspects, dead, workers, oldest = (self._backlog or (_NAN,) * 6)[:6]
         yield gauge("queue_requests", "Requests in the queue, without the delayed ones.", queued)

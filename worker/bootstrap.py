@@ -61,7 +61,7 @@ class Worker:
         codes, broker = self._databases.codes, self._databases.broker
         store = RedisCodeStore(codes.connection, CodePolicy.of(settings), database=codes.number)
         queue = RequestQueue(settings.queue, visibility_timeout=settings.visibility_timeout)
-        counters = Counters()
+        self._counters = counters = Counters()
         self._events = Events(broker)
         self._celery_side = make_celery_side(self._events)
         settler = Settler(store, self._databases, queue, counters)
@@ -132,6 +132,7 @@ class Worker:
         await self.fetcher.stop(seconds)
         await self._maintenance.stop()
         self._request_log.flush()
+        self._counters.audit.flush()
         last_spans = None if self._traces is None else self._traces.close()
         await self._events.close()
         await self._channel.close()

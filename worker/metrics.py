@@ -10,6 +10,7 @@ from typing import Final
 
 from prometheus_client.metrics_core import Metric
 
+from producer.audit import Audit
 from producer.contract import ErrorCode
 from producer.errors import RedisUnavailable
 from producer.metrics import Histogram, ProcessMetrics, counter, gauge, histogram, labelled_counter, labelled_gauge
@@ -39,6 +40,7 @@ class Counters:
         self.hits = dict.fromkeys((COOLDOWN_HIT, BUCKET_HIT), 0)
         self.restored = 0  # messages of dead workers
         self.dead: Counter[str] = Counter(dict.fromkeys(DeadLetterCode, 0))
+        self.audit = Audit()
         self.last_dead_letter = ""  # its reason
 
     def replied(self, error: ErrorCode, enqueued_at: float | None) -> None:
@@ -71,7 +73,7 @@ class WorkerMetrics(ProcessMetrics):
         broker: Database,
         queue: str,
     ) -> None:
-        super().__init__()
+        super().__init__(counters.audit)
         self._counters = counters
         self._relays = relays
         self._held = held

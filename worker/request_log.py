@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Final
 
 from producer.contract import ErrorCode
-from producer.logs import mask_email
+from producer.logs import LineLimit, mask_email
 from worker.job import Finished
 
 logger = logging.getLogger(__name__)
@@ -24,9 +24,7 @@ class RequestLog:
     """
 
     def __init__(self) -> None:
-        self._lines = 0  # so far in this period
-        self._summed: Counter[ErrorCode] = Counter()
-        self._period: asyncio.TimerHandle | None = None  # begins with the first request
+        self._limit = LineLimit(LINES, PERIOD, _sum_up)
 
     def settled(self, finished: Finished) -> None:
         if not logger.isEnabledFor(logging.INFO):
@@ -34,14 +32,7 @@ class RequestLog:
         for job, error in finished:
             if error is None:  # it was not answered
                 continue
-            if self._period is None:
-                self._period = asyncio.get_running_loop().call_later(PERIOD, self.flush)
-            if self._lines < LINES:
-                level = logging.INFO
-                self._lines += 1
-            else:
-                level = logging.DEBUG
-                self._summed[error] += 1
+            level = logging.INFO if self._limit.admits(error) else logging.DEBUG
             if not logger.isEnabledFor(level):
                 continue
             extra = {
@@ -54,11 +45,9 @@ class RequestLog:
 
     def flush(self) -> None:
         """End the period, with the line that sums up."""
-        if self._period is not None:
-            self._period.cancel()
-            self._period = None
-        self._lines = 0
-        if self._summed:
-            counts = ", ".join(f"{error.title} {count}" for error, count in sorted(self._summed.items()))
-            logger.info("more requests answered: %s", counts, extra={"count": self._summed.total()})
-            self._summed.clear()
+        self._limit.flush()
+
+
+def _sum_up(left_out: Counter[ErrorCode]) -> None:
+    counts = ", ".join(f"{error.title} {count}" for error, count in sorted(left_out.items()))
+    logger.info("more requests answered: %s", counts, extra={"count": left_out.total()})

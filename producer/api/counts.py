@@ -8,6 +8,7 @@ from typing import Final, Literal
 
 from prometheus_client.metrics_core import Metric
 
+from producer.audit import Audit
 from producer.contract import ErrorCode
 from producer.metrics import Histogram, ProcessMetrics, histogram, labelled_counter, labelled_gauge
 
@@ -38,8 +39,8 @@ class Counts:
 class ApiMetrics(ProcessMetrics):
     """One API process's counts."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, audit: Audit) -> None:
+        super().__init__(audit)
         self.counts = {served: Counts() for served in _SERVED}
         self.refusals: Counter[int] = Counter()  # HTTP answers with a status other than 200
 

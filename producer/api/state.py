@@ -11,6 +11,7 @@ from producer.aio import AsyncVerificationClient
 from producer.api.counts import ApiMetrics, Protocol, Verb
 from producer.api.readiness import Readiness
 from producer.api.relay_watch import RelayWatch
+from producer.audit import Audit
 from producer.contract import CheckResult, ErrorCode, Reply
 from producer.errors import VerifyError
 from producer.redis.connection import RedisConnections
@@ -29,10 +30,13 @@ class Api:
         self.settings = settings
         self.traces = traces
         self.redis = RedisConnections()
-        self.client = AsyncVerificationClient(settings, max_queue=settings.max_queue, traces=traces, redis=self.redis)
+        self.audit = Audit()
+        self.client = AsyncVerificationClient(
+            settings, max_queue=settings.max_queue, traces=traces, redis=self.redis, audit=self.audit
+        )
         self.readiness = Readiness(settings, self.redis)
         self.relays = RelayWatch(self.readiness)
-        self.metrics = ApiMetrics()
+        self.metrics = ApiMetrics(self.audit)
         self.leaving = False  # set once the process drains: it still serves, but is not ready
         # Closed in this order; the demo page adds what it opens.
         self.on_close: list[Callable[[], Awaitable[None]]] = []
@@ -61,6 +65,7 @@ class Api:
 
     async def close(self) -> None:
         """Close everything. Requests that still wait are answered `TIMEOUT`."""
+        self.audit.flush()
         for close in self.on_close:
             await close()
         await self.redis.close()

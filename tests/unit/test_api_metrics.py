@@ -7,6 +7,7 @@ import math
 from prometheus_client.parser import text_string_to_metric_families
 
 from producer.api.counts import BOUNDS, ApiMetrics
+from producer.audit import Audit
 from producer.contract import ErrorCode
 from producer.store.backlog import Backlog
 
@@ -24,7 +25,7 @@ def key(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
 
 
 def test_answers_are_counted_by_protocol_verb_and_error() -> None:
-    metrics = ApiMetrics()
+    metrics = ApiMetrics(Audit())
     for error in (ErrorCode.SUCCESS, ErrorCode.SUCCESS, ErrorCode.TIMEOUT):
         metrics.counts["grpc", "request"].answered(error, 0.01)
     found = shown(metrics)
@@ -34,7 +35,7 @@ def test_answers_are_counted_by_protocol_verb_and_error() -> None:
 
 
 def test_the_histogram_is_cumulative_and_each_bound_belongs_to_its_bucket() -> None:
-    metrics = ApiMetrics()
+    metrics = ApiMetrics(Audit())
     for seconds in (0.0, BOUNDS[0], 0.3, BOUNDS[-1] + 1):
         metrics.counts["grpc", "request"].answered(ErrorCode.SUCCESS, seconds)
     found = shown(metrics)
@@ -45,7 +46,7 @@ def test_the_histogram_is_cumulative_and_each_bound_belongs_to_its_bucket() -> N
 
 
 def test_in_flight_sums_the_verbs_of_a_protocol() -> None:
-    metrics = ApiMetrics()
+    metrics = ApiMetrics(Audit())
     metrics.counts["http", "request"].in_flight += 2
     metrics.counts["http", "check"].in_flight += 1
     assert metrics.in_flight("http") == 3
@@ -55,7 +56,7 @@ def test_in_flight_sums_the_verbs_of_a_protocol() -> None:
 
 
 def test_the_queues_figures_are_unknown_while_the_broker_is_away() -> None:
-    metrics = ApiMetrics()
+    metrics = ApiMetrics(Audit())
     there = shown(metrics, Backlog(2, 1, 3, 0, 1, None))
     names = ("queue_requests", "queue_delayed_requests", "queue_suspect_requests", "dead_letters", "workers")
     assert [there[key(name)] for name in (*names, "queue_oldest_age_seconds", "broker_up")] == [2, 1, 3, 0, 1, 0, 1]
