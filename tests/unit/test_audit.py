@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from support import doc_pages as pages
 
 from producer.api.counts import ApiMetrics
 from producer.audit import LINES, Audit, AuditEvent
 
-# Each event, once.
-EVENTS: dict[AuditEvent, Callable[[Audit], None]] = {
-    AuditEvent.CODE_BURNT: lambda audit: audit.code_burnt("anna@example.com"),
-    AuditEvent.BUCKET_EMPTY: lambda audit: audit.bucket_empty("address_bucket", "anna@example.com"),
-    AuditEvent.WRONG_KEY: lambda audit: audit.wrong_key("http", "192.0.2.1"),
-    AuditEvent.MAILBOX_SUPPRESSED: lambda audit: audit.mailbox_suppressed("anna@example.com"),
-    AuditEvent.MESSAGE_TOO_LARGE: lambda audit: audit.message_too_large(70_000),
+# What each event's method, which has its name, is called with.
+ARGUMENTS: dict[AuditEvent, tuple[object, ...]] = {
+    AuditEvent.CODE_BURNT: ("anna@example.com",),
+    AuditEvent.BUCKET_EMPTY: ("address_bucket", "anna@example.com"),
+    AuditEvent.WRONG_KEY: ("http", "192.0.2.1"),
+    AuditEvent.MAILBOX_SUPPRESSED: ("anna@example.com",),
+    AuditEvent.MESSAGE_TOO_LARGE: (70_000,),
 }
 
 
@@ -36,9 +41,32 @@ def lines(caplog: pytest.LogCaptureFixture, use: Callable[[Audit], None]) -> lis
     return caplog.records
 
 
+def fields_of(event: AuditEvent) -> set[str]:
+    """Those that the operators' page lists."""
+    [row] = [row for row in pages.rows("docs/operations.md", "Audit events") if row[0] == f"`{event}`"]
+    return set(re.findall(r"`(\w+)`", row[-1]))
+
+
+def test_the_operators_page_lists_every_event() -> None:
+    assert {row[0].strip("`") for row in pages.rows("docs/operations.md", "Audit events")} == set(AuditEvent)
+
+
+@pytest.mark.parametrize("event", AuditEvent)
+def test_a_process_writes_the_fields_that_the_page_lists(event: AuditEvent) -> None:
+    program = (
+        "import asyncio, sys; from producer import logs; from producer.audit import Audit; logs.configure()\n"
+        f"async def main(): Audit().{event}(*{ARGUMENTS[event]!r})\n"
+        "asyncio.run(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    line = json.loads(done.stderr)
+    assert line.keys() == {"event", "logger", "level", "timestamp"} | fields_of(event)
+    assert "anna@" not in done.stderr
+
+
 @pytest.mark.parametrize("event", AuditEvent)
 def test_an_event_is_one_warning_with_its_name(event: AuditEvent, caplog: pytest.LogCaptureFixture) -> None:
-    [line] = lines(caplog, EVENTS[event])
+    [line] = lines(caplog, lambda audit: getattr(audit, event)(*ARGUMENTS[event]))
     assert (line.name, line.levelno, line.getMessage()) == ("verifyserver.audit", logging.WARNING, event.value)
     assert vars(line).get("email", "a***@example.com") == "a***@example.com"
 
