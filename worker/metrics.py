@@ -16,7 +16,7 @@ from producer.errors import RedisUnavailable
 from producer.metrics import Histogram, ProcessMetrics, counter, gauge, histogram, labelled_counter, labelled_gauge
 from producer.redis.connection import ServerError
 from producer.store.backlog import backlog, read_backlog
-from producer.store.codes import BUCKET_HIT, COOLDOWN_HIT
+from producer.store.codes import BUCKET_HIT, COOLDOWN_HIT, SUPPRESSED_HIT
 from worker.databases import Database
 from worker.mail.failover import RelayStatus
 from worker.queue.message import DeadLetterCode, DeadLetterReason
@@ -37,7 +37,7 @@ class Counters:
         self.until_accepted = Histogram(BOUNDS)
         self.retries = 0
         self.joins = 0
-        self.hits = dict.fromkeys((COOLDOWN_HIT, BUCKET_HIT), 0)
+        self.hits = dict.fromkeys((COOLDOWN_HIT, BUCKET_HIT, SUPPRESSED_HIT), 0)
         self.restored = 0  # messages of dead workers
         self.dead: Counter[str] = Counter(dict.fromkeys(DeadLetterCode, 0))
         self.audit = Audit()
@@ -114,6 +114,11 @@ class WorkerMetrics(ProcessMetrics):
         yield counter("worker_joins", "Requests that wait for another request's send.", counters.joins)
         yield counter("worker_cooldown_hits", "Requests answered Success without another mail.", hits["cooldown"])
         yield counter("worker_rate_limited", "Requests of an address that had too many mails.", hits["bucket"])
+        yield counter(
+            "worker_suppressed",
+            "Requests answered MailRejected because a mailbox was refused lately.",
+            hits["suppressed"],
+        )
         yield counter("worker_redeliveries", "Requests of dead workers that this one restored.", counters.restored)
         yield labelled_counter("worker_dead_letters", "Messages that this worker dead-lettered.", ["reason"], reasons)
         yield labelled_counter("worker_sends", "Attempts to send a mail.", ["relay", "outcome"], sends)

@@ -15,7 +15,18 @@ from collections.abc import Callable, Sequence
 
 from producer.contract import ErrorCode
 from producer.errors import StoreUnavailable
-from producer.store.codes import Answered, CodeStore, Conflict, Issue, IssueRequest, Send, StoreError, Wait
+from producer.store.codes import (
+    REFUSED,
+    Answered,
+    CodeStore,
+    Conflict,
+    Issue,
+    IssueRequest,
+    Send,
+    StoreError,
+    SuppressionReason,
+    Wait,
+)
 from worker.job import Job
 from worker.mail.channel import MailChannel
 from worker.mail.errors import (
@@ -157,7 +168,8 @@ class Service:
             self._settler.answer(job, ErrorCode.SUCCESS, mark=True)
         elif isinstance(error, RecipientRejected | MessageRejected):
             _log_rejection(job, error)
-            self._settler.answer(job, ErrorCode.MAIL_REJECTED, mark=True)
+            suppress: SuppressionReason = REFUSED if error.mailbox_invalid else ""
+            self._settler.answer(job, ErrorCode.MAIL_REJECTED, mark=True, suppress=suppress)
         elif isinstance(error, Smtputf8Unsupported):
             self._settler.answer(job, ErrorCode.INVALID_ADDRESS, mark=True)
         elif isinstance(error, MailError):

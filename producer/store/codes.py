@@ -15,7 +15,8 @@ from typing import Final, Literal, NamedTuple, Protocol
 from producer.contract import REPLY_TTL, CheckResult, ErrorCode, code_key, is_purpose
 from producer.settings import Settings
 
-COOLDOWN_HIT, BUCKET_HIT = "cooldown", "bucket"  # why a request was answered without a mail
+# Why a request was answered without a mail.
+COOLDOWN_HIT, BUCKET_HIT, SUPPRESSED_HIT = "cooldown", "bucket", "suppressed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,8 @@ class CodePolicy:
     lease: int
     give_up_after: int
     remember: int = REPLY_TTL * 1000
+    suppression: int = 600_000  # of an address after its mailbox was refused; doubles with each refusal after its end
+    longest_suppression: int = 86_400_000
 
     @classmethod
     def of(cls, settings: Settings) -> CodePolicy:
@@ -94,7 +97,7 @@ class Answered(NamedTuple):
     """The request has its final answer."""
 
     error: ErrorCode
-    why: str = ""  # COOLDOWN_HIT or BUCKET_HIT, if this request was the one that met it
+    why: str = ""  # COOLDOWN_HIT, BUCKET_HIT or SUPPRESSED_HIT, if this request was the one that met it
 
 
 class Wait(NamedTuple):
@@ -115,12 +118,16 @@ FAILED: Final = "failed"  # no relay accepted the mail: the bucket is refunded, 
 UNKNOWN: Final = "unknown"  # a relay may have accepted the mail: the request may try once more
 Result = ErrorCode | Literal["failed", "unknown"]
 
+SuppressionReason = Literal["", "refused"]
+REFUSED: Final = "refused"  # a relay refused the mailbox for good: the address gets no mail for a while
+
 
 class Outcome(NamedTuple):
     """How a send ended: with the request's final answer, FAILED or UNKNOWN. Each frees the lease."""
 
     claim: Claim
     result: Result
+    suppress: SuppressionReason = ""  # why the address gets no mail for a while; "": it is not suppressed
 
 
 class Settled(NamedTuple):

@@ -1,9 +1,10 @@
 --[[
 issue: may these requests send now, and which code? One atomic step for each, in their order; begins with each.lua.
 
-KEYS 3i-2 request record  hash    what is remembered of the request id
-     3i-1 code            string  the code itself; GateServer reads it
-     3i   bucket          string  when the address' bucket is full again (ms)
+KEYS 4i-3 request record  hash    what is remembered of the request id
+     4i-2 code            string  the code itself; GateServer reads it
+     4i-1 bucket          string  when the address' bucket is full again (ms)
+     4i   suppressed      string  see settle.lua; until its end the address gets no mail
 ARGV 1  lease             ms
      2  give up after     ms
      3  ttl               ms
@@ -20,6 +21,7 @@ ARGV 1  lease             ms
      14 success           int     error code of a request that meets a cooldown
      15 too many requests int     error code of a request that meets an empty bucket
      16 timeout           int     error code of a request that is given up
+     17 mail rejected     int     error code of a request whose address is suppressed
      then six for each request:
      who                  string  hash of address and purpose: the same id must come with the same
      token                string  names this holder of the lease
@@ -30,7 +32,7 @@ ARGV 1  lease             ms
 
 Returns a list with an entry for each request:
         {'send', code, life ms, ms until the deadline, tries so far}
-      | {'answered', error, why}   final, and stored in the record; why: 'cooldown', 'bucket' (it is empty) or nothing
+      | {'answered', error, why}   final, and stored in the record; why: 'cooldown', 'bucket' (it is empty), 'suppressed' or nothing
       | {'wait', ms}               another holder is sending the same id
       | {'join', ms}               another request's mail to the same code key is being sent
       | {'conflict'}               the id belongs to another address or purpose; nothing was changed
@@ -41,8 +43,8 @@ Fields of the record:
      charged (1: the bucket was charged), mark (fingerprint of the code that was issued)
      dot (1: the present send announced its final dot), doubts (earlier sends that may have been accepted)
      error (present: answered)
-Times are this server's. A code, cooldown, sending or bucket key of another type than string counts as missing and is
-overwritten when it is written next.
+Times are this server's. A code, cooldown, sending, bucket or suppressed key of another type than string counts as missing
+and is overwritten when it is written next.
 ]]
 local call, sha1hex = redis.call, redis.sha1hex
 local time = call('TIME')
@@ -54,10 +56,11 @@ local give_up_after, min_life = tonumber(ARGV[2]), tonumber(ARGV[4])
 local cooldown, interval, burst = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local id_at = #ARGV[9] + 1
 local SUCCESS, TOO_MANY_REQUESTS, TIMEOUT = tonumber(ARGV[14]), tonumber(ARGV[15]), tonumber(ARGV[16])
+local MAIL_REJECTED = tonumber(ARGV[17])
 
-return each(#KEYS / 3, function(i)
-    local record_key, code_key, bucket_key = KEYS[3 * i - 2], KEYS[3 * i - 1], KEYS[3 * i]
-    local at = 6 * i + 11
+return each(#KEYS / 4, function(i)
+    local record_key, code_key, bucket_key = KEYS[4 * i - 3], KEYS[4 * i - 2], KEYS[4 * i - 1]
+    local at = 6 * i + 12
     local who, token, known_error = ARGV[at], ARGV[at + 1], ARGV[at + 2]
 
     local record, flat = {}, call('HGETALL', record_key)
@@ -105,7 +108,7 @@ return each(#KEYS / 3, function(i)
     end
 
     local sending_key = ARGV[12] .. code_key
-    local found = call('MGET', code_key, ARGV[11] .. code_key, sending_key, bucket_key)
+    local found = call('MGET', code_key, ARGV[11] .. code_key, sending_key, bucket_key, KEYS[4 * i])
     local code, life, mark = found[1], 0, nil
     if code and code ~= '' then
         life = call('PTTL', code_key)
@@ -130,6 +133,13 @@ return each(#KEYS / 3, function(i)
     -- A relay may have accepted a mail of this request: send the very same code once more, or give up.
     if doubts > 0 and (doubts > 1 or not mark or mark ~= record.mark) then
         return answer(TIMEOUT)
+    end
+
+    if found[5] then
+        local until_ms = string.match(found[5], '^%S+ (%d+) %d+$')
+        if until_ms and tonumber(until_ms) > now then
+            return answer(MAIL_REJECTED, 'suppressed')
+        end
     end
 
     if interval > 0 and record.charged ~= '1' then

@@ -30,7 +30,7 @@ _RENEW, _CHECK = (Script(_LUA / f"{name}.lua") for name in ("renew", "check"))
 
 # Side keys; none begins with `code_`, which GateServer builds from user text. All have a TTL.
 ATTEMPTS, COOLDOWN, SENDING, JOINED = "attempts:", "cooldown:", "sending:", "joined:"  # + code key
-BUCKET = "bucket:"  # + canonical address
+BUCKET, SUPPRESSED = "bucket:", "suppressed:"  # + canonical address
 REQUEST = "request:"  # + request id
 
 T = TypeVar("T")
@@ -50,19 +50,21 @@ class RedisCodeStore:
             *(policy.cooldown, policy.interval, policy.burst, policy.remember),
             *(REQUEST, ATTEMPTS, COOLDOWN, SENDING, JOINED),
             *(int(ErrorCode.SUCCESS), int(ErrorCode.TOO_MANY_REQUESTS), int(ErrorCode.TIMEOUT)),
+            int(ErrorCode.MAIL_REJECTED),
         )
         self._settle_args: tuple[Arg, ...] = (
             *(policy.cooldown, policy.interval, policy.remember),
             *(REQUEST, COOLDOWN, SENDING, JOINED),
             *(int(ErrorCode.SUCCESS), int(ErrorCode.TIMEOUT)),
             *(int(ErrorCode.INVALID_ADDRESS), int(ErrorCode.MAIL_REJECTED)),
+            *(policy.suppression, policy.longest_suppression),
         )
 
     def issue(self, requests: Sequence[IssueRequest]) -> Step[list[Issue | StoreError]]:
         keys: list[str] = []
         args = [*self._issue_args]
         for claim, candidate, error, enqueued_at, expires_at in requests:
-            keys += (REQUEST + claim.request_id, claim.code_key, BUCKET + claim.canonical)
+            keys += _keys(claim)
             args += (
                 claim.who,
                 claim.token,
@@ -76,9 +78,9 @@ class RedisCodeStore:
     def settle(self, outcomes: Sequence[Outcome]) -> Step[list[Settled | StoreError]]:
         keys: list[str] = []
         args = [*self._settle_args]
-        for claim, result in outcomes:
-            keys += (REQUEST + claim.request_id, claim.code_key, BUCKET + claim.canonical)
-            args += (claim.token, result if isinstance(result, str) else int(result))
+        for claim, result, suppress in outcomes:
+            keys += _keys(claim)
+            args += (claim.token, result if isinstance(result, str) else int(result), suppress)
         return self._step(_SETTLE(keys, args), lambda answer: _each(_read_settle, answer, len(outcomes)))
 
     def announce_data(self, claims: Sequence[Claim]) -> None:
@@ -102,6 +104,11 @@ class RedisCodeStore:
 
     def _step(self, command: Command, read: Callable[[Any], T]) -> Step[T]:
         return Step(self.connection, self._database, [command], lambda answers: read(answers[0]))
+
+
+def _keys(claim: Claim) -> tuple[str, str, str, str]:
+    canonical = claim.canonical
+    return REQUEST + claim.request_id, claim.code_key, BUCKET + canonical, SUPPRESSED + canonical
 
 
 def _each(read: Callable[[Any], T], answer: Any, count: int) -> list[T | StoreError]:

@@ -2,9 +2,10 @@
 settle: records how sends ended; one atomic step for each, in their order; begins with each.lua. Compares the lease's
 token first: a holder that lost its lease changes nothing.
 
-KEYS 3i-2 request record  hash    see issue.lua
-     3i-1 code            string
-     3i   bucket          string
+KEYS 4i-3 request record  hash    see issue.lua
+     4i-2 code            string
+     4i-1 bucket          string
+     4i   suppressed      string  reason, end (ms) and period (ms) with a space between
 ARGV 1  cooldown          ms      0: off
      2  interval          ms      of the bucket; 0: no bucket
      3  remember          ms      life of the record
@@ -16,33 +17,59 @@ ARGV 1  cooldown          ms      0: off
      9  timeout           int     error code: unknown
      10 invalid address   int     error code that is final for the mailbox
      11 mail rejected     int     likewise
-     then two for each:
+     12 first period      ms      that an address is suppressed after its mailbox was refused
+     13 longest period    ms      each further refusal after the end doubles the period up to this one
+     then three for each:
      token                string
      result               string  'failed' (no relay accepted it, try again) | 'unknown' (one may have; try again)
                                   | the error code that answers the request
+     reason               string  'refused': suppress the address; else ''
 
 Returns a list with an entry for each: {1 if this holder had the lease else 0, id to wake ...}, or an error of this one
 alone. If the mail was accepted and its code is still live, or if the mailbox is refused for good, every joined request
 gets the same answer in its record; otherwise one of them may send.
+
+The suppressed key outlives its end by the longest period, so that a mailbox which is refused again then is known. An accepted
+mail deletes it if its reason is 'refused'; a suppression with another reason is neither deleted nor replaced before its end.
 ]]
 local call = redis.call
 local cooldown, interval, remember = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
 local id_at = #ARGV[4] + 1
 local SUCCESS, TIMEOUT, INVALID_ADDRESS, MAIL_REJECTED = ARGV[8], ARGV[9], ARGV[10], ARGV[11]
+local first_period, longest_period = tonumber(ARGV[12]), tonumber(ARGV[13])
 
-return each(#KEYS / 3, function(i)
-    local record_key, code_key, bucket_key = KEYS[3 * i - 2], KEYS[3 * i - 1], KEYS[3 * i]
-    local result = ARGV[11 + 2 * i]
+-- `found`: what the key holds.
+local function suppress(key, reason, found)
+    local time = call('TIME')
+    local now = time[1] * 1000 + math.floor(time[2] / 1000)
+    local period = first_period
+    if found then
+        local known, ends, last = string.match(found, '^(%S+) (%d+) (%d+)$')
+        if known and tonumber(ends) > now then
+            return -- refused before that began: the sends under way at that moment count once
+        end
+        if known == reason then
+            period = math.min(2 * last, longest_period)
+        end
+    end
+    local value = string.format('%s %.0f %.0f', reason, now + period, period)
+    call('SET', key, value, 'PX', string.format('%.0f', period + longest_period))
+end
+
+return each(#KEYS / 4, function(i)
+    local record_key, code_key, bucket_key = KEYS[4 * i - 3], KEYS[4 * i - 2], KEYS[4 * i - 1]
+    local suppressed_key = KEYS[4 * i]
+    local token, result, reason = ARGV[3 * i + 11], ARGV[3 * i + 12], ARGV[3 * i + 13]
 
     local record = call('HMGET', record_key, 'token', 'error', 'who', 'charged', 'mark', 'doubts', 'dot', 'tries')
-    if record[1] ~= ARGV[10 + 2 * i] or record[2] then
+    if record[1] ~= token or record[2] then
         return { 0 }
     end
     -- First, because it needs no memory: a full server refuses only a script's first write, and the outcome must be
     -- recorded even there.
     call('PEXPIRE', record_key, remember)
     local sending_key = ARGV[6] .. code_key
-    local found = call('MGET', sending_key, code_key)
+    local found = call('MGET', sending_key, code_key, suppressed_key)
 
     -- Refund only what certainly no relay accepted: neither this send, nor an earlier one of the same request.
     local doubts = tonumber(record[6]) or 0
@@ -64,6 +91,12 @@ return each(#KEYS / 3, function(i)
         call('HSET', record_key, 'token', '', 'dot', '0', 'tries', (record[8] or 0) + 1, 'doubts', doubts + more)
     else
         call('HSET', record_key, 'token', '', 'error', result)
+    end
+
+    if reason ~= '' then
+        suppress(suppressed_key, reason, found[3])
+    elseif accepted and found[3] and string.match(found[3], '^refused ') then
+        call('DEL', suppressed_key)
     end
 
     local live = false

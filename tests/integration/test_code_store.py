@@ -15,6 +15,8 @@ from producer.store.codes import (
     BUCKET_HIT,
     COOLDOWN_HIT,
     FAILED,
+    REFUSED,
+    SUPPRESSED_HIT,
     UNKNOWN,
     Answered,
     Claim,
@@ -30,6 +32,7 @@ from producer.store.codes import (
 
 OTHER = "b@example.com"
 HIT = Answered(ErrorCode.SUCCESS, COOLDOWN_HIT)
+SUPPRESSED = Answered(ErrorCode.MAIL_REJECTED, SUPPRESSED_HIT)
 
 
 @pytest.fixture(params=["redis", "memory"])
@@ -246,6 +249,98 @@ def test_without_a_bucket_nothing_is_counted(driver: Driver) -> None:
         driver.deliver(claim_of(f"id-{i}"))
     driver.send(claim_of("last"))
     driver.settle(claim_of("last"), FAILED)
+
+
+# --- refused mailboxes ---
+
+MINUTE = 60_000  # ms
+
+
+def test_a_refused_mailbox_gets_no_mail_for_ten_minutes_whoever_asks(driver: Driver) -> None:
+    driver.refuse(claim_of("one"))
+    driver.pass_time(10 * MINUTE - 1_000)
+    assert driver.issue(claim_of("two")) == SUPPRESSED
+    assert driver.issue(claim_of("two")) == Answered(ErrorCode.MAIL_REJECTED)  # now remembered: not another hit
+    assert driver.issue(claim_of("three", " Anna@Example.com ", purpose="reset")) == SUPPRESSED
+    driver.send(claim_of("four", OTHER))
+    driver.pass_time(1_001)
+    driver.send(claim_of("five"))
+
+
+def test_an_answer_without_a_mail_to_a_refused_mailbox_is_not_charged(driver: Driver) -> None:
+    driver.set_policy(burst=1, interval=3_600_000)
+    driver.refuse(claim_of("one"))
+    for i in range(5):
+        assert driver.issue(claim_of(f"id-{i}")) == SUPPRESSED
+    driver.pass_time(10 * MINUTE + 1)
+    driver.send(claim_of("two"))
+
+
+def test_each_refusal_after_the_end_doubles_the_period_up_to_a_day(driver: Driver) -> None:
+    for number, minutes in enumerate([10, 20, 40, 80, 160, 320, 640, 1280, 1440, 1440]):
+        driver.refuse(claim_of(f"refused {number}"))
+        driver.pass_time(minutes * MINUTE - 1_000)
+        assert driver.issue(claim_of(f"within {number}")) == SUPPRESSED
+        driver.pass_time(1_001)
+
+
+def test_a_refused_mailbox_is_forgotten_a_day_after_the_end(driver: Driver) -> None:
+    for name in ("one", "two"):
+        driver.refuse(claim_of(name))
+        driver.pass_time(10 * MINUTE + 24 * 60 * MINUTE + 1)
+    driver.refuse(claim_of("three"))
+    driver.pass_time(10 * MINUTE + 1)
+    driver.send(claim_of("four"))
+
+
+def test_refusals_of_sends_that_overlapped_count_once(driver: Driver) -> None:
+    claims = [claim_of(purpose, purpose=purpose) for purpose in ("default", "reset", "login")]
+    for claim in claims:
+        driver.send(claim)
+    driver.settle_all(*(Outcome(claim, ErrorCode.MAIL_REJECTED, REFUSED) for claim in claims))
+    driver.pass_time(10 * MINUTE + 1)
+    driver.send(claim_of("later"))
+
+
+def test_an_accepted_mail_ends_the_suppression_of_a_refused_mailbox(driver: Driver) -> None:
+    refused, accepted = claim_of("one"), claim_of("two", purpose="reset")
+    driver.issue_all(refused, accepted)
+    driver.settle_all(Outcome(refused, ErrorCode.MAIL_REJECTED, REFUSED))
+    assert driver.issue(claim_of("three")) == SUPPRESSED
+    driver.settle(accepted)
+    driver.refuse(claim_of("four"))
+    driver.pass_time(10 * MINUTE + 1)  # the period did not double
+    driver.deliver(claim_of("five"))
+    driver.pass_time(10_001)  # the cooldown
+    driver.refuse(claim_of("six"))
+    driver.pass_time(10 * MINUTE + 1)
+    driver.send(claim_of("seven"))
+
+
+@pytest.mark.parametrize("result", [FAILED, UNKNOWN, ErrorCode.MAIL_REJECTED, ErrorCode.TIMEOUT])
+def test_only_a_refusal_of_the_mailbox_suppresses_it(result: Result, driver: Driver) -> None:
+    driver.send(claim_of("one"))
+    driver.settle(claim_of("one"), result)
+    driver.send(claim_of("two"))
+
+
+def test_a_refusal_that_a_lost_lease_reports_suppresses_nothing(driver: Driver) -> None:
+    driver.send(claim_of("one", token="a"))
+    driver.lapse()
+    driver.send(claim_of("one", token="b"))
+    late = Outcome(claim_of("one", token="a"), ErrorCode.MAIL_REJECTED, REFUSED)
+    assert driver.settle_all(late) == [Settled(held=False, wake=[])]
+    driver.deliver(claim_of("one", token="b"))
+    driver.pass_time(10_001)
+    driver.send(claim_of("two"))
+
+
+def test_all_that_joined_a_send_to_a_refused_mailbox_are_answered_so(driver: Driver) -> None:
+    ids = joined(driver, 3)
+    [settled] = driver.settle_all(Outcome(claim_of("one"), ErrorCode.MAIL_REJECTED, REFUSED))
+    assert isinstance(settled, Settled)
+    assert sorted(settled.wake) == ids
+    assert {driver.answer_of(claim_of(request_id)) for request_id in ids} == {ErrorCode.MAIL_REJECTED}
 
 
 # --- joins ---

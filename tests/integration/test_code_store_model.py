@@ -21,6 +21,7 @@ from producer.contract import ErrorCode, code_key
 from producer.redis.connection import Step
 from producer.store.codes import (
     FAILED,
+    REFUSED,
     UNKNOWN,
     Claim,
     CodePolicy,
@@ -45,6 +46,8 @@ POLICY = CodePolicy(
     lease=23_600,
     give_up_after=142_400,
     remember=3_605_000,
+    suppression=151_300,
+    longest_suppression=451_100,
 )
 STEPS = [10_000, 20_000, 30_000, 100_000, 300_000, 560_000]  # ms
 
@@ -108,9 +111,16 @@ class CodeStoreMachine(RuleBasedStateMachine):
             if request_id in self.memory.state.records:
                 assert found == [Conflict()]
 
-    @rule(batch=st.lists(st.tuples(IDS, TOKENS, RESULTS), min_size=1, max_size=3))
-    def settle(self, batch: list[tuple[str, str, Result]]) -> None:
-        outcomes = [Outcome(self.claim(request_id, token), result) for request_id, token, result in batch]
+    @rule(batch=st.lists(st.tuples(IDS, TOKENS, RESULTS, st.booleans()), min_size=1, max_size=3))
+    def settle(self, batch: list[tuple[str, str, Result, bool]]) -> None:
+        outcomes = [
+            Outcome(
+                self.claim(request_id, token),
+                result,
+                REFUSED if refused and result is ErrorCode.MAIL_REJECTED else "",
+            )
+            for request_id, token, result, refused in batch
+        ]
         settled = self.take(self.driver.store.settle(outcomes))
         for found, outcome in zip(settled, outcomes, strict=True):
             assert isinstance(found, Settled)

@@ -21,6 +21,8 @@ from producer.store import redis_codes
 from producer.store.codes import (
     COOLDOWN_HIT,
     FAILED,
+    REFUSED,
+    SUPPRESSED_HIT,
     UNKNOWN,
     Answered,
     CodeStore,
@@ -32,7 +34,7 @@ from producer.store.codes import (
     StoreError,
     Wait,
 )
-from producer.store.redis_codes import ATTEMPTS, BUCKET, COOLDOWN, JOINED, SENDING, RedisCodeStore
+from producer.store.redis_codes import ATTEMPTS, BUCKET, COOLDOWN, JOINED, SENDING, SUPPRESSED, RedisCodeStore
 
 LUA = Path(redis_codes.__file__).parent
 T = TypeVar("T")
@@ -206,7 +208,7 @@ def test_an_empty_or_mistyped_code_is_not_live(write: tuple[str, ...], driver: R
     assert driver.client.keys() == [key.encode()]
 
 
-@pytest.mark.parametrize("key", [KEY, COOLDOWN + KEY, SENDING + KEY, BUCKET + EMAIL])
+@pytest.mark.parametrize("key", [KEY, COOLDOWN + KEY, SENDING + KEY, BUCKET + EMAIL, SUPPRESSED + EMAIL])
 def test_a_mistyped_value_is_overwritten(key: str, driver: RedisDriver) -> None:
     driver.client.lpush(key, "no string")
     driver.client.pexpire(key, 60_000)
@@ -216,6 +218,24 @@ def test_a_mistyped_value_is_overwritten(key: str, driver: RedisDriver) -> None:
     driver.deliver(claim_of("one"))
     assert driver.issue(claim_of("two")) == Answered(ErrorCode.SUCCESS, COOLDOWN_HIT)
     assert driver.client.type(key) in {b"string", b"none"}
+
+
+@pytest.mark.parametrize("text", ["", "refused", "refused soon 600000", "refused 9999999999999", "9999999999999 1 1 1"])
+def test_a_suppression_that_cannot_be_read_suppresses_nothing(text: str, driver: RedisDriver) -> None:
+    driver.client.set(SUPPRESSED + EMAIL, text, px=60_000)
+    driver.refuse(claim_of("one"))
+    assert driver.issue(claim_of("two")) == Answered(ErrorCode.MAIL_REJECTED, SUPPRESSED_HIT)
+
+
+def test_a_suppression_for_another_reason_is_kept_until_its_end(driver: RedisDriver) -> None:
+    accepted, refused = claim_of("one"), claim_of("two", purpose="reset")
+    driver.issue_all(accepted, refused)
+    record = f"manual {driver.now() * 1000 + 60_000:.0f} 60000".encode()
+    driver.client.set(SUPPRESSED + EMAIL, record, px=60_000)
+    driver.settle(accepted)
+    driver.settle_all(Outcome(refused, ErrorCode.MAIL_REJECTED, REFUSED))
+    assert driver.client.get(SUPPRESSED + EMAIL) == record
+    assert driver.issue(claim_of("three", purpose="login")) == Answered(ErrorCode.MAIL_REJECTED, SUPPRESSED_HIT)
 
 
 # --- errors of single requests ---

@@ -9,6 +9,8 @@ from producer.contract import CheckResult, ErrorCode, code_key
 from producer.store.codes import (
     BUCKET_HIT,
     COOLDOWN_HIT,
+    REFUSED,
+    SUPPRESSED_HIT,
     UNKNOWN,
     Answered,
     Claim,
@@ -57,6 +59,7 @@ class State:
     sending: dict[str, tuple[str, float]] = field(default_factory=dict)  # the request, and the end
     joined: dict[str, tuple[set[str], float]] = field(default_factory=dict)
     full: dict[str, float] = field(default_factory=dict)  # when a bucket is full again
+    suppressed: dict[str, tuple[str, float, float]] = field(default_factory=dict)  # reason, end, period
 
 
 class MemoryCodeStore:
@@ -86,6 +89,8 @@ class MemoryCodeStore:
         state.cooldowns = {key: pair for key, pair in state.cooldowns.items() if pair[1] > now}
         state.sending = {key: pair for key, pair in state.sending.items() if pair[1] > now}
         state.joined = {key: pair for key, pair in state.joined.items() if pair[1] > now}
+        longest = self.policy.longest_suppression
+        state.suppressed = {key: found for key, found in state.suppressed.items() if found[1] + longest > now}
 
     # The port.
 
@@ -150,6 +155,8 @@ class MemoryCodeStore:
         doubts = record.doubts + record.dot
         if doubts > 1 or (doubts == 1 and (code is None or code.value != record.sent)):
             return self._answer(claim, record, ErrorCode.TIMEOUT)
+        if state.suppressed.get(claim.canonical, ("", 0.0, 0.0))[1] > self._now:
+            return self._answer(claim, record, ErrorCode.MAIL_REJECTED, SUPPRESSED_HIT)
         full = max(state.full.get(claim.canonical, 0), self._now)
         if policy.interval and not record.charged and full - self._now > (policy.burst - 1) * policy.interval:
             return self._answer(claim, record, ErrorCode.TOO_MANY_REQUESTS, BUCKET_HIT)
@@ -172,7 +179,7 @@ class MemoryCodeStore:
 
     def settle_one(self, outcome: Outcome, wake: str | None = None) -> Settled:
         """`wake`: which of several joined requests may send, if one may."""
-        claim, result = outcome
+        claim, result, suppress = outcome
         record, state, key = self._held(claim), self.state, claim.code_key
         if record is None:
             return Settled(held=False, wake=[])
@@ -186,6 +193,7 @@ class MemoryCodeStore:
             record.tries += 1
             record.doubts += result == UNKNOWN
         self._remember(claim, record)
+        self._suppress(claim.canonical, suppress, accepted=accepted)
         code = state.codes.get(key)
         live = accepted and self.policy.cooldown > 0 and code is not None and code.value == record.sent
         if live and code:
@@ -208,6 +216,15 @@ class MemoryCodeStore:
         woken = wake if wake in unanswered else min(unanswered)
         waiting.discard(woken)
         return Settled(held=True, wake=[woken])
+
+    def _suppress(self, canonical: str, reason: str, *, accepted: bool) -> None:
+        known, end, last = self.state.suppressed.get(canonical, ("", 0.0, 0.0))
+        if accepted and known == REFUSED:
+            del self.state.suppressed[canonical]
+        elif reason and end <= self._now:
+            doubled = min(2 * last, self.policy.longest_suppression)
+            period = doubled if known == reason else self.policy.suppression
+            self.state.suppressed[canonical] = (reason, self._now + period, period)
 
     def renew_one(self, claim: Claim) -> bool:
         record = self._held(claim)

@@ -13,6 +13,7 @@ from producer.address import parse
 from producer.contract import ErrorCode, code_key
 from producer.redis.connection import RedisConnections, Step, run_steps
 from producer.store.codes import (
+    REFUSED,
     Answered,
     Claim,
     CodePolicy,
@@ -134,6 +135,11 @@ class Driver(ABC):
         assert found.held
         return found.wake
 
+    def refuse(self, claim: Claim) -> None:
+        """Send, and a relay refuses the mailbox for good."""
+        self.send(claim)
+        assert self.settle_all(Outcome(claim, ErrorCode.MAIL_REJECTED, REFUSED)) == [Settled(held=True, wake=[])]
+
     def settle_late(self, claim: Claim, result: Result) -> None:
         """Settle, where the lease must be lost: nothing changes."""
         before = self.snapshot()
@@ -204,6 +210,9 @@ for _, key in ipairs(redis.call('KEYS', '*')) do
         end
     elseif string.sub(key, 1, 7) == 'bucket:' then
         redis.call('SET', key, string.format('%.0f', redis.call('GET', key) - dt), 'KEEPTTL')
+    elseif string.sub(key, 1, 11) == 'suppressed:' then
+        local reason, ends, period = string.match(redis.call('GET', key), '^(%S+) (%d+) (%d+)$')
+        redis.call('SET', key, string.format('%s %.0f %s', reason, ends - dt, period), 'KEEPTTL')
     end
     local life = redis.call('PTTL', key)
     if life >= 0 then

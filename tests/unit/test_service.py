@@ -61,8 +61,8 @@ class Harness:
 
     # As the settler.
 
-    def answer(self, job: Job, error: ErrorCode, *, mark: bool) -> None:
-        self.settled.append((job.request_id, error, mark))
+    def answer(self, job: Job, error: ErrorCode, *, mark: bool, suppress: str = "") -> None:
+        self.settled.append((job.request_id, error, mark, *filter(None, [suppress])))
 
     def retry(self, job: Job, delay: float, *, unknown: bool) -> None:
         assert 0 <= delay <= RETRY_CAP

@@ -25,6 +25,10 @@ class Step(StrEnum):
 
 # RFC 4954, 6: authentication required, too weak, failed, encryption required.
 _AUTH_CODES: Final = frozenset({530, 534, 535, 538})
+# RFC 3463, 3.2, and RFC 7505: no such mailbox, bad syntax, has moved, null MX.
+_MAILBOX_STATUSES: Final = frozenset({"5.1.1", "5.1.3", "5.1.6", "5.1.10"})
+# RFC 5321, 4.2.2: mailbox unavailable, user not local, mailbox name not allowed.
+_MAILBOX_CODES: Final = frozenset({550, 551, 553})
 # RFC 3463, 3.2: bad sender's mailbox address syntax, bad sender's system address.
 _SENDER_STATUSES: Final = frozenset({"5.1.7", "5.1.8"})
 
@@ -33,6 +37,7 @@ class MailError(VerifyError):
     """The mail was not sent."""
 
     relay: str | None = None  # masked URL of the relay that failed; failover sets it
+    mailbox_invalid = False  # no relay needs to be asked for this mailbox for a while; failover sets it
 
     def __init__(self, code: int | None = None, enhanced: str | None = None, step: Step | None = None) -> None:
         """`code`, `enhanced`: the relay's reply, if any, to `step`. Its text is dropped: relays echo addresses."""
@@ -55,6 +60,13 @@ class MailError(VerifyError):
         """Whether the relay refused the envelope sender for good: `VERIFY_MAIL_FROM` is to be checked."""
         rejected = self.code is not None and self.code >= 500 and self.code not in _AUTH_CODES
         return rejected and (self.step is Step.MAIL or self.enhanced in _SENDER_STATUSES)
+
+    @property
+    def mailbox_refused(self) -> bool:
+        """Whether the reply speaks of the mailbox alone, and for good: not of the sender, the content or our host."""
+        if self.step is not Step.RCPT or self.code is None or self.code < 500:
+            return False
+        return self.code in _MAILBOX_CODES if self.enhanced is None else self.enhanced in _MAILBOX_STATUSES
 
     @property
     def login_refused(self) -> bool:
@@ -99,8 +111,6 @@ class SendAborted(MailError):
 
 
 _CLOSING: Final = 421
-# RFC 5321, 4.2.2: mailbox unavailable, user not local, mailbox name not allowed.
-_MAILBOX_CODES: Final = frozenset({550, 551, 553})
 _BEFORE_RCPT: Final = frozenset({Step.BANNER, Step.EHLO, Step.STARTTLS, Step.AUTH, Step.RSET, Step.MAIL})
 
 
@@ -123,8 +133,15 @@ def _kind(step: Step, code: int | None, enhanced: str | None) -> type[MailError]
         case 5 if step is Step.AUTH or code in _AUTH_CODES:
             return RelayUnavailable
         case 5:
-            bare = step is Step.RCPT and enhanced is None and code in _MAILBOX_CODES
-            mailbox = bare or (enhanced is not None and enhanced.startswith("5.1."))
-            return RecipientRejected if mailbox else MessageRejected
+            return RecipientRejected if _recipient_rejected(step, code, enhanced) else MessageRejected
     # No reply, or a positive one in the wrong place: client and relay are out of step.
     return AcceptanceUnknown if step is Step.CONTENT else RelayUnavailable
+
+
+def _recipient_rejected(step: Step, code: int | None, enhanced: str | None) -> bool:
+    """Whether a 5yz reply refuses the recipient: before RCPT, the sender's is the only address a relay has seen."""
+    if step in _BEFORE_RCPT or enhanced in _SENDER_STATUSES:
+        return False
+    if enhanced is None:
+        return step is Step.RCPT and code in _MAILBOX_CODES
+    return enhanced.startswith("5.1.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import random
 import re
@@ -38,6 +39,8 @@ _LONGEST_PAUSE: Final = 60.0
 # While no relay is healthy, the next probe of each starts within the sum of these, 5 s.
 _LONGEST_PAUSE_WITHOUT_RELAY: Final = 4.0
 _PROBER_INTERVAL: Final = 1.0
+# Seconds. A relay that accepted no mail to another address for so long may be refusing every mailbox.
+_ACCEPTED_LATELY: Final = 600.0
 
 _ACCEPTED: Final = "accepted"
 _DEFERRED: Final = "deferred"
@@ -82,6 +85,8 @@ class Relay:
         self._probed_at = 0.0
         self._probing = False
         self.failed_at: Step | None = None  # what made it unhealthy
+        # The last accepted mail, and the last one before it to another address: recipient and time.
+        self._last_accepted = self._accepted_before = ("", -math.inf)
 
     def admits_probe(self, longest_pause: float) -> bool:
         """Whether to probe this unhealthy relay now: one probe at a time. If so, the probe has begun."""
@@ -92,8 +97,18 @@ class Relay:
         self._probed_at = self._clock()
         return True
 
-    def sent(self, error: Exception | None, *, probe: bool) -> str:
+    def accepted_another_lately(self, recipient: str) -> bool:
+        """Whether it is worth believing when it refuses this mailbox."""
+        last = self._last_accepted
+        _, accepted_at = self._accepted_before if last[0].lower() == recipient.lower() else last
+        return self._clock() - accepted_at <= _ACCEPTED_LATELY
+
+    def sent(self, recipient: str, error: Exception | None, *, probe: bool) -> str:
         """Take the outcome of a send into account; the outcome in a word."""
+        if error is None:
+            if recipient.lower() != self._last_accepted[0].lower():
+                self._accepted_before = self._last_accepted
+            self._last_accepted = recipient, self._clock()
         outcome = _ACCEPTED if error is None else _OUTCOMES.get(type(error), _DEFERRED)
         self.sends[outcome] += 1
         if isinstance(error, RelayUnavailable):
@@ -214,13 +229,14 @@ class Failover:
 
     def _attempt_done(self, mail: Mail, error: Exception | None) -> None:
         relay = mail.relay
-        outcome = relay.sent(error, probe=mail.is_probe)
+        outcome = relay.sent(mail.envelope.recipient, error, probe=mail.is_probe)
         if mail.observer is not None:
             mail.observer.tried(outcome, error)
         if isinstance(error, RelayUnavailable) and not self.healthy and (self._prober is None or self._prober.done()):
             self._prober = asyncio.create_task(self._probe_until_healthy())
         if isinstance(error, MailError):
             error.relay = relay.name
+            error.mailbox_invalid = error.mailbox_refused and relay.accepted_another_lately(mail.envelope.recipient)
             if not isinstance(error, _FINAL):
                 mail.failures += (error,)
                 self._try_next(mail)
