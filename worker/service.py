@@ -17,6 +17,7 @@ from producer.contract import ErrorCode
 from producer.errors import StoreUnavailable
 from producer.store.codes import (
     REFUSED,
+    SUPPRESSED_HIT,
     Answered,
     CodeStore,
     Conflict,
@@ -129,6 +130,8 @@ class Service:
             case Answered(error, why):
                 if why:
                     self._counters.hits[why] += 1
+                if why == SUPPRESSED_HIT:
+                    self._counters.audit.mailbox_suppressed(job.request.email)
                 self._settler.answer(job, error, mark=False)
             case Wait(seconds, joined):
                 self._counters.joins += joined

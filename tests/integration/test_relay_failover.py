@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
-from support.relays import FOREVER, UTF8_ENVELOPE, outcome, pool_of, send_many, until
+from support.relays import FOREVER, UTF8_ENVELOPE, outcome, pool_of, send, send_many, until
 from support.smtp_server import Act, Drop, Last, ScriptedServer, Silence
 
 from producer import logs
@@ -146,6 +146,76 @@ async def test_an_error_names_relay_step_and_reply() -> None:
             assert error
             assert (error.relay, error.reply) == (server.url().masked(), reply)
             assert error.sender_refused == (step == "mail")
+
+
+GONE = "550 5.1.1 gone"
+
+
+async def refuses(failover: Failover, server: ScriptedServer, name: str, reply: str = GONE, step: str = "rcpt") -> bool:
+    """Whether a refusal of this mailbox counts as the mailbox's own."""
+    recipient = f"{name}@example.com"
+    server.scripts[recipient] = {step: reply}
+    error = await send(failover, name)
+    del server.scripts[recipient]
+    assert error
+    return error.mailbox_invalid
+
+
+async def test_a_refusal_counts_only_from_a_relay_that_accepted_another_address_lately() -> None:
+    clock = Clock()
+    async with failover_of({}, clock=clock) as (failover, [server]):
+        assert not await refuses(failover, server, "anna")
+        assert await send(failover, "anna") is None
+        assert not await refuses(failover, server, "anna")
+        assert not await refuses(failover, server, "ANNA")
+        assert await refuses(failover, server, "bob")
+        assert await send(failover, "Anna") is None  # the same mailbox as far as we know
+        assert not await refuses(failover, server, "anna")
+        assert await send(failover, "carl") is None
+        assert await refuses(failover, server, "anna")
+        assert await refuses(failover, server, "anna", "550 no such user")
+        clock.now += 600
+        assert await refuses(failover, server, "anna")
+        clock.now += 1
+        assert not await refuses(failover, server, "anna")
+
+
+async def test_what_another_relay_accepted_says_nothing_about_one_that_refuses_all() -> None:
+    async with failover_of({"rcpt": ["451 4.3.0 later", GONE]}, {}) as (failover, [refusing, accepting]):
+        assert await send(failover, "anna") is None
+        assert (len(refusing.mails), len(accepting.mails)) == (0, 1)
+        error = await send(failover, "bob")
+        assert type(error) is RecipientRejected
+        assert not error.mailbox_invalid
+
+
+@pytest.mark.parametrize(
+    ("step", "reply"),
+    [
+        ("mail", "550 5.1.1 no"),
+        ("mail", "553 no"),
+        ("rcpt", "550 5.1.8 sender's domain does not exist"),
+        ("rcpt", "553 5.1.7 sender's address is malformed"),
+        ("rcpt", "550 5.7.1 no"),
+        ("rcpt", "552 5.2.2 full"),
+        ("data", GONE),
+        ("dot", GONE),
+        ("dot", "550 no"),
+    ],
+)
+async def test_a_refusal_of_sender_or_content_says_nothing_about_the_mailbox(step: str, reply: str) -> None:
+    async with failover_of({}) as (failover, [server]):
+        assert await send(failover, "anna") is None
+        server.script[step] = [reply]
+        error = await send(failover, "bob")
+        assert error
+        assert not error.mailbox_invalid
+
+
+async def test_a_relay_that_refuses_the_sender_is_followed_by_the_next() -> None:
+    async with failover_of({"mail": "553 5.1.8 no"}, {}) as (failover, [_, second]):
+        assert await send(failover) is None
+        assert len(second.mails) == 1
 
 
 async def test_an_unhealthy_relay_is_skipped_probed_and_used_again(caplog: pytest.LogCaptureFixture) -> None:

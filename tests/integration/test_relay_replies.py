@@ -28,7 +28,9 @@ STEPS = (*BEFORE_CONTENT, "dot")
 OUTCOMES: list[tuple[str, Act, type[MailError]]] = [
     *((step, "554 5.7.1 alice@example.com: no", MessageRejected) for step in STEPS),
     *((step, "550 alice@example.com unknown", MessageRejected) for step in ("mail", "data", "dot")),
-    *((step, "550 5.1.1 alice@example.com unknown", RecipientRejected) for step in (*COMMANDS, "dot")),
+    *((step, "550 5.1.1 alice@example.com unknown", RecipientRejected) for step in ("rcpt", "data", "dot")),
+    ("mail", "550 5.1.1 alice@example.com unknown", MessageRejected),
+    *((step, "553 5.1.8 alice@example.com: no such domain", MessageRejected) for step in ("mail", "rcpt")),
     *(("rcpt", f"{code} alice@example.com unknown", RecipientRejected) for code in (550, 551, 553)),
     ("rcpt", "552 full", MessageRejected),
     ("rcpt", "550-5.7.1 no\r\n550 5.7.1 never", MessageRejected),

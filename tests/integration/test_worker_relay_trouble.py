@@ -50,6 +50,75 @@ def test_a_permanent_failure_is_answered_5(give_up_rig: Rig, script: dict[str, A
     assert give_up_rig.mails_to(email) == []
 
 
+@pytest.fixture(scope="module")
+def refusing_rig() -> Iterator[Rig]:
+    """A rig whose relay accepted a mail already."""
+    with Rig() as rig:
+        rig.add_worker()
+        assert rig.caller.ask(address())["error"] == 0
+        yield rig
+
+
+def asks(rig: Rig) -> int:
+    """How often the relay was asked for a mailbox."""
+    return sum(command.startswith("RCPT ") for command in rig.relay.commands)
+
+
+def test_a_mailbox_that_the_relay_refused_is_asked_for_once(refusing_rig: Rig) -> None:
+    rig = refusing_rig
+    emails = [address() for _ in range(10)]
+    for number, email in enumerate(emails):
+        rig.script(email, rcpt="550 5.1.1 gone" if number % 2 else "550 no such user")
+    before = asks(rig)
+    for _ in range(5):
+        assert set(rig.caller.replies(rig.caller.request_all(*emails))) == {5}
+    assert asks(rig) - before == len(emails)
+    assert rig.codes.keys("bucket:" + emails[0]) == []
+    key = f"suppressed:{emails[0]}"
+    reason, until, period = read(rig, key).split()
+    assert (reason, period) == ("refused", "600000")
+    assert 86_400 < rig.codes.ttl(key) <= 87_000
+    # After the end the relay is asked again, and a mail that it accepts leaves no record.
+    ended = f"refused {int(until) - 600_000} 600000"
+    rig.codes.set(key, ended, px=60_000)
+    assert rig.caller.ask(emails[0])["error"] == 5
+    assert read(rig, key).endswith(" 1200000")
+    rig.codes.set(key, ended, px=60_000)
+    del rig.relay.scripts[emails[0]]
+    assert rig.caller.ask(emails[0])["error"] == 0
+    assert not rig.codes.exists(key)
+
+
+def read(rig: Rig, key: str) -> str:
+    value = rig.codes.get(key)
+    assert isinstance(value, bytes), key
+    return value.decode()
+
+
+@pytest.mark.parametrize("script", [{"mail": "553 5.1.8 no such domain"}, {"rcpt": "550 5.1.7 bad sender"}], ids=str)
+def test_a_refused_sender_suppresses_no_mailbox(refusing_rig: Rig, script: dict[str, str]) -> None:
+    rig = refusing_rig
+    email = address()
+    rig.relay.script.update(script)
+    before = asks(rig)
+    for _ in range(3):
+        assert rig.caller.ask(email) == {"email": email, "error": 5}
+    assert asks(rig) - before == 3  # pipelined after MAIL
+    rig.relay.script.clear()
+    assert rig.caller.ask(email)["error"] == 0
+
+
+def test_a_relay_that_refuses_every_mailbox_suppresses_none(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(relay=ScriptedServer({"rcpt": "550 5.1.1 gone"}))
+    rig.add_worker()
+    email = address()
+    assert [rig.caller.ask(each)["error"] for each in (address(), email, email)] == [5] * 3
+    assert asks(rig) == 3
+    assert rig.codes.keys("suppressed:*") == []
+    del rig.relay.script["rcpt"]
+    assert rig.caller.ask(email)["error"] == 0
+
+
 @pytest.mark.parametrize("step", ["content", "dot"])
 @pytest.mark.parametrize(
     "end", [Drop(), Silence(), Slowly("250 ok" + "." * 90, 0.2)], ids=["drop", "silence", "trickle"]

@@ -35,7 +35,9 @@ CASES: list[Case] = [
     (Step.AUTH, 535, "5.7.8", RelayUnavailable),
     (Step.AUTH, 454, "4.7.0", MessageDeferred),
     *((step, code, None, RelayUnavailable) for step in TRANSACTION for code in (530, 534, 535, 538)),
-    *((step, code, "5.1.1", RecipientRejected) for step in TRANSACTION for code in (550, 553, 554)),
+    *((step, code, "5.1.1", RecipientRejected) for step in LATE for code in (550, 553, 554)),
+    *((step, 550, enhanced, MessageRejected) for step in (Step.RSET, Step.MAIL) for enhanced in ("5.1.1", "5.1.7")),
+    *((step, 550, enhanced, MessageRejected) for step in LATE for enhanced in ("5.1.7", "5.1.8")),
     *((Step.RCPT, 550, enhanced, RecipientRejected) for enhanced in ("5.1.0", "5.1.2", "5.1.10", None)),
     *((Step.RCPT, code, None, RecipientRejected) for code in (550, 551, 553)),
     *((Step.RCPT, code, None, MessageRejected) for code in (500, 501, 502, 503, 521, 552, 554, 556)),
@@ -56,6 +58,25 @@ def test_every_reply_has_one_kind(step: Step, code: int | None, enhanced: str | 
     error = classify(step, code, enhanced)
     assert type(error) is kind
     assert (error.code, error.enhanced, error.step) == (code, enhanced, step)
+
+
+@pytest.mark.parametrize(
+    ("step", "code", "enhanced", "refused"),
+    [
+        *((Step.RCPT, 550, enhanced, True) for enhanced in ("5.1.1", "5.1.3", "5.1.6", "5.1.10")),
+        *((Step.RCPT, code, None, True) for code in (550, 551, 553)),
+        (Step.RCPT, 554, "5.1.1", True),
+        *((Step.RCPT, 550, enhanced, False) for enhanced in ("5.1.0", "5.1.2", "5.1.7", "5.1.8", "5.7.1", "5.2.2")),
+        *((Step.RCPT, code, None, False) for code in (500, 501, 552, 554)),
+        (Step.RCPT, 450, "5.1.1", False),
+        (Step.RCPT, None, None, False),
+        *((step, 550, enhanced, False) for step in Step if step is not Step.RCPT for enhanced in ("5.1.1", None)),
+    ],
+)
+def test_only_a_reply_to_rcpt_that_speaks_of_the_mailbox_refuses_it(
+    step: Step, code: int | None, enhanced: str | None, refused: bool
+) -> None:
+    assert classify(step, code, enhanced).mailbox_refused == refused
 
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, MailError)]

@@ -14,7 +14,7 @@ from support.store_driver import POLICY, claim_of
 from producer.contract import ErrorCode, VerifyRequest
 from producer.errors import StoreUnavailable
 from producer.setting_types import Sender
-from producer.store.codes import COOLDOWN_HIT, Outcome
+from producer.store.codes import COOLDOWN_HIT, REFUSED, Outcome
 from worker.job import Job
 from worker.mail.errors import AcceptanceUnknown, MailError, MessageDeferred, Smtputf8Unsupported, Step, classify
 from worker.mail.message import Mail
@@ -134,6 +134,16 @@ async def test_a_refused_sender_is_told_apart_from_a_refused_mailbox(
     assert (line.levelno, line.getMessage()) == (level, message)
     expected = {"request_id": "anna", "relay": error.relay, "reply": error.reply}
     assert vars(line).items() >= expected.items()
+
+
+@pytest.mark.parametrize("invalid", [True, False])
+async def test_only_a_mailbox_that_is_invalid_is_suppressed(harness: Harness, invalid: bool) -> None:
+    error = classify(Step.RCPT, 550, "5.1.1")
+    error.mailbox_invalid = invalid
+    [mail] = await harness.serve("anna")
+    mail.done(error)
+    suppressed = [REFUSED] if invalid else []
+    assert harness.settled == [("anna", ErrorCode.MAIL_REJECTED, True, *suppressed)]
 
 
 RELAY = "smtp://***@relay.example.com"
