@@ -42,7 +42,7 @@ SERVE_EPILOG: Final = (
     "HTTP: POST /get_varifycode, POST /check_varifycode, GET /healthz, /readyz, /metrics, /docs. gRPC:"
     " message.VarifyService/GetVarifyCode, health, reflection.\n\n"
     "Settings, from the environment or .env: VERIFY_HTTP_BIND (default 127.0.0.1:8081), VERIFY_GRPC_BIND"
-    " (127.0.0.1:50051), VERIFY_API_KEYS (comma-separated; HTTP then asks for one), VERIFY_ALLOW_PLAINTEXT (1: listen"
+    " (127.0.0.1:50051), VERIFY_API_KEYS (name:key,name:key; both then ask for one), VERIFY_ALLOW_PLAINTEXT (1: listen"
     " beyond loopback without TLS or keys), VERIFY_MAX_QUEUE (100000; beyond it the API answers TooManyRequests),"
     f" VERIFY_MAX_ATTEMPTS (5), {_REDIS_SETTINGS}. OTEL_TRACES_EXPORTER (otlp or console) turns traces on."
     f" {_SETTINGS_END}"

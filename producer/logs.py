@@ -21,8 +21,8 @@ _PRIVATE = re.compile(
 )
 # The extra fields of our own lines. Other libraries' extras stay out: Celery's hold arguments and results.
 _EXTRAS = (
-    *("bucket", "count", "email", "error", "kind", "more", "next_try_in", "peer", "protocol", "reason", "relay"),
-    *("reply", "request_id", "seconds", "size", "why"),
+    *("bucket", "count", "email", "error", "key", "kind", "more", "next_try_in", "peer", "protocol", "reason"),
+    *("relay", "reply", "request_id", "seconds", "size", "why"),
 )
 
 Kind = TypeVar("Kind")

@@ -24,6 +24,8 @@ _SENTINEL_URL: Final = re.compile(r"([a-z+]+)://(?:([^/?#]*)@)?([^/?#@]*)/([^/?#
 _USER, _PASSWORD = "sentinel_username", "sentinel_password"
 # How a Redis server's certificate is checked: redis-py's names, and Celery's for the same.
 _CERTIFICATE_CHECKS: Final = frozenset({"none", "optional", "required"})
+# A header carries a key, so it is visible ASCII; the comma ends it here.
+_API_KEY: Final = re.compile(r"([A-Za-z0-9._-]{1,32}):([!-+\--~]{16,256})")
 _CELERY_CHECKS: Final = re.compile(r"(?<=[?&]ssl_cert_reqs=)CERT_(?:NONE|OPTIONAL|REQUIRED)\b")
 
 
@@ -145,6 +147,16 @@ class Bind(NamedTuple):
         return f"{_in_url(self.host)}:{self.port}"
 
 
+class ApiKey(NamedTuple):
+    """A key of the API, and the name by which metrics and log know who asks with it."""
+
+    name: str
+    key: str
+
+    def __repr__(self) -> str:
+        return f"{self.name}:{MASK}"
+
+
 class Sender(NamedTuple):
     """The header From: a display name, possibly empty, and an address."""
 
@@ -238,10 +250,11 @@ def _sender(value: str) -> Sender:
     return Sender(name, parsed.mailbox)
 
 
-def _keys(value: str) -> tuple[str, ...]:
-    keys = tuple(key.strip() for key in value.split(",") if key.strip())
-    # "," must not mean that no key is needed, and a header cannot carry a line end.
-    if not keys or not all(key.isprintable() for key in keys):
+def _keys(value: str) -> tuple[ApiKey, ...]:
+    found = [_API_KEY.fullmatch(entry.strip()) for entry in value.split(",") if entry.strip()]
+    keys = tuple(ApiKey(*entry.groups()) for entry in found if entry is not None)
+    # "," must not mean that no key is needed. A name may have several keys, of which one is on its way out.
+    if not keys or len(keys) < len(found) or len({each.key for each in keys}) < len(keys):
         raise ValueError
     return keys
 
@@ -275,7 +288,9 @@ RelayURLs = Annotated[
     PlainSerializer(lambda relays: ",".join(relay.masked() for relay in relays)),
     _Secret,
 ]
-Keys = Annotated[tuple[str, ...], _read_by(_keys), PlainSerializer(lambda keys: ",".join(MASK for _ in keys)), _Secret]
+ApiKeys = Annotated[
+    tuple[ApiKey, ...], _read_by(_keys), PlainSerializer(lambda keys: ",".join(map(str, keys))), _Secret
+]
 BindTo = Annotated[Bind, _read_by(_bind), PlainSerializer(str)]
 From = Annotated[Sender, _read_by(_sender), PlainSerializer(str)]
 WebURL = Annotated[str, AfterValidator(_web_url)]

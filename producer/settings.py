@@ -20,12 +20,12 @@ from producer.contract import DEAD_LETTERS
 from producer.errors import BadSetting
 from producer.setting_types import (
     RELAY_PORTS,
+    ApiKeys,
     BaseRedisURL,
     Bind,
     BindTo,
     Flag,
     From,
-    Keys,
     RedisURL,
     RelayURL,
     RelayURLs,
@@ -112,7 +112,11 @@ class Settings(BaseSettings):
     http_bind: BindTo = _setting(Bind("127.0.0.1", 8081), "host:port")
     grpc_bind: BindTo = _setting(Bind("127.0.0.1", 50051), "host:port")
     max_queue: int = _setting(100000, "a whole number, 1 or more", ge=1)
-    api_keys: Keys = _setting((), "keys, comma-separated")
+    api_keys: ApiKeys = _setting(
+        (),
+        "comma-separated name:key; the name has 1 to 32 of A-Z a-z 0-9 . _ -, the key 16 to 256 visible ASCII"
+        " characters without a comma, and no key stands there twice",
+    )
     allow_plaintext: Flag = _setting(False, _FLAG)
     metrics_bind: BindTo = _setting(Bind("127.0.0.1", 9464), "host:port; port 0 picks a free one")
     demo: Flag = _setting(False, _FLAG)

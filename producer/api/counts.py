@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Final, Literal
 
 from prometheus_client.metrics_core import Metric
@@ -22,7 +22,7 @@ _SERVED: Final[tuple[tuple[Protocol, Verb], ...]] = (("http", "request"), ("http
 
 
 class Counts:
-    """What is counted of one verb over one protocol."""
+    """What is counted of one verb over one protocol with one key."""
 
     __slots__ = ("answers", "durations", "in_flight")
 
@@ -39,24 +39,26 @@ class Counts:
 class ApiMetrics(ProcessMetrics):
     """One API process's counts."""
 
-    def __init__(self, audit: Audit) -> None:
+    def __init__(self, audit: Audit, keys: Collection[str] = ()) -> None:
+        """`keys`: the names of the API's keys. Where there are none, nothing has the label `key`."""
         super().__init__(audit)
-        self.counts = {served: Counts() for served in _SERVED}
+        self._labels = (*_LABELS, "key") if keys else _LABELS
+        self.counts = {(*served, key): Counts() for key in sorted(keys) or [""] for served in _SERVED}
         self.refusals: Counter[int] = Counter()  # HTTP answers with a status other than 200
 
     def in_flight(self, protocol: Protocol) -> int:
-        return sum(counts.in_flight for (each, _), counts in self.counts.items() if each == protocol)
+        return sum(counts.in_flight for (each, *_), counts in self.counts.items() if each == protocol)
 
     def own_metrics(self) -> Iterator[Metric]:
         answers = {
-            (*served, str(int(error))): count
+            (*served[: len(self._labels)], str(int(error))): count
             for served, counts in self.counts.items()
             for error, count in counts.answers.items()
         }
-        durations = {served: counts.durations for served, counts in self.counts.items()}
-        in_flight = {(protocol,): self.in_flight(protocol) for protocol, _ in self.counts}
+        durations = {served[: len(self._labels)]: counts.durations for served, counts in self.counts.items()}
+        in_flight = {(protocol,): self.in_flight(protocol) for protocol, *_ in self.counts}
         refusals = {(str(status),): count for status, count in self.refusals.items()}
-        yield labelled_counter("api_requests", "Answers by error code.", (*_LABELS, "error"), answers)
-        yield histogram("api_request_seconds", "From a request's arrival to its answer.", _LABELS, durations)
+        yield labelled_counter("api_requests", "Answers by error code.", (*self._labels, "error"), answers)
+        yield histogram("api_request_seconds", "From a request's arrival to its answer.", self._labels, durations)
         yield labelled_gauge("api_requests_in_flight", "Requests that are being answered.", ("protocol",), in_flight)
         yield labelled_counter("api_refusals", "HTTP answers with a status other than 200.", ("status",), refusals)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from producer.api.body import BODY_LIMIT
+from producer.api.keys import NEEDED, KeyCheck
 from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp, file_descriptor
 from producer.api.state import Api
+from producer.audit import Audit
+
+MESSAGE_TIMEOUT: Final = 5.0  # seconds for a call's message, of which a caller sends the head alone
 
 _OPTIONS: Final = (
     ("grpc.so_reuseport", 0),  # a busy port is an error
@@ -27,6 +34,11 @@ _OPTIONS: Final = (
 )
 
 
+_Context = grpc.aio.ServicerContext[Any, Any]
+# Probes have no key, and learn nothing from health.
+_OPEN: Final = frozenset({f"/{health.SERVICE_NAME}/Check", f"/{health.SERVICE_NAME}/Watch"})
+
+
 class GrpcServer:
     """One gRPC server on the running loop."""
 
@@ -34,15 +46,24 @@ class GrpcServer:
         self._api = api
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stub is older
         self._server = grpc.aio.server(options=_OPTIONS)
-        # Requests are parsed by us: gRPC would answer a malformed one with an error of its own.
-        handler = grpc.unary_unary_rpc_method_handler(
-            self._get_varify_code if api.traces is None else self._traced,
-            response_serializer=GetVarifyRsp.SerializeToString,
-        )
         services = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(services, self._server, pool=_reflected())
+        reflecting: Any = reflection.aio.ReflectionServicer(services, pool=_reflected())  # type: ignore[attr-defined]
+        methods = {
+            f"/{SERVICE}/{METHOD}": _unary(
+                self._get_varify_code if api.traces is None else self._traced, GetVarifyRsp.SerializeToString
+            ),
+            f"/{health.SERVICE_NAME}/Check": _unary(self._check, health_pb2.HealthCheckResponse.SerializeToString),
+            f"/{health.SERVICE_NAME}/Watch": grpc.stream_stream_rpc_method_handler(
+                self._watch, response_serializer=health_pb2.HealthCheckResponse.SerializeToString
+            ),
+            f"/{reflection.SERVICE_NAME}/ServerReflectionInfo": grpc.stream_stream_rpc_method_handler(
+                reflecting.ServerReflectionInfo,
+                reflection_pb2.ServerReflectionRequest.FromString,
+                reflection_pb2.ServerReflectionResponse.SerializeToString,
+            ),
+        }
+        keys = KeyCheck(api.settings.api_keys) if api.settings.api_keys else None
+        self._server.add_generic_rpc_handlers((_Methods(methods, keys, api.audit),))
 
     async def start(self, address: str) -> int:
         """Listen on `host:port` and return the port. Raises `RuntimeError` if that is not possible."""
@@ -59,7 +80,7 @@ class GrpcServer:
         """Accept nothing new, and give calls under way `grace` seconds. A second call can shorten that."""
         await self._server.stop(grace)
 
-    async def _traced(self, raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    async def _traced(self, raw: bytes, context: _Context) -> Any:
         assert self._api.traces is not None  # noqa: S101 - tells the type checker
         name = f"{SERVICE}/{METHOD}"
         attributes = {"rpc.system.name": "grpc", "rpc.method": name}
@@ -68,15 +89,89 @@ class GrpcServer:
             span.set_attribute("rpc.response.status_code", "OK")
             return answer
 
-    async def _get_varify_code(self, raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        try:
-            email = GetVarifyReq.FromString(raw).email
-        except DecodeError:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a message.GetVarifyReq")
+    async def _get_varify_code(self, raw: bytes, context: _Context) -> Any:
+        email = (await _parsed(GetVarifyReq, raw, context)).email
         wait = self._api.relays.wait()
         error = await self._api.answer("grpc", "request", wait.reply(self._api.client.request(email, observer=wait)))
         # `code` stays empty: only the owner of the mailbox may read it.
         return GetVarifyRsp(error=int(error), email=email)
+
+    async def _check(self, raw: bytes, context: _Context) -> Any:
+        return await self._health.Check(await _parsed(health_pb2.HealthCheckRequest, raw, context), context)
+
+    async def _watch(self, _messages: object, context: _Context) -> None:
+        raw = await _message(context)
+        await self._health.Watch(await _parsed(health_pb2.HealthCheckRequest, raw, context), context)
+
+
+class _Methods(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in its stub alone
+    """Finds a call's method once the call has shown its key."""
+
+    def __init__(
+        self, methods: Mapping[str, grpc.RpcMethodHandler[Any, Any]], keys: KeyCheck | None, audit: Audit
+    ) -> None:
+        self._methods = methods
+        self._keys = keys
+        self._audit = audit
+        self._no_key = grpc.stream_unary_rpc_method_handler(self._refuse)
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """The method's handler; None if there is none."""
+        if (
+            self._keys is not None
+            and details.method not in _OPEN
+            and not self._keys.is_let_in(_authorization(details.invocation_metadata))
+        ):
+            return self._no_key
+        return self._methods.get(details.method)
+
+    async def _refuse(self, _messages: object, context: _Context) -> None:
+        if _authorization(context.invocation_metadata() or ()):
+            self._audit.wrong_key("grpc", _address(context.peer()))
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, NEEDED)
+
+
+def _authorization(metadata: Iterable[tuple[str, str | bytes]]) -> list[bytes]:
+    given = (value for name, value in metadata if name == "authorization")
+    return [value if isinstance(value, bytes) else value.encode() for value in given]
+
+
+def _address(peer: str) -> str:
+    """The IP address in gRPC's name for the other end: `ipv4:127.0.0.1:40000`, `ipv6:%5B::1%5D:40000`."""
+    return unquote(peer.partition(":")[2].rpartition(":")[0]).strip("[]")
+
+
+def _unary(
+    handle: Callable[[bytes, _Context], Awaitable[Any]], serialize: Callable[[Any], bytes]
+) -> grpc.RpcMethodHandler[Any, Any]:
+    """A method that takes one message, which it parses: gRPC would answer a malformed one with an error of its own.
+
+    For gRPC it takes a stream, because a unary method waits for its message as long as the caller likes.
+    """
+
+    async def serve(_messages: object, context: _Context) -> Any:
+        return await handle(await _message(context), context)
+
+    return grpc.stream_unary_rpc_method_handler(serve, response_serializer=serialize)
+
+
+async def _message(context: _Context) -> bytes:
+    """The call's first message. The call is aborted if it does not come in time, or not at all."""
+    try:
+        async with asyncio.timeout(MESSAGE_TIMEOUT):
+            raw = await context.read()
+    except TimeoutError:
+        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"no message within {MESSAGE_TIMEOUT:g} s")
+    if not isinstance(raw, bytes):
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no message")
+    return raw
+
+
+async def _parsed(kind: Any, raw: bytes, context: _Context) -> Any:
+    try:
+        return kind.FromString(raw)
+    except DecodeError:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"not a {kind.DESCRIPTOR.full_name}")
 
 
 def _reflected() -> DescriptorPool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
@@ -19,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from producer.api import demo
 from producer.api.body import JsonRoute, malformed_fields
 from producer.api.http_connection import refusal
+from producer.api.keys import NEEDED, KeyCheck
 from producer.api.models import (
     CheckAnswer,
     CodeCheck,
@@ -31,6 +30,7 @@ from producer.api.models import (
     error_table,
 )
 from producer.api.state import Api
+from producer.audit import Audit
 from producer.contract import ErrorCode
 from producer.metrics import CONTENT_TYPE
 
@@ -96,7 +96,7 @@ def make_app(api: Api, url: str = "http://127.0.0.1:8081") -> ASGIApp:
     # Inside the key check: a caller without a key leaves no trace.
     guarded: ASGIApp = app if api.traces is None else _Traced(app, api.traces)
     if api.settings.api_keys:
-        guarded = _KeyCheck(guarded, api.settings.api_keys, free)
+        guarded = _Locked(guarded, KeyCheck(api.settings.api_keys), free, api.audit)
     return _Outermost(guarded, api)
 
 
@@ -174,18 +174,19 @@ def _add_operations(app: FastAPI, api: Api, with_key: list[Any]) -> None:
         return _json(answer, 200 if ready else 503)
 
 
-class _KeyCheck:
+class _Locked:
     """Asks for a key before anything else is looked at."""
 
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...], free: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyCheck, free: frozenset[str], audit: Audit) -> None:
         self._app = app
+        self._keys = keys
+        self._audit = audit
         self._free = free
         self._free_below = tuple(path for path in free if path.endswith("/") and path != "/")
-        self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._is_free(scope["path"]) and not self._has_key(scope):
-            answer = Response(refusal("a key is needed: Authorization: Bearer KEY"), 401, media_type=JSON)
+            answer = Response(refusal(NEEDED), 401, media_type=JSON)
             answer.headers["WWW-Authenticate"] = "Bearer"
             await answer(scope, receive, send)
             return
@@ -196,11 +197,11 @@ class _KeyCheck:
 
     def _has_key(self, scope: Scope) -> bool:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
-        scheme, _, key = (given[0] if len(given) == 1 else b"").partition(b" ")
-        # Digests have one length, and all are compared: the time taken tells nothing about any key.
-        digest = _digest(key.strip())
-        matches = [hmac.compare_digest(digest, each) for each in self._digests]
-        return scheme.lower() == b"bearer" and any(matches)
+        if self._keys.is_let_in(given):
+            return True
+        if given:
+            self._audit.wrong_key("http", (scope["client"] or (None,))[0])
+        return False
 
 
 class _Outermost:
@@ -266,7 +267,3 @@ async def _refuse(_request: Request, exc: Exception) -> Response:
 
 async def _unexpected(_request: Request, _exc: Exception) -> Response:
     return Response(refusal("unexpected error", int(ErrorCode.EXCEPTION)), 500, media_type=JSON)
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()

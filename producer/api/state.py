@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from producer.aio import AsyncVerificationClient
 from producer.api.counts import ApiMetrics, Protocol, Verb
+from producer.api.keys import key_name
 from producer.api.readiness import Readiness
 from producer.api.relay_watch import RelayWatch
 from producer.audit import Audit
@@ -36,7 +37,7 @@ class Api:
         )
         self.readiness = Readiness(settings, self.redis)
         self.relays = RelayWatch(self.readiness)
-        self.metrics = ApiMetrics(self.audit)
+        self.metrics = ApiMetrics(self.audit, {each.name for each in settings.api_keys})
         self.leaving = False  # set once the process drains: it still serves, but is not ready
         # Closed in this order; the demo page adds what it opens.
         self.on_close: list[Callable[[], Awaitable[None]]] = []
@@ -44,17 +45,19 @@ class Api:
 
     async def answer(self, protocol: Protocol, verb: Verb, outcome: Awaitable[Reply | CheckResult]) -> ErrorCode:
         """The error code of `outcome`, whatever happens; counted, and noted in the current span."""
-        counts = self.metrics.counts[protocol, verb]
+        key = key_name.get()
+        counts = self.metrics.counts[protocol, verb, key]
         counts.in_flight += 1
         began = perf_counter()
         try:
             error = (await outcome).error
         except VerifyError as exc:  # for example, the Redis server is too old
-            logger.error("%s", exc)
+            logger.error("%s", exc, extra={"key": key} if key else None)
             error = ErrorCode.REDIS_ERR
         except Exception as exc:  # noqa: BLE001 - whatever it is, the caller gets an answer
             # Without its text, which may quote what the caller sent.
-            logger.error("unexpected error in a %s %s", protocol, verb, extra={"kind": type(exc).__name__})
+            extra = {"kind": type(exc).__name__, **({"key": key} if key else {})}
+            logger.error("unexpected error in a %s %s", protocol, verb, extra=extra)
             error = ErrorCode.EXCEPTION
         finally:
             counts.in_flight -= 1

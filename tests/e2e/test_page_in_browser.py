@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.api_process import ApiProcess
+from support.api_process import KEY, KEYS, ApiProcess
 from support.redis_server import RedisServer
 from support.rig import Rig
 
@@ -170,8 +170,8 @@ def test_no_worker(driver: Path, settings: dict[str, str], new_redis_server: Cal
 
 
 def test_with_keys_the_page_asks_for_one(driver: Path, api: ApiProcess) -> None:
-    with ApiProcess({**api.environment, "VERIFY_API_KEYS": "k3y"}) as guarded:
-        found = drive(driver, guarded, "key", email="key@example.com", key="k3y")
+    with ApiProcess({**api.environment, "VERIFY_API_KEYS": KEYS}) as guarded:
+        found = drive(driver, guarded, "key", email="key@example.com", key=KEY)
     assert "missing or wrong" in found["wrong"]["key"]
     assert found["wrong"]["focus"] == "key"
     assert "opens with a key" in found["wrong"]["inbox"]

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import redis as redis_py
+from support.api_process import KEY, KEYS
 from support.fake_worker import FakeWorker
 from support.process import eventually
 from support.redis_server import RedisServer
@@ -130,7 +131,7 @@ def test_check_consumes_the_right_code_and_never_prints_it(
 
 
 def test_settings_shows_what_is_in_force_without_secrets(tmp_path: Path) -> None:
-    given: dict[str, Any] = {"VERIFY_REDIS_URL": "redis://u:s3cret@h", "VERIFY_QUEUE": "q2", "VERIFY_API_KEYS": "k3y"}
+    given: dict[str, Any] = {"VERIFY_REDIS_URL": "redis://u:s3cret@h", "VERIFY_QUEUE": "q2", "VERIFY_API_KEYS": KEYS}
     plain = run("settings", directory=tmp_path, **given)
     as_json = run("settings", "--json", directory=tmp_path, **given)
     assert plain.returncode == as_json.returncode == 0
@@ -138,7 +139,7 @@ def test_settings_shows_what_is_in_force_without_secrets(tmp_path: Path) -> None
     shown = json.loads(as_json.stdout)
     assert dict(line.split("=", 1) for line in plain.stdout.splitlines()) == shown
     assert shown["VERIFY_CODES_URL"] == "redis://***@h/0"
-    assert not any(secret in plain.stdout + as_json.stdout for secret in ("s3cret", "k3y"))
+    assert not any(secret in plain.stdout + as_json.stdout for secret in ("s3cret", KEY))
 
 
 @pytest.mark.parametrize("words", [("send", A), ("settings",)], ids=lambda words: words[0])

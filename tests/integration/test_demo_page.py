@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from support.api_process import ApiProcess
+from support.api_process import KEYS, WITH_KEY, ApiProcess
 from support.process import eventually
 from support.redis_server import RedisServer
 from support.rig import Rig, code_in
@@ -205,13 +205,13 @@ class TestThePage:
             assert api.http.get(path).status_code == 404
 
     def test_with_keys_the_page_is_open_and_its_data_is_not(self, bare: dict[str, str]) -> None:
-        with ApiProcess({**bare, **DEMO, "VERIFY_API_KEYS": "k3y"}) as api:
+        with ApiProcess({**bare, **DEMO, "VERIFY_API_KEYS": KEYS}) as api:
             for path in ("/", "/page/page.js", "/page/style.css"):
                 assert api.http.get(path).status_code == 200
             for path in ("/demo/facts", "/demo/inbox", "/demo/inbox/x", "/demo", "/pages", "/metrics", "/page"):
                 assert api.http.get(path).status_code == 401
             assert api.http.post("/demo/request", content=b"{}").status_code == 401
-            with_key = {"Host": "demo.example.com", "Authorization": "Bearer k3y"}  # with a key any host name will do
+            with_key = {"Host": "demo.example.com", **WITH_KEY}  # with a key any host name will do
             assert api.http.get("/demo/facts", headers=with_key).json()["keys"] is True
             assert "whoever opens the page" not in api.log
 
@@ -237,8 +237,8 @@ class TestTheInbox:
         with Catcher() as catcher, Inbox(catcher) as inbox:
             rig = new_rig(relays=catcher.url)
             rig.add_worker()
-            with ApiProcess({**rig.settings, **DEMO, "VERIFY_DEMO_INBOX": inbox.url, "VERIFY_API_KEYS": "k3y"}) as api:
-                api.http.headers["Authorization"] = "Bearer k3y"
+            with ApiProcess({**rig.settings, **DEMO, "VERIFY_DEMO_INBOX": inbox.url, "VERIFY_API_KEYS": KEYS}) as api:
+                api.http.headers.update(WITH_KEY)
                 assert api.http.get("/demo/inbox").json() == {"mails": []}
                 for name in ("anna", "bob"):
                     assert ask(api, f"{name}@example.com", locale="en")[-1]["error"] == 0

@@ -369,36 +369,3 @@ class TestSlowClients:
                     assert answer_of(connection)[0::2] == (200, b'{"error": 0, "email": "a@example.com"}')
                     connection.sendall(whole)
                     assert answer_of(connection)[0] == 200
-
-
-@pytest.fixture(scope="module")
-def locked(redis_server: RedisServer) -> Iterator[ApiProcess]:
-    with ApiProcess({"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_API_KEYS": "one, zwei"}) as api:
-        yield api
-
-
-class TestKeys:
-    @pytest.mark.parametrize(
-        "header", [None, "", "Bearer", "Bearer wrong", "one", "Basic one", "Bearer one,zwei", "Bearer onee"]
-    )
-    def test_missing_or_wrong(self, locked: ApiProcess, redis: redis_py.Redis, header: str | None) -> None:
-        redis.set("code_" + A, "1", ex=60)
-        headers = {} if header is None else {"Authorization": header}
-        for path in (ASK, CHECK, "/metrics", "/nothing"):
-            answer = locked.http.post(path, content=json.dumps({"email": A, "varifycode": "1"}), headers=headers)
-            assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
-            assert answer.json()["error"] == 1001
-        assert redis.get("code_" + A) == b"1"
-
-    @pytest.mark.parametrize("header", ["Bearer one", "bearer zwei", "BEARER  one"])
-    def test_right(self, locked: ApiProcess, redis_server: RedisServer, header: str) -> None:
-        with FakeWorker(redis_server):
-            assert locked.post(ASK, {"email": A}, headers={"Authorization": header})["error"] == 0
-        assert locked.http.get("/metrics", headers={"Authorization": header}).status_code == 200
-
-    def test_probes_need_none(self, locked: ApiProcess) -> None:
-        assert locked.http.get("/healthz").status_code == 200
-        assert locked.http.get("/readyz").status_code == 503
-        operations = locked.http.get("/openapi.json").json()["paths"]
-        assert "security" in operations[ASK]["post"]
-        assert "security" not in operations["/healthz"]["get"]

@@ -16,7 +16,7 @@ import httpx
 import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from support.api_process import ApiProcess
+from support.api_process import KEY, KEYS, WITH_KEY, ApiProcess
 from support.fake_worker import FakeWorker
 from support.process import ROOT, eventually
 from support.redis_server import RedisServer
@@ -25,7 +25,6 @@ from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp
 
 pytestmark = [pytest.mark.tools, pytest.mark.usefixtures("redis")]
 A = "a@example.com"
-KEY = {"Authorization": "Bearer k3y"}
 
 
 class Proxy:
@@ -70,7 +69,7 @@ class Proxy:
     def call(self, email: str) -> Any:
         """`GetVarifyCode`."""
         call = self.channel.unary_unary(f"/{SERVICE}/{METHOD}", GetVarifyReq.SerializeToString, GetVarifyRsp.FromString)
-        return call(GetVarifyReq(email=email), timeout=15)
+        return call(GetVarifyReq(email=email), timeout=15, metadata=(("authorization", f"Bearer {KEY}"),))
 
     def close(self) -> None:
         """End it."""
@@ -95,7 +94,7 @@ def _listens(port: int) -> bool:
 def api(redis_server: RedisServer) -> Iterator[ApiProcess]:
     with (
         FakeWorker(redis_server),
-        ApiProcess({"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_API_KEYS": "k3y"}) as api,
+        ApiProcess({"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_API_KEYS": KEYS}) as api,
     ):
         yield api
 
@@ -109,13 +108,13 @@ def proxy(api: ApiProcess, tmp_path: Path) -> Iterator[Proxy]:
 
 
 def ask(proxy: Proxy, email: str = A) -> httpx.Response:
-    return proxy.http.post("/get_varifycode", content=json.dumps({"email": email}), headers=KEY)
+    return proxy.http.post("/get_varifycode", content=json.dumps({"email": email}), headers=WITH_KEY)
 
 
 def test_http_and_grpc_pass_through(proxy: Proxy) -> None:
     assert ask(proxy, "ü@x.example").json() == {"error": 0, "email": "ü@x.example"}
     body = json.dumps({"email": A, "varifycode": "1"})
-    assert proxy.http.post("/check_varifycode", content=body, headers=KEY).json() == {"error": 1003, "email": A}
+    assert proxy.http.post("/check_varifycode", content=body, headers=WITH_KEY).json() == {"error": 1003, "email": A}
     assert proxy.http.post("/get_varifycode", content=body).status_code == 401
     assert proxy.http.get("/healthz").json() == {"status": "ok"}
     said = proxy.call(A)
@@ -126,9 +125,9 @@ def test_http_and_grpc_pass_through(proxy: Proxy) -> None:
 
 def test_internal_paths_and_large_bodies_are_refused(proxy: Proxy) -> None:
     for path in ("/", "/metrics", "/readyz", "/docs"):
-        answer = proxy.http.get(path, headers=KEY)
+        answer = proxy.http.get(path, headers=WITH_KEY)
         assert (answer.status_code, answer.json()["error"]) == (404, 1001)
-    answer = proxy.http.post("/get_varifycode", content=b"x" * 20_000, headers=KEY)
+    answer = proxy.http.post("/get_varifycode", content=b"x" * 20_000, headers=WITH_KEY)
     assert (answer.status_code, answer.json()["error"]) == (413, 1001)
 
 

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import yaml
 from support import containers
-from support.api_process import ApiProcess
+from support.api_process import KEY, KEYS, WITH_KEY, ApiProcess
 from support.caller import address, message
 from support.monitoring import PROMETHEUS, RULES, names_in, queries, rules
 from support.process import eventually, free_port
@@ -27,7 +27,6 @@ pytestmark = pytest.mark.tools
 
 # These have no data on a healthy system: ratios of nothing, and what takes a fault or many minutes.
 MAY_BE_EMPTY: Final = re.compile(r"ALERTS|\) > 0$|offset|predict_linear")
-KEY: Final = "k3y"
 
 
 def promtool(*words: str) -> str:
@@ -70,7 +69,7 @@ def scraped_again(prometheus: PrometheusProcess) -> Callable[[], bool]:
 
 
 def _get_code(api: ApiProcess) -> int:
-    answer = api.post("/get_varifycode", {"email": address()}, headers={"Authorization": f"Bearer {KEY}"})
+    answer = api.post("/get_varifycode", {"email": address()}, headers=WITH_KEY)
     return int(answer["error"])
 
 
@@ -78,13 +77,13 @@ def _get_code(api: ApiProcess) -> int:
 def watched() -> Iterator[tuple[Rig, ApiProcess, PrometheusProcess]]:
     """A worker, an API with keys, and a Prometheus that has one; after some requests and scrapes."""
     with ExitStack() as stack:
-        rig = stack.enter_context(Rig(api_keys=f"other,{KEY}"))
+        rig = stack.enter_context(Rig(api_keys=f"other:123456789abcdefg,{KEYS}"))
         rig.add_worker()
         api = stack.enter_context(ApiProcess(rig.settings))
         prometheus = stack.enter_context(PrometheusProcess(targets(rig, api), key=KEY))
         eventually(lambda: len(prometheus.instant("verify_broker_up")) == 2)
         for _ in range(4):  # spread over scrapes, so that counters are seen to rise
-            assert api.call(address()).error == 0
+            assert api.call(address(), key=KEY).error == 0
             assert _get_code(api) == 0
             assert api.http.post("/get_varifycode", json={}).status_code == 401
             eventually(scraped_again(prometheus))

@@ -17,6 +17,9 @@ from support.process import START_TIMEOUT, Process, own_environment
 
 STOP_WITHIN: Final = 10.0  # seconds after SIGTERM: what the docs promise
 TIMEOUT: Final = 60.0  # seconds for an answer
+KEY: Final = "Tq8_0123-aBc=xyz"  # a key of the API, as short as one may be
+KEYS: Final = f"app:{KEY}"
+WITH_KEY: Final = {"Authorization": f"Bearer {KEY}"}
 LOUD: Final = ("Traceback", "unexpected error", "never retrieved", "never awaited", "destroyed but it is pending")
 
 
@@ -53,9 +56,10 @@ class ApiProcess(Process):
         """`POST /check_varifycode`."""
         return self.post("/check_varifycode", {"email": email, "varifycode": code, **more})
 
-    def call(self, email: str, *, timeout: float | None = None) -> Any:
+    def call(self, email: str, *, timeout: float | None = None, key: str | None = None) -> Any:
         """`GetVarifyCode`."""
-        return self.stub(GetVarifyReq(email=email), timeout=timeout)
+        metadata = None if key is None else (("authorization", f"Bearer {key}"),)
+        return self.stub(GetVarifyReq(email=email), timeout=timeout, metadata=metadata)
 
     def call_raw(self, message: bytes, *, method: str = METHOD, timeout: float | None = TIMEOUT) -> bytes:
         """A call whose message nobody checks before it leaves."""

@@ -27,17 +27,26 @@ def key(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
 def test_answers_are_counted_by_protocol_verb_and_error() -> None:
     metrics = ApiMetrics(Audit())
     for error in (ErrorCode.SUCCESS, ErrorCode.SUCCESS, ErrorCode.TIMEOUT):
-        metrics.counts["grpc", "request"].answered(error, 0.01)
+        metrics.counts["grpc", "request", ""].answered(error, 0.01)
     found = shown(metrics)
     assert found[key("api_requests_total", error="0", **GRPC)] == 2
     assert found[key("api_requests_total", error="6", **GRPC)] == 1
     assert found[key("api_requests_total", error="0", protocol="http", verb="check")] == 0
 
 
+def test_with_keys_they_are_counted_by_key_too() -> None:
+    metrics = ApiMetrics(Audit(), {"app", "shop"})
+    metrics.counts["grpc", "request", "app"].answered(ErrorCode.SUCCESS, 0.01)
+    found = shown(metrics)
+    for name, count in {"app": 1, "shop": 0}.items():
+        assert found[key("api_requests_total", error="0", key=name, **GRPC)] == count
+        assert found[key("api_request_seconds_count", key=name, **GRPC)] == count
+
+
 def test_the_histogram_is_cumulative_and_each_bound_belongs_to_its_bucket() -> None:
     metrics = ApiMetrics(Audit())
     for seconds in (0.0, BOUNDS[0], 0.3, BOUNDS[-1] + 1):
-        metrics.counts["grpc", "request"].answered(ErrorCode.SUCCESS, seconds)
+        metrics.counts["grpc", "request", ""].answered(ErrorCode.SUCCESS, seconds)
     found = shown(metrics)
     buckets = [found[key("api_request_seconds_bucket", le=str(bound), **GRPC)] for bound in (*BOUNDS, "+Inf")]
     assert buckets == [2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 4]
@@ -47,8 +56,8 @@ def test_the_histogram_is_cumulative_and_each_bound_belongs_to_its_bucket() -> N
 
 def test_in_flight_sums_the_verbs_of_a_protocol() -> None:
     metrics = ApiMetrics(Audit())
-    metrics.counts["http", "request"].in_flight += 2
-    metrics.counts["http", "check"].in_flight += 1
+    metrics.counts["http", "request", ""].in_flight += 2
+    metrics.counts["http", "check", ""].in_flight += 1
     assert metrics.in_flight("http") == 3
     found = shown(metrics)
     assert found[key("api_requests_in_flight", protocol="http")] == 3

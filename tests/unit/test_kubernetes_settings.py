@@ -37,7 +37,7 @@ def test_what_a_container_is_told_are_settings_that_are_taken(overlay: str, name
     if name == "workers":
         assert [relay.masked() for relay in in_force.relays] == ["smtp://mailpit:1025"]
     if name == "api":
-        assert SECRET["metrics-key"] in in_force.api_keys
+        assert ("metrics", SECRET["metrics-key"]) in in_force.api_keys
         assert in_force.allow_plaintext
 
 

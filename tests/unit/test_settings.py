@@ -46,13 +46,14 @@ VALUES = {
     "VERIFY_HTTP_BIND": ("127.0.0.1:8081", "0.0.0.0:80"),
     "VERIFY_GRPC_BIND": ("127.0.0.1:50051", "[::1]:50052"),
     "VERIFY_MAX_QUEUE": ("100000", "10"),
-    "VERIFY_API_KEYS": ("", "***,***"),
+    "VERIFY_API_KEYS": ("", "app:***,shop:***"),
     "VERIFY_ALLOW_PLAINTEXT": ("0", "1"),
     "VERIFY_METRICS_BIND": ("127.0.0.1:9464", "127.0.0.1:0"),
     "VERIFY_DEMO": ("0", "1"),
     "VERIFY_DEMO_INBOX": ("", "http://mailpit:8025"),
     "VERIFY_DEMO_FLOWER": ("", "https://flower.internal/watch"),
 }
+KEYS = "app:0123456789abcdef,shop:123456789abcdefg"
 DEFAULTS = {name: default for name, (default, _) in VALUES.items()}
 OTHERS = {name: other for name, (_, other) in VALUES.items()}
 
@@ -72,7 +73,7 @@ def test_with_nothing_set_the_defaults_of_the_contract_are_in_force() -> None:
 
 
 def test_each_setting_is_taken_from_the_environment() -> None:
-    assert settings.load(OTHERS | {"VERIFY_API_KEYS": "one,two"}, dotenv=None).shown() == OTHERS
+    assert settings.load(OTHERS | {"VERIFY_API_KEYS": KEYS}, dotenv=None).shown() == OTHERS
 
 
 def test_other_variables_are_ignored() -> None:
@@ -127,7 +128,18 @@ BAD_VALUES = {
     "GRPC_BIND": ["127.0.0.1:70000"],
     "METRICS_BIND": ["port"],
     "MAX_QUEUE": ["0"],
-    "API_KEYS": [" , ", "one\ntwo"],
+    "API_KEYS": [
+        " , ",
+        "0123456789abcdef",
+        "app:0123456789abcde",
+        "app:0123456789\nabcdef",
+        "app:0123456789 abcdef",
+        "app:pässword-pässword",
+        "the app:0123456789abcdef",
+        ":0123456789abcdef",
+        f"app:0123456789abcdef,{'s' * 33}:0123456789abcdeg",
+        "app:0123456789abcdef,shop:0123456789abcdef",
+    ],
     "ALLOW_PLAINTEXT": ["yes"],
     "DEMO": ["2"],
     "DEMO_INBOX": ["mailpit:8025", "http://user:pass@mailpit:8025", "http://mailpit:8025/?q"],
@@ -156,6 +168,9 @@ def test_a_bad_value_of_every_setting_is_tested() -> None:
         ("CODES_URL", f"redis+sentinel://:{QUOTED}@one:x/service?sentinel_password=pa55"),
         ("RELAYS", f"http://user:{QUOTED}@host"),
         ("RELAYS", f"smtp://user:{SECRET}@host:x"),
+        ("API_KEYS", "app:pa55"),
+        ("API_KEYS", "pa55pa55pa55pa55"),
+        ("API_KEYS", "app:pa55pa55pa55pa55,shop:pa55pa55pa55pa55"),
     ],
 )
 def test_the_error_for_a_bad_value_shows_no_secret(name: str, value: str) -> None:
@@ -164,7 +179,7 @@ def test_the_error_for_a_bad_value_shows_no_secret(name: str, value: str) -> Non
 
 @pytest.mark.parametrize("name", sorted(OTHERS))
 def test_each_setting_can_come_from_a_file(name: str, tmp_path: Path) -> None:
-    value = "one,two" if name == "VERIFY_API_KEYS" else OTHERS[name]
+    value = KEYS if name == "VERIFY_API_KEYS" else OTHERS[name]
     (tmp_path / "secret").write_text(f"{value}\n")
     found = settings.load({f"{name}_FILE": str(tmp_path / "secret")}, dotenv=None)
     assert found.shown()[name] == OTHERS[name]
@@ -251,7 +266,13 @@ def test_the_sender_may_have_a_display_name() -> None:
 
 
 def test_api_keys_are_separated_by_commas() -> None:
-    assert load(API_KEYS=" one, two ,").api_keys == ("one", "two")
+    found = load(API_KEYS=" app:0123456789abcdef, a.b-c_D:#0:=/+~!0123456789 ,").api_keys
+    assert found == (("app", "0123456789abcdef"), ("a.b-c_D", "#0:=/+~!0123456789"))
+
+
+def test_a_name_may_have_two_keys_while_one_replaces_the_other() -> None:
+    found = load(API_KEYS="app:0123456789abcdef,app:123456789abcdefg").api_keys
+    assert [(each.name, each.key[0]) for each in found] == [("app", "0"), ("app", "1")]
 
 
 def test_settings_cannot_be_changed() -> None:
@@ -266,7 +287,7 @@ def test_settings_cannot_be_changed() -> None:
         {"CODES_URL": f"redis://:{QUOTED}@host/0?password=pa55"},
         {"REDIS_URL": f"redis+sentinel://user:{QUOTED}@one,two:1,[::1]:2/service?sentinel_password=pa55"},
         {"RELAYS": f"smtps://pa55user:{QUOTED}@host"},
-        {"API_KEYS": "pa55,other"},
+        {"API_KEYS": "app:pa55pa55pa55pa55,shop:pa55pa55pa55pa56"},
     ],
 )
 def test_no_secret_is_shown(environ: dict[str, str]) -> None:

@@ -18,7 +18,7 @@ stringData:
   redis-address: redis.verifyserver:6379
   redis-password: $redis
   relays: smtp://mailpit:1025
-  api-keys: $(random),$metrics
+  api-keys: app:$(random),metrics:$metrics
   metrics-key: $metrics
   flower: admin:$(random)
 END

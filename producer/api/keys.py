@@ -1,0 +1,37 @@
+"""Who may ask: one check of API keys for HTTP and gRPC."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import Final
+
+from producer.setting_types import ApiKey
+
+# The name of the key with which the request that is being served was made; empty where no key is asked for.
+key_name: ContextVar[str] = ContextVar("key_name", default="")
+NEEDED: Final = "a key is needed: Authorization: Bearer KEY"
+
+
+class KeyCheck:
+    """Finds out with which of the keys a request was made."""
+
+    def __init__(self, keys: Sequence[ApiKey]) -> None:
+        self._digests = [(_digest(each.key.encode()), each.name) for each in keys]
+
+    def is_let_in(self, given: Sequence[bytes]) -> bool:
+        """Whether these values of `authorization` are one right key. Its name is then `key_name` in this context."""
+        scheme, _, key = (given[0] if len(given) == 1 else b"").partition(b" ")
+        # Digests have one length, and all are compared: the time taken tells nothing about any key.
+        digest = _digest(key.strip())
+        names = [name for each, name in self._digests if hmac.compare_digest(digest, each)]
+        if scheme.lower() != b"bearer" or not names:
+            return False
+        key_name.set(names[0])
+        return True
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
