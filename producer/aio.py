@@ -151,10 +151,13 @@ class AsyncVerificationClient:
             return CheckResult(email, ErrorCode.VARIFY_CODE_ERR)
         try:
             async with asyncio.timeout(REDIS_TIMEOUT):
-                return await here.store.check(email, code, purpose)
+                checked = await here.store.check(email, code, purpose)
         except OSError as exc:
             logger.warning("a code could not be checked: %s", str(exc) or TOO_LATE)
             return CheckResult(email, ErrorCode.REDIS_ERR)
+        if checked.burnt:
+            here.audit.code_burnt(email)
+        return CheckResult(email, checked.error)
 
     async def close(self) -> None:
         """Close the connections. Requests that still wait are answered `TIMEOUT`."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final
 from urllib.parse import quote
 
 from dotenv import dotenv_values
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from producer.contract import DEAD_LETTERS
@@ -63,6 +63,12 @@ def _free_name(queue: str) -> str:
     return queue
 
 
+def _not_below_code_length(length: int, info: ValidationInfo) -> int:
+    if length < info.data.get("code_length", 0):  # absent if that is not allowed itself
+        raise ValueError
+    return length
+
+
 class Settings(BaseSettings):
     """The settings in force. Each field is `VERIFY_<NAME>`; times are in seconds.
 
@@ -102,6 +108,9 @@ class Settings(BaseSettings):
     )
     code_ttl: int = _setting(600, "whole seconds, 1 to 86400", ge=1, le=86400)
     code_length: int = _setting(6, "a whole number, 4 to 12", ge=4, le=12)
+    code_max_length: Annotated[int, AfterValidator(_not_below_code_length)] = _setting(
+        12, "a whole number, VERIFY_CODE_LENGTH to 12", le=12
+    )
     code_min_life: Seconds = _setting(60, "seconds, 0 to 86400", ge=0, le=86400)
     resend_cooldown: Seconds = _setting(10, "seconds, 0 (off) to 86400", ge=0, le=86400)
     max_sends_per_hour: int = _setting(20, "a whole number, 0 (off) to 100000", ge=0, le=100000)

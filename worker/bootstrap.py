@@ -72,7 +72,7 @@ class Worker:
             settler,
             counters,
             sender=settings.mail_from.mailbox,
-            code_length=settings.code_length,
+            code_digits=settings.code_max_length,
         )
         self.fetcher = Fetcher(
             broker,

@@ -14,7 +14,7 @@ from producer.store.codes import Claim
 if TYPE_CHECKING:
     from worker.tracing import Trace
 
-NO_CLAIM = Claim("", "", "", "", "")  # until `validate`
+NO_CLAIM = Claim("", "", "", "", "", "")  # until `validate`
 
 
 @dataclass(slots=True)

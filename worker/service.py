@@ -78,16 +78,16 @@ class Service:
         counters: Counters,
         *,
         sender: str,
-        code_length: int,
+        code_digits: int,
     ) -> None:
-        """`sender`: the envelope sender of every mail."""
+        """`sender`: the envelope sender of every mail. `code_digits`: as many as a code can have."""
         self._store = store
         self._channel = channel
         self._renderer = renderer
         self._settler = settler
         self._counters = counters
         self._sender = sender
-        self._code_length = code_length
+        self._code_digits = code_digits
         self._leased: dict[str, Job] = {}  # by tag
         self._announcements: list[tuple[Job, Callable[[bool], None]]] = []  # of this turn of the loop
         self._stopping = False
@@ -99,7 +99,7 @@ class Service:
         requests = []
         for job in jobs:
             error = job.validate()
-            code = new_code(self._code_length)
+            code = new_code(self._code_digits)
             requests.append(IssueRequest(job.claim, code, error, job.enqueued_at, job.expires_at))
         issues: Sequence[Issue | StoreError | None] = [None] * len(jobs)
         try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Final, Literal, NamedTuple, Protocol
 
-from producer.contract import REPLY_TTL, CheckResult, ErrorCode, code_key, is_purpose
+from producer.contract import REPLY_TTL, ErrorCode, code_key, is_purpose
 from producer.settings import Settings
 
 # Why a request was answered without a mail.
@@ -28,7 +28,9 @@ class CodePolicy:
     cooldown: int  # 0: off
     interval: int  # one send comes back to an address' bucket; 0: no bucket
     burst: int  # size of the bucket
-    max_attempts: int
+    max_attempts: int  # of a code of `code_length`
+    code_length: int
+    code_max_length: int
     lease: int
     give_up_after: int
     remember: int = REPLY_TTL * 1000
@@ -47,6 +49,8 @@ class CodePolicy:
             interval=3_600_000 // per_hour if per_hour else 0,
             burst=per_hour,
             max_attempts=settings.max_attempts,
+            code_length=settings.code_length,
+            code_max_length=settings.code_max_length,
             lease=int(settings.visibility_timeout * 1000),
             give_up_after=int(settings.give_up_after * 1000),
         )
@@ -60,25 +64,30 @@ class Claim(NamedTuple):
     code_key: str
     canonical: str
     who: str  # hash of address and purpose: the same request id must come with the same
+    purpose: str
 
     @classmethod
     def of(cls, request_id: str, token: str, email: object, purpose: object, canonical: str) -> Claim:
-        """`canonical`: the canonical address, or '' if `email` is not an address."""
+        """`canonical`: the canonical address, or '' if `email` is not an address.
+
+        A malformed purpose becomes ''.
+        """
         # An invalid address or purpose has no code; its text, perhaps not even Unicode, stays out of the keys.
-        key = code_key(str(email), str(purpose)) if canonical and is_purpose(purpose) else ""
+        known_purpose = str(purpose) if is_purpose(purpose) else ""
+        key = code_key(str(email), known_purpose) if canonical and known_purpose else ""
         # Both as one text that no other pair has.
         if isinstance(email, str) and isinstance(purpose, str):
             pair = f"{len(purpose)} {purpose}{email}".encode("utf-8", "surrogatepass")
         else:
             pair = json.dumps([email, purpose], sort_keys=True).encode()  # begins with no digit
-        return cls(request_id, token, key, canonical, blake2b(pair, digest_size=16).hexdigest())
+        return cls(request_id, token, key, canonical, blake2b(pair, digest_size=16).hexdigest(), known_purpose)
 
 
 class IssueRequest(NamedTuple):
     """One request that wants a code. Times are Unix seconds."""
 
     claim: Claim
-    candidate: str  # the code to set if there is none to reuse
+    candidate: str  # as many digits as a code can have; the code to set begins with them, if there is none to reuse
     error: ErrorCode | None = None  # the final answer, if it is certain already; the store remembers it
     enqueued_at: float | None = None
     expires_at: float | None = None
@@ -137,6 +146,13 @@ class Settled(NamedTuple):
     wake: list[str]  # ids of joined requests that need not wait any longer
 
 
+class Checked(NamedTuple):
+    """What a check found."""
+
+    error: ErrorCode  # SUCCESS, VARIFY_EXPIRED or VARIFY_CODE_ERR
+    burnt: bool = False  # wrong checks, this one or earlier ones, have dropped a live code
+
+
 class StoreError(NamedTuple):
     """The store refused this one request of a batch."""
 
@@ -174,5 +190,9 @@ class CodeStore(Protocol):
     def renew(self, claims: Sequence[Claim]) -> Awaitable[Sequence[bool]]:
         """Extend leases; whether each was still held."""
 
-    def check(self, email: str, code: str, purpose: str) -> Awaitable[CheckResult]:
-        """Count the attempt, compare, and consume the code if it is right."""
+    def check(self, email: str, code: str, purpose: str) -> Awaitable[Checked]:
+        """Compare, and consume the code if it is right; otherwise count the attempt.
+
+        Wrong checks are also counted across codes, for the canonical address and purpose, until a right one or for a
+        day: the more there are, the longer is the next code, and a shorter one is not accepted any more.
+        """

@@ -1,10 +1,12 @@
 --[[
-issue: may these requests send now, and which code? One atomic step for each, in their order; begins with each.lua.
+issue: may these requests send now, and which code? One atomic step for each, in their order; begins with each.lua
+and lengths.lua.
 
-KEYS 4i-3 request record  hash    what is remembered of the request id
-     4i-2 code            string  the code itself; GateServer reads it
-     4i-1 bucket          string  when the address' bucket is full again (ms)
-     4i   suppressed      string  see settle.lua; until its end the address gets no mail
+KEYS 5i-4 request record  hash    what is remembered of the request id
+     5i-3 code            string  the code itself; GateServer reads it
+     5i-2 bucket          string  when the address' bucket is full again (ms)
+     5i-1 suppressed      string  see settle.lua; until its end the address gets no mail
+     5i   wrong checks    string  see check.lua: a live code that is too short after them counts as missing
 ARGV 1  lease             ms
      2  give up after     ms
      3  ttl               ms
@@ -22,13 +24,17 @@ ARGV 1  lease             ms
      15 too many requests int     error code of a request that meets an empty bucket
      16 timeout           int     error code of a request that is given up
      17 mail rejected     int     error code of a request whose address is suppressed
+     18 max attempts      int     see lengths.lua
+     19 shortest          int     length of a code, in digits
+     20 longest           int     likewise
      then six for each request:
      who                  string  hash of address and purpose: the same id must come with the same
      token                string  names this holder of the lease
      error                int     the final answer if it is certain already, else ''
      enqueued at          ms      if '' or in the future, the age counts from the first time the request was seen
      expires at           ms      or ''
-     candidate            string  the code to set if there is none to reuse
+     candidate            string  the code to set if there is none to reuse: `longest` digits, of which it takes as
+                                  many as a code needs now
 
 Returns a list with an entry for each request:
         {'send', code, life ms, ms until the deadline, tries so far}
@@ -55,12 +61,13 @@ local seen, lease_end = string.format('%.0f', now), string.format('%.0f', now + 
 local give_up_after, min_life = tonumber(ARGV[2]), tonumber(ARGV[4])
 local cooldown, interval, burst = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local id_at = #ARGV[9] + 1
+local attempts, shortest, longest = tonumber(ARGV[18]), tonumber(ARGV[19]), tonumber(ARGV[20])
 local SUCCESS, TOO_MANY_REQUESTS, TIMEOUT = tonumber(ARGV[14]), tonumber(ARGV[15]), tonumber(ARGV[16])
 local MAIL_REJECTED = tonumber(ARGV[17])
 
-return each(#KEYS / 4, function(i)
-    local record_key, code_key, bucket_key = KEYS[4 * i - 3], KEYS[4 * i - 2], KEYS[4 * i - 1]
-    local at = 6 * i + 12
+return each(#KEYS / 5, function(i)
+    local record_key, code_key, bucket_key = KEYS[5 * i - 4], KEYS[5 * i - 3], KEYS[5 * i - 2]
+    local at = 6 * i + 15
     local who, token, known_error = ARGV[at], ARGV[at + 1], ARGV[at + 2]
 
     local record, flat = {}, call('HGETALL', record_key)
@@ -108,9 +115,10 @@ return each(#KEYS / 4, function(i)
     end
 
     local sending_key = ARGV[12] .. code_key
-    local found = call('MGET', code_key, ARGV[11] .. code_key, sending_key, bucket_key, KEYS[4 * i])
+    local found = call('MGET', code_key, ARGV[11] .. code_key, sending_key, bucket_key, KEYS[5 * i - 1], KEYS[5 * i])
     local code, life, mark = found[1], 0, nil
-    if code and code ~= '' then
+    local wrong = tonumber(found[6]) or 0
+    if code and code ~= '' and not too_short(code, wrong, attempts, shortest, longest) then
         life = call('PTTL', code_key)
         mark = life > 0 and sha1hex(code)
     end
@@ -153,7 +161,7 @@ return each(#KEYS / 4, function(i)
 
     if doubts == 0 and (not mark or life < min_life) then
         local replaced = code
-        code = ARGV[at + 5]
+        code = string.sub(ARGV[at + 5], 1, length_after(wrong, attempts, shortest, longest))
         life = tonumber(ARGV[3])
         mark = sha1hex(code)
         call('SET', code_key, code, 'PX', life)

@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from producer.contract import CheckResult, ErrorCode, code_key, known_error
+from producer.address import parse
+from producer.contract import ErrorCode, code_key, known_error
+from producer.errors import InvalidAddress
 from producer.redis.connection import RedisConnection, ServerError, Step, entries, raise_errors
 from producer.redis.protocol import kind_of
 from producer.redis.scripts import EACH, Arg, Command, Script
 from producer.store.codes import (
     Answered,
+    Checked,
     Claim,
     CodePolicy,
     Conflict,
@@ -25,13 +28,17 @@ from producer.store.codes import (
 )
 
 _LUA = Path(__file__).parent
-_ISSUE, _SETTLE, _ANNOUNCE_DATA = (Script(EACH, _LUA / f"{name}.lua") for name in ("issue", "settle", "announce_data"))
-_RENEW, _CHECK = (Script(_LUA / f"{name}.lua") for name in ("renew", "check"))
+_LENGTHS = _LUA / "lengths.lua"
+_ISSUE = Script(EACH, _LENGTHS, _LUA / "issue.lua")
+_SETTLE, _ANNOUNCE_DATA = (Script(EACH, _LUA / f"{name}.lua") for name in ("settle", "announce_data"))
+_RENEW, _CHECK = Script(_LUA / "renew.lua"), Script(_LENGTHS, _LUA / "check.lua")
 
 # Side keys; none begins with `code_`, which GateServer builds from user text. All have a TTL.
 ATTEMPTS, COOLDOWN, SENDING, JOINED = "attempts:", "cooldown:", "sending:", "joined:"  # + code key
 BUCKET, SUPPRESSED = "bucket:", "suppressed:"  # + canonical address
+WRONG = "wrong:"  # + purpose:canonical address
 REQUEST = "request:"  # + request id
+DAY = 86_400_000  # ms
 
 T = TypeVar("T")
 
@@ -51,6 +58,7 @@ class RedisCodeStore:
             *(REQUEST, ATTEMPTS, COOLDOWN, SENDING, JOINED),
             *(int(ErrorCode.SUCCESS), int(ErrorCode.TOO_MANY_REQUESTS), int(ErrorCode.TIMEOUT)),
             int(ErrorCode.MAIL_REJECTED),
+            *(policy.max_attempts, policy.code_length, policy.code_max_length),
         )
         self._settle_args: tuple[Arg, ...] = (
             *(policy.cooldown, policy.interval, policy.remember),
@@ -64,7 +72,7 @@ class RedisCodeStore:
         keys: list[str] = []
         args = [*self._issue_args]
         for claim, candidate, error, enqueued_at, expires_at in requests:
-            keys += _keys(claim)
+            keys += (*_keys(claim), f"{WRONG}{claim.purpose}:{claim.canonical}")
             args += (
                 claim.who,
                 claim.token,
@@ -96,11 +104,20 @@ class RedisCodeStore:
             lambda answer: [entry == 1 for entry in entries(answer, len(claims))],
         )
 
-    def check(self, email: str, code: str, purpose: str) -> Step[CheckResult]:
-        key = _encodable(code_key(email, purpose))
-        answers = (int(ErrorCode.SUCCESS), int(ErrorCode.VARIFY_EXPIRED), int(ErrorCode.VARIFY_CODE_ERR))
-        command = _CHECK([key, ATTEMPTS + key], [_encodable(code), self._policy.max_attempts, *answers])
-        return self._step(command, lambda answer: CheckResult(email, ErrorCode(raise_errors([answer])[0])))
+    def check(self, email: str, code: str, purpose: str) -> Step[Checked]:
+        try:
+            canonical = parse(email).canonical
+        except InvalidAddress:
+            canonical = _encodable(email)  # an older server may have stored a code even so
+        key, policy = _encodable(code_key(email, purpose)), self._policy
+        command = _CHECK(
+            [key, ATTEMPTS + key, f"{WRONG}{purpose}:{canonical}"],
+            [
+                *(_encodable(code), policy.max_attempts, policy.code_length, policy.code_max_length, DAY),
+                *(int(ErrorCode.SUCCESS), int(ErrorCode.VARIFY_EXPIRED), int(ErrorCode.VARIFY_CODE_ERR)),
+            ],
+        )
+        return self._step(command, _read_checked)
 
     def _step(self, command: Command, read: Callable[[Any], T]) -> Step[T]:
         return Step(self.connection, self._database, [command], lambda answers: read(answers[0]))
@@ -130,6 +147,11 @@ def _read_issue(entry: Any) -> Issue:
 
 def _read_settle(entry: Any) -> Settled:
     return Settled(entry[0] == 1, [request_id.decode() for request_id in entry[1:]])
+
+
+def _read_checked(answer: Any) -> Checked:
+    error, burnt = raise_errors([answer])[0]
+    return Checked(ErrorCode(error), burnt == 1)
 
 
 def _encodable(text: str) -> str:

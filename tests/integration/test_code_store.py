@@ -19,6 +19,7 @@ from producer.store.codes import (
     SUPPRESSED_HIT,
     UNKNOWN,
     Answered,
+    Checked,
     Claim,
     CodePolicy,
     Conflict,
@@ -725,7 +726,7 @@ def test_attempts_survive_a_resend(driver: Driver) -> None:
 
 @pytest.mark.parametrize("fate", ["dropped", "too short-lived", "overwritten"])
 def test_a_new_code_has_attempts_of_its_own(fate: str, driver: Driver) -> None:
-    driver.set_policy(cooldown=0)
+    driver.set_policy(cooldown=0, code_max_length=POLICY.code_length)
     driver.deliver(claim_of("one"))
     for _ in range(5 if fate == "dropped" else 4):
         driver.check("wrong")
@@ -736,6 +737,163 @@ def test_a_new_code_has_attempts_of_its_own(fate: str, driver: Driver) -> None:
     code = driver.deliver(claim_of("two"))
     assert {driver.check("wrong") for _ in range(4)} == {ErrorCode.VARIFY_CODE_ERR}
     assert driver.check(code) is ErrorCode.SUCCESS
+
+
+# --- codes that grow ---
+
+MANY = 99
+
+
+def grow(driver: Driver, *steps: int) -> list[int]:
+    """Make so many wrong checks at one code after the other, each asked for anew. The lengths of the codes."""
+    lengths = []
+    for number, times in enumerate(steps):
+        lengths.append(len(driver.deliver(claim_of(f"step {number}"))))
+        assert set(driver.guess(times)) <= {ErrorCode.VARIFY_CODE_ERR}
+    return lengths
+
+
+@pytest.mark.parametrize(
+    ("policy", "lengths", "attempts"),
+    [
+        ({"max_attempts": 1}, [6, 8, 8, 10], [1, 99, 1, 1]),
+        ({"max_attempts": 5}, [6, 8, 10], [5, 500, 1]),
+        ({"max_attempts": 2, "code_max_length": 8}, [6, 8, 8], [2, 200, 200]),
+        ({"max_attempts": 2, "code_length": 5, "code_max_length": 6}, [5, 6, 6], [2, 20, 20]),
+        ({"max_attempts": 5, "code_max_length": 6}, [6, 6, 6], [5, 5, 5]),
+        ({"code_length": 12}, [12, 12], [5, 5]),
+    ],
+    ids=["one attempt", "defaults", "two lengths", "odd difference", "off", "longest from the start"],
+)
+def test_after_wrong_checks_the_next_code_is_longer_and_has_more_attempts(
+    policy: dict[str, int], lengths: list[int], attempts: list[int], driver: Driver
+) -> None:
+    driver.set_policy(cooldown=0, **policy)
+    assert grow(driver, *attempts) == lengths
+
+
+@pytest.mark.parametrize("stops", [0, 1], ids=["burns each code", "stops short of it"])
+def test_wrong_checks_are_counted_across_codes(stops: int, driver: Driver) -> None:
+    driver.set_policy(cooldown=0, min_life=0, burst=1000)
+    lengths = []
+    for number in range(5):
+        lengths.append(len(driver.deliver(claim_of(f"code {number}"))))
+        driver.guess(5 - stops)
+        driver.pass_time(600_001)
+    assert lengths == ([6, 8, 8, 8, 8] if not stops else [6, 6, 8, 8, 8])
+
+
+def test_all_spellings_of_an_address_have_one_count(driver: Driver) -> None:
+    spellings = [EMAIL, "Anna@example.com", " anna@example.com", "ANNA@EXAMPLE.COM"]
+    codes = {email: driver.deliver(claim_of(email, email)) for email in spellings}
+    assert driver.guess(3) + driver.guess(2, "Anna@example.com") == [ErrorCode.VARIFY_CODE_ERR] * 5
+    for email in spellings:  # a right code comes too late: it could have been found by 5 guesses at each spelling
+        assert driver.check(codes[email], email) is ErrorCode.VARIFY_EXPIRED
+        assert driver.code(email) is None
+    assert len(driver.deliver(claim_of("next", "aNNa@example.com"))) == 8
+
+
+def test_each_purpose_has_its_own_count(driver: Driver) -> None:
+    driver.set_policy(cooldown=0)
+    driver.deliver(claim_of("one"))
+    driver.guess(5)
+    assert len(driver.deliver(claim_of("two", purpose="reset"))) == 6
+    assert len(driver.deliver(claim_of("three"))) == 8
+
+
+def test_a_right_check_ends_the_count(driver: Driver) -> None:
+    driver.set_policy(cooldown=0)
+    grow(driver, 5)
+    code = driver.deliver(claim_of("two"))
+    assert driver.check(code) is ErrorCode.SUCCESS
+    assert len(driver.deliver(claim_of("three"))) == 6
+
+
+def test_the_count_lives_a_day_from_the_first_wrong_check(driver: Driver) -> None:
+    driver.set_policy(cooldown=0)
+    driver.deliver(claim_of("one"))
+    driver.guess(1)
+    driver.pass_time(86_000_000)
+    driver.deliver(claim_of("two"))
+    driver.guess(4)
+    assert len(driver.deliver(claim_of("three"))) == 8
+    driver.pass_time(401_000)
+    driver.check("wrong")  # at the code of 8 digits, which lives on
+    assert len(driver.deliver(claim_of("other", OTHER))) == 6
+    driver.pass_time(600_000)
+    assert len(driver.deliver(claim_of("four"))) == 6
+
+
+def test_a_check_without_a_live_code_does_not_count(driver: Driver) -> None:
+    assert set(driver.guess(MANY)) == {ErrorCode.VARIFY_EXPIRED}
+    assert len(driver.deliver(claim_of("one"))) == 6
+
+
+@pytest.mark.parametrize(
+    "given", ["", "1", "letters", "\ud800", "9" * 10_000, "\0", "\uff11\uff12\uff13\uff14\uff15\uff16"]
+)
+def test_a_malformed_guess_counts(given: str, driver: Driver) -> None:
+    driver.set_policy(cooldown=0)
+    driver.deliver(claim_of("one"))
+    assert [driver.check(given) for _ in range(5)] == [ErrorCode.VARIFY_CODE_ERR] * 5
+    assert len(driver.deliver(claim_of("two"))) == 8
+
+
+def test_a_code_that_has_become_too_short_starts_no_cooldown(driver: Driver) -> None:
+    other = "Anna@example.com"
+    driver.deliver(claim_of("one"))
+    driver.deliver(claim_of("two", other))
+    driver.guess(5, other)
+    assert len(driver.send(claim_of("three")).code) == 8
+
+
+def test_a_longer_code_is_kept_when_it_is_sent_again(driver: Driver) -> None:
+    driver.set_policy(cooldown=0)
+    grow(driver, 5)
+    code = driver.deliver(claim_of("two"))
+    driver.guess(400)
+    assert driver.deliver(claim_of("three")) == code
+    assert driver.check(code) is ErrorCode.SUCCESS
+
+
+def test_a_longer_code_is_still_right_after_its_count_has_ended(driver: Driver) -> None:
+    driver.set_policy(cooldown=0, ttl=172_800_000, min_life=0)
+    driver.deliver(claim_of("one"))
+    driver.guess(5)
+    code = driver.deliver(claim_of("two"))
+    driver.pass_time(86_400_001)
+    driver.guess(MANY)
+    assert driver.check(code) is ErrorCode.SUCCESS
+
+
+def test_a_code_that_a_relay_may_have_accepted_is_not_replaced_by_a_longer_one(driver: Driver) -> None:
+    other = "Anna@example.com"
+    driver.send(claim_of("one"))
+    driver.settle(claim_of("one"), UNKNOWN)
+    driver.deliver(claim_of("two", other))
+    driver.guess(5, other)
+    assert driver.issue(claim_of("one")) == Answered(ErrorCode.TIMEOUT)
+
+
+@pytest.mark.parametrize("wrong", [0, 4])
+def test_a_code_of_an_older_server_is_right_until_codes_have_grown(wrong: int, driver: Driver) -> None:
+    driver.put_code("a1b2", 300_000)
+    assert driver.deliver(claim_of("one")) == "a1b2"
+    driver.guess(wrong)
+    assert driver.check("a1b2") is ErrorCode.SUCCESS
+    driver.put_code("a1b2", 300_000)
+    driver.guess(5)
+    driver.put_code("c3d4", 300_000)
+    assert driver.checked("c3d4") == Checked(ErrorCode.VARIFY_EXPIRED, burnt=True)
+    driver.put_code("e5f6", 300_000)
+    assert len(driver.send(claim_of("two")).code) == 8
+
+
+def test_a_check_tells_that_it_dropped_the_code(driver: Driver) -> None:
+    driver.deliver(claim_of("one"))
+    wrong = Checked(ErrorCode.VARIFY_CODE_ERR)
+    assert [driver.checked("wrong") for _ in range(5)] == [*[wrong] * 4, Checked(wrong.error, burnt=True)]
+    assert driver.checked("wrong") == Checked(ErrorCode.VARIFY_EXPIRED)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from support.memory_store import Code, MemoryCodeStore
 from support.redis_server import RedisServer
 from support.store_driver import RedisDriver, claim_of
 
+from producer.address import parse
 from producer.contract import ErrorCode, code_key
 from producer.redis.connection import Step
 from producer.store.codes import (
@@ -31,6 +32,7 @@ from producer.store.codes import (
     Result,
     Settled,
 )
+from producer.store.redis_codes import DAY, WRONG
 
 T = TypeVar("T")
 
@@ -43,13 +45,15 @@ POLICY = CodePolicy(
     interval=33_700,
     burst=3,
     max_attempts=3,
+    code_length=6,
+    code_max_length=11,
     lease=23_600,
     give_up_after=142_400,
     remember=3_605_000,
     suppression=151_300,
     longest_suppression=451_100,
 )
-STEPS = [10_000, 20_000, 30_000, 100_000, 300_000, 560_000]  # ms
+STEPS = [10_000, 20_000, 30_000, 100_000, 300_000, 560_000, 50_000_000]  # ms
 
 EMAILS = st.sampled_from(["anna@example.com", "Anna@example.com"])  # one bucket, two code keys
 PURPOSES = st.sampled_from(["default", "default", "reset"])
@@ -91,7 +95,7 @@ class CodeStoreMachine(RuleBasedStateMachine):
         requests = [
             IssueRequest(
                 self.claim(request_id, token),
-                f"{next(self.candidates):06}",
+                f"{next(self.candidates):06}12345",
                 error,
                 None if age is None else now - age / 1000,
             )
@@ -147,8 +151,15 @@ class CodeStoreMachine(RuleBasedStateMachine):
         key = code_key(email, purpose)
         codes = self.memory.state.codes
         given = codes[key].value if right and key in codes else "wrong"
-        found = self.take(self.driver.store.check(email, given, purpose)).error
-        assert found is self.memory.check_one(key, given)
+        found = self.take(self.driver.store.check(email, given, purpose))
+        assert found == self.memory.check_one(email, purpose, given)
+
+    @rule(email=EMAILS, purpose=PURPOSES, count=st.sampled_from([2, 300, 302, 30_302, 330_303, 9_000_000]))
+    def strangers_have_checked(self, email: str, purpose: str, count: int) -> None:
+        wrong = f"{purpose}:{parse(email).canonical}"
+        self.driver.client.set(WRONG + wrong, count, px=DAY)
+        self.take(self.driver.store.renew([]))
+        self.memory.state.wrong[wrong] = (count, self.memory.now + DAY)
 
     @rule(email=EMAILS, life=st.sampled_from([35_000, 55_000, 305_000]))
     def write_a_code_from_outside(self, email: str, life: int) -> None:
@@ -178,6 +189,9 @@ class CodeStoreMachine(RuleBasedStateMachine):
         self.memory.now = self.driver.clock(time)
         lives = dict(zip(keys, found, strict=False))
         assert -1 not in lives.values()
+        ends = {key.decode().removeprefix(WRONG): life for key, life in lives.items() if key.startswith(WRONG.encode())}
+        wrong = {key: end - self.memory.now for key, (_, end) in self.memory.state.wrong.items()}
+        assert ends == pytest.approx(wrong, abs=SLACK)
         expected = self.memory.state.codes
         assert {key.decode(): value.decode() for key, value in zip(codes, found[len(keys) :], strict=True)} == {
             key: code.value for key, code in expected.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -34,8 +35,19 @@ from producer.store.codes import (
     StoreError,
     Wait,
 )
-from producer.store.redis_codes import ATTEMPTS, BUCKET, COOLDOWN, JOINED, SENDING, SUPPRESSED, RedisCodeStore
+from producer.store.redis_codes import (
+    ATTEMPTS,
+    BUCKET,
+    COOLDOWN,
+    DAY,
+    JOINED,
+    SENDING,
+    SUPPRESSED,
+    WRONG,
+    RedisCodeStore,
+)
 
+WRONG_KEY = f"{WRONG}default:{EMAIL}"
 LUA = Path(redis_codes.__file__).parent
 T = TypeVar("T")
 
@@ -116,6 +128,7 @@ def test_no_side_key_begins_like_a_key_that_gate_server_builds(driver: RedisDriv
         b"request:one",
         b"request:two",
         b"sending:code_",
+        b"wrong:default:",
     }
     driver.settle(claim_of("one"))
     assert driver.client.exists(COOLDOWN + KEY)
@@ -141,6 +154,19 @@ def test_attempts_live_no_longer_than_the_code(driver: RedisDriver) -> None:
     assert 0 < driver.client.pttl(ATTEMPTS + KEY) <= 300_000
     driver.check(code)
     assert not driver.client.exists(KEY, ATTEMPTS + KEY)
+
+
+def test_the_usual_request_reads_the_count_in_a_read_that_happens_anyway(driver: RedisDriver) -> None:
+    driver.deliver(claim_of("before"))  # loads the scripts
+    driver.client.config_resetstat()
+    with driver.client.monitor() as monitor:  # type: ignore[no-untyped-call]
+        driver.send(claim_of("one", "b@example.com"))
+        driver.client.ping()
+        lines = itertools.takewhile(lambda line: line["command"] != "PING", monitor.listen())
+        commands = [line["command"] for line in lines if line["client_type"] == "lua"]
+    reads = [each for each in commands if f"{WRONG}default:b@example.com" in each]
+    assert [each.split()[0] for each in commands] == ["TIME", "HGETALL", "MGET", *["SET"] * 2, "HSET", "PEXPIRE", "SET"]
+    assert reads == [commands[2]]
 
 
 def test_a_full_bucket_is_no_key(driver: RedisDriver) -> None:
@@ -208,7 +234,7 @@ def test_an_empty_or_mistyped_code_is_not_live(write: tuple[str, ...], driver: R
     assert driver.client.keys() == [key.encode()]
 
 
-@pytest.mark.parametrize("key", [KEY, COOLDOWN + KEY, SENDING + KEY, BUCKET + EMAIL])
+@pytest.mark.parametrize("key", [KEY, COOLDOWN + KEY, SENDING + KEY, BUCKET + EMAIL, WRONG_KEY])
 def test_a_mistyped_value_is_overwritten(key: str, driver: RedisDriver) -> None:
     driver.client.lpush(key, "no string")
     driver.client.pexpire(key, 60_000)
@@ -216,6 +242,7 @@ def test_a_mistyped_value_is_overwritten(key: str, driver: RedisDriver) -> None:
         driver.client.delete(key)
         driver.client.set(key, "", px=60_000)
     driver.deliver(claim_of("one"))
+    driver.check("wrong")
     assert driver.issue(claim_of("two")) == Answered(ErrorCode.SUCCESS, COOLDOWN_HIT)
     assert driver.client.type(key) in {b"string", b"none"}
 
@@ -240,6 +267,16 @@ def test_a_suppression_for_another_reason_is_kept_until_its_end(driver: RedisDri
     driver.settle_all(Outcome(refused, ErrorCode.MAIL_REJECTED, REFUSED))
     assert driver.client.get(SUPPRESSED + EMAIL) == record
     assert driver.issue(claim_of("three", purpose="login")) == Answered(ErrorCode.MAIL_REJECTED, SUPPRESSED_HIT)
+
+
+@pytest.mark.parametrize("value", ["many", "", "5"], ids=["no number", "empty", "no ttl"])
+def test_a_count_that_no_check_can_have_written_begins_anew(value: str, driver: RedisDriver) -> None:
+    driver.client.set(WRONG_KEY, value, px=None if value == "5" else 60_000)
+    driver.without_ttl.add(WRONG_KEY)
+    driver.put_code("12345678", 600_000)
+    driver.check("wrong")
+    assert driver.client.get(WRONG_KEY) == b"1"
+    assert DAY - 1000 < driver.client.pttl(WRONG_KEY) <= DAY
 
 
 # --- errors of single requests ---

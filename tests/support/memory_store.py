@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from producer.contract import CheckResult, ErrorCode, code_key
+from producer.address import parse
+from producer.contract import ErrorCode, code_key
+from producer.errors import InvalidAddress
 from producer.store.codes import (
     BUCKET_HIT,
     COOLDOWN_HIT,
@@ -13,6 +15,7 @@ from producer.store.codes import (
     SUPPRESSED_HIT,
     UNKNOWN,
     Answered,
+    Checked,
     Claim,
     CodePolicy,
     Conflict,
@@ -24,6 +27,7 @@ from producer.store.codes import (
     Wait,
 )
 
+DAY = 86_400_000  # ms
 FINAL_FOR_MAILBOX = {ErrorCode.INVALID_ADDRESS, ErrorCode.MAIL_REJECTED}
 
 
@@ -60,6 +64,7 @@ class State:
     joined: dict[str, tuple[set[str], float]] = field(default_factory=dict)
     full: dict[str, float] = field(default_factory=dict)  # when a bucket is full again
     suppressed: dict[str, tuple[str, float, float]] = field(default_factory=dict)  # reason, end, period
+    wrong: dict[str, tuple[int, float]] = field(default_factory=dict)  # by purpose and address: count, and the end
 
 
 class MemoryCodeStore:
@@ -91,6 +96,7 @@ class MemoryCodeStore:
         state.joined = {key: pair for key, pair in state.joined.items() if pair[1] > now}
         longest = self.policy.longest_suppression
         state.suppressed = {key: found for key, found in state.suppressed.items() if found[1] + longest > now}
+        state.wrong = {key: pair for key, pair in state.wrong.items() if pair[1] > now}
 
     # The port.
 
@@ -108,8 +114,8 @@ class MemoryCodeStore:
     async def renew(self, claims: Sequence[Claim]) -> list[bool]:
         return [self.renew_one(claim) for claim in claims]
 
-    async def check(self, email: str, code: str, purpose: str) -> CheckResult:
-        return CheckResult(email, self.check_one(code_key(email, purpose), code))
+    async def check(self, email: str, code: str, purpose: str) -> Checked:
+        return self.check_one(email, purpose, code)
 
     # One request at a time.
 
@@ -139,7 +145,7 @@ class MemoryCodeStore:
 
     def _hindered(self, claim: Claim, record: Record, deadline: float) -> Issue | None:
         state, policy, key = self.state, self.policy, claim.code_key
-        code = state.codes.get(key)
+        code = self._usable(claim)
         if deadline <= self._now:
             return self._answer(claim, record, ErrorCode.TIMEOUT)
         if policy.cooldown:
@@ -164,12 +170,14 @@ class MemoryCodeStore:
 
     def _send(self, claim: Claim, record: Record, candidate: str, deadline: float) -> Send:
         state, policy, key = self.state, self.policy, claim.code_key
-        code = state.codes.get(key)
+        code = self._usable(claim)
         if policy.interval and not record.charged:
             state.full[claim.canonical] = max(state.full.get(claim.canonical, 0), self._now) + policy.interval
         record.doubts, record.dot = record.doubts + record.dot, False
         if code is None or (record.doubts == 0 and code.end - self._now < policy.min_life):
-            code = state.codes[key] = Code(candidate, self._now + policy.ttl)
+            code = state.codes[key] = Code(
+                candidate[: self._length(claim.purpose, claim.canonical)], self._now + policy.ttl
+            )
         record.token, record.until, record.charged = claim.token, self._now + policy.lease, policy.interval > 0
         record.sent = code.value
         self._remember(claim, record)
@@ -235,17 +243,47 @@ class MemoryCodeStore:
             self.state.sending[claim.code_key] = (claim.request_id, record.until)
         return True
 
-    def check_one(self, key: str, given: str) -> ErrorCode:
-        code = self.state.codes.get(key)
+    def check_one(self, email: str, purpose: str, given: str) -> Checked:
+        state, policy, key = self.state, self.policy, code_key(email, purpose)
+        code, canonical = state.codes.get(key), _canonical(email)
         if code is None:
-            return ErrorCode.VARIFY_EXPIRED
+            return Checked(ErrorCode.VARIFY_EXPIRED)
+        if self._too_short(code, purpose, canonical):
+            del state.codes[key]
+            return Checked(ErrorCode.VARIFY_EXPIRED, burnt=True)
+        wrong = f"{purpose}:{canonical}"
         if given == code.value:
-            del self.state.codes[key]
-            return ErrorCode.SUCCESS
+            del state.codes[key]
+            state.wrong.pop(wrong, None)
+            return Checked(ErrorCode.SUCCESS)
         code.wrong += 1
-        if code.wrong == self.policy.max_attempts:
-            del self.state.codes[key]
-        return ErrorCode.VARIFY_CODE_ERR
+        count, end = state.wrong.get(wrong, (0, self._now + DAY))
+        state.wrong[wrong] = (count + 1, end)
+        digits = min(max(len(code.value), policy.code_length), policy.code_max_length)
+        allowed = policy.max_attempts * 10 ** (digits - policy.code_length)
+        burnt = code.wrong >= allowed or self._too_short(code, purpose, canonical)
+        if burnt:
+            del state.codes[key]
+        return Checked(ErrorCode.VARIFY_CODE_ERR, burnt)
+
+    def _length(self, purpose: str, canonical: str) -> int:
+        """Digits that a code needs now."""
+        policy = self.policy
+        count = self.state.wrong.get(f"{purpose}:{canonical}", (0, 0))[0]
+        length, allowed = policy.code_length, policy.max_attempts
+        while count >= allowed and length < policy.code_max_length:
+            count -= allowed
+            digits = min(2, policy.code_max_length - length)
+            length, allowed = length + digits, allowed * 10**digits
+        return length
+
+    def _too_short(self, code: Code, purpose: str, canonical: str) -> bool:
+        length = self._length(purpose, canonical)
+        return self.policy.code_length < length > len(code.value)
+
+    def _usable(self, claim: Claim) -> Code | None:
+        code = self.state.codes.get(claim.code_key)
+        return None if code is None or self._too_short(code, claim.purpose, claim.canonical) else code
 
     def _held(self, claim: Claim) -> Record | None:
         record = self.state.records.get(claim.request_id)
@@ -266,3 +304,10 @@ class MemoryCodeStore:
     def _remember(self, claim: Claim, record: Record) -> None:
         record.end = self._now + self.policy.remember
         self.state.records[claim.request_id] = record
+
+
+def _canonical(email: str) -> str:
+    try:
+        return parse(email).canonical
+    except InvalidAddress:
+        return email

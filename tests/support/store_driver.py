@@ -15,6 +15,7 @@ from producer.redis.connection import RedisConnections, Step, run_steps
 from producer.store.codes import (
     REFUSED,
     Answered,
+    Checked,
     Claim,
     CodePolicy,
     CodeStore,
@@ -42,6 +43,8 @@ POLICY = CodePolicy(
     interval=180_000,
     burst=20,
     max_attempts=5,
+    code_length=6,
+    code_max_length=12,
     lease=15_000,
     give_up_after=300_000,
 )
@@ -59,7 +62,7 @@ class Driver(ABC):
 
     def __init__(self) -> None:
         self._runner = asyncio.Runner()
-        self._candidates = iter(f"{number:06}" for number in range(1_000_000))
+        self._candidates = iter(f"{number:06}{number:06}" for number in range(1_000_000))
         self.policy = POLICY
         self.set_policy()
 
@@ -165,8 +168,22 @@ class Driver(ABC):
         """Let every lease expire."""
         self.pass_time(self.policy.lease)
 
+    def checked(self, code: str, email: str = EMAIL, purpose: str = "default") -> Checked:
+        return self.wait(self.store.check(email, code, purpose))
+
+    def guess(self, times: int, email: str = EMAIL, purpose: str = "default") -> list[ErrorCode]:
+        """Check a wrong code so often."""
+
+        async def take() -> list[Checked]:
+            async def one() -> Checked:
+                return await self.store.check(email, "wrong", purpose)
+
+            return await asyncio.gather(*(one() for _ in range(times)))
+
+        return [checked.error for checked in self.wait(take())]
+
     def check(self, code: str, email: str = EMAIL, purpose: str = "default") -> ErrorCode:
-        return self.wait(self.store.check(email, code, purpose)).error
+        return self.checked(code, email, purpose).error
 
 
 class MemoryDriver(Driver):

@@ -36,7 +36,7 @@ class Harness:
         sender = Sender("", "no-reply@example.com")
         renderer = Renderer(sender, default_locale="en")
         us = cast(Any, self)  # as the channel, and as the settler
-        self.service = Service(self.store, us, renderer, us, self.counters, sender=sender.mailbox, code_length=6)
+        self.service = Service(self.store, us, renderer, us, self.counters, sender=sender.mailbox, code_digits=12)
 
     async def serve(self, *names: str) -> list[Mail]:
         """Serve a request for each name. Their mails."""
