@@ -114,6 +114,9 @@ class Settings(BaseSettings):
     code_min_life: Seconds = _setting(60, "seconds, 0 to 86400", ge=0, le=86400)
     resend_cooldown: Seconds = _setting(10, "seconds, 0 (off) to 86400", ge=0, le=86400)
     max_sends_per_hour: int = _setting(20, "a whole number, 0 (off) to 100000", ge=0, le=100000)
+    max_sends_per_client: int = _setting(60, "a whole number, 0 (off) to 100000", ge=0, le=100000)
+    max_sends_total: int = _setting(0, "a whole number, 0 (off) to 10000000", ge=0, le=10000000)
+    fold_aliases: Flag = _setting(False, _FLAG)
     max_attempts: int = _setting(5, "a whole number, 1 to 1000", ge=1, le=1000)
     give_up_after: Seconds = _setting(300, "seconds, 1 to 3600", ge=1, le=3600)
     # The worker checks that it has templates for it.

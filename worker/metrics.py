@@ -16,7 +16,7 @@ from producer.errors import RedisUnavailable
 from producer.metrics import Histogram, ProcessMetrics, counter, gauge, histogram, labelled_counter, labelled_gauge
 from producer.redis.connection import ServerError
 from producer.store.backlog import backlog, read_backlog
-from producer.store.codes import BUCKET_HIT, COOLDOWN_HIT, SUPPRESSED_HIT
+from producer.store.codes import BUCKETS, COOLDOWN_HIT, SUPPRESSED_HIT
 from worker.databases import Database
 from worker.mail.failover import RelayStatus
 from worker.queue.message import DeadLetterCode, DeadLetterReason
@@ -37,7 +37,7 @@ class Counters:
         self.until_accepted = Histogram(BOUNDS)
         self.retries = 0
         self.joins = 0
-        self.hits = dict.fromkeys((COOLDOWN_HIT, BUCKET_HIT, SUPPRESSED_HIT), 0)
+        self.hits = dict.fromkeys((COOLDOWN_HIT, SUPPRESSED_HIT, *BUCKETS), 0)
         self.restored = 0  # messages of dead workers
         self.dead: Counter[str] = Counter(dict.fromkeys(DeadLetterCode, 0))
         self.audit = Audit()
@@ -96,6 +96,7 @@ class WorkerMetrics(ProcessMetrics):
         reasons = {(reason,): count for reason, count in counters.dead.items()}
         to_reply, to_accepted = {(): counters.until_reply}, {(): counters.until_accepted}
         hits = counters.hits
+        empty = {(name.removesuffix("_bucket"),): hits[name] for name in BUCKETS}
         sends: Counter[tuple[str, str]] = Counter()
         connections: Counter[tuple[str]] = Counter()
         unhealthy: dict[tuple[str], bool] = {}
@@ -112,12 +113,12 @@ class WorkerMetrics(ProcessMetrics):
         yield histogram("worker_accepted_seconds", "From a request's enqueued_at to the relay's 250.", (), to_accepted)
         yield counter("worker_retries", "Failed sends whose request was scheduled for a retry.", counters.retries)
         yield counter("worker_joins", "Requests that wait for another request's send.", counters.joins)
-        yield counter("worker_cooldown_hits", "Requests answered Success without another mail.", hits["cooldown"])
-        yield counter("worker_rate_limited", "Requests of an address that had too many mails.", hits["bucket"])
+        yield counter("worker_cooldown_hits", "Requests answered Success without another mail.", hits[COOLDOWN_HIT])
+        yield labelled_counter("worker_rate_limited", "Requests that met an empty bucket.", ["bucket"], empty)
         yield counter(
             "worker_suppressed",
             "Requests answered MailRejected because a mailbox was refused lately.",
-            hits["suppressed"],
+            hits[SUPPRESSED_HIT],
         )
         yield counter("worker_redeliveries", "Requests of dead workers that this one restored.", counters.restored)
         yield labelled_counter("worker_dead_letters", "Messages that this worker dead-lettered.", ["reason"], reasons)

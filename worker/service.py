@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from producer.contract import ErrorCode
 from producer.errors import StoreUnavailable
 from producer.store.codes import (
+    BUCKETS,
     REFUSED,
     SUPPRESSED_HIT,
     Answered,
@@ -132,6 +133,8 @@ class Service:
                     self._counters.hits[why] += 1
                 if why == SUPPRESSED_HIT:
                     self._counters.audit.mailbox_suppressed(job.request.email)
+                elif why in BUCKETS:
+                    self._counters.audit.bucket_empty(why, job.request.email)
                 self._settler.answer(job, error, mark=False)
             case Wait(seconds, joined):
                 self._counters.joins += joined

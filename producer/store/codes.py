@@ -15,8 +15,38 @@ from typing import Final, Literal, NamedTuple, Protocol
 from producer.contract import REPLY_TTL, ErrorCode, code_key, is_purpose
 from producer.settings import Settings
 
-# Why a request was answered without a mail.
-COOLDOWN_HIT, BUCKET_HIT, SUPPRESSED_HIT = "cooldown", "bucket", "suppressed"
+# Why a request was answered without a mail: it met a cooldown, its mailbox was refused lately, or a bucket was empty.
+COOLDOWN_HIT, SUPPRESSED_HIT = "cooldown", "suppressed"
+ADDRESS_BUCKET, CLIENT_ADDRESS_BUCKET = "address_bucket", "client_address_bucket"
+CLIENT_BUCKET, TOTAL_BUCKET = "client_bucket", "total_bucket"
+BUCKETS: Final = (ADDRESS_BUCKET, CLIENT_ADDRESS_BUCKET, CLIENT_BUCKET, TOTAL_BUCKET)
+
+_HOUR: Final = 3_600_000  # ms
+
+
+class Bucket(NamedTuple):
+    """A token bucket: `burst` sends at once, and one comes back every `interval` ms; 0: no bucket."""
+
+    interval: float = 0
+    burst: int = 0
+
+    @classmethod
+    def of(cls, per_hour: int) -> Bucket:
+        """The bucket that gives so many sends an hour; 0: none."""
+        return cls(_ms(_HOUR / per_hour), per_hour) if per_hour else NO_BUCKET
+
+    def share(self, part: int) -> Bucket:
+        """The bucket of one among many, with a `part`-th of the sends, at least one."""
+        burst = max(1, self.burst // part)
+        return Bucket(_ms(self.interval * self.burst / burst), burst) if self.interval else self
+
+
+NO_BUCKET: Final = Bucket()
+
+
+def _ms(value: float) -> float:
+    """Without a fraction where there is none, as Redis keeps whole numbers in less space."""
+    return int(value) if value.is_integer() else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +56,7 @@ class CodePolicy:
     ttl: int
     min_life: int  # a code with less life left is replaced
     cooldown: int  # 0: off
-    interval: int  # one send comes back to an address' bucket; 0: no bucket
-    burst: int  # size of the bucket
+    address: Bucket  # the mails to one address
     max_attempts: int  # of a code of `code_length`
     code_length: int
     code_max_length: int
@@ -36,23 +65,32 @@ class CodePolicy:
     remember: int = REPLY_TTL * 1000
     suppression: int = 600_000  # of an address after its mailbox was refused; doubles with each refusal after its end
     longest_suppression: int = 86_400_000
+    client: Bucket = NO_BUCKET  # the mails that one client asked for
+    total: Bucket = NO_BUCKET  # all mails
+    fold_aliases: bool = False  # the spellings of an address that reach one mailbox share its bucket
+
+    @property
+    def client_address(self) -> Bucket:
+        """The mails to one address that one client asked for. So a stranger cannot use up an address' own bucket."""
+        return self.address.share(4)
 
     @classmethod
     def of(cls, settings: Settings) -> CodePolicy:
         """The policy that the settings describe."""
-        per_hour = settings.max_sends_per_hour
         ttl = settings.code_ttl * 1000
         return cls(
             ttl=ttl,
             min_life=min(int(settings.code_min_life * 1000), ttl // 10),
             cooldown=int(settings.resend_cooldown * 1000),
-            interval=3_600_000 // per_hour if per_hour else 0,
-            burst=per_hour,
+            address=Bucket.of(settings.max_sends_per_hour),
             max_attempts=settings.max_attempts,
             code_length=settings.code_length,
             code_max_length=settings.code_max_length,
             lease=int(settings.visibility_timeout * 1000),
             give_up_after=int(settings.give_up_after * 1000),
+            client=Bucket.of(settings.max_sends_per_client),
+            total=Bucket.of(settings.max_sends_total),
+            fold_aliases=settings.fold_aliases,
         )
 
 
@@ -65,9 +103,12 @@ class Claim(NamedTuple):
     canonical: str
     who: str  # hash of address and purpose: the same request id must come with the same
     purpose: str
+    client: str = ""  # hash of the caller's word for its end user, if it gave one
 
     @classmethod
-    def of(cls, request_id: str, token: str, email: object, purpose: object, canonical: str) -> Claim:
+    def of(
+        cls, request_id: str, token: str, email: object, purpose: object, canonical: str, client: str | None = None
+    ) -> Claim:
         """`canonical`: the canonical address, or '' if `email` is not an address.
 
         A malformed purpose becomes ''.
@@ -80,7 +121,10 @@ class Claim(NamedTuple):
             pair = f"{len(purpose)} {purpose}{email}".encode("utf-8", "surrogatepass")
         else:
             pair = json.dumps([email, purpose], sort_keys=True).encode()  # begins with no digit
-        return cls(request_id, token, key, canonical, blake2b(pair, digest_size=16).hexdigest(), known_purpose)
+        who = blake2b(pair, digest_size=16).hexdigest()
+        # A hash that leaves a record's fields short enough for Redis' compact form.
+        word = blake2b(client.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest() if client else ""
+        return cls(request_id, token, key, canonical, who, known_purpose, word)
 
 
 class IssueRequest(NamedTuple):
@@ -106,7 +150,7 @@ class Answered(NamedTuple):
     """The request has its final answer."""
 
     error: ErrorCode
-    why: str = ""  # COOLDOWN_HIT, BUCKET_HIT or SUPPRESSED_HIT, if this request was the one that met it
+    why: str = ""  # COOLDOWN_HIT, SUPPRESSED_HIT or one of BUCKETS, if this request was the one that met it
 
 
 class Wait(NamedTuple):
@@ -123,7 +167,7 @@ class Conflict:
 
 Issue = Send | Answered | Wait | Conflict
 
-FAILED: Final = "failed"  # no relay accepted the mail: the bucket is refunded, the request may try again
+FAILED: Final = "failed"  # no relay accepted the mail: the buckets are refunded, the request may try again
 UNKNOWN: Final = "unknown"  # a relay may have accepted the mail: the request may try once more
 Result = ErrorCode | Literal["failed", "unknown"]
 

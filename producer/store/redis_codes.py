@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from producer.address import parse
+from producer.address import fold_aliases, parse
 from producer.contract import ErrorCode, code_key, known_error
 from producer.errors import InvalidAddress
 from producer.redis.connection import RedisConnection, ServerError, Step, entries, raise_errors
@@ -28,14 +28,17 @@ from producer.store.codes import (
 )
 
 _LUA = Path(__file__).parent
-_LENGTHS = _LUA / "lengths.lua"
-_ISSUE = Script(EACH, _LENGTHS, _LUA / "issue.lua")
-_SETTLE, _ANNOUNCE_DATA = (Script(EACH, _LUA / f"{name}.lua") for name in ("settle", "announce_data"))
+_BUCKETS, _LENGTHS = _LUA / "buckets.lua", _LUA / "lengths.lua"
+_ISSUE, _SETTLE = Script(EACH, _BUCKETS, _LENGTHS, _LUA / "issue.lua"), Script(EACH, _BUCKETS, _LUA / "settle.lua")
+_ANNOUNCE_DATA = Script(EACH, _LUA / "announce_data.lua")
 _RENEW, _CHECK = Script(_LUA / "renew.lua"), Script(_LENGTHS, _LUA / "check.lua")
 
 # Side keys; none begins with `code_`, which GateServer builds from user text. All have a TTL.
 ATTEMPTS, COOLDOWN, SENDING, JOINED = "attempts:", "cooldown:", "sending:", "joined:"  # + code key
-BUCKET, SUPPRESSED = "bucket:", "suppressed:"  # + canonical address
+BUCKET = "bucket:"  # + canonical address, and perhaps : and the client
+CLIENT_BUCKET = "bucket:client:"  # + client
+TOTAL_BUCKET = "bucket:total"
+SUPPRESSED = "suppressed:"  # + canonical address
 WRONG = "wrong:"  # + purpose:canonical address
 REQUEST = "request:"  # + request id
 DAY = 86_400_000  # ms
@@ -54,15 +57,16 @@ class RedisCodeStore:
         self._database = connection.database if database is None else database
         self._issue_args: tuple[Arg, ...] = (
             *(policy.lease, policy.give_up_after, policy.ttl, policy.min_life),
-            *(policy.cooldown, policy.interval, policy.burst, policy.remember),
-            *(REQUEST, ATTEMPTS, COOLDOWN, SENDING, JOINED),
+            *(policy.cooldown, policy.remember),
+            *(REQUEST, ATTEMPTS, COOLDOWN, SENDING, JOINED, CLIENT_BUCKET, TOTAL_BUCKET),
             *(int(ErrorCode.SUCCESS), int(ErrorCode.TOO_MANY_REQUESTS), int(ErrorCode.TIMEOUT)),
             int(ErrorCode.MAIL_REJECTED),
             *(policy.max_attempts, policy.code_length, policy.code_max_length),
+            *(*policy.address, *policy.client_address, *policy.client, *policy.total),
         )
         self._settle_args: tuple[Arg, ...] = (
-            *(policy.cooldown, policy.interval, policy.remember),
-            *(REQUEST, COOLDOWN, SENDING, JOINED),
+            *(policy.cooldown, policy.remember),
+            *(REQUEST, COOLDOWN, SENDING, JOINED, CLIENT_BUCKET, TOTAL_BUCKET),
             *(int(ErrorCode.SUCCESS), int(ErrorCode.TIMEOUT)),
             *(int(ErrorCode.INVALID_ADDRESS), int(ErrorCode.MAIL_REJECTED)),
             *(policy.suppression, policy.longest_suppression),
@@ -72,7 +76,8 @@ class RedisCodeStore:
         keys: list[str] = []
         args = [*self._issue_args]
         for claim, candidate, error, enqueued_at, expires_at in requests:
-            keys += (*_keys(claim), f"{WRONG}{claim.purpose}:{claim.canonical}")
+            keys += self._keys(claim)
+            keys.append(f"{WRONG}{claim.purpose}:{claim.canonical}")
             args += (
                 claim.who,
                 claim.token,
@@ -80,6 +85,7 @@ class RedisCodeStore:
                 "" if enqueued_at is None else round(enqueued_at * 1000),
                 "" if expires_at is None else round(expires_at * 1000),
                 candidate,
+                claim.client,
             )
         return self._step(_ISSUE(keys, args), lambda answer: _each(_read_issue, answer, len(requests)))
 
@@ -87,7 +93,7 @@ class RedisCodeStore:
         keys: list[str] = []
         args = [*self._settle_args]
         for claim, result, suppress in outcomes:
-            keys += _keys(claim)
+            keys += self._keys(claim)
             args += (claim.token, result if isinstance(result, str) else int(result), suppress)
         return self._step(_SETTLE(keys, args), lambda answer: _each(_read_settle, answer, len(outcomes)))
 
@@ -119,13 +125,13 @@ class RedisCodeStore:
         )
         return self._step(command, _read_checked)
 
+    def _keys(self, claim: Claim) -> tuple[str, str, str, str]:
+        canonical = claim.canonical
+        mailbox = fold_aliases(canonical) if self._policy.fold_aliases else canonical
+        return REQUEST + claim.request_id, claim.code_key, BUCKET + mailbox, SUPPRESSED + canonical
+
     def _step(self, command: Command, read: Callable[[Any], T]) -> Step[T]:
         return Step(self.connection, self._database, [command], lambda answers: read(answers[0]))
-
-
-def _keys(claim: Claim) -> tuple[str, str, str, str]:
-    canonical = claim.canonical
-    return REQUEST + claim.request_id, claim.code_key, BUCKET + canonical, SUPPRESSED + canonical
 
 
 def _each(read: Callable[[Any], T], answer: Any, count: int) -> list[T | StoreError]:

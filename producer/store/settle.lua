@@ -1,24 +1,25 @@
 --[[
-settle: records how sends ended; one atomic step for each, in their order; begins with each.lua. Compares the lease's
-token first: a holder that lost its lease changes nothing.
+settle: records how sends ended; one atomic step for each, in their order; begins with each.lua and buckets.lua. Compares
+the lease's token first: a holder that lost its lease changes nothing.
 
 KEYS 4i-3 request record  hash    see issue.lua
      4i-2 code            string
-     4i-1 bucket          string
+     4i-1 bucket          string  the address' bucket, see buckets.lua
      4i   suppressed      string  reason, end (ms) and period (ms) with a space between
 ARGV 1  cooldown          ms      0: off
-     2  interval          ms      of the bucket; 0: no bucket
-     3  remember          ms      life of the record
-     4  record prefix     string  + request id: the records of joined requests
-     5  cooldown prefix   string  + code key: string
-     6  sending prefix    string  + code key: string
-     7  joined prefix     string  + code key: set
-     8  success           int     error code: a relay accepted the mail
-     9  timeout           int     error code: unknown
-     10 invalid address   int     error code that is final for the mailbox
-     11 mail rejected     int     likewise
-     12 first period      ms      that an address is suppressed after its mailbox was refused
-     13 longest period    ms      each further refusal after the end doubles the period up to this one
+     2  remember          ms      life of the record
+     3  record prefix     string  + request id: the records of joined requests
+     4  cooldown prefix   string  + code key: string
+     5  sending prefix    string  + code key: string
+     6  joined prefix     string  + code key: set
+     7  client prefix     string  + client: string    the client's bucket
+     8  total key         string  string              the bucket of everything
+     9  success           int     error code: a relay accepted the mail
+     10 timeout           int     error code: unknown
+     11 invalid address   int     error code that is final for the mailbox
+     12 mail rejected     int     likewise
+     13 first period      ms      that an address is suppressed after its mailbox was refused
+     14 longest period    ms      each further refusal after the end doubles the period up to this one
      then three for each:
      token                string
      result               string  'failed' (no relay accepted it, try again) | 'unknown' (one may have; try again)
@@ -32,11 +33,10 @@ gets the same answer in its record; otherwise one of them may send.
 The suppressed key outlives its end by the longest period, so that a mailbox which is refused again then is known. An accepted
 mail deletes it if its reason is 'refused'; a suppression with another reason is neither deleted nor replaced before its end.
 ]]
-local call = redis.call
-local cooldown, interval, remember = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
-local id_at = #ARGV[4] + 1
-local SUCCESS, TIMEOUT, INVALID_ADDRESS, MAIL_REJECTED = ARGV[8], ARGV[9], ARGV[10], ARGV[11]
-local first_period, longest_period = tonumber(ARGV[12]), tonumber(ARGV[13])
+local cooldown, remember = tonumber(ARGV[1]), ARGV[2]
+local id_at = #ARGV[3] + 1
+local SUCCESS, TIMEOUT, INVALID_ADDRESS, MAIL_REJECTED = ARGV[9], ARGV[10], ARGV[11], ARGV[12]
+local first_period, longest_period = tonumber(ARGV[13]), tonumber(ARGV[14])
 
 -- `found`: what the key holds.
 local function suppress(key, reason, found)
@@ -57,9 +57,9 @@ local function suppress(key, reason, found)
 end
 
 return each(#KEYS / 4, function(i)
-    local record_key, code_key, bucket_key = KEYS[4 * i - 3], KEYS[4 * i - 2], KEYS[4 * i - 1]
+    local record_key, code_key, address_key = KEYS[4 * i - 3], KEYS[4 * i - 2], KEYS[4 * i - 1]
     local suppressed_key = KEYS[4 * i]
-    local token, result, reason = ARGV[3 * i + 11], ARGV[3 * i + 12], ARGV[3 * i + 13]
+    local token, result, reason = ARGV[3 * i + 12], ARGV[3 * i + 13], ARGV[3 * i + 14]
 
     local record = call('HMGET', record_key, 'token', 'error', 'who', 'charged', 'mark', 'doubts', 'dot', 'tries')
     if record[1] ~= token or record[2] then
@@ -68,22 +68,16 @@ return each(#KEYS / 4, function(i)
     -- First, because it needs no memory: a full server refuses only a script's first write, and the outcome must be
     -- recorded even there.
     call('PEXPIRE', record_key, remember)
-    local sending_key = ARGV[6] .. code_key
+    local sending_key = ARGV[5] .. code_key
     local found = call('MGET', sending_key, code_key, suppressed_key)
 
     -- Refund only what certainly no relay accepted: neither this send, nor an earlier one of the same request.
     local doubts = tonumber(record[6]) or 0
     local accepted = result == SUCCESS
     local perhaps = result == 'unknown' or (result == TIMEOUT and record[7] == '1') or doubts > 0
-    if record[4] == '1' and not accepted and not perhaps then
-        local life = call('PTTL', bucket_key) - interval
-        local full = life > 0 and call('MGET', bucket_key)[1]
-        if full then
-            call('SET', bucket_key, full - interval, 'PX', life)
-        else
-            call('DEL', bucket_key)
-        end
-        call('HSET', record_key, 'charged', '0')
+    if (record[4] or '') ~= '' and not accepted and not perhaps then
+        refund(record[4], address_key, ARGV[7], ARGV[8])
+        call('HSET', record_key, 'charged', '')
     end
 
     if result == 'failed' or result == 'unknown' then
@@ -104,7 +98,7 @@ return each(#KEYS / 4, function(i)
         local life = call('PTTL', code_key)
         live = life > 0 and redis.sha1hex(found[2]) == record[5]
         if live then
-            call('SET', ARGV[5] .. code_key, record[5], 'PX', math.min(cooldown, life))
+            call('SET', ARGV[4] .. code_key, record[5], 'PX', math.min(cooldown, life))
         end
     end
 
@@ -113,11 +107,11 @@ return each(#KEYS / 4, function(i)
         return wake
     end
     call('DEL', sending_key)
-    local joined_key = ARGV[7] .. code_key
+    local joined_key = ARGV[6] .. code_key
     if live or result == INVALID_ADDRESS or result == MAIL_REJECTED then
         local joined = call('SMEMBERS', joined_key)
         for _, id in ipairs(joined) do
-            local key = ARGV[4] .. id
+            local key = ARGV[3] .. id
             call('HSET', key, 'who', record[3], 'token', '')
             call('HSETNX', key, 'error', result)
             call('PEXPIRE', key, remember)
@@ -129,7 +123,7 @@ return each(#KEYS / 4, function(i)
     else
         -- Skip those that were answered at their deadline meanwhile: they have nothing left to send.
         local id = call('SPOP', joined_key)
-        while id and call('HEXISTS', ARGV[4] .. id, 'error') == 1 do
+        while id and call('HEXISTS', ARGV[3] .. id, 'error') == 1 do
             id = call('SPOP', joined_key)
         end
         wake[2] = id or nil

@@ -12,13 +12,18 @@ from support.store_driver import EMAIL, POLICY, Driver, MemoryDriver, RedisDrive
 from producer.contract import ErrorCode
 from producer.settings import load
 from producer.store.codes import (
-    BUCKET_HIT,
+    ADDRESS_BUCKET,
+    CLIENT_ADDRESS_BUCKET,
+    CLIENT_BUCKET,
     COOLDOWN_HIT,
     FAILED,
+    NO_BUCKET,
     REFUSED,
     SUPPRESSED_HIT,
+    TOTAL_BUCKET,
     UNKNOWN,
     Answered,
+    Bucket,
     Checked,
     Claim,
     CodePolicy,
@@ -59,7 +64,7 @@ def test_the_contracts_defaults_are_the_default_policy() -> None:
 
 def test_the_minimum_life_has_a_bound_and_no_sends_per_hour_mean_no_bucket() -> None:
     policy = CodePolicy.of(load({"VERIFY_CODE_TTL": "100", "VERIFY_MAX_SENDS_PER_HOUR": "0"}, dotenv=None))
-    assert (policy.min_life, policy.interval) == (10_000, 0)
+    assert (policy.min_life, policy.address) == (10_000, NO_BUCKET)
 
 
 # --- get or create ---
@@ -162,11 +167,11 @@ def test_the_bucket_gives_all_it_holds_at_once(driver: Driver) -> None:
 
 
 def test_one_send_comes_back_each_interval(driver: Driver) -> None:
-    driver.set_policy(burst=2, cooldown=0)
+    driver.set_policy(address=Bucket(180_000, 2), cooldown=0)
     driver.deliver(claim_of("one"))
     driver.deliver(claim_of("two"))
     driver.pass_time(179_000)
-    assert driver.issue(claim_of("three")) == Answered(ErrorCode.TOO_MANY_REQUESTS, BUCKET_HIT)
+    assert driver.issue(claim_of("three")) == Answered(ErrorCode.TOO_MANY_REQUESTS, ADDRESS_BUCKET)
     assert driver.issue(claim_of("three")) == Answered(ErrorCode.TOO_MANY_REQUESTS)  # now remembered: not another hit
     driver.pass_time(1_001)
     driver.deliver(claim_of("four"))
@@ -174,7 +179,7 @@ def test_one_send_comes_back_each_interval(driver: Driver) -> None:
 
 
 def test_all_spellings_and_purposes_of_an_address_share_a_bucket(driver: Driver) -> None:
-    driver.set_policy(burst=3, cooldown=0)
+    driver.set_policy(address=Bucket(180_000, 3), cooldown=0)
     driver.deliver(claim_of("one", "anna@example.com"))
     driver.deliver(claim_of("two", " Anna@EXAMPLE.com "))
     driver.deliver(claim_of("three", "ANNA@example.com", purpose="reset"))
@@ -183,7 +188,7 @@ def test_all_spellings_and_purposes_of_an_address_share_a_bucket(driver: Driver)
 
 
 def test_a_mail_that_no_relay_accepted_is_refunded(driver: Driver) -> None:
-    driver.set_policy(burst=1)
+    driver.set_policy(address=Bucket(180_000, 1))
     for result in (ErrorCode.MAIL_REJECTED, ErrorCode.TIMEOUT, ErrorCode.INVALID_ADDRESS, FAILED):
         driver.send(claim_of(str(result)))
         driver.settle(claim_of(str(result)), result)
@@ -191,7 +196,7 @@ def test_a_mail_that_no_relay_accepted_is_refunded(driver: Driver) -> None:
 
 
 def test_a_request_is_refunded_once_and_by_one_send(driver: Driver) -> None:
-    driver.set_policy(burst=2, cooldown=0)
+    driver.set_policy(address=Bucket(180_000, 2), cooldown=0)
     driver.deliver(claim_of("one"))
     driver.send(claim_of("two"))
     driver.settle(claim_of("two"), FAILED)
@@ -202,7 +207,7 @@ def test_a_request_is_refunded_once_and_by_one_send(driver: Driver) -> None:
 
 
 def test_each_try_after_a_refund_is_charged_again(driver: Driver) -> None:
-    driver.set_policy(burst=1, cooldown=0)
+    driver.set_policy(address=Bucket(180_000, 1), cooldown=0)
     for _ in range(3):
         driver.send(claim_of("one"))
         driver.settle(claim_of("one"), FAILED)
@@ -211,7 +216,7 @@ def test_each_try_after_a_refund_is_charged_again(driver: Driver) -> None:
 
 
 def test_a_mail_that_may_have_been_accepted_is_neither_refunded_nor_charged_twice(driver: Driver) -> None:
-    driver.set_policy(burst=1, cooldown=0)
+    driver.set_policy(address=Bucket(180_000, 1), cooldown=0)
     driver.send(claim_of("one"))
     driver.settle(claim_of("one"), UNKNOWN)
     driver.send(claim_of("one"))
@@ -220,7 +225,7 @@ def test_a_mail_that_may_have_been_accepted_is_neither_refunded_nor_charged_twic
 
 
 def test_a_request_given_up_after_its_final_dot_is_not_refunded(driver: Driver) -> None:
-    driver.set_policy(burst=1, cooldown=0)
+    driver.set_policy(address=Bucket(180_000, 1), cooldown=0)
     driver.send(claim_of("one"))
     driver.announce_data(claim_of("one"))
     driver.settle(claim_of("one"), ErrorCode.TIMEOUT)
@@ -228,7 +233,7 @@ def test_a_request_given_up_after_its_final_dot_is_not_refunded(driver: Driver) 
 
 
 def test_a_request_whose_worker_died_before_its_mail_left_is_refunded(driver: Driver) -> None:
-    driver.set_policy(burst=1, cooldown=0)
+    driver.set_policy(address=Bucket(180_000, 1), cooldown=0)
     driver.send(claim_of("one"))
     driver.lapse()
     assert driver.issue(claim_of("one"), expires_at=1.0) == Answered(ErrorCode.TIMEOUT)
@@ -236,7 +241,7 @@ def test_a_request_whose_worker_died_before_its_mail_left_is_refunded(driver: Dr
 
 
 def test_a_refund_after_the_bucket_was_full_again_leaves_it_full(driver: Driver) -> None:
-    driver.set_policy(burst=1, cooldown=0, give_up_after=1_000_000)
+    driver.set_policy(address=Bucket(180_000, 1), cooldown=0, give_up_after=1_000_000)
     driver.send(claim_of("one"))
     driver.pass_time(180_001)
     driver.settle(claim_of("one"), FAILED)
@@ -245,7 +250,7 @@ def test_a_refund_after_the_bucket_was_full_again_leaves_it_full(driver: Driver)
 
 
 def test_without_a_bucket_nothing_is_counted(driver: Driver) -> None:
-    driver.set_policy(interval=0, burst=0, cooldown=0)
+    driver.set_policy(address=NO_BUCKET, cooldown=0)
     for i in range(30):
         driver.deliver(claim_of(f"id-{i}"))
     driver.send(claim_of("last"))
@@ -269,7 +274,7 @@ def test_a_refused_mailbox_gets_no_mail_for_ten_minutes_whoever_asks(driver: Dri
 
 
 def test_an_answer_without_a_mail_to_a_refused_mailbox_is_not_charged(driver: Driver) -> None:
-    driver.set_policy(burst=1, interval=3_600_000)
+    driver.set_policy(address=Bucket(3_600_000, 1))
     driver.refuse(claim_of("one"))
     for i in range(5):
         assert driver.issue(claim_of(f"id-{i}")) == SUPPRESSED
@@ -344,6 +349,133 @@ def test_all_that_joined_a_send_to_a_refused_mailbox_are_answered_so(driver: Dri
     assert {driver.answer_of(claim_of(request_id)) for request_id in ids} == {ErrorCode.MAIL_REJECTED}
 
 
+# --- the buckets of a client, and of everything ---
+
+CLIENT, STRANGER = "the owner", "a stranger"
+
+
+def empty(bucket: str) -> Answered:
+    return Answered(ErrorCode.TOO_MANY_REQUESTS, bucket)
+
+
+def test_one_client_takes_at_most_a_quarter_of_the_bucket_of_an_address(driver: Driver) -> None:
+    driver.set_policy(cooldown=0)
+    spellings = [EMAIL[:i].upper() + EMAIL[i:] for i in range(20)]
+    claims = [claim_of(f"id-{i}", spelling, client=STRANGER) for i, spelling in enumerate(spellings)]
+    found = driver.issue_all(*claims)
+    assert [type(issue) for issue in found[:5]] == [Send] * 5
+    assert found[5:] == [empty(CLIENT_ADDRESS_BUCKET)] * 15
+    driver.send(claim_of("owner", client=CLIENT))
+    driver.send(claim_of("old caller"))
+
+
+def test_a_clients_share_comes_back_over_the_hour(driver: Driver) -> None:
+    driver.set_policy(cooldown=0)
+    for i in range(5):
+        driver.deliver(claim_of(f"id-{i}", client=STRANGER))
+    driver.pass_time(719_000)
+    assert driver.issue(claim_of("early", client=STRANGER)) == empty(CLIENT_ADDRESS_BUCKET)
+    driver.pass_time(1_001)
+    driver.send(claim_of("late", client=STRANGER))
+
+
+def test_a_client_gets_at_least_one_mail_to_an_address(driver: Driver) -> None:
+    driver.set_policy(address=Bucket(1_200_000, 3), cooldown=0)
+    driver.deliver(claim_of("one", client=STRANGER))
+    assert driver.issue(claim_of("two", client=STRANGER)) == empty(CLIENT_ADDRESS_BUCKET)
+    driver.send(claim_of("three", client=CLIENT))
+
+
+def test_one_client_gets_so_many_mails_over_all_addresses(driver: Driver) -> None:
+    driver.set_policy(client=Bucket(600_000, 6))
+    found = driver.issue_all(*(claim_of(f"id-{i}", f"{i}@example.com", client=STRANGER) for i in range(10)))
+    assert [type(issue) for issue in found[:6]] == [Send] * 6
+    assert found[6:] == [empty(CLIENT_BUCKET)] * 4
+    driver.send(claim_of("other client", "6@example.com", client=CLIENT))
+    driver.send(claim_of("no client", "7@example.com"))
+    driver.pass_time(600_001)
+    driver.send(claim_of("later", "8@example.com", client=STRANGER))
+
+
+def test_all_requests_share_the_total(driver: Driver) -> None:
+    driver.set_policy(total=Bucket(360_000.5, 10))
+    clients = [None, CLIENT, STRANGER]
+    found = driver.issue_all(*(claim_of(f"id-{i}", f"{i}@example.com", client=clients[i % 3]) for i in range(13)))
+    assert [type(issue) for issue in found[:10]] == [Send] * 10
+    assert found[10:] == [empty(TOTAL_BUCKET)] * 3
+    driver.settle(claim_of("id-3", "3@example.com"), FAILED)
+    driver.send(claim_of("last", "last@example.com"))
+
+
+def test_a_client_without_buckets_of_its_own_is_served(driver: Driver) -> None:
+    driver.set_policy(address=NO_BUCKET, client=NO_BUCKET, cooldown=0)
+    for i in range(30):
+        driver.deliver(claim_of(f"id-{i}", client=STRANGER))
+    driver.send(claim_of("last", client=STRANGER))
+    driver.settle(claim_of("last", client=STRANGER), FAILED)
+
+
+def test_one_empty_bucket_leaves_the_others_uncharged(driver: Driver) -> None:
+    driver.set_policy(address=Bucket(1_200_000, 3), client=Bucket(1_800_000, 2), total=Bucket(900_000, 4), cooldown=0)
+    driver.deliver(claim_of("one", client=STRANGER))
+    for i in range(9):
+        assert driver.issue(claim_of(f"id-{i}", client=STRANGER)) == empty(CLIENT_ADDRESS_BUCKET)
+    driver.deliver(claim_of("two", "b@example.com", client=STRANGER))
+    for i in range(9, 18):
+        found = driver.issue(claim_of(f"id-{i}", "c@example.com", client=STRANGER))
+        assert found == empty(CLIENT_BUCKET)
+    driver.deliver(claim_of("three"))
+    driver.deliver(claim_of("four"))
+    assert driver.issue(claim_of("five", "d@example.com")) == empty(TOTAL_BUCKET)
+
+
+@pytest.mark.parametrize("how", ["settled", "given up"])
+@pytest.mark.parametrize(
+    "then",
+    [
+        {},
+        {"address": Bucket(60_000, 60), "client": Bucket(30_000, 120), "total": Bucket(10_000, 360)},
+        {"address": NO_BUCKET, "client": NO_BUCKET, "total": NO_BUCKET},
+    ],
+    ids=["same settings", "other settings", "no limits"],
+)
+def test_a_refund_gives_back_what_was_charged_whatever_the_settings_are_now(
+    then: dict[str, Bucket], how: str, driver: Driver
+) -> None:
+    """The store afterwards is as if the request had never been."""
+    before = {"address": Bucket(1_200_000, 3), "client": Bucket(1_800_000, 2), "total": Bucket(900_000, 4)}
+    driver.set_policy(cooldown=0, **before)
+    one = claim_of("one", client=STRANGER)
+    driver.send(one)
+    driver.lapse()
+    driver.set_policy(**then)
+    if how == "settled":
+        driver.settle(one, ErrorCode.MAIL_REJECTED)
+    else:
+        driver.issue(one, expires_at=1.0)
+    driver.set_policy(**before)
+    for i in range(2):
+        driver.deliver(claim_of(f"mine-{i}", f"{i}@example.com", client=STRANGER))
+    assert driver.issue(claim_of("third", "3@example.com", client=STRANGER)) == empty(CLIENT_BUCKET)
+    for i in range(2):
+        driver.deliver(claim_of(f"all-{i}"))
+    assert driver.issue(claim_of("fifth", "5@example.com")) == empty(TOTAL_BUCKET)
+
+
+def test_aliases_count_as_one_address_only_where_the_settings_say_so(driver: Driver) -> None:
+    aliases = ["anna.b@gmail.com", "a.nnab+1@gmail.com", "annab@googlemail.com", "annab+2@gmail.com"]
+    two = Bucket(1_800_000, 2)
+    driver.set_policy(address=two, fold_aliases=True)
+    found = driver.issue_all(*(claim_of(alias, alias) for alias in aliases))
+    assert [type(issue) for issue in found[:2]] == [Send] * 2
+    assert found[2:] == [empty(ADDRESS_BUCKET)] * 2
+    driver.settle(claim_of(aliases[1], aliases[1]), FAILED)
+    driver.send(claim_of("refunded", "annab+3@gmail.com"))
+    driver.set_policy(fold_aliases=False)
+    found = driver.issue_all(*(claim_of(f"again {alias}", alias) for alias in aliases[2:]))
+    assert [type(issue) for issue in found] == [Send] * 2
+
+
 # --- joins ---
 
 
@@ -358,7 +490,7 @@ def joined(driver: Driver, count: int) -> list[str]:
 
 
 def test_a_request_that_meets_anothers_send_waits_uncharged_for_at_most_its_lease(driver: Driver) -> None:
-    driver.set_policy(burst=1)
+    driver.set_policy(address=Bucket(180_000, 1))
     driver.send(claim_of("one"))
     found = driver.issue(claim_of("two"))
     assert isinstance(found, Wait)
@@ -476,7 +608,7 @@ def test_an_empty_batch_is_no_error(driver: Driver) -> None:
 
 
 def test_a_lease_is_its_holders_until_it_expires(driver: Driver) -> None:
-    driver.set_policy(burst=1)  # neither holder is charged again
+    driver.set_policy(address=Bucket(180_000, 1))  # neither holder is charged again
     code = driver.send(claim_of("one", token="a")).code
     assert driver.send(claim_of("one", token="a")).code == code
     found = driver.issue(claim_of("one", token="b"))
@@ -774,7 +906,7 @@ def test_after_wrong_checks_the_next_code_is_longer_and_has_more_attempts(
 
 @pytest.mark.parametrize("stops", [0, 1], ids=["burns each code", "stops short of it"])
 def test_wrong_checks_are_counted_across_codes(stops: int, driver: Driver) -> None:
-    driver.set_policy(cooldown=0, min_life=0, burst=1000)
+    driver.set_policy(cooldown=0, min_life=0, address=Bucket(180_000, 1000))
     lengths = []
     for number in range(5):
         lengths.append(len(driver.deliver(claim_of(f"code {number}"))))

@@ -24,6 +24,7 @@ from producer.store.codes import (
     FAILED,
     REFUSED,
     UNKNOWN,
+    Bucket,
     Claim,
     CodePolicy,
     Conflict,
@@ -42,8 +43,7 @@ POLICY = CodePolicy(
     ttl=605_000,
     min_life=42_500,
     cooldown=17_500,
-    interval=33_700,
-    burst=3,
+    address=Bucket(33_700, 3),
     max_attempts=3,
     code_length=6,
     code_max_length=11,
@@ -52,10 +52,13 @@ POLICY = CodePolicy(
     remember=3_605_000,
     suppression=151_300,
     longest_suppression=451_100,
+    client=Bucket(41_300, 2),
+    total=Bucket(7_300, 4),
 )
 STEPS = [10_000, 20_000, 30_000, 100_000, 300_000, 560_000, 50_000_000]  # ms
 
 EMAILS = st.sampled_from(["anna@example.com", "Anna@example.com"])  # one bucket, two code keys
+CLIENTS = st.sampled_from([None, None, "one client", "another"])
 PURPOSES = st.sampled_from(["default", "default", "reset"])
 IDS = st.sampled_from(["id-1", "id-2", "id-3", "id-4", "id-5", "id-6"])
 TOKENS = st.sampled_from(["a", "b"])
@@ -71,8 +74,8 @@ class CodeStoreMachine(RuleBasedStateMachine):
 
     driver: ClassVar[RedisDriver]
 
-    @initialize(requests=st.fixed_dictionaries({f"id-{i}": st.tuples(EMAILS, PURPOSES) for i in range(1, 7)}))
-    def begin(self, requests: dict[str, tuple[str, str]]) -> None:
+    @initialize(requests=st.fixed_dictionaries({f"id-{i}": st.tuples(EMAILS, PURPOSES, CLIENTS) for i in range(1, 7)}))
+    def begin(self, requests: dict[str, tuple[str, str, str | None]]) -> None:
         self.driver.client.flushall()
         self.driver.set_policy(**{name: getattr(POLICY, name) for name in POLICY.__slots__})
         self.memory = MemoryCodeStore(POLICY)
@@ -86,8 +89,8 @@ class CodeStoreMachine(RuleBasedStateMachine):
 
     def claim(self, request_id: str, token: str) -> Claim:
         """An id comes with its own address and purpose, as a rule."""
-        email, purpose = self.requests[request_id]
-        return claim_of(request_id, email, purpose=purpose, token=token)
+        email, purpose, client = self.requests[request_id]
+        return claim_of(request_id, email, purpose=purpose, token=token, client=client)
 
     @rule(batch=st.lists(st.tuples(IDS, TOKENS, AGES, ERRORS), min_size=1, max_size=3))
     def issue(self, batch: list[tuple[str, str, int | None, ErrorCode | None]]) -> None:
@@ -109,7 +112,7 @@ class CodeStoreMachine(RuleBasedStateMachine):
 
     @rule(request_id=IDS, email=EMAILS, purpose=PURPOSES)
     def issue_with_another_address_or_purpose(self, request_id: str, email: str, purpose: str) -> None:
-        if request_id in self.memory.state.records and (email, purpose) != self.requests[request_id]:
+        if request_id in self.memory.state.records and (email, purpose) != self.requests[request_id][:2]:
             claim = claim_of(request_id, email, purpose=purpose)
             found = self.take(self.driver.store.issue([IssueRequest(claim, "none")]))
             if request_id in self.memory.state.records:

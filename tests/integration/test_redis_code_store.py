@@ -26,6 +26,7 @@ from producer.store.codes import (
     SUPPRESSED_HIT,
     UNKNOWN,
     Answered,
+    Bucket,
     CodeStore,
     Conflict,
     IssueRequest,
@@ -132,6 +133,20 @@ def test_no_side_key_begins_like_a_key_that_gate_server_builds(driver: RedisDriv
     }
     driver.settle(claim_of("one"))
     assert driver.client.exists(COOLDOWN + KEY)
+
+
+def test_without_a_client_and_a_total_there_is_one_bucket(driver: RedisDriver) -> None:
+    driver.send(claim_of("one"))
+    assert driver.client.keys("bucket:*") == [BUCKET.encode() + EMAIL.encode()]
+    assert driver.client.hget("request:one", "charged") == b"180000"
+
+
+def test_keys_and_values_hold_a_hash_of_the_client_and_never_its_word(driver: RedisDriver) -> None:
+    driver.set_policy(total=Bucket(1_000, 3600))
+    driver.send(claim_of("one", client="198.51.100.7"))
+    assert len(driver.client.keys("bucket:*")) == 4
+    assert b"198.51.100.7" not in repr(driver.snapshot()).encode()
+    assert driver.client.object("encoding", "request:one") != b"hashtable"
 
 
 def test_no_code_and_no_address_is_in_a_request_record(driver: RedisDriver) -> None:

@@ -273,7 +273,8 @@ def test_an_unhealthy_relay_and_an_empty_bucket(new_rig: Callable[..., Rig]) -> 
     assert page[f"verify_worker_sends_total{{outcome=unavailable,relay={unhealthy}}}"] == 1
     assert page[f"verify_worker_sends_total{{outcome=accepted,relay={healthy}}}"] == 1
     assert page[f"verify_worker_relay_connections{{relay={unhealthy}}}"] == 0
-    assert page["verify_worker_rate_limited_total"] == 1
+    assert page["verify_worker_rate_limited_total{bucket=address}"] == 1
+    assert page["verify_audit_events_total{event=bucket_empty}"] == 1
     assert not [key for key in page if "anna" in key or "secret" in key]
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from producer.address import parse
+from producer.address import fold_aliases, parse
 from producer.contract import ErrorCode, code_key
 from producer.errors import InvalidAddress
 from producer.store.codes import (
-    BUCKET_HIT,
+    ADDRESS_BUCKET,
+    CLIENT_ADDRESS_BUCKET,
+    CLIENT_BUCKET,
     COOLDOWN_HIT,
     REFUSED,
     SUPPRESSED_HIT,
+    TOTAL_BUCKET,
     UNKNOWN,
     Answered,
+    Bucket,
     Checked,
     Claim,
     CodePolicy,
@@ -28,6 +32,8 @@ from producer.store.codes import (
 )
 
 DAY = 86_400_000  # ms
+BucketKey = tuple[str, str, str]  # of which kind, address and client
+
 FINAL_FOR_MAILBOX = {ErrorCode.INVALID_ADDRESS, ErrorCode.MAIL_REJECTED}
 
 
@@ -45,7 +51,7 @@ class Record:
     end: float = 0
     token: str = ""
     until: float = 0
-    charged: bool = False
+    charged: dict[BucketKey, float] = field(default_factory=dict)  # by which interval
     doubts: int = 0
     dot: bool = False
     sent: str = ""
@@ -62,7 +68,7 @@ class State:
     cooldowns: dict[str, tuple[str, float]] = field(default_factory=dict)  # the code in the mail, and the end
     sending: dict[str, tuple[str, float]] = field(default_factory=dict)  # the request, and the end
     joined: dict[str, tuple[set[str], float]] = field(default_factory=dict)
-    full: dict[str, float] = field(default_factory=dict)  # when a bucket is full again
+    full: dict[BucketKey, float] = field(default_factory=dict)  # when a bucket is full again
     suppressed: dict[str, tuple[str, float, float]] = field(default_factory=dict)  # reason, end, period
     wrong: dict[str, tuple[int, float]] = field(default_factory=dict)  # by purpose and address: count, and the end
 
@@ -163,22 +169,38 @@ class MemoryCodeStore:
             return self._answer(claim, record, ErrorCode.TIMEOUT)
         if state.suppressed.get(claim.canonical, ("", 0.0, 0.0))[1] > self._now:
             return self._answer(claim, record, ErrorCode.MAIL_REJECTED, SUPPRESSED_HIT)
-        full = max(state.full.get(claim.canonical, 0), self._now)
-        if policy.interval and not record.charged and full - self._now > (policy.burst - 1) * policy.interval:
-            return self._answer(claim, record, ErrorCode.TOO_MANY_REQUESTS, BUCKET_HIT)
+        for bucket_key, bucket in {} if record.charged else self._buckets(claim).items():
+            if self._full(bucket_key) - self._now > (bucket.burst - 1) * bucket.interval:
+                return self._answer(claim, record, ErrorCode.TOO_MANY_REQUESTS, bucket_key[0])
         return None
+
+    def _buckets(self, claim: Claim) -> dict[BucketKey, Bucket]:
+        """Those that a send of this request is charged to."""
+        policy, client = self.policy, claim.client
+        mailbox = fold_aliases(claim.canonical) if policy.fold_aliases else claim.canonical
+        buckets: dict[BucketKey, Bucket] = {(ADDRESS_BUCKET, mailbox, ""): policy.address}
+        if client:
+            buckets[CLIENT_ADDRESS_BUCKET, mailbox, client] = policy.client_address
+            buckets[CLIENT_BUCKET, "", client] = policy.client
+        buckets[TOTAL_BUCKET, "", ""] = policy.total
+        return {key: bucket for key, bucket in buckets.items() if bucket.interval}
+
+    def _full(self, key: BucketKey) -> float:
+        return max(self.state.full.get(key, 0), self._now)
 
     def _send(self, claim: Claim, record: Record, candidate: str, deadline: float) -> Send:
         state, policy, key = self.state, self.policy, claim.code_key
         code = self._usable(claim)
-        if policy.interval and not record.charged:
-            state.full[claim.canonical] = max(state.full.get(claim.canonical, 0), self._now) + policy.interval
+        if not record.charged:
+            record.charged = {each: bucket.interval for each, bucket in self._buckets(claim).items()}
+            for bucket_key, interval in record.charged.items():
+                state.full[bucket_key] = self._full(bucket_key) + interval
         record.doubts, record.dot = record.doubts + record.dot, False
         if code is None or (record.doubts == 0 and code.end - self._now < policy.min_life):
             code = state.codes[key] = Code(
                 candidate[: self._length(claim.purpose, claim.canonical)], self._now + policy.ttl
             )
-        record.token, record.until, record.charged = claim.token, self._now + policy.lease, policy.interval > 0
+        record.token, record.until = claim.token, self._now + policy.lease
         record.sent = code.value
         self._remember(claim, record)
         if policy.cooldown:
@@ -195,7 +217,7 @@ class MemoryCodeStore:
         accepted = error is ErrorCode.SUCCESS
         perhaps = result == UNKNOWN or record.doubts > 0 or (error is ErrorCode.TIMEOUT and record.dot)
         if not accepted and not perhaps:
-            self._refund(claim, record)
+            self._refund(record)
         record.token, record.dot, record.error = "", False, error
         if error is None:
             record.tries += 1
@@ -291,15 +313,15 @@ class MemoryCodeStore:
 
     def _answer(self, claim: Claim, record: Record, error: ErrorCode, why: str = "") -> Answered:
         if record.doubts + record.dot == 0:
-            self._refund(claim, record)
+            self._refund(record)
         record.error, record.token = error, ""
         self._remember(claim, record)
         return Answered(error, why)
 
-    def _refund(self, claim: Claim, record: Record) -> None:
-        if record.charged:
-            self.state.full[claim.canonical] = self.state.full.get(claim.canonical, 0) - self.policy.interval
-            record.charged = False
+    def _refund(self, record: Record) -> None:
+        for key, interval in record.charged.items():
+            self.state.full[key] = self.state.full.get(key, 0) - interval
+        record.charged = {}
 
     def _remember(self, claim: Claim, record: Record) -> None:
         record.end = self._now + self.policy.remember

@@ -15,6 +15,7 @@ from producer.redis.connection import RedisConnections, Step, run_steps
 from producer.store.codes import (
     REFUSED,
     Answered,
+    Bucket,
     Checked,
     Claim,
     CodePolicy,
@@ -40,19 +41,21 @@ POLICY = CodePolicy(
     ttl=600_000,
     min_life=60_000,
     cooldown=10_000,
-    interval=180_000,
-    burst=20,
+    address=Bucket(180_000, 20),
     max_attempts=5,
     code_length=6,
     code_max_length=12,
     lease=15_000,
     give_up_after=300_000,
+    client=Bucket(60_000, 60),
 )
 
 
-def claim_of(request_id: str, email: str = EMAIL, *, purpose: str = "default", token: str = HOLDER) -> Claim:
+def claim_of(
+    request_id: str, email: str = EMAIL, *, purpose: str = "default", token: str = HOLDER, client: str | None = None
+) -> Claim:
     """A claim as a worker makes it for a request with a valid address."""
-    return Claim.of(request_id, token, email, purpose, parse(email).canonical)
+    return Claim.of(request_id, token, email, purpose, parse(email).canonical, client)
 
 
 class Driver(ABC):
@@ -66,7 +69,7 @@ class Driver(ABC):
         self.policy = POLICY
         self.set_policy()
 
-    def set_policy(self, **changes: int) -> None:
+    def set_policy(self, **changes: Any) -> None:
         """Go on with a policy that differs from the present one."""
         self.policy = replace(self.policy, **changes)
         self._open(self.policy)

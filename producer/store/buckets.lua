@@ -1,0 +1,50 @@
+--[[
+buckets: the part that issue.lua and settle.lua share; it comes between each.lua and them.
+
+A bucket limits how many mails leave. Its key is a string: when it is full again (ms). A send moves that moment by the
+bucket's interval, and the bucket is empty while it is further away than burst - 1 intervals. A send is charged to all its
+buckets or to none:
+
+     address          <address key>             the mails to one address
+     client address   <address key>:<client>    those to one address that one client asked for
+     client           <client prefix><client>   those that one client asked for
+     total            <total key>               all
+
+A record's field `charged` says what was charged: the four intervals in this order (0: not charged) and the client, with
+spaces between; only the first one if only the address was charged; '' if nothing was. So a refund is exact even if the
+settings have changed since.
+]]
+local call = redis.call
+
+-- The key of the bucket with this number in the list above.
+local function bucket_key(n, address_key, client, client_prefix, total_key)
+    if n == 1 then
+        return address_key
+    elseif n == 2 then
+        return address_key .. ':' .. client
+    elseif n == 3 then
+        return client_prefix .. client
+    end
+    return total_key
+end
+
+-- Gives back what `charged` says. By the life of a key and not by its value, as settle.lua does not read the time.
+local function refund(charged, address_key, client_prefix, total_key)
+    local parts = {}
+    for part in string.gmatch(charged, '%S+') do
+        parts[#parts + 1] = part
+    end
+    for n = 1, math.min(#parts, 4) do
+        local interval = tonumber(parts[n])
+        if interval > 0 then
+            local key = bucket_key(n, address_key, parts[5], client_prefix, total_key)
+            local life = math.ceil(call('PTTL', key) - interval)
+            local full = life > 0 and call('MGET', key)[1]
+            if full then
+                call('SET', key, full - interval, 'PX', life)
+            else
+                call('DEL', key)
+            end
+        end
+    end
+end
