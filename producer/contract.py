@@ -25,6 +25,7 @@ DEFAULT_PURPOSE = "default"
 PURPOSE_PATTERN = re.compile(r"[a-z0-9_-]{1,32}")
 REPLY_KEY_PREFIX = "celery-task-meta-"  # Celery's; the key of a stored reply, and the channel it is published on
 LONGEST_ID = 255  # bytes of a request id in UTF-8; a message with a longer one is dead-lettered
+LARGEST_MESSAGE = 65_536  # bytes; a longer message is dead-lettered unread
 REPLY_TTL = 3600  # seconds that a reply is kept and a request id is remembered
 
 
@@ -54,7 +55,7 @@ class ErrorCode(IntEnum):
     EXCEPTION = (
         2,
         "Exception",
-        "An unforeseen error, a malformed purpose, or a message that killed its worker too often.",
+        "An unforeseen error, a malformed purpose, or a message that is too long or killed its worker too often.",
         "Look for the request id in the worker's log.",
         True,
     )

@@ -25,6 +25,7 @@ from worker.queue.message import (
     DeadLetterCode,
     DeadLetterReason,
     Reserved,
+    TooLarge,
     UnfitMessage,
     for_celery,
     parse,
@@ -190,8 +191,12 @@ class Fetcher:
                 message = for_celery(parsed) if parsed.needs_celery else None
             except Exception as exc:  # noqa: BLE001 - no message may stop the worker, or the rest of its batch
                 other = DeadLetterReason(DeadLetterCode.OTHER, f"it cannot be read ({type(exc).__name__})")
-                reason = exc.reason if isinstance(exc, UnfitMessage) else other
-                self._settler.dead_letter(unreadable_job(reserved.tag), reason)
+                if isinstance(exc, TooLarge):
+                    self._counters.audit.message_too_large(exc.size)
+                    self._dead_letter_cut(exc, reserved.tag)
+                else:
+                    reason = exc.reason if isinstance(exc, UnfitMessage) else other
+                    self._settler.dead_letter(unreadable_job(reserved.tag), reason)
                 continue
             job = parsed.job
             job.began = now
@@ -211,6 +216,17 @@ class Fetcher:
                 self.held[job.tag] = job
                 jobs.append(job)
         return jobs
+
+    def _dead_letter_cut(self, cut: TooLarge, tag: str) -> None:
+        """Answer the caller, if it is known, and dead-letter what is left of the message."""
+        job = unreadable_job(tag, cut.request_id)
+        if not cut.request_id:
+            self._settler.dead_letter(job, cut.reason)
+            return
+        job.began = asyncio.get_running_loop().time()
+        job.validate()
+        self._celery_side.received([job])
+        self._settler.dead_letter(job, cut.reason, answer=ErrorCode.EXCEPTION)
 
     async def _serve(self, jobs: list[Job], asked: float) -> None:
         try:
@@ -343,21 +359,22 @@ class Prefetch:
 
 
 BLOCK_TIME: Final = 1.0  # seconds of one blocking wait; less than the connection's timeout for an answer
+REFUSED_WITHIN: Final = 0.01  # seconds; a wait that ended sooner in an empty queue is not repeated sooner
 RECHECK_TIME: Final = 0.02  # seconds until an empty queue is asked again: a settled request may have woken others
 
 
 class Wakeup:
-    """Waits until the queue has a message, without taking it."""
+    """Waits until the queue has a message, without taking it, and without its coming here: it may have any length."""
 
     def __init__(self, waiter: RedisConnection, queue: RequestQueue) -> None:
         self._waiter = waiter
         self._queue = queue
-        self._waiting: asyncio.Future[list[Any]] | None = None
+        self._waiting: asyncio.Task[None] | None = None
 
     async def wait(self, changed: asyncio.Event) -> None:
         """Return when the queue has a message, `changed` is set, or after BLOCK_TIME. Raises `RedisUnavailable`."""
         if self._waiting is None:
-            self._waiting = asyncio.ensure_future(self._waiter.run([self._queue.await_message(BLOCK_TIME)]))
+            self._waiting = asyncio.create_task(self._await_message())
         change = asyncio.ensure_future(changed.wait())
         both: list[asyncio.Future[Any]] = [self._waiting, change]
         try:
@@ -369,7 +386,20 @@ class Wakeup:
             change.cancel()
         if self._waiting.done():
             waited, self._waiting = self._waiting, None
-            raise_errors(waited.result())
+            waited.result()
+
+    async def _await_message(self) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while True:
+            asked = loop.time()
+            length = await self._waiter.run_muted(self._queue.await_message(BLOCK_TIME), self._queue.length())
+            raise_errors([length])
+            now = loop.time()
+            if length or now - began >= BLOCK_TIME:
+                return
+            # Another worker was faster, or the server refused to wait, which it does not say: on a full server.
+            await asyncio.sleep(max(0.0, REFUSED_WITHIN - (now - asked)))
 
     async def close(self) -> None:
         if self._waiting is not None:

@@ -30,6 +30,7 @@ from producer.store.codes import (
     UNKNOWN,
     Answered,
     CodeStore,
+    Conflict,
     IssueRequest,
     Outcome,
     Result,
@@ -290,6 +291,8 @@ class Settler:
                         item.drop_reply()
                 case Answered(error):
                     item.error = error
+                case Conflict():  # of a question: the id is another request's, whose answer this is not
+                    item.drop_reply()
             item.mark = None
 
     def _may_follow(self, item: Settlement) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from producer import address
-from producer.contract import LONGEST_ID, ErrorCode, VerifyRequest, is_purpose
+from producer.contract import LARGEST_MESSAGE, LONGEST_ID, ErrorCode, VerifyRequest, is_purpose
 
 
 class RequestObserver(Protocol):
@@ -40,10 +40,16 @@ def require_request_id(value: object) -> None:
 
 
 def encode(request: VerifyRequest, request_id: str, queue: str, trace: Mapping[str, str] | None) -> bytes:
-    """The message for `queue`, stamped with the time. Raises `TypeError` for values that JSON cannot hold."""
+    """The message for `queue`, stamped with the time.
+
+    Raises `TypeError` for values that JSON cannot hold, `ValueError` if no worker would read so long a message.
+    """
     if not (isinstance(request.email, str) and isinstance(request.purpose, str)):
         try:
             json.dumps([request.email, request.purpose], allow_nan=False)
         except (TypeError, ValueError, RecursionError):
             raise TypeError("email and purpose must be JSON values; an email is a string") from None
-    return request.message(request_id, queue=queue, enqueued_at=time.time(), trace=trace)
+    message = request.message(request_id, queue=queue, enqueued_at=time.time(), trace=trace)
+    if len(message) > LARGEST_MESSAGE:
+        raise ValueError(f"the request makes a message of {len(message)} bytes; {LARGEST_MESSAGE} are allowed")
+    return message

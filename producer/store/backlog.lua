@@ -20,9 +20,11 @@ local seconds = time[1] + time[2] / 1000000
 local enqueued_at
 for i = 1, LOOKED_AT do
     local message = redis.call('LINDEX', KEYS[1], -i)
-    -- A text search: the message may be anything, of any size, and this need not be exact.
-    enqueued_at = message and tonumber(string.match(string.sub(message, 1, 65536), '"enqueued_at"%s*:%s*([%d.]+)'))
-    if enqueued_at or not message then
+    -- A text search: the message may be anything, and this need not be exact. One that is too long to be served, which
+    -- a worker will dead-letter, ends it: reading 16 of them would hold up the server.
+    local long = message and #message > 65536
+    enqueued_at = message and not long and tonumber(string.match(message, '"enqueued_at"%s*:%s*([%d.]+)'))
+    if enqueued_at or not message or long then
         break
     end
 end

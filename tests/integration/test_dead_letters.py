@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from support.caller import address, message
-from support.process import ROOT
+from support.process import ROOT, eventually
 from support.rig import Rig
 from typer.testing import CliRunner, Result
 
@@ -135,6 +135,30 @@ def test_an_unfit_message_is_not_replayed(rig: Rig, dead: Dead) -> None:
     assert done.exit_code == 1
     assert "still cannot be executed" in done.output
     assert "back on the queue" in done.output
+    assert len(names(dead)) == 1
+
+
+def test_a_letter_that_was_cut_says_so_and_is_not_replayed(rig: Rig, dead: Dead) -> None:
+    email, request_id = address(), str(uuid.uuid4())
+    raw = json.dumps(message({"email": email, "extra": "x" * 70_000}, request_id=request_id)).encode()
+    rig.broker.lpush("verification", raw)
+    assert rig.caller.reply(request_id)["error"] == 2
+    eventually(lambda: rig.broker.llen("verification.dead") == 1)
+    [fields] = (json.loads(line) for line in dead("list", "--json").output.splitlines())
+    assert (fields["code"], fields["id"], fields["size"]) == ("too_large", request_id, len(raw))
+    shown = dead("show", fields["name"])
+    assert f"the first 1024 of {len(raw)} bytes" in shown.output
+    assert raw[:100].decode() not in shown.output
+    done = dead("replay", "--all")
+    assert (done.exit_code, done.output.count("only the first 1024")) == (1, 1)
+    assert names(dead) == [fields["name"]]
+
+
+def test_a_letter_that_would_be_too_large_is_not_replayed(rig: Rig, dead: Dead) -> None:
+    envelope = message({"email": address()}, headers={"origin": "\N{CJK UNIFIED IDEOGRAPH-4E2D}" * 20_000})
+    letter(rig, json.dumps(envelope, ensure_ascii=False))
+    done = dead("replay", "--all")
+    assert (done.exit_code, done.output.count("65536 are allowed")) == (1, 1)
     assert len(names(dead)) == 1
 
 

@@ -24,7 +24,7 @@ from producer.settings import Settings
 
 MESSAGES: Final = golden.files("push")
 REPLIES: Final = golden.files("stored")
-ANSWERED: Final = {name: file for name, file in MESSAGES.items() if "reply" in file["expect"]}
+ANSWERED: Final = {name: file for name, file in MESSAGES.items() if "dead" not in file["expect"]}
 DEAD_LETTERED: Final = {name: file for name, file in MESSAGES.items() if "dead" in file["expect"]}
 TIMEOUT: Final = 60.0  # seconds
 
@@ -33,14 +33,14 @@ def test_each_file_describes_itself_and_what_must_happen() -> None:
     assert len(ANSWERED) + len(DEAD_LETTERED) == len(MESSAGES)
     assert len(MESSAGES) + len(REPLIES) == len(list(golden.DIRECTORY.glob("*.json")))
     for file in (*MESSAGES.values(), *REPLIES.values()):
-        assert set(file) in ({"what", "push", "expect"}, {"what", "stored", "read"})
+        assert set(file) - {"bytes"} in ({"what", "push", "expect"}, {"what", "stored", "read"})
         assert file["what"].endswith(".")
         assert set(file.get("expect", {})) <= {"reply", "key", "dead"}
 
 
-def pushed(rig: Rig, message: Any) -> bytes:
-    """Push a message, or a file's raw text; returns the bytes pushed."""
-    raw = message.encode() if isinstance(message, str) else json.dumps(message).encode()
+def pushed(rig: Rig, name: str, blanks: Blanks) -> bytes:
+    """Push a golden message; returns the bytes pushed."""
+    raw = golden.raw(MESSAGES[name], blanks)
     rig.broker.lpush("verification", raw)
     return raw
 
@@ -51,7 +51,7 @@ def answered(rig: Rig, name: str, blanks: Blanks) -> Any:
     with rig.results.pubsub() as subscription:  # type: ignore[no-untyped-call]
         subscription.subscribe(key)
         assert subscription.get_message(timeout=TIMEOUT)["type"] == "subscribe"
-        pushed(rig, blanks.fill(MESSAGES[name]["push"]))
+        pushed(rig, name, blanks)
         payload = rig.results.get(key)
         deadline = time.monotonic() + TIMEOUT
         while payload is None:
@@ -82,12 +82,18 @@ def test_a_worker_answers_a_golden_message_as_the_file_says(rig: Rig, name: str)
 def test_an_unreadable_golden_message_is_dead_lettered(rig: Rig, name: str) -> None:
     blanks = Blanks(address())
     rig.broker.delete("verification.dead")
-    raw = pushed(rig, blanks.fill(DEAD_LETTERED[name]["push"]))
+    expect = DEAD_LETTERED[name]["expect"]
+    raw = pushed(rig, name, blanks)
     found = rig.broker.brpop(["verification.dead"], timeout=TIMEOUT)
     assert found is not None
     letter = json.loads(found[1])
-    assert (letter["reason"], letter["message"].encode()) == (DEAD_LETTERED[name]["expect"]["dead"], raw)
-    assert rig.results.exists(f"celery-task-meta-{blanks.uuid}") == 0
+    assert letter["reason"] == expect["dead"]
+    if "reply" in expect:
+        assert (letter["message"].encode(), letter["size"], letter["id"]) == (raw[:1024], len(raw), blanks.uuid)
+        blanks.assert_equal(expect["reply"], rig.caller.reply(blanks.uuid))
+    else:
+        assert letter["message"].encode() == raw
+        assert rig.results.exists(f"celery-task-meta-{blanks.uuid}") == 0
     assert rig.mails_to(blanks.email) == []
     assert rig.caller.ask(address())["error"] == 0
 

@@ -23,6 +23,14 @@ def files(kind: str) -> dict[str, dict[str, Any]]:
     return {name: content for name, content in found.items() if kind in content}
 
 
+def raw(file: dict[str, Any], blanks: Blanks) -> bytes:
+    """The message of a file as it goes onto the queue."""
+    message = blanks.fill(file["push"])
+    if "bytes" in file:
+        message["fill"] = "x" * (file["bytes"] - len(json.dumps(message | {"fill": ""})))
+    return message.encode() if isinstance(message, str) else json.dumps(message).encode()
+
+
 @dataclass
 class Blanks:
     """The values of one file's placeholders."""

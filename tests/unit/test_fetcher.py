@@ -45,7 +45,7 @@ class Harness:
         self.pushed = asyncio.Event()
         self._tags = itertools.count()
         queue = RequestQueue("verification", visibility_timeout=30)
-        us, waiter = cast(Any, self), cast(Any, Mock(run=self.wait))
+        us, waiter = cast(Any, self), cast(Any, Mock(run_muted=self.wait))
         self.fetcher = Fetcher(us, waiter, queue, us, us, self.celery, self.counters, self.prefetch)
 
     def set_ahead(self, count: int) -> None:
@@ -58,11 +58,11 @@ class Harness:
         self.pushed.set()
         await turns()
 
-    async def wait(self, _commands: object) -> list[Any]:
+    async def wait(self, _command: object, _then: object) -> int:
         """Block until a message comes, as the waiting connection does."""
         await self.pushed.wait()
         self.pushed.clear()
-        return [b""]
+        return 1
 
     async def run(self, commands: list[Any]) -> list[Any]:
         """Answer as the broker does."""

@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from producer.contract import DEAD_LETTERS, REPLY_TTL, TASK
+from producer.contract import DEAD_LETTERS, LARGEST_MESSAGE, REPLY_TTL, TASK
 from producer.redis.scripts import Command, Script
 from producer.store.backlog import DELAYED, SUSPECTS, UNHEALTHY_WORKERS, WORKERS
 from worker.queue.message import POISON_DEATHS, SUSPECT_DEATHS, DeadLetterCode, DeadLetterReason, Reserved
@@ -69,7 +69,7 @@ class RequestQueue:
         keys = [self.name, self._ready, self._delayed, self._suspects, UNACKED, INDEX, DEAD_LETTERS]
         keys += [f"{self.name}{PRIORITY_SEPARATOR}{step}" for step in PRIORITY_STEPS]
         codes = (DeadLetterCode.UNKNOWN_TASK, DeadLetterCode.ENVELOPE)
-        return _RESERVE(keys, [count, self._prefix(), TASK, self.name, held, *codes])
+        return _RESERVE(keys, [count, self._prefix(), TASK, self.name, held, *codes, LARGEST_MESSAGE])
 
     @staticmethod
     def tags_of(reserve: Command) -> list[str]:
@@ -85,8 +85,15 @@ class RequestQueue:
         return Reservation([pair for pair in pairs if pair.tag], answer[0], answer[1] == 1, dead_lettered)
 
     def await_message(self, seconds: float) -> Command:
-        """Block until the queue has a message, or for `seconds`. The message stays where it is."""
+        """Block until the queue has a message, or for `seconds`. The message stays where it is.
+
+        The answer is the message, of any length: run it muted.
+        """
         return ("BLMOVE", self.name, self.name, "RIGHT", "RIGHT", seconds)
+
+    def length(self) -> Command:
+        """How many messages are on the queue."""
+        return ("LLEN", self.name)
 
     def maintain(self, tags: list[str], *, restore: bool, relay_healthy: bool) -> Command:
         """Give a sign of life, renew what is held, restore what dead workers held and what is due.
@@ -97,7 +104,7 @@ class RequestQueue:
         keys += [self.name + WORKERS, self.name + UNHEALTHY_WORKERS]
         visibility = self._visibility_timeout if restore else 0
         arguments = [visibility, MAX_MOVES, self._prefix(), self._deaths, REPLY_TTL, SUSPECT_DEATHS, POISON_DEATHS]
-        return _MAINTAIN(keys, [*arguments, self._owner, int(relay_healthy), *tags])
+        return _MAINTAIN(keys, [*arguments, self._owner, int(relay_healthy), LARGEST_MESSAGE, *tags])
 
     @staticmethod
     def read_maintain(answer: list[Any]) -> MaintenanceResult:
@@ -128,7 +135,7 @@ class RequestQueue:
 
     @staticmethod
     def dead_letter(tag: str, reason: DeadLetterReason) -> Command:
-        return _DEAD_LETTER([UNACKED, INDEX, DEAD_LETTERS], [tag, *reason])
+        return _DEAD_LETTER([UNACKED, INDEX, DEAD_LETTERS], [tag, *reason, DeadLetterCode.TOO_LARGE])
 
     def release(self, tags: list[str]) -> Command:
         """Put these messages back on the queue, to be served next."""

@@ -3,10 +3,12 @@ dead_letter: move a reserved message to the dead letters.
 
 KEYS 1 unacked     hash
      2 index       zset
-     3 dead        list   JSON: code, reason, at (Unix seconds), message (as it came)
+     3 dead        list   JSON: code, reason, at (Unix seconds), message (as it came); of one that was too large, message is its
+                          beginning, with size (bytes of the whole) and id (the request's, if it was found)
 ARGV 1 tag
      2 code        string why, for programs
      3 reason      string why, for people
+     4 code        string of a message that was too large
 
 Returns 1, or 0 if this worker does not hold the message any more.
 ]]
@@ -16,8 +18,13 @@ if not entry then
 end
 local time = redis.call('TIME')
 local message = string.match(entry, '^%[(.*),%s*"[^"]*",%s*"[^"]*"%]$')
-redis.call('LPUSH', KEYS[3],
-    cjson.encode({ code = ARGV[2], reason = ARGV[3], at = time[1] + time[2] / 1000000, message = message }))
+local letter = { code = ARGV[2], reason = ARGV[3], at = time[1] + time[2] / 1000000, message = message }
+if ARGV[2] == ARGV[4] then
+    local left = cjson.decode(message)
+    letter.message, letter.size = left.cut.message, left.cut.size
+    letter.id = type(left.headers) == 'table' and left.headers.id or nil
+end
+redis.call('LPUSH', KEYS[3], cjson.encode(letter))
 local removed = redis.pcall('HDEL', KEYS[1], ARGV[1])
 if type(removed) == 'table' and removed.err then
     redis.pcall('LPOP', KEYS[3])

@@ -11,7 +11,7 @@ from typing import Any
 
 from redis import Redis
 
-from producer.contract import DEAD_LETTERS
+from producer.contract import DEAD_LETTERS, LARGEST_MESSAGE
 from producer.errors import VerifyError
 from producer.logs import mask_email, mask_text
 from producer.redis.scripts import Script
@@ -38,6 +38,8 @@ class DeadLetter:
     at: datetime
     message: bytes
     raw: bytes  # the entry as it is in the list
+    size: int | None = None  # of a message that was too large: its bytes, of which `message` has only the first
+    request_id: str | None = None  # of such a message, if it was found
 
     @classmethod
     def of(cls, raw: bytes) -> DeadLetter:
@@ -47,7 +49,17 @@ class DeadLetter:
             entry = json.loads(raw.decode("utf-8", "surrogateescape"))
             at = datetime.fromtimestamp(entry["at"], UTC)
             message = entry["message"].encode("utf-8", "surrogateescape")
-            return cls(name, entry.get("code") and str(entry["code"]), str(entry["reason"]), at, message, raw)
+            code, size, request_id = entry.get("code"), entry.get("size"), entry.get("id")
+            return cls(
+                name,
+                code and str(code),
+                str(entry["reason"]),
+                at,
+                message,
+                raw,
+                None if size is None else int(size),
+                None if request_id is None else str(request_id),
+            )
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             return cls(name, None, "not written by a worker", datetime.fromtimestamp(0, UTC), raw, raw)
 
@@ -55,6 +67,8 @@ class DeadLetter:
         """What to show of it; the request's id, masked address and purpose as far as they can be read."""
         at = self.at.isoformat(timespec="seconds")
         found: dict[str, object] = {"name": self.name, "at": at, "code": self.code, "reason": self.reason}
+        if self.size is not None:
+            return found | {"id": self.request_id, "email": None, "size": self.size}
         try:
             job = parse(Reserved("", self.message)).job
         except UnfitMessage:
@@ -64,6 +78,8 @@ class DeadLetter:
 
     def envelope(self) -> str:
         """The message's envelope as indented JSON, without the arguments, addresses masked."""
+        if self.size is not None:
+            return f"the first {len(self.message)} of {self.size} bytes, the rest was not kept"
         try:
             envelope = json.loads(self.message)
         except (ValueError, RecursionError):
@@ -103,6 +119,8 @@ class DeadLetters:
         It keeps its id and age: a request that has an answer gets the same one, and one past its deadline is answered
         6, unsent. Raises `NotReplayable`, or `NoSuchLetter` if it has been replayed or dropped meanwhile.
         """
+        if letter.size is not None:
+            raise NotReplayable(f"only the first {len(letter.message)} of its {letter.size} bytes were kept")
         try:
             parsed = parse(Reserved("", letter.message))
         except UnfitMessage as exc:
@@ -110,6 +128,8 @@ class DeadLetters:
         # A request without a time of its own is at least as old as its letter.
         parsed.envelope["headers"].setdefault("enqueued_at", letter.at.timestamp())
         message = json.dumps(parsed.envelope)
+        if len(message) > LARGEST_MESSAGE:
+            raise NotReplayable(f"written anew it has {len(message)} bytes, and {LARGEST_MESSAGE} are allowed")
         if not self._client.register_script(_REPLAY.text)([DEAD_LETTERS, self._queue], [letter.raw, message]):
             raise NoSuchLetter
 

@@ -28,7 +28,7 @@ workers as `poison` says; they must be answered and dead-lettered.
 local time = redis.call('TIME')
 local seconds = time[1] + time[2] / 1000000
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-for i = 10, #ARGV do
+for i = 11, #ARGV do
     redis.call('ZADD', KEYS[1], 'XX', seconds, ARGV[i])
 end
 
@@ -41,12 +41,14 @@ if visibility > 0 then
         local message, queue = string.match(entry or '', '^%[(.*),%s*"[^"]*",%s*"([^"]*)"%]$')
         -- All queues of a database share kombu's keys: leave another queue's messages alone.
         if queue == KEYS[3] then
-            local fine, envelope = pcall(cjson.decode, message)
-            local id = fine and type(envelope) == 'table' and type(envelope.headers) == 'table' and envelope.headers.id
-            local deaths = redis.pcall('INCR', ARGV[4] .. tostring(id))
-            redis.pcall('EXPIRE', ARGV[4] .. tostring(id), ARGV[5])
-            if type(deaths) == 'table' then
-                deaths = 1
+            local deaths = 1
+            -- A message that is too large is not decoded: it goes back to the queue, where it is dead-lettered.
+            if #message <= tonumber(ARGV[10]) then
+                local fine, envelope = pcall(cjson.decode, message)
+                local id = fine and type(envelope) == 'table' and type(envelope.headers) == 'table' and envelope.headers.id
+                local counted = redis.pcall('INCR', ARGV[4] .. tostring(id))
+                redis.pcall('EXPIRE', ARGV[4] .. tostring(id), ARGV[5])
+                deaths = type(counted) == 'number' and counted or 1
             end
             -- Written first and removed last, so that a refused command loses no message.
             if deaths >= tonumber(ARGV[7]) then

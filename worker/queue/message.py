@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from producer.contract import DEFAULT_PURPOSE, TASK, VerifyRequest
+from producer.contract import DEFAULT_PURPOSE, LARGEST_MESSAGE, LONGEST_ID, TASK, VerifyRequest
 from producer.logs import mask_email
 from worker.job import Job
 
@@ -32,6 +32,7 @@ class DeadLetterCode(StrEnum):
     BODY = "body"  # the arguments or signatures in the body cannot be read
     TIME = "time"  # `expires` or `eta` is not a time
     ID_CONFLICT = "id_conflict"
+    TOO_LARGE = "too_large"  # it was not read, and the letter has only its beginning
     POISON = "poison"
     CELERY_REJECTED = "celery_rejected"
     OTHER = "other"
@@ -57,6 +58,16 @@ class UnfitMessage(Exception):
         self.reason = DeadLetterReason(code, text)
 
 
+class TooLarge(UnfitMessage):
+    """The message was not read: only its beginning is left, and the request id if it was found."""
+
+    def __init__(self, size: int, request_id: str) -> None:
+        """`size`: of the whole message, in bytes."""
+        super().__init__(DeadLetterCode.TOO_LARGE, f"larger than {LARGEST_MESSAGE} bytes")
+        self.size = size
+        self.request_id = request_id  # '': not found
+
+
 class Reserved(NamedTuple):
     """A message that this worker holds. Each reservation makes a new tag, so only its holder can settle it."""
 
@@ -75,9 +86,9 @@ class Parsed:
     embed: dict[str, Any]  # the signatures that Celery runs after the task
 
 
-def unreadable_job(tag: str) -> Job:
-    """Stands for a message that cannot be read, so that it can be dead-lettered."""
-    return Job("", tag, VerifyRequest(None), None, None)
+def unreadable_job(tag: str, request_id: str = "") -> Job:
+    """Stands for a message that cannot be read, so that it can be dead-lettered, or answered if its id was found."""
+    return Job(request_id, tag, VerifyRequest(None), None, None)
 
 
 def parse(reserved: Reserved) -> Parsed:
@@ -87,6 +98,8 @@ def parse(reserved: Reserved) -> Parsed:
     """
     try:
         envelope = _read_json(reserved.message)
+        if "cut" in envelope:
+            raise _too_large(envelope)
         headers, text = envelope["headers"], envelope["body"]
         request_id = headers["id"]
         request_id.encode()
@@ -112,6 +125,17 @@ def parse(reserved: Reserved) -> Parsed:
     job.scheduled = eta is not None
     embed = _signatures(embed)
     return Parsed(job, job.scheduled or bool(embed or get("group")), envelope, eta, embed)
+
+
+def _too_large(envelope: dict[str, Any]) -> TooLarge:
+    """Read what `reserve.lua` left of a message, or what somebody else pushed in its likeness."""
+    cut, headers = envelope["cut"], envelope.get("headers")
+    if not (isinstance(cut["size"], int) and isinstance(cut["message"], str)):
+        raise TypeError("not what is left of a message")
+    request_id = headers.get("id") if isinstance(headers, dict) else None
+    if not (isinstance(request_id, str) and len(request_id.encode()) <= LONGEST_ID):
+        request_id = ""
+    return TooLarge(cut["size"], request_id)
 
 
 def _read_json(text: bytes) -> Any:

@@ -1,8 +1,9 @@
 --[[
 reserve: take up to so many messages, in one atomic step. Each moves to `unacked` and its index or, if its envelope is
-malformed, to the dead letters. Delayed requests that are due come first, the oldest of them first; then the right ends of
-the lists. While more messages wait than are taken, every fourth one taken is the queue's newest: its caller still waits for
-the reply, while callers behind a long backlog have been answered 6 by the time the worker comes to them.
+malformed, to the dead letters. Of one that is too large only the beginning does, and the request id if it can be found: the
+worker that gets this answers the caller and dead-letters it. Delayed requests that are due come first, the oldest of them first; then
+the right ends of the lists. While more messages wait than are taken, every fourth one taken is the queue's newest: its caller
+still waits for the reply, while callers behind a long backlog have been answered 6 by the time the worker comes to them.
 
 KEYS 1 queue       list   producers LPUSH to it
      2 ready       zset   delayed requests that are due: id by birth (ms)
@@ -19,9 +20,11 @@ ARGV 1 count       int    messages to take, at most
      5 held        int    messages that this worker holds already
      6 code        string of dead letters that name another task
      7 code        string of dead letters whose envelope is malformed
+     8 largest     bytes  a larger message is not decoded
 
 Returns {suspects left, 1 if the one taken is a suspect, tag, message, tag, message ...}. For a dead letter the tag is ''
-and the message is its code, a space and its reason.
+and the message is its code, a space and its reason. A message that is too large is {headers: {id}, cut: {size (bytes), message
+(its beginning)}}, and a call that meets one takes little beyond it.
 A command that is refused (memory, access, a key of another type) does not undo the script. So messages are only read
 first, then written to where they go, and only then removed; if they cannot be removed, what was written is taken back.
 ]]
@@ -29,7 +32,9 @@ local time = redis.call('TIME')
 local seconds = time[1] + time[2] / 1000000
 local score = string.format('%.6f', seconds) -- once: Lua would format a number for each command
 local count, prefix, held = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[5])
-local UNKNOWN_TASK, ENVELOPE = ARGV[6], ARGV[7]
+local UNKNOWN_TASK, ENVELOPE, LARGEST = ARGV[6], ARGV[7], tonumber(ARGV[8])
+local KEPT, SEARCHED = 1024, 8192 -- bytes of a message that is too large: kept; looked at, at either end
+local AT_ONCE = 4 -- messages read with one command: they are copied several times, and each may have any length
 local suspects = redis.call('LLEN', KEYS[4])
 
 local function is_text(value)
@@ -41,6 +46,7 @@ local function fault(message)
     local fine, envelope = pcall(cjson.decode, message)
     if not fine then return ENVELOPE, 'not JSON' end
     if type(envelope) ~= 'table' then return ENVELOPE, 'not a JSON object' end
+    if type(envelope.cut) == 'table' then return nil end
     local headers, properties = envelope.headers, envelope.properties
     if type(headers) ~= 'table' then return ENVELOPE, 'no headers' end
     if not is_text(headers.task) then return ENVELOPE, 'no task in the headers' end
@@ -60,11 +66,45 @@ local function fault(message)
     return nil
 end
 
+-- The request id in a part of a message, if the headers and our task's name are there too. Only a text search.
+local function id_in(text)
+    local headers = string.match(text, '"headers"%s*:%s*{(.*)')
+    if headers and string.match(headers, '"task"%s*:%s*"([^"]*)"') == ARGV[3] then
+        local id = string.match(headers, '"id"%s*:%s*"([^"\\%c\128-\255]+)"')
+        return id and #id <= 255 and id or nil
+    end
+    return nil
+end
+
+-- What is left of a message that is too large, in ASCII: its end may be within a character, and it need not be UTF-8.
+local function cut(message)
+    local id = id_in(string.sub(message, 1, SEARCHED)) or id_in(string.sub(message, -SEARCHED))
+    local beginning = string.gsub(string.sub(message, 1, KEPT), '[\128-\255]', '?')
+    return cjson.encode({ headers = { id = id }, cut = { size = #message, message = beginning } })
+end
+
 local function refused(answer)
     return type(answer) == 'table' and answer.err
 end
 
 local taken = { suspects, 0 }
+
+-- Reads `total` messages, a few at a time; `part(from, to)` reads some. Returns them, the large ones cut, and how many places
+-- were read: a few beyond the first one that was cut, so that no call copies many.
+local function read(total, part)
+    local messages, places, was_cut = {}, 0, false
+    while places < total and not was_cut do
+        local to = math.min(places + math.min(places + 1, AT_ONCE), total)
+        for _, message in ipairs(part(places + 1, to)) do
+            if message and #message > LARGEST then
+                message, was_cut = cut(message), true
+            end
+            messages[#messages + 1] = message or nil
+        end
+        places = to
+    end
+    return messages, places, was_cut
+end
 
 -- Moves messages of one source. `removals` are the commands that remove them there. Returns the error of a refused command.
 local function move(messages, removals)
@@ -124,39 +164,51 @@ if suspects > 0 then
         return taken
     end
     taken[2] = 1
-    return answer(move({ redis.call('LINDEX', KEYS[4], -1) }, { { 'RPOP', KEYS[4] } }))
+    local messages = read(1, function() return { redis.call('LINDEX', KEYS[4], -1) } end)
+    return answer(move(messages, { { 'RPOP', KEYS[4] } }))
 end
 
--- Moves one end of a list, the oldest (rightmost) first, and keeps the rest. Returns the error of a refused command.
-local function take(key, from, to, rest_from, rest_to)
-    local found, messages = redis.call('LRANGE', key, from, to), {}
-    for j = #found, 1, -1 do
-        messages[#messages + 1] = found[j]
-    end
-    return move(messages, { { 'LTRIM', key, rest_from, rest_to } })
+-- Moves messages from the right end of a list, the oldest first. Returns how many, whether one was cut, and the error of a
+-- refused command.
+local function take_oldest(key, count)
+    local messages, places, was_cut = read(count, function(from, to)
+        local found, oldest_first = redis.call('LRANGE', key, -to, -from), {}
+        for i = #found, 1, -1 do
+            oldest_first[#oldest_first + 1] = found[i]
+        end
+        return oldest_first
+    end)
+    return places, was_cut, move(messages, { { 'LTRIM', key, 0, -places - 1 } })
 end
 
 local room = count
 if redis.call('LLEN', KEYS[1]) > count then
     local newest = math.floor((count + time[2] % 4) / 4)
     if newest > 0 then
-        local error = take(KEYS[1], 0, newest - 1, newest, -1)
-        if error then
+        local messages, places, was_cut = read(newest, function(from, to)
+            return redis.call('LRANGE', KEYS[1], from - 1, to - 1)
+        end)
+        local error = move(messages, { { 'LTRIM', KEYS[1], places, -1 } })
+        if error or was_cut then
             return answer(error)
         end
-        room = room - newest
+        room = room - places
     end
 end
 local due = room > 0 and redis.call('ZRANGE', KEYS[2], 0, room - 1) or {}
 if #due > 0 then
-    local messages = {}
-    for _, entry in ipairs(redis.call('HMGET', KEYS[3], unpack(due))) do
-        if entry then
-            messages[#messages + 1] = string.match(entry, '^%d+ (.*)$')
+    local messages, places, was_cut = read(#due, function(from, to)
+        local found = redis.call('HMGET', KEYS[3], unpack(due, from, to))
+        for i, entry in ipairs(found) do
+            found[i] = entry and (string.match(entry, '^%d+ (.*)$') or entry)
         end
-    end
-    local error = move(messages, { { 'HDEL', KEYS[3], unpack(due) }, { 'ZREM', KEYS[2], unpack(due) } })
-    if error then
+        return found
+    end)
+    local error = move(messages, {
+        { 'HDEL', KEYS[3], unpack(due, 1, places) },
+        { 'ZREM', KEYS[2], unpack(due, 1, places) },
+    })
+    if error or was_cut then
         return answer(error)
     end
     room = room - #messages
@@ -165,12 +217,11 @@ for i = 1, #KEYS do
     if (i == 1 or i > 7) and room > 0 then
         local found = redis.call('LLEN', KEYS[i])
         if found > 0 then
-            found = math.min(found, room)
-            local error = take(KEYS[i], -found, -1, 0, -found - 1)
-            if error then
+            local places, was_cut, error = take_oldest(KEYS[i], math.min(found, room))
+            if error or was_cut then
                 return answer(error)
             end
-            room = room - found
+            room = room - places
         end
     end
 end
