@@ -13,6 +13,7 @@ from producer.errors import RedisLoginRefused, RedisUnavailable, ServerTooOld
 from producer.metrics import MetricsServer
 from producer.redis.connection import RedisConnections, require_version
 from producer.settings import Settings
+from producer.store import guessing
 from producer.store.codes import CodePolicy
 from producer.store.redis_codes import RedisCodeStore
 from producer.tracing.setup import LAST_EXPORT, set_up
@@ -59,7 +60,8 @@ class Worker:
         self._databases = Databases(settings, self._redis)
         self._channel = Failover([CHANNELS[url.scheme](url, settings) for url in settings.relays])
         codes, broker = self._databases.codes, self._databases.broker
-        store = RedisCodeStore(codes.connection, CodePolicy.of(settings), database=codes.number)
+        self._policy = CodePolicy.of(settings)
+        store = RedisCodeStore(codes.connection, self._policy, database=codes.number)
         queue = RequestQueue(settings.queue, visibility_timeout=settings.visibility_timeout)
         self._counters = counters = Counters()
         self._events = Events(broker)
@@ -102,6 +104,8 @@ class Worker:
 
     async def start(self) -> None:
         """Begin to work, on the running loop."""
+        if (risk := guessing.warning(self._policy)) is not None:
+            logger.warning(risk)
         await self._metrics.open(self._metrics_bind)
         self.fetcher.start()
         self._maintenance.start()

@@ -17,7 +17,8 @@ from support.redis_server import RedisServer
 from support.tcp_proxy import TcpProxy
 
 from producer.aio import AsyncVerificationClient
-from producer.contract import ErrorCode, Reply
+from producer.audit import Audit, AuditEvent
+from producer.contract import ErrorCode, Reply, code_key
 from producer.errors import RedisUnavailable
 
 pytestmark = pytest.mark.usefixtures("redis")  # the shared server is empty at first
@@ -162,6 +163,22 @@ class TestReplies:
                 proxy.refuse(reset=False)
                 proxy.cut_after(b"LPUSH", seconds=1)
                 assert (await client.request(A)).error is ErrorCode.SUCCESS
+
+
+async def test_a_code_that_wrong_checks_have_dropped_is_an_audit_event(
+    redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    audit = Audit()
+    with redis_server.client(0) as codes:
+        codes.set(code_key(A), "123456", px=600_000)
+    async with AsyncVerificationClient(settings(redis_server), audit=audit) as client:
+        for _ in range(4):
+            await client.check(A, "000000")
+        assert audit.counts[AuditEvent.CODE_BURNT] == 0
+        found = [(await client.check(A, code)).error for code in ("000000", "123456")]
+    assert found == [ErrorCode.VARIFY_CODE_ERR, ErrorCode.VARIFY_EXPIRED]
+    assert audit.counts[AuditEvent.CODE_BURNT] == 1
+    assert A not in caplog.text
 
 
 def test_each_loop_has_its_own_connections(redis_server: RedisServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 
@@ -35,6 +36,7 @@ from producer.store.codes import (
     Settled,
     Wait,
 )
+from producer.store.guessing import Attacker, chance_a_day
 
 OTHER = "b@example.com"
 HIT = Answered(ErrorCode.SUCCESS, COOLDOWN_HIT)
@@ -1026,6 +1028,75 @@ def test_a_check_tells_that_it_dropped_the_code(driver: Driver) -> None:
     wrong = Checked(ErrorCode.VARIFY_CODE_ERR)
     assert [driver.checked("wrong") for _ in range(5)] == [*[wrong] * 4, Checked(wrong.error, burnt=True)]
     assert driver.checked("wrong") == Checked(ErrorCode.VARIFY_EXPIRED)
+
+
+# --- attacks ---
+
+
+def test_wrong_checks_by_a_stranger_do_not_lock_the_owner_out(driver: Driver) -> None:
+    asked = 0
+    for login in range(8):
+        for again in range(3):
+            code = driver.deliver(claim_of(f"login {login} {again}"))
+            asked += 1
+            driver.pass_time(30_000)  # the owner reads the mail, while the stranger sends 5 wrong checks a second
+            driver.guess(150)
+            if driver.check(code) is ErrorCode.SUCCESS:
+                break
+        else:
+            pytest.fail("the owner is locked out")
+        driver.pass_time(600_000)
+    assert asked <= 16
+
+
+@pytest.mark.parametrize(
+    ("guesses", "wait", "emails"),
+    [
+        (5, 0, [EMAIL]),
+        (4, 600_000, [EMAIL]),
+        (5, 0, [EMAIL, "Anna@example.com", "ANNA@example.com"]),
+        (108, 3_600_000, [EMAIL]),
+    ],
+    ids=["burns each code", "stops short of it", "three spellings", "guesses all day"],
+)
+def test_a_day_of_guessing_finds_a_code_as_rarely_as_promised(
+    guesses: int, wait: int, emails: list[str], driver: Driver
+) -> None:
+    driver.set_policy(address=Bucket.of(4), cooldown=0)
+    end, spared, tried = driver.now() + 86_400, 1.0, 0
+    for number, email in enumerate(itertools.cycle(emails)):
+        if driver.now() >= end:
+            break
+        found = driver.issue(claim_of(f"id-{number}", email))
+        if isinstance(found, Send):
+            driver.settle(claim_of(f"id-{number}", email))
+            wrong = driver.guess(guesses, email).count(ErrorCode.VARIFY_CODE_ERR)
+            tried += wrong
+            spared *= 1 - wrong / 10 ** len(found.code)
+            driver.pass_time(wait)
+        else:
+            driver.pass_time(900_000)
+    assert tried > 300
+    assert 1 - spared <= 3 * 5e-6
+    assert 1 - spared <= chance_a_day(driver.policy, Attacker(guesses_a_day=tried)) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("stops_short", [False, True])
+def test_without_growth_a_day_of_guessing_has_the_chance_that_is_computed(stops_short: bool, driver: Driver) -> None:
+    driver.set_policy(address=Bucket(3_600_000, 2), cooldown=0, code_max_length=6, min_life=0, ttl=7_200_000)
+    end = driver.now() + 86_400 + (0 if stops_short else 1)  # one more is free when the day ends
+    tried: list[ErrorCode] = []
+    while driver.now() < end:
+        claim = claim_of(f"id-{len(tried)}")
+        if isinstance(driver.issue(claim), Send):
+            driver.settle(claim)
+            tried += driver.guess(4 if stops_short else 5)
+            driver.pass_time(7_200_000 * stops_short)
+        else:
+            driver.pass_time(3_600_000)
+    chance = chance_a_day(driver.policy, Attacker(burns_codes=not stops_short))
+    assert set(tried) == {ErrorCode.VARIFY_CODE_ERR}
+    assert len(tried) / 1e6 == pytest.approx(chance, rel=1e-3)
 
 
 @pytest.mark.parametrize(

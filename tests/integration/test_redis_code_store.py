@@ -48,6 +48,7 @@ from producer.store.redis_codes import (
     RedisCodeStore,
 )
 
+CASES = ["anna", "Anna", "aNna", "anNa", "annA", "ANna", "AnNa", "AnnA", "aNNa", "ANNA"]
 WRONG_KEY = f"{WRONG}default:{EMAIL}"
 LUA = Path(redis_codes.__file__).parent
 T = TypeVar("T")
@@ -104,6 +105,31 @@ def test_of_a_hundred_checks_at_once_each_is_counted(
     driver.put_code("123456", 600_000)
     found = at_once(redis_server, lambda store, _: store.check(EMAIL, given, "default"))
     assert Counter(result.error for result in found) == results
+
+
+def test_twenty_spellings_at_once_are_not_twenty_codes(driver: RedisDriver, redis_server: RedisServer) -> None:
+    spellings = [f"{name}@{domain}" for name, domain in itertools.product(CASES, ["example.com", "EXAMPLE.com"])]
+    for email in spellings:
+        driver.put_code("123456", 600_000, email)
+    found = at_once(redis_server, lambda store, i: store.check(spellings[i % 20], "000000", "default"))
+    assert Counter(checked.error for checked in found) == {ErrorCode.VARIFY_CODE_ERR: 5, ErrorCode.VARIFY_EXPIRED: 95}
+    assert not driver.client.keys("code*")
+
+
+def test_checks_that_race_requests_leave_no_code_that_is_too_short(
+    driver: RedisDriver, redis_server: RedisServer
+) -> None:
+    driver.put_code("123456", 600_000)
+
+    async def step(store: CodeStore, i: int) -> object:
+        if i % 2:
+            return await store.check(EMAIL, "000000", "default")
+        return await store.issue([IssueRequest(claim_of(f"id-{i}"), f"{i:012}")])
+
+    at_once(redis_server, step)
+    count, code = driver.client.get(WRONG_KEY), driver.client.get(KEY)
+    assert int(count or 0) >= 5
+    assert code is None or len(code) == 8
 
 
 # --- keys ---

@@ -81,6 +81,12 @@ def test_settings_are_read_once_so_an_edited_dotenv_stops_no_running_worker(new_
     assert rig.caller.ask(address())["error"] == 0
 
 
+def test_settings_that_make_codes_easy_to_guess_are_warned_of_at_start(redis_server: RedisServer) -> None:
+    settings = {"VERIFY_REDIS_URL": redis_server.url(), "VERIFY_METRICS_BIND": "127.0.0.1:0"}
+    with WorkerProcess(settings | {"VERIFY_CODE_MAX_LENGTH": "6"}) as worker:
+        worker.wait_for_log("1 in 400 a day: set VERIFY_CODE_MAX_LENGTH=12 or VERIFY_MAX_SENDS_PER_HOUR=8")
+
+
 def test_a_refused_redis_login_is_not_reported_as_an_outage(new_redis_server: Callable[..., RedisServer]) -> None:
     server = new_redis_server(password="right")
     with starting({"VERIFY_REDIS_URL": f"redis://:{HUSH}@127.0.0.1:{server.port}"}) as worker:
