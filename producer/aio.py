@@ -65,17 +65,20 @@ class AsyncVerificationClient:
         *,
         purpose: str = DEFAULT_PURPOSE,
         locale: str | None = None,
+        client: str | None = None,
         observer: RequestObserver | None = None,
     ) -> Reply:
         """Ask for a code. Waits until a relay has accepted the mail, or it is certain that none will.
 
         Answers within `VERIFY_REPLY_TIMEOUT` seconds (`TIMEOUT`: the outcome is unknown, ask again), and within 3 s
         with `REDIS_ERR` if Redis cannot be reached; it raises for neither. An invalid address or purpose is answered
-        at once. With an unknown locale, or one that is not a string, the worker uses its own. `email` comes back as
-        given. `observer` is called while the request is being put on the queue.
+        at once. With an unknown locale, or one that is not a string, the worker uses its own. `client`: your word for
+        the end user who asks, such as a hash of the IP address or of the session: one end user then gets a share of an
+        address' mails, and so many in all. `email` comes back as given. `observer` is called while the request is being
+        put on the queue. Raises `ValueError` unless `client` is a string of at most 64 characters.
         """
         here = self._here()
-        request = build_request(email, purpose, locale)
+        request = build_request(email, purpose, locale, client)
         if (error := certain_error(request)) is not None:
             return Reply(email, error)
         request_id = here.replies.new_id()
@@ -112,21 +115,27 @@ class AsyncVerificationClient:
             span.end()
 
     async def enqueue(
-        self, email: Any, *, purpose: str = DEFAULT_PURPOSE, locale: str | None = None, request_id: str | None = None
+        self,
+        email: Any,
+        *,
+        purpose: str = DEFAULT_PURPOSE,
+        locale: str | None = None,
+        client: str | None = None,
+        request_id: str | None = None,
     ) -> str:
         """Ask for a code without waiting for the reply. Returns the request id once Redis has the request.
 
         The same `request_id` sent again is the same request: there is no second mail. Raises `RedisUnavailable` within
         3 s: the request may be on the queue or not, and can be sent again with the same id. Raises `ValueError` unless
-        `request_id` is a printable string of 1 to 255 bytes, or if the message would be longer than 64 kB; `TypeError`
-        for an email that JSON cannot hold.
+        `request_id` is a printable string of 1 to 255 bytes and `client`, as in `request`, one of at most 64
+        characters, or if the message would be longer than 64 kB; `TypeError` for an email that JSON cannot hold.
         """
         here = self._here()
         if request_id is None:
             request_id = here.replies.new_id()
         else:
             require_request_id(request_id)
-        request = build_request(email, purpose, locale)
+        request = build_request(email, purpose, locale, client)
         span = here.start_span(request_id)
         try:
             message = encode(request, request_id, here.queue, span.headers)

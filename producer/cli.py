@@ -17,7 +17,7 @@ from rich.text import Text
 
 from producer import logs
 from producer.client import VerificationClient
-from producer.contract import DEFAULT_PURPOSE, PURPOSE_PATTERN, ErrorCode, is_purpose
+from producer.contract import DEFAULT_PURPOSE, LONGEST_CLIENT, PURPOSE_PATTERN, ErrorCode, is_client, is_purpose
 from producer.errors import VerifyError
 from producer.redis.connection import REDIS_TIMEOUT, RedisConnections, raise_errors
 from producer.setting_types import mask_url
@@ -63,6 +63,12 @@ def _purpose(value: str) -> str:
     return value
 
 
+def _client_word(value: str | None) -> str | None:
+    if not is_client(value):
+        raise typer.BadParameter(f"at most {LONGEST_CLIENT} characters")
+    return value
+
+
 Purpose = Annotated[str, typer.Option(callback=_purpose, help="What the code is for. A code is valid for its purpose.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -74,12 +80,16 @@ def send(
     locale: Annotated[
         str | None, typer.Option(help="Language of the mail, such as en or zh-CN.", show_default="VERIFY_LOCALE")
     ] = None,
+    client_word: Annotated[
+        str | None,
+        typer.Option("--client", callback=_client_word, help="Your word for the end user who asks, for the limits."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Send a code to EMAIL and wait for the worker's reply."""
     detail = None
     with _client() as (client, settings, warnings):
-        error = client.request(email, purpose=purpose, locale=locale).error
+        error = client.request(email, purpose=purpose, locale=locale, client=client_word).error
         if error is ErrorCode.REDIS_ERR:
             detail = _servers(settings.broker_url, settings.results_url)
         elif error is ErrorCode.TIMEOUT:

@@ -13,7 +13,7 @@ import os
 import re
 from binascii import b2a_base64
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from json.encoder import encode_basestring_ascii
 from typing import Any, Final, Self
@@ -24,6 +24,8 @@ DEAD_LETTERS = "verification.dead"  # a Redis list in the broker database
 DEFAULT_PURPOSE = "default"
 PURPOSE_PATTERN = re.compile(r"[a-z0-9_-]{1,32}")
 REPLY_KEY_PREFIX = "celery-task-meta-"  # Celery's; the key of a stored reply, and the channel it is published on
+LONGEST_CLIENT = 64  # characters
+LONGEST_LOCALE = 35  # characters, RFC 5646, 4.4.1; a longer one counts as not given
 LONGEST_ID = 255  # bytes of a request id in UTF-8; a message with a longer one is dead-lettered
 LARGEST_MESSAGE = 65_536  # bytes; a longer message is dead-lettered unread
 REPLY_TTL = 3600  # seconds that a reply is kept and a request id is remembered
@@ -55,7 +57,7 @@ class ErrorCode(IntEnum):
     EXCEPTION = (
         2,
         "Exception",
-        "An unforeseen error, a malformed purpose, or a message that is too long or killed its worker too often.",
+        "An unforeseen error, a malformed purpose or client, or a message that is too long or kept killing its worker.",
         "Look for the request id in the worker's log.",
         True,
     )
@@ -69,8 +71,8 @@ class ErrorCode(IntEnum):
     TOO_MANY_REQUESTS = (
         4,
         "TooManyRequests",
-        "The address has used up its mails for now, or the queue is full.",
-        "Wait and ask again; VERIFY_MAX_SENDS_PER_HOUR and VERIFY_MAX_QUEUE set the limits.",
+        "The address, the client or all together used up their mails for now, or the queue is full.",
+        "Wait and ask again; VERIFY_MAX_SENDS_PER_HOUR and the settings beside it are the limits.",
         False,
     )
     MAIL_REJECTED = (
@@ -186,6 +188,7 @@ class VerifyRequest:
     email: Any
     purpose: Any = DEFAULT_PURPOSE
     locale: Any = None
+    client: Any = field(default=None, repr=False)  # the caller's opaque word for its end user
 
     def message(
         self,
@@ -205,6 +208,8 @@ class VerifyRequest:
             kwargs += f', "purpose": {_as_json(self.purpose)}'
         if self.locale is not None:
             kwargs += f', "locale": {_as_json(self.locale)}'
+        if self.client is not None:
+            kwargs += f', "client": {_as_json(self.client)}'
         body = b2a_base64((_BODY % kwargs).encode(), newline=False).decode()
         envelope = _ENVELOPE if enqueued_at is None else _TIMED_ENVELOPE
         values = {
@@ -228,6 +233,16 @@ def code_key(email: str, purpose: str = DEFAULT_PURPOSE) -> str:
 def is_purpose(value: object) -> bool:
     """Whether `value` is a well-formed purpose."""
     return isinstance(value, str) and PURPOSE_PATTERN.fullmatch(value) is not None
+
+
+def is_client(value: object) -> bool:
+    """Whether `value` is a well-formed client; None and '' stand for none."""
+    return value is None or (isinstance(value, str) and len(value) <= LONGEST_CLIENT)
+
+
+def known_locale(value: object) -> str | None:
+    """`value` if it can be a locale; anything else counts as not given."""
+    return value if isinstance(value, str) and 0 < len(value) <= LONGEST_LOCALE else None
 
 
 def new_uuid() -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from producer import address
 from producer.address import Address
-from producer.contract import ErrorCode, VerifyRequest, is_purpose
+from producer.contract import ErrorCode, VerifyRequest, is_client, is_purpose
 from producer.errors import InvalidAddress
 from producer.store.codes import Claim
 
@@ -45,9 +45,10 @@ class Job:
             canonical = self.mailbox.canonical
         except InvalidAddress:
             error = ErrorCode.INVALID_ADDRESS
-        if not is_purpose(request.purpose):
-            error = ErrorCode.EXCEPTION
-        self.claim = Claim.of(self.request_id, self.tag, request.email, request.purpose, canonical)
+        client = request.client
+        if not (is_purpose(request.purpose) and is_client(client)):
+            error, client = ErrorCode.EXCEPTION, None
+        self.claim = Claim.of(self.request_id, self.tag, request.email, request.purpose, canonical, client)
         return error
 
 

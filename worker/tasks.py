@@ -43,12 +43,19 @@ class SendCode(Task):  # type: ignore[misc]  # Celery ships no types
     name = TASK
     Request = QuietRequest
 
-    def run(self, email: object = None, purpose: object = DEFAULT_PURPOSE, locale: object = None, **_: object) -> Any:
+    def run(
+        self,
+        email: object = None,
+        purpose: object = DEFAULT_PURPOSE,
+        locale: object = None,
+        client: object = None,
+        **_: object,
+    ) -> Any:
         """Serve the request of this message; the fetcher has read its arguments from the message already.
 
         Raises `Ignore` if a retry is scheduled: the request will come back as a message.
         """
-        del email, purpose, locale
+        del email, purpose, locale, client
         reply = self.app.bridge.serve(str((self.request.properties or {}).get("delivery_tag")))
         if reply is None:
             raise Ignore

@@ -19,7 +19,9 @@ from producer.api.keys import NEEDED, KeyCheck
 from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp, file_descriptor
 from producer.api.state import Api
 from producer.audit import Audit
+from producer.contract import LONGEST_CLIENT, is_client
 
+CLIENT: Final = "x-verify-client"  # metadata
 MESSAGE_TIMEOUT: Final = 5.0  # seconds for a call's message, of which a caller sends the head alone
 
 _OPTIONS: Final = (
@@ -91,8 +93,10 @@ class GrpcServer:
 
     async def _get_varify_code(self, raw: bytes, context: _Context) -> Any:
         email = (await _parsed(GetVarifyReq, raw, context)).email
+        client = await _client(context)
         wait = self._api.relays.wait()
-        error = await self._api.answer("grpc", "request", wait.reply(self._api.client.request(email, observer=wait)))
+        reply = self._api.client.request(email, client=client, observer=wait)
+        error = await self._api.answer("grpc", "request", wait.reply(reply))
         # `code` stays empty: only the owner of the mailbox may read it.
         return GetVarifyRsp(error=int(error), email=email)
 
@@ -129,6 +133,15 @@ class _Methods(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in 
         if _authorization(context.invocation_metadata() or ()):
             self._audit.wrong_key("grpc", _address(context.peer()))
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, NEEDED)
+
+
+async def _client(context: _Context) -> str | None:
+    """The caller's word for its end user. Refuses the call if it is too long, or if there are two."""
+    given = [value for name, value in context.invocation_metadata() or () if name == CLIENT]
+    if len(given) > 1 or not all(map(is_client, given)):
+        what = f"{CLIENT} must come once, with at most {LONGEST_CLIENT} characters"
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, what)
+    return str(given[0]) if given else None
 
 
 def _authorization(metadata: Iterable[tuple[str, str | bytes]]) -> list[bytes]:

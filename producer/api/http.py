@@ -113,7 +113,9 @@ def _verbs(api: Api, url: str) -> APIRouter:
     )
     async def get_varifycode(asked: CodeRequest) -> Response:
         wait = api.relays.wait()
-        reply = api.client.request(asked.email, purpose=asked.purpose, locale=asked.locale, observer=wait)
+        reply = api.client.request(
+            asked.email, purpose=asked.purpose, locale=asked.locale, client=asked.client, observer=wait
+        )
         error = await api.answer("http", "request", wait.reply(reply))
         return _json({"error": int(error), "email": asked.email})
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
-from producer.contract import DEFAULT_PURPOSE, PURPOSE_PATTERN, ErrorCode, is_purpose
+from producer.contract import DEFAULT_PURPOSE, LONGEST_CLIENT, PURPOSE_PATTERN, ErrorCode, is_client, is_purpose
 
 
 def _require_text(value: object) -> str:
@@ -19,6 +19,12 @@ def _require_purpose(value: object) -> str:
     if not is_purpose(value):
         raise ValueError("must be 1 to 32 characters of a-z, 0-9, _ and -")
     return str(value)
+
+
+def _require_client(value: object) -> str | None:
+    if not is_client(value):
+        raise ValueError(f"must be a string of at most {LONGEST_CLIENT} characters")
+    return cast("str | None", value)
 
 
 # pydantic's own `str` refuses half a surrogate pair, which JSON can carry and which must come back as given.
@@ -44,6 +50,18 @@ class CodeRequest(BaseModel):
             {
                 "type": ["string", "null"],
                 "description": "Language of the mail, such as en. Without templates for it, the worker uses its own.",
+            }
+        ),
+    ] = None
+    client: Annotated[
+        str | None,
+        PlainValidator(_require_client),
+        WithJsonSchema(
+            {
+                "type": ["string", "null"],
+                "maxLength": LONGEST_CLIENT,
+                "description": "Your word for the end user who asks, such as a hash of the IP address or the session."
+                " One end user gets a share of an address' mails, and so many in all.",
             }
         ),
     ] = None

@@ -8,7 +8,16 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from producer import address
-from producer.contract import LARGEST_MESSAGE, LONGEST_ID, ErrorCode, VerifyRequest, is_purpose
+from producer.contract import (
+    LARGEST_MESSAGE,
+    LONGEST_CLIENT,
+    LONGEST_ID,
+    ErrorCode,
+    VerifyRequest,
+    is_client,
+    is_purpose,
+    known_locale,
+)
 
 
 class RequestObserver(Protocol):
@@ -21,9 +30,14 @@ class RequestObserver(Protocol):
         """Redis has the request. Not called if the reply arrives first."""
 
 
-def build_request(email: object, purpose: object, locale: object) -> VerifyRequest:
-    """The request to send. A locale that is empty or not a string is left out: the worker uses its own then."""
-    return VerifyRequest(email, purpose, locale if isinstance(locale, str) and locale else None)
+def build_request(email: object, purpose: object, locale: object, client: object = None) -> VerifyRequest:
+    """The request to send. What cannot be a locale is left out: the worker uses its own then.
+
+    Raises `ValueError` unless `client` can be one.
+    """
+    if not is_client(client):
+        raise ValueError(f"client must be a string of at most {LONGEST_CLIENT} characters, or None")
+    return VerifyRequest(email, purpose, known_locale(locale), client or None)
 
 
 def certain_error(request: VerifyRequest) -> ErrorCode | None:

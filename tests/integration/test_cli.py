@@ -49,11 +49,11 @@ def run(*words: str, directory: Path, program: tuple[str, ...] = ("-m", "produce
 
 def test_send_prints_success(redis_server: RedisServer, tmp_path: Path) -> None:
     with FakeWorker(redis_server) as worker:
-        words = ("send", A, "--purpose", "login", "--locale", "en")
+        words = ("send", A, "--purpose", "login", "--locale", "en", "--client", "me")
         done = run(*words, directory=tmp_path, VERIFY_REDIS_URL=redis_server.url())
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"Success (0)  {A}\n")
-    assert worker.taken[0].kwargs == {"email": A, "purpose": "login", "locale": "en"}
+    assert worker.taken[0].kwargs == {"email": A, "purpose": "login", "locale": "en", "client": "me"}
 
 
 def test_send_prints_what_went_wrong(redis_server: RedisServer, tmp_path: Path) -> None:
@@ -149,7 +149,9 @@ def test_a_bad_setting_is_one_line(tmp_path: Path, words: tuple[str, ...]) -> No
     assert done.stderr == "VERIFY_CODE_TTL: 'soon' is not allowed; allowed: whole seconds, 1 to 86400\n"
 
 
-@pytest.mark.parametrize("words", [("send",), ("send", A, "--purpose", "Not One"), ("dance",)])
+@pytest.mark.parametrize(
+    "words", [("send",), ("send", A, "--purpose", "Not One"), ("send", A, "--client", "c" * 65), ("dance",)]
+)
 def test_wrong_usage_is_status_2(tmp_path: Path, words: tuple[str, ...]) -> None:
     done = run(*words, directory=tmp_path, VERIFY_REDIS_URL=NOBODY)
     assert (done.returncode, done.stdout) == (2, "")

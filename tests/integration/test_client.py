@@ -85,11 +85,11 @@ def test_a_verb_has_the_signature_and_the_docs_of_the_asyncio_client(verb: str) 
 
 def test_the_reply_holds_the_address_as_given(client: VerificationClient, redis_server: RedisServer) -> None:
     with FakeWorker(redis_server) as worker:
-        assert client.request(" A@Example.com ", purpose="login", locale="en") == Reply(
+        assert client.request(" A@Example.com ", purpose="login", locale="en", client="me") == Reply(
             " A@Example.com ", ErrorCode.SUCCESS
         )
     [taken] = worker.taken
-    assert taken.kwargs == {"email": " A@Example.com ", "purpose": "login", "locale": "en"}
+    assert taken.kwargs == {"email": " A@Example.com ", "purpose": "login", "locale": "en", "client": "me"}
     assert abs(taken.headers["enqueued_at"] - time.time()) < 60
 
 
@@ -109,6 +109,9 @@ def test_invalid_input_is_answered_without_redis() -> None:
         assert client.request("nobody") == Reply("nobody", ErrorCode.INVALID_ADDRESS)
         assert client.request({"no": "address"}).error is ErrorCode.INVALID_ADDRESS
         assert client.request(A, purpose="Not One").error is ErrorCode.EXCEPTION
+        for verb in (client.request, client.enqueue):
+            with pytest.raises(ValueError, match="client must be"):
+                verb(A, client="c" * 65)
         assert client.check(A, "1", purpose="Not One").error is ErrorCode.VARIFY_EXPIRED
         assert client.check(A, 123456).error is ErrorCode.VARIFY_CODE_ERR  # type: ignore[arg-type]
 

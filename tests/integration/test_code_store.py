@@ -417,6 +417,11 @@ def test_a_client_without_buckets_of_its_own_is_served(driver: Driver) -> None:
     driver.settle(claim_of("last", client=STRANGER), FAILED)
 
 
+def test_one_request_id_with_another_client_is_the_same_request(driver: Driver) -> None:
+    driver.deliver(claim_of("one", client=CLIENT))
+    assert driver.answer_of(claim_of("one", client=STRANGER)) is ErrorCode.SUCCESS
+
+
 def test_one_empty_bucket_leaves_the_others_uncharged(driver: Driver) -> None:
     driver.set_policy(address=Bucket(1_200_000, 3), client=Bucket(1_800_000, 2), total=Bucket(900_000, 4), cooldown=0)
     driver.deliver(claim_of("one", client=STRANGER))

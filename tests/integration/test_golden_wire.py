@@ -118,6 +118,7 @@ def test_our_clients_read_a_golden_reply_as_the_file_says(name: str) -> None:
 REQUESTS: Final = {
     "client": VerifyRequest("a@example.com"),
     "client-purpose": VerifyRequest("a@example.com", "login", "en"),
+    "client-end-user": VerifyRequest("a@example.com", client="5f2c1d"),
 }
 
 
@@ -146,13 +147,14 @@ def test_our_clients_push_the_golden_message(written: Any, redis_server: RedisSe
     settings, request = Settings(redis_url=redis_server.url()), REQUESTS[name]
     request_id = str(uuid.uuid4())
     blanks = Blanks(request.email, request_id)
+    options = {"purpose": request.purpose, "locale": request.locale, "client": request.client}
     with VerificationClient(settings) as client:
-        client.enqueue(request.email, purpose=request.purpose, locale=request.locale, request_id=request_id)
+        client.enqueue(request.email, request_id=request_id, **options)
     blanks.assert_equal(MESSAGES[name]["push"], written())
 
     async def enqueue() -> None:
         async with AsyncVerificationClient(settings) as client:
-            await client.enqueue(request.email, purpose=request.purpose, locale=request.locale, request_id=request_id)
+            await client.enqueue(request.email, request_id=request_id, **options)
 
     asyncio.run(enqueue())
     blanks.assert_equal(MESSAGES[name]["push"], written())

@@ -81,6 +81,12 @@ class TestRequest:
             answer = api.call_raw(unknown + GetVarifyReq(email=A).SerializeToString())
         assert GetVarifyRsp.FromString(answer).error == 0
 
+    def test_the_metadata_names_the_end_user(self, api: ApiProcess, redis_server: RedisServer) -> None:
+        with FakeWorker(redis_server) as worker:
+            for word in ("c" * 64, ""):
+                api.stub(GetVarifyReq(email=A), metadata=(("x-verify-client", word),))
+        assert [each.kwargs for each in worker.taken] == [{"email": A, "client": "c" * 64}, {"email": A}]
+
     def test_without_deadline_and_worker_there_is_an_answer(self, api: ApiProcess) -> None:
         began = time.monotonic()
         assert api.call(A).error == 6
@@ -103,6 +109,13 @@ class TestBadInput:
         with pytest.raises(grpc.RpcError) as raised:
             api.call_raw(message)
         assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    @pytest.mark.parametrize("words", [["c" * 65], ["a", "b"]], ids=["too long", "twice"])
+    def test_malformed_words_for_the_end_user(self, api: ApiProcess, words: list[str]) -> None:
+        with pytest.raises(grpc.RpcError) as raised:
+            api.stub(GetVarifyReq(email=A), metadata=[("x-verify-client", word) for word in words])
+        assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert raised.value.details() == "x-verify-client must come once, with at most 64 characters"
 
     def test_5_megabytes(self, api: ApiProcess) -> None:
         with pytest.raises(grpc.RpcError) as raised:

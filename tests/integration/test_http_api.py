@@ -69,15 +69,21 @@ class TestRequest:
         with FakeWorker(redis_server, error=lambda _: error):
             assert api.get_code(A) == {"error": error, "email": A}
 
-    def test_purpose_and_locale_travel(self, api: ApiProcess, redis_server: RedisServer) -> None:
+    def test_purpose_locale_and_client_travel(self, api: ApiProcess, redis_server: RedisServer) -> None:
         with FakeWorker(redis_server) as worker:
             for more in ({"purpose": "login", "locale": "en"}, {"locale": None}, {"locale": 7}, {"locale": "xx"}):
+                assert api.get_code(A, **more)["error"] == 0
+            for more in ({"locale": "e" * 36}, {"client": "c" * 64}, {"client": None}, {"client": ""}):
                 assert api.get_code(A, **more)["error"] == 0
         assert [each.kwargs for each in worker.taken] == [
             {"email": A, "purpose": "login", "locale": "en"},
             {"email": A},
             {"email": A},
             {"email": A, "locale": "xx"},
+            {"email": A},
+            {"email": A, "client": "c" * 64},
+            {"email": A},
+            {"email": A},
         ]
 
     @pytest.mark.parametrize("kind", ["text/json", "application/x-www-form-urlencoded", "nonsense", ""])
@@ -115,9 +121,15 @@ MALFORMED_BODIES = {
     "purpose null": (b'{"email": "a@example.com", "purpose": null}', PURPOSE),
     "purpose a number": (b'{"email": "a@example.com", "purpose": 7}', PURPOSE),
 }
+CLIENT = "client must be a string of at most 64 characters"
+MALFORMED_CLIENTS = {"too long": "c" * 65, "a number": 7, "a list": ["c"], "false": False}
 
 
 class TestMalformed:
+    @pytest.mark.parametrize("client", MALFORMED_CLIENTS.values(), ids=MALFORMED_CLIENTS.keys())
+    def test_what_cannot_be_a_client_is_1001(self, api: ApiProcess, client: object) -> None:
+        assert api.post(ASK, {"email": A, "client": client}) == {"error": 1001, "detail": CLIENT}
+
     @pytest.mark.parametrize(("body", "detail"), MALFORMED_BODIES.values(), ids=MALFORMED_BODIES.keys())
     @pytest.mark.parametrize("path", [ASK, CHECK])
     def test_it_is_1001_and_detail_names_the_field(

@@ -298,19 +298,21 @@ class Rig:
             assert keys_without_ttl(client) == []
 
     def assert_private(self) -> None:
-        """Promise 6: no code, no whole address and no body in any log or event, in base64 neither."""
+        """Promise 6: no code, whole address, word for an end user or body in any log or event, in base64 neither."""
         said = "\n".join(worker.log for worker in self.workers)
         for _, data in list(self._events.heard):
             said += "\n" + base64.b64decode(json.loads(data)["body"]).decode()
         secrets = {code_in(mail) for mail in list(self.relay.dotted)}
         secrets |= {mail.recipient for mail in list(self.relay.dotted)}
-        secrets |= {each.strip() for each in map(_email_in, self.caller.pushed) if isinstance(each, str)}
+        emails = (_argument_in(each, "email") for each in self.caller.pushed)
+        secrets |= {each.strip() for each in emails if isinstance(each, str)}
         leaks = secrets & set(_secrets_in(said))
         for run in set(re.findall(r"[A-Za-z0-9+/]{16,}", said)):
             for start in range(4):
                 text = base64.b64decode(run[start : start + (len(run) - start) // 4 * 4]).decode("latin-1")
                 leaks |= secrets & set(_secrets_in(text))
         parts = {str(each.get(name))[:200] for each in self.caller.pushed[:500] for name in ("body", "headers")}
+        parts |= {str(_argument_in(each, "client")) for each in self.caller.pushed}
         leaks |= {part for part in parts if len(part) > 4 and part in said}
         assert leaks == set(), "a code, a whole address or a body in a log or an event"
 
@@ -349,7 +351,7 @@ class Rig:
             assert self.alive
         asked: dict[str, Any] = {}
         for each in self.caller.pushed:
-            asked.setdefault(each["headers"]["id"], _email_in(each))
+            asked.setdefault(each["headers"]["id"], _argument_in(each, "email"))
         errors = self._audit_replies(asked, heard=heard)
         eventually(lambda: not self.held())
         assert self.broker.llen("verification.dead") == dead
@@ -451,10 +453,10 @@ class Rig:
 NewRig = Callable[..., Rig]  # the fixture `new_rig`
 
 
-def _email_in(envelope: dict[str, Any]) -> Any:
-    """The address in a message, None if there is none to be found."""
+def _argument_in(envelope: dict[str, Any], name: str) -> Any:
+    """This keyword argument of a message, None if there is none to be found."""
     try:
-        return json.loads(base64.b64decode(envelope["body"]))[1]["email"]
+        return json.loads(base64.b64decode(envelope["body"]))[1][name]
     except (ValueError, LookupError, TypeError):
         return None
 

@@ -43,10 +43,31 @@ def test_a_valid_request_has_no_certain_error(email: str) -> None:
     assert certain_error(build_request(email, "password-reset", "xx")) is None
 
 
-@pytest.mark.parametrize("locale", [None, "", 7, b"en", ["en"], object()])
+@pytest.mark.parametrize("locale", [None, "", 7, b"en", ["en"], object(), "e" * 36])
 def test_an_invalid_locale_is_left_out(locale: object) -> None:
     assert build_request("a@example.com", "default", locale).locale is None
 
 
 def test_an_unknown_locale_is_sent() -> None:
     assert build_request("a@example.com", "default", "xx").locale == "xx"
+    assert build_request("a@example.com", "default", "e" * 35).locale == "e" * 35
+
+
+@pytest.mark.parametrize("client", ["c", "c" * 64, "\n\ud800 ä"])
+def test_a_client_of_any_64_characters_is_sent(client: str) -> None:
+    assert build_request("a@example.com", "default", None, client).client == client
+
+
+@pytest.mark.parametrize("client", [None, ""])
+def test_an_empty_client_is_none(client: str | None) -> None:
+    assert build_request("a@example.com", "default", None, client).client is None
+
+
+@pytest.mark.parametrize("client", ["c" * 65, 7, b"c", ["c"], False])
+def test_what_cannot_be_a_client_is_refused_without_quoting_it(client: object) -> None:
+    with pytest.raises(ValueError, match=r"^client must be a string of at most 64 characters, or None$"):
+        build_request("a@example.com", "default", None, client)
+
+
+def test_a_request_does_not_show_its_client() -> None:
+    assert "somebody" not in repr(build_request("a@example.com", "default", None, "somebody"))

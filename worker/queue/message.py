@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from producer.contract import DEFAULT_PURPOSE, LARGEST_MESSAGE, LONGEST_ID, TASK, VerifyRequest
+from producer.contract import DEFAULT_PURPOSE, LARGEST_MESSAGE, LONGEST_ID, TASK, VerifyRequest, known_locale
 from producer.logs import mask_email
 from worker.job import Job
 
-_ARGUMENTS = ("email", "purpose", "locale")  # in the order of the task's parameters
+_ARGUMENTS = ("email", "purpose", "locale", "client")  # in the order of the task's parameters
 _SIGNATURES = ("callbacks", "errbacks", "chain", "chord")
 _LATEST = 1e11  # Unix seconds; later times in milliseconds are not exact in Lua, and no clock is that wrong
 SUSPECT_DEATHS = 2  # a message that killed so many workers is tried alone
@@ -120,7 +120,7 @@ def parse(reserved: Reserved) -> Parsed:
     get = headers.get
     expires = None if get("expires") is None else _timestamp(headers, "expires")
     eta = None if get("eta") is None else _timestamp(headers, "eta")
-    request = VerifyRequest(email, purpose, given.get("locale"))
+    request = VerifyRequest(email, purpose, known_locale(given.get("locale")), given.get("client"))
     job = Job(request_id, reserved.tag, request, _number(get("enqueued_at")), expires)
     job.scheduled = eta is not None
     embed = _signatures(embed)
