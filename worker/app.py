@@ -24,6 +24,7 @@ from worker.celery_side import (
     transport,
 )
 from worker.celery_side.bridge import Bridge
+from worker.celery_side.events import CeleryEvents
 from worker.celery_side.flower import QueueLengths
 from worker.mail.render import check_locale
 from worker.tasks import SendCode
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 class VerifyApp(Celery):  # type: ignore[misc]  # Celery ships no types
     """Carries what the parts that Celery makes itself (consumer, backend, requests) share: they get only the app."""
 
+    events_cls = CeleryEvents
     settings = celeryconfig._settings  # noqa: SLF001 - private, as Flower would show it
     running_bridge: Bridge | None = None  # set while a worker serves
     masks_results = False  # set in Flower's process, which shows results to people

@@ -67,7 +67,7 @@ def list_letters(
             continue
         # Three short lines: a table would be wider than a terminal.
         _say(f"{letter.name}  {letter.at:%Y-%m-%dT%H:%M:%SZ}  {fields['email'] or '-'}")
-        _say(f"    {letter.code or '-'}: {letter.reason}")
+        _say(f"    {fields['code'] or '-'}: {fields['reason']}")
         _say(f"    request {fields['id'] or '-'}")
     if as_json:
         return

@@ -9,6 +9,7 @@ from celery.exceptions import Ignore
 from celery.worker.request import Request
 
 from producer.contract import DEFAULT_PURPOSE, TASK, Reply
+from producer.logs import mask_text
 from worker.celery_side.events import shown
 
 
@@ -29,8 +30,9 @@ class QuietRequest(Request):  # type: ignore[misc]  # Celery ships no types
     """Celery's request, except that it shows no argument, and that a revoked one is answered 6, unsent."""
 
     def info(self, safe: bool = False) -> dict[str, Any]:
-        """As Celery's, for `inspect`, with masked arguments."""
-        return {**super().info(safe=safe), "args": self.argsrepr, "kwargs": self.kwargsrepr}
+        """As Celery's, for `inspect`, with masked arguments, and a masked id: a caller may use an address as one."""
+        shown = {"id": mask_text(self.id), "args": self.argsrepr, "kwargs": self.kwargsrepr}
+        return {**super().info(safe=safe), **shown}
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         self.app.bridge.revoke(self._message.delivery_tag)

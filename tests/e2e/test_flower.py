@@ -143,6 +143,9 @@ def test_every_outcome_is_shown(rig: Rig, flower: FlowerProcess) -> None:
     [waits] = rig.caller.push(message({"email": address("secret-")}, headers={"eta": eta, **shown}))
     expired = app.send_task(TASK, kwargs={"email": address("secret-")}, expires=datetime.now(UTC) - timedelta(hours=1))
     many = group(app.signature(TASK, kwargs={"email": address("secret-")}) for _ in range(3)).apply_async()
+    odd = "o'secret-{x}=@example.com"
+    headers: list[dict[str, Any]] = [{}, {"eta": eta}]
+    rig.caller.push(*(message({"email": odd}, request_id=f"{odd}{len(each)}", headers=each) for each in headers))
     revoked = message({"email": address("secret-")})
     app.control.revoke(revoked["headers"]["id"])
     eventually(lambda: revoked["headers"]["id"] in str(app.control.inspect([rig.worker.name]).revoked()))

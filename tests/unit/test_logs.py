@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
+import string
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import structlog
+from hypothesis import given
+from hypothesis import strategies as st
 
 from producer import logs
 from producer.setting_types import mask_url
@@ -166,7 +170,14 @@ def test_a_masked_address_keeps_its_first_character_and_its_domain(email: object
         (f"code_{PERSON}", "c***@example.com"),
         (f"code:reset:{PERSON}", f"code:reset:{MASKED}"),
         (f"https://example.com/{PERSON}", "https://e***@example.com"),
-        (f"https://example.com/?to={PERSON}", f"https://example.com/?to={MASKED}"),
+        (f"https://example.com/?to={PERSON}", "https://e***@example.com"),
+        (f"id={PERSON}", "i***@example.com"),
+        ("x=o'brien{7}@example.com", "x***@example.com"),
+        ('to <"anna secret"@example.com>', 'to <"***@example.com>'),
+        (r'"\"anna\" secret\\"@example.com', '"***@example.com'),
+        ('{"one": "x", "two": "@example.com"}', '{"one": "x", "two": "@example.com"}'),
+        ("anna@[127.0.0.1]", "a***@[127.0.0.1]"),
+        ("smtp://anna:it's@relay.example.com", "smtp://***@relay.example.com"),
         (f"one\\n{PERSON}", "o***@example.com"),
         (MASKED, MASKED),
         ("no address here", "no address here"),
@@ -174,6 +185,62 @@ def test_a_masked_address_keeps_its_first_character_and_its_domain(email: object
 )
 def test_every_address_in_a_text_is_masked_and_the_rest_stays(text: str, masked: str) -> None:
     assert logs.mask_text(text) == masked
+
+
+ATEXT = string.ascii_letters + string.digits + "!#$%&'*+-/=?^_`{|}~"
+BEYOND_ASCII = st.characters(min_codepoint=0xA1, categories=["L", "M", "N", "S", "P"])
+ANY_ATEXT = st.sampled_from(ATEXT) | BEYOND_ASCII
+ATOMS = st.lists(st.text(ANY_ATEXT, max_size=8), max_size=3).map(".".join)
+QUOTED = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=20).map(
+    lambda text: re.sub(r'(["\\])', r"\\\1", text)
+)
+LOCAL_PARTS = st.one_of(
+    st.tuples(ANY_ATEXT, ATOMS).map(lambda parts: "{}secret{}secret".format(*parts)),
+    QUOTED.map(lambda text: f'"secret{text}secret"'),
+)
+DOMAINS = st.sampled_from(["example.com", "sub.example.co.uk", "例子.中国", "xn--fsqu00a.xn--fiqs8s", "[192.0.2.1]"])
+# Where an address may stand in a line: alone, in a sentence, in Python's and in JSON's writing of a value.
+WRITTEN: list[Callable[[str], str]] = [
+    str,
+    "550 <{}> unknown".format,
+    "to {}, to b@example.org".format,
+    "id={}".format,
+    "user:{}:1".format,
+    "\x1b[35m{}\x1b[0m".format,
+    lambda address: repr({"email": address}),
+    lambda address: json.dumps({"email": [address], "to": "@"}),
+    lambda address: json.dumps({"email": address}, ensure_ascii=False),
+    lambda address: json.dumps(json.dumps({"email": address}, ensure_ascii=False), ensure_ascii=False),
+    ascii,
+]
+
+
+@pytest.mark.parametrize("write", WRITTEN, ids=lambda write: write("@"))
+@given(local=LOCAL_PARTS, domain=DOMAINS)
+def test_no_address_of_any_characters_is_shown_whole(write: Callable[[str], str], local: str, domain: str) -> None:
+    address = f"{local}@{domain}"
+    masked = logs.mask_text(write(address))
+    assert "secret" not in masked
+    assert "***@" in masked
+    assert logs.mask_text(masked) == masked
+    assert "secret" not in logs.mask_email(address)
+
+
+LONG = 2**20  # characters: with a time that grows with the square, the test would take an hour
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("a" * LONG + " @", "://" + "a:" * LONG, '"' * LONG + "@", "\\" * LONG + '"@', "\x1b[" + "1" * LONG + "@"),
+        *("://" * (LONG // 9) + "@", "\x1b[0m" * (LONG // 9) + "@", "\x1b[0" * (LONG // 9) + "@"),
+        *("a@" * (LONG // 9), "=@" * (LONG // 9), '"@' * (LONG // 9), '\\"@' * (LONG // 9), '\\"' * (LONG // 9) + "@"),
+        *(("\\" * 500 + '"@') * (LONG // 502), ('\\"' * 500 + ' "@') * (LONG // 1003)),
+    ],
+    ids=lambda text: repr(text[:4]),
+)
+def test_a_long_hostile_text_is_masked_in_time(text: str) -> None:
+    assert logs.mask_text(text)
 
 
 @pytest.mark.parametrize("scheme", ["redis", "rediss", "redis+sentinel", "smtp", "smtps"])

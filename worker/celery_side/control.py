@@ -1,4 +1,4 @@
-"""`celery inspect` counts what the service holds as active, and shows no argument whole.
+"""`celery inspect` counts what the service holds as active, and shows no argument and no address whole.
 
 Celery's own commands know only requests that went through its pool. Importing this module replaces them by ours.
 """
@@ -12,7 +12,7 @@ from typing import Any
 from celery.worker import control, state
 
 from producer.contract import TASK
-from producer.logs import mask_email
+from producer.logs import mask_email, mask_text
 
 
 def _held(panel: Any) -> dict[str, dict[str, Any]]:
@@ -23,7 +23,7 @@ def _held(panel: Any) -> dict[str, dict[str, Any]]:
     to_unix_time = time.time() - time.monotonic()
     return {
         job.request_id: {
-            "id": job.request_id,
+            "id": mask_text(job.request_id),  # a caller may use an address as one
             "name": TASK,
             "type": TASK,
             "args": [],
@@ -54,3 +54,9 @@ def query_task(panel: Any, ids: Any, **_: Any) -> dict[str, Any]:
     held = _held(panel)
     found: dict[str, Any] = control.query_task(panel, wanted)
     return {**found, **{request_id: ("active", held[request_id]) for request_id in wanted if request_id in held}}
+
+
+@control.inspect_command(alias="dump_revoked")  # type: ignore[untyped-decorator]
+def revoked(_panel: Any, **_: Any) -> list[str]:
+    """Ids of requests that an operator revoked."""
+    return [mask_text(request_id) for request_id in tuple(state.revoked)]

@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import orjson
+from celery.app import events as celery_events
+from celery.events.dispatcher import EventDispatcher
 
 from producer.contract import TASK, ErrorCode
 from producer.errors import RedisUnavailable
@@ -134,6 +136,21 @@ class Events:
             self.flush()
         elif self._timer is None and events:
             self._timer = asyncio.get_running_loop().call_later(MAX_DELAY, self.flush)
+
+
+class Dispatcher(EventDispatcher):  # type: ignore[misc]  # Celery ships no types
+    """Celery's, for its own events and those of the requests that it runs; shows no address whole."""
+
+    def send(self, type: str, *args: Any, **fields: Any) -> Any:  # noqa: A002 - Celery's name
+        """As Celery's."""
+        masked = {name: mask_text(value) if isinstance(value, str) else value for name, value in fields.items()}
+        return super().send(type, *args, **masked)
+
+
+class CeleryEvents(celery_events.Events):  # type: ignore[misc]  # Celery ships no types
+    """What `app.events` makes."""
+
+    dispatcher_cls = Dispatcher
 
 
 def shown(email: object, error: ErrorCode) -> str:

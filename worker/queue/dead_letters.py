@@ -64,17 +64,19 @@ class DeadLetter:
             return cls(name, None, "not written by a worker", datetime.fromtimestamp(0, UTC), raw, raw)
 
     def fields(self) -> dict[str, object]:
-        """What to show of it; the request's id, masked address and purpose as far as they can be read."""
+        """What to show of it, addresses masked; the request's id, address and purpose as far as they can be read."""
         at = self.at.isoformat(timespec="seconds")
-        found: dict[str, object] = {"name": self.name, "at": at, "code": self.code, "reason": self.reason}
+        code, reason = self.code and mask_text(self.code), mask_text(self.reason)
+        found: dict[str, object] = {"name": self.name, "at": at, "code": code, "reason": reason}
         if self.size is not None:
-            return found | {"id": self.request_id, "email": None, "size": self.size}
+            return found | {"id": self.request_id and mask_text(self.request_id), "email": None, "size": self.size}
         try:
             job = parse(Reserved("", self.message)).job
         except UnfitMessage:
             return found | {"id": None, "email": None}
         request = job.request
-        return found | {"id": job.request_id, "email": mask_email(request.email), "purpose": str(request.purpose)}
+        request_id, purpose = mask_text(job.request_id), mask_text(str(request.purpose))
+        return found | {"id": request_id, "email": mask_email(request.email), "purpose": purpose}
 
     def envelope(self) -> str:
         """The message's envelope as indented JSON, without the arguments, addresses masked."""
