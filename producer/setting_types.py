@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 from redis.connection import parse_url
 
 from producer import address
-from producer.errors import InvalidAddress
+from producer.errors import BadSetting, InvalidAddress
 
 MASK: Final = "***"
 RELAY_PORTS: Final = {"smtp": 25, "smtp+starttls": 587, "smtps": 465}  # by URL scheme
@@ -226,7 +227,19 @@ def _relay(url: str) -> RelayURL:
     password = None if parts.password is None else unquote(parts.password)
     if (user is None) != (password is None) or any(c in f"{user}{password}" for c in "\r\n\0"):
         raise ValueError
+    if password is not None and parts.scheme == "smtp" and not _is_this_host(parts.hostname):
+        raise BadSetting(
+            f"smtp:// would send the password to {parts.hostname} unencrypted; allowed: smtp+starttls:// or smtps://,"
+            " and smtp:// with a password to localhost or a loopback address only"
+        )
     return RelayURL(parts.scheme, parts.hostname, parts.port or RELAY_PORTS[parts.scheme], user, password)
+
+
+def _is_this_host(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _bind(value: str) -> Bind:
@@ -278,7 +291,7 @@ def _read_by(read: Callable[[str], object]) -> BeforeValidator:
 
 
 # A type that is not in `repr` is secret. Validators raise `ValueError` without a text, as the setting says what is
-# allowed.
+# allowed, or `BadSetting` with a text of its own.
 _Secret: Final = Field(repr=False)
 RedisURL = Annotated[str, AfterValidator(_redis_url), PlainSerializer(mask_url), _Secret]
 BaseRedisURL = Annotated[str, AfterValidator(_base_redis_url), PlainSerializer(mask_url), _Secret]

@@ -176,7 +176,11 @@ def load(environ: Mapping[str, str] | None = None, *, dotenv: Path | None = _DOT
     except ValidationError as exc:
         error = exc.errors()[0]
         name = f"{PREFIX}{str(error['loc'][0]).upper()}"
-        raise _not_allowed(name, str(error["input"]), "" if name in given else f" (from {PREFIX}CONFIG)") from None
+        origin = "" if name in given else f" (from {PREFIX}CONFIG)"
+        cause = error.get("ctx", {}).get("error")
+        if isinstance(cause, BadSetting):
+            raise BadSetting(f"{name}{origin}: {cause}") from None
+        raise _not_allowed(name, str(error["input"]), origin) from None
 
 
 def load_or_exit() -> Settings:

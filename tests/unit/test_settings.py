@@ -185,6 +185,42 @@ def test_the_error_for_a_bad_value_shows_no_secret(name: str, value: str) -> Non
     assert "pa55" not in problem_of(**{name: value})
 
 
+PLAIN = "smtp://anna:pa55@"
+
+
+@pytest.mark.parametrize("host", ["relay.example.com", "10.0.0.1", "[2001:db8::1]:25", "localhost.example.com"])
+@pytest.mark.parametrize("source", ["environment", "file", "dotenv"])
+def test_a_password_goes_unencrypted_to_no_other_host(host: str, source: str, tmp_path: Path) -> None:
+    value = f"smtps://relay.example.org,{PLAIN}{host}"
+    path = tmp_path / "given"
+    path.write_text(f"VERIFY_RELAYS={value}" if source == "dotenv" else value)
+    name = "VERIFY_RELAYS_FILE" if source == "file" else "VERIFY_RELAYS"
+    environ = {} if source == "dotenv" else {name: str(path) if source == "file" else value}
+    with pytest.raises(BadSetting, match=r"VERIFY_RELAYS: smtp:// .+ smtp\+starttls://") as caught:
+        settings.load(environ, dotenv=path if source == "dotenv" else None)
+    assert "pa55" not in str(caught.value)
+    assert "anna" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:25", "127.0.0.1", "127.1.2.3:2525", "[::1]:25"])
+def test_a_password_may_go_unencrypted_to_this_host(host: str) -> None:
+    [relay] = load(RELAYS=f"{PLAIN}{host}").relays
+    assert (relay.user, relay.password) == ("anna", "pa55")
+
+
+@pytest.mark.parametrize("url", ["smtp://relay.example.com", f"smtp+starttls{PLAIN[4:]}host", f"smtps{PLAIN[4:]}host"])
+def test_without_a_password_or_with_tls_a_relay_may_be_anywhere(url: str) -> None:
+    assert len(load(RELAYS=url).relays) == 1
+
+
+@pytest.mark.parametrize("port", [25, 465, 587, 2525])
+def test_the_original_config_never_sends_its_password_unencrypted(port: int, tmp_path: Path) -> None:
+    email = {"user": "anna@example.com", "pass": "pa55", "host": "relay.example.com", "port": port}
+    [relay] = load(CONFIG=write_config(tmp_path, email=email)).relays
+    assert relay.scheme in {"smtps", "smtp+starttls"}
+
+
 @pytest.mark.parametrize("name", sorted(OTHERS))
 def test_each_setting_can_come_from_a_file(name: str, tmp_path: Path) -> None:
     value = KEYS if name == "VERIFY_API_KEYS" else OTHERS[name]
