@@ -163,6 +163,23 @@ const scenarios = {
     return { tries, dropped, wide };
   },
 
+  // A code of as many digits as there can be.
+  async grown() {
+    await ask();
+    await says("ask", "good");
+    const code = await inMail();
+    const field = page.locator("#code");
+    await field.fill(code);
+    const hidden = {}; // pixels of the code that the field cannot show, by the width of the page
+    for (const wide of [320, 360, 480, 721, 800, 900, 1000, 1100, 1280]) {
+      await page.setViewportSize({ width: wide, height: 800 });
+      hidden[wide] = await field.evaluate((input) => input.scrollWidth - input.clientWidth);
+    }
+    await page.locator("#confirm").click();
+    await page.locator("#confirmed").waitFor();
+    return { code, hidden };
+  },
+
   async refused() {
     await ask();
     await says("ask", "bad");

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis as redis_py
 from support.api_process import KEY, KEYS, ApiProcess
 from support.redis_server import RedisServer
 from support.rig import Rig
 
 from demo.catcher import Catcher
 from demo.mailpit_api import Inbox
+from producer.store.redis_codes import WRONG
 
 pytestmark = [pytest.mark.tools, pytest.mark.timeout(180)]
 
@@ -133,6 +135,16 @@ def test_a_dropped_code_is_not_called_valid_and_full_width_digits_are_digits(dri
     assert found["dropped"]["ask"] == ""
     assert "no valid code" in found["dropped"]["check"]
     assert not found["wide"].isascii()
+
+
+def test_a_code_of_twelve_digits_fits_any_width_and_is_accepted(driver: Path, api: ApiProcess) -> None:
+    email = "grown@example.com"
+    codes = redis_py.Redis.from_url(f"{api.environment['VERIFY_REDIS_URL']}/0")
+    codes.set(f"{WRONG}default:{email}", 50_505, ex=60)
+    codes.close()
+    found = drive(driver, api, "grown", email=email)
+    assert len(found["code"]) == 12
+    assert max(found["hidden"].values()) <= 0, found["hidden"]
 
 
 def test_an_invalid_address_is_explained(driver: Path, api: ApiProcess) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 import pytest
+from support import doc_pages as pages
 from support.memory_store import MemoryCodeStore
 from support.store_driver import EMAIL, POLICY, claim_of
 
@@ -112,6 +114,22 @@ def test_less_of_anything_never_raises_the_chance(change: str) -> None:
     for policy, speed in itertools.product([POLICY, SIX_BOXES, replace(POLICY, code_max_length=9)], [0.01, 1, 5, 1e4]):
         less = replace(policy, **{change: LESS[change]})
         assert chance_a_day(less, Attacker(speed)) <= chance_a_day(policy, Attacker(speed)) * (1 + 1e-9)
+
+
+# --- the page ---
+
+COLUMNS = [
+    *(Attacker(5), Attacker(1000), Attacker(10_000)),
+    *(Attacker(guesses_a_day=2500), Attacker(burns_codes=False)),
+]
+
+
+def test_the_page_on_security_has_the_chances_that_are_computed() -> None:
+    rows = [row for row in pages.rows("docs/security.md", "Guessing") if row[0] == "none" or "VERIFY_" in row[0]]
+    assert len(rows) > 5
+    for given, *found in rows:
+        policy = settings(**dict(re.findall(r"`VERIFY_(\w+)=(\d+)`", given)))
+        assert found == [odds(chance_a_day(policy, attacker)) for attacker in COLUMNS], given
 
 
 # --- the warning ---
