@@ -7,6 +7,8 @@ PLAIN := not tools and not slow
 # Four processes: most of their time is waiting. Each has its own Redis and SMTP servers.
 # `make test PYTEST_ARGS="-n 0 -x tests/unit"` runs less.
 PYTEST_ARGS ?= -n 4 --dist worksteal
+# The tests start hundreds of processes, each of which would compile the code again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all faults soak picture bench lint docs lock
@@ -37,16 +39,19 @@ $(STAMP): requirements.lock
 demo: setup ## send one code from request to mailbox through real parts; ONCE=1 stops after it, else all stays up
 	@$(BIN)/python -m demo $(if $(filter-out 0,$(ONCE)),--once)
 
-test: lint ## ruff, mypy and every test that needs only Python and what pip installs
-	$(BIN)/python -m pytest -m '$(PLAIN)' $(PYTEST_ARGS); status=$$?; \
-	echo "Left out (make test-all runs those marked tools, $(BIN)/python -m pytest -m slow those marked slow):"; \
-	$(BIN)/python -m pytest --collect-only -qq -m 'tools or slow' 2>/dev/null | sed -n 's/^tests/  &/p'; \
-	exit $$status
+# mypy runs beside the tests, and what it says comes after them.
+define TEST
+@status=0; lint=$$(mktemp); $(MAKE) --no-print-directory lint >$$lint 2>&1 & \
+$(BIN)/python -m pytest -m '$(1)' $(PYTEST_ARGS) || status=$$?; \
+wait $$! || status=$$?; cat $$lint; rm $$lint; exit $$status
+endef
 
-test-all: lint ## the same, and the tests that need other programs; installs these with apt-get if it can
+test: setup ## ruff, mypy and every test that needs only Python and what pip installs
+	$(call TEST,$(PLAIN))
+
+test-all: setup ## the same, and the tests that need other programs; installs these with apt-get if it can
 	@sh tests/support/tools.sh
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS); status=$$?; \
-	echo "Left out: tests marked slow ($(BIN)/python -m pytest -m slow)"; exit $$status
+	$(call TEST,not slow)
 
 faults: setup ## the whole fault suite: real processes are killed, frozen and cut off
 	$(BIN)/python -m pytest tests/faults -m "slow or not slow"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import socketserver
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import redis as redis_py
@@ -22,6 +25,38 @@ settings.load_profile("steady")
 # A shell that runs the tests in the background lets them, and whatever they start, ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage collection look only at what tests make: some tests collect, and all modules are loaded by now."""
+    gc.collect()
+    gc.freeze()
+
+
+_left_out: Counter[str] = Counter()  # tests that `-m` has deselected, by file
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Count what is left out; in a process of xdist, for the one that prints."""
+    if items and items[0].config.option.markexpr:
+        _left_out.update(item.nodeid.partition("::")[0] for item in items)
+        if hasattr(items[0].config, "workeroutput"):
+            items[0].config.workeroutput["left_out"] = dict(_left_out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every process of xdist collects the same tests."""
+    _left_out.update(getattr(node, "workeroutput", {}).get("left_out", {}) if not _left_out else {})
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name what is left out."""
+    if _left_out:
+        why = terminalreporter.config.option.markexpr
+        terminalreporter.section(f"left out of `{why}`; `make test-all` runs tools, `pytest -m slow` slow")
+    for name, count in sorted(_left_out.items()):
+        terminalreporter.line(f"{name}: {count}")
 
 
 @pytest.fixture(scope="session")

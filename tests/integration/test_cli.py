@@ -97,8 +97,6 @@ def test_a_refused_redis_login_is_told_apart_from_a_server_that_is_down(
         assert "RedisErr (1)" in refused.stdout
         assert "refused the login" in refused.stdout
         assert "wrong" not in refused.stdout + refused.stderr
-        down = run(*words, directory=tmp_path, VERIFY_REDIS_URL=NOBODY)
-        assert "refused the login" not in down.stdout
 
 
 def test_redis_down_is_reported_with_its_url_without_the_password(tmp_path: Path) -> None:
@@ -109,6 +107,7 @@ def test_redis_down_is_reported_with_its_url_without_the_password(tmp_path: Path
         assert "redis://***@127.0.0.1:1" in done.stdout
         assert "VERIFY_REDIS_URL" in done.stdout
         assert "s3cret" not in done.stdout
+        assert "refused the login" not in done.stdout
 
 
 @pytest.mark.parametrize("email", ["", os.fsdecode(b"[bold]\xff@example.com")])

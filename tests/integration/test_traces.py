@@ -28,6 +28,7 @@ from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp
 from producer.api.state import Api
 from producer.contract import DEFAULT_QUEUE
 from producer.settings import load
+from producer.tracing.setup import EXPORTER, set_up
 from producer.tracing.spans import Traces, caller_of
 from worker.bootstrap import Worker
 
@@ -348,6 +349,12 @@ NO_STATE = [
     *("a@example.com", "k=a@example.com", "tenant@vendor=1", "x" * 1000, "=,=,=", 7, None, ["k=v"], "\0"),
     *("é" * 40, "nonsense", "a=1,b", "Upper=1", ",".join(f"k{i}=1" for i in range(33))),
 ]
+
+
+@pytest.mark.parametrize("value", ["", "none", " None "])
+def test_an_exporter_of_none_turns_tracing_off(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv(EXPORTER, value)
+    assert set_up(f"switched off by {value!r}") is None
 
 
 def test_a_malformed_trace_context_is_ignored_and_not_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -170,24 +170,27 @@ def failed_start(process: str, **environment: str) -> tuple[int, list[str]]:
 REFUSED = "OTEL_*: OpenTelemetry cannot be set up with them: "
 
 
-@pytest.mark.parametrize("process", ["worker", "api"])
 class TestStarting:
     @pytest.mark.parametrize(
-        ("environment", "line"),
+        ("process", "environment", "line"),
         [
             (
+                "worker",
                 {"OTEL_TRACES_EXPORTER": "jaeger"},
                 "OTEL_TRACES_EXPORTER: 'jaeger' is not allowed; allowed: otlp, console or none",
             ),
             (
+                "api",
                 {**ON, "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
                 "OTEL_EXPORTER_OTLP_PROTOCOL: 'grpc' is not allowed; allowed: http/protobuf",
             ),
             (
+                "worker",
                 {**ON, "OTEL_BSP_MAX_QUEUE_SIZE": "0"},
                 f"{REFUSED}max_queue_size must be a positive integer.",
             ),
             (
+                "api",
                 {**ON, "OTEL_EXPORTER_OTLP_HEADERS": "a=b, Authorization s3cret"},
                 f"{REFUSED}OTEL_EXPORTER_OTLP_HEADERS must be a comma-separated list of name=value",
             ),
@@ -197,7 +200,9 @@ class TestStarting:
     def test_a_bad_value_is_one_line(self, process: str, environment: dict[str, str], line: str) -> None:
         assert failed_start(process, **environment) == (2, [line])
 
-    @pytest.mark.parametrize("missing", ["opentelemetry.sdk", "opentelemetry.exporter"])
+    @pytest.mark.parametrize(
+        ("process", "missing"), [("worker", "opentelemetry.sdk"), ("api", "opentelemetry.exporter")]
+    )
     def test_a_missing_package_is_one_line(self, process: str, missing: str, tmp_path: Path) -> None:
         (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{missing!r}] = None\n")
         status, [line] = failed_start(process, **ON, PYTHONPATH=f"{tmp_path}:{ROOT}")
@@ -213,7 +218,7 @@ atexit.register(lambda: open(f"{os.path.dirname(__file__)}/{os.getpid()}.json", 
 """
 
 
-@pytest.mark.parametrize("value", [None, "", "none", " None "])
+@pytest.mark.parametrize("value", [None, " None "])
 def test_without_tracing_nothing_of_it_is_loaded_and_messages_carry_no_context(
     new_rig: Callable[..., Rig], tmp_path: Path, value: str | None
 ) -> None:

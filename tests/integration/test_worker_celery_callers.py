@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 from celery import Celery, chain, group
+from celery.result import AsyncResult
 from support.caller import TASK, address, message
-from support.process import eventually
+from support.process import eventually, in_time
 from support.rig import Rig
 
 
@@ -145,7 +146,7 @@ def test_a_request_with_a_callback_is_retried(rig: Rig, app: Celery) -> None:
 
 def revoke(rig: Rig, app: Celery, request_id: str) -> None:
     app.control.revoke(request_id)
-    inspect = app.control.inspect([rig.worker.name], timeout=1)
+    inspect = app.control.inspect([rig.worker.name], timeout=1, limit=1)
     eventually(lambda: request_id in (inspect.revoked() or {}).get(rig.worker.name, []))
 
 
@@ -159,11 +160,18 @@ def test_a_request_revoked_before_it_is_taken_is_answered_6_unsent(rig: Rig, app
 
 
 def test_a_request_revoked_before_its_eta_is_answered_6_unsent(rig: Rig, app: Celery) -> None:
-    email = address()
-    result = app.send_task(TASK, kwargs={"email": email}, eta=in_seconds(15))
-    inspect = app.control.inspect([rig.worker.name], timeout=1)
-    eventually(lambda: result.id in str(inspect.scheduled()))
-    revoke(rig, app, result.id)
+    inspect = app.control.inspect([rig.worker.name], timeout=1, limit=1)
+
+    def revoked(seconds: float) -> tuple[str, AsyncResult[Any]] | None:
+        email, due = address(), in_seconds(seconds)
+        result = app.send_task(TASK, kwargs={"email": email}, eta=due)
+        while result.id not in str(inspect.scheduled()):
+            if datetime.now(UTC) > due:
+                return None
+        revoke(rig, app, result.id)
+        return (email, result) if datetime.now(UTC) < due else None
+
+    email, result = in_time(revoked)
     assert result.get(timeout=60) == {"email": email, "error": 6}
     assert rig.mails_to(email) == []
     assert states(rig, result.id) == ["SUCCESS"]

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 from support.caller import address
-from support.process import eventually
+from support.process import START_TIMEOUT, eventually
 from support.rig import Rig
 from support.worker_process import WorkerProcess
 
@@ -26,16 +26,18 @@ def start(rig: Rig) -> Iterator[Start]:
 def test_workers_started_without_a_name_get_names_of_their_own(rig: Rig, start: Start) -> None:
     workers = [start(), start()]
 
+    said: list[str] = []
+
     def ping() -> str:
-        command = [sys.executable, "-m", "celery", "-A", "worker.app", "inspect", "ping", "-t", "5"]
+        command = [sys.executable, "-m", "celery", "-A", "worker.app", "inspect", "ping", "-t", "2"]
         env = rig.worker.environment
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
-        return done.stdout + done.stderr
+        said.append(done.stdout + done.stderr)
+        return said[-1]
 
-    eventually(lambda: "3 nodes online" in ping())
-    said = ping()
-    assert "Duplicate" not in said
-    assert all(f"worker-{worker.process.pid}@" in said for worker in workers)
+    eventually(lambda: "3 nodes online" in ping(), START_TIMEOUT)
+    assert "Duplicate" not in said[-1]
+    assert all(f"worker-{worker.process.pid}@" in said[-1] for worker in workers)
 
 
 def test_a_name_given_is_kept(start: Start) -> None:

@@ -79,7 +79,7 @@ WAYS: Final[dict[str, Way]] = {
     "make help": Run(r"make demo +send one code"),
     "make docs": Run(),
     "make lint": TestedBy("tests/e2e/test_docs_commands.py::test_make_knows_its_targets"),
-    "make demo": TestedBy("tests/e2e/test_demo.py::test_it_stays_up_until_a_signal_ends_it"),
+    "make demo": TestedBy("tests/e2e/test_demo.py::test_it_stays_up_until_ctrl_c_and_what_it_suggests_works"),
     "make demo ONCE=1": TestedBy("tests/e2e/test_demo.py::test_once_shows_every_step"),
     "make test": Slow(r"tests collected", variables=COLLECTED),
     "make test-all": Slow(r"tests collected", variables=COLLECTED),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -35,16 +36,17 @@ class Rule(NamedTuple):
     annotations: dict[str, str]
 
 
-def rules() -> list[Rule]:
+@functools.cache
+def rules() -> tuple[Rule, ...]:
     """All rules, in order."""
-    found = []
+    found: list[Rule] = []
     for name in RULES:
         for group in yaml.safe_load((PROMETHEUS / name).read_text("utf-8"))["groups"]:
             for rule in group["rules"]:
                 alert = "alert" in rule
                 more = (rule.get("for", ""), rule.get("labels", {}), rule.get("annotations", {}))
                 found.append(Rule(rule["alert" if alert else "record"], rule["expr"], alert, *more))
-    return found
+    return tuple(found)
 
 
 def alerts() -> list[Rule]:

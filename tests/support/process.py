@@ -13,8 +13,9 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Self, TypeVar
 
+T = TypeVar("T")
 ROOT: Final = Path(__file__).parents[2]
 HOST: Final = "127.0.0.1"
 # Seconds. No test is about these: they are long enough for two cores with a load of 30.
@@ -38,9 +39,22 @@ os.execvp(sys.argv[1], sys.argv[1:])
 def eventually(condition: Callable[[], object], within: float = WAIT_TIMEOUT) -> None:
     """Wait until `condition()` is true; fail if it is not within so many seconds."""
     deadline = time.monotonic() + within
+    pause = 0.005
     while not condition():
         assert time.monotonic() < deadline, f"not true within {within} s"
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause = min(1.2 * pause, 0.1)  # what takes long is asked less often: asking costs the process time, too
+
+
+def in_time(attempt: Callable[[float], T | None]) -> T:
+    """What `attempt(seconds)` returns: one that must be done within so many seconds, and returns None if it was not.
+
+    The seconds are few at first, for a quick machine, and then more.
+    """
+    for seconds in (2.0, 6.0, 20.0, 60.0):
+        if (found := attempt(seconds)) is not None:
+            return found
+    raise AssertionError("nothing was done in time")
 
 
 def free_port() -> int:
