@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Coroutine
-from typing import Any, Final
+from typing import Any
 
 from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -13,9 +13,7 @@ from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
-from producer.api.http_connection import BODY_TIMEOUT
-
-BODY_LIMIT: Final = 16 * 1024  # bytes of one request; the longest address has 254
+from producer.api.http_connection import BODY_LIMIT, BODY_TIMEOUT
 
 
 class JsonRoute(APIRoute):

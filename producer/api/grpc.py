@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from producer.api.body import BODY_LIMIT
+from producer.api.http_connection import BODY_LIMIT
 from producer.api.keys import NEEDED, KeyCheck
 from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp, file_descriptor
 from producer.api.state import Api

@@ -19,7 +19,7 @@ import uvicorn
 from producer.api.binding import LISTEN_BACKLOG, CannotListen, is_loopback, listen, require_free, require_permission
 from producer.api.grpc import GrpcServer
 from producer.api.http import make_app
-from producer.api.http_connection import HttpConnection
+from producer.api.http_connection import HttpConnections
 from producer.api.state import Api
 from producer.errors import RedisLoginRefused
 from producer.setting_types import Bind
@@ -69,7 +69,7 @@ async def _serve(settings: Settings, traces: Traces | None) -> None:
     http = _HttpServer(
         uvicorn.Config(
             make_app(api, f"http://{_reachable(http_bind)}"),
-            http=HttpConnection,
+            http=HttpConnections().new,  # type: ignore[arg-type]  # a type, says uvicorn; it only calls it
             ws="none",
             lifespan="off",
             log_config=None,

@@ -1,0 +1,189 @@
+"""Strangers cannot fill the HTTP API's memory, and the connections that they hold open go first."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import uvicorn
+from support.api_process import ApiProcess, answer_of, request_bytes
+from support.attacks import Attacker, forget_peak, memory, peak_memory
+from support.http_attacks import ATTACKS
+from support.process import WAIT_TIMEOUT
+from support.redis_server import RedisServer
+
+from producer.api.http_connection import HttpConnections
+
+CONNECTIONS = 60
+MEGABYTES = 6.0
+GROWTH = 12.0  # MB, of which the allocator's own share is a third; without the bounds, most attacks take 40 and more
+GET, HOLD = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", b"GET /hold HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process' peak of memory")
+
+
+@pytest.fixture(scope="module")
+def api(redis_server: RedisServer) -> Iterator[ApiProcess]:
+    with ApiProcess({"VERIFY_REDIS_URL": redis_server.url()}) as api:
+        yield api
+
+
+@pytest.fixture(scope="module")
+def idle(api: ApiProcess) -> float:
+    """MB of the process that has served each kind of request."""
+    for path in ("/openapi.json", "/metrics", "/healthz", "/nothing"):
+        for _ in range(20):
+            api.http.get(path)
+    for _ in range(20):
+        api.get_code("nobody")
+        api.check("nobody", "1")
+    return memory(api.pid)
+
+
+@linux
+class TestMemory:
+    @pytest.mark.parametrize("name", ATTACKS)
+    def test_an_attack_does_not_fill_it(self, api: ApiProcess, idle: float, name: str) -> None:
+        forget_peak(api.pid)
+        with Attacker(api.http_port, ATTACKS[name], connections=CONNECTIONS, megabytes=MEGABYTES) as attacker:
+            attacker.wait_until_spent()
+            for _ in range(3):  # each waits its turn behind what was sent before
+                with api.knock(GET) as honest:
+                    assert answer_of(honest)[0] == 200
+            assert peak_memory(api.pid) - idle < GROWTH
+
+
+class TestPipelining:
+    def test_every_request_is_answered_in_order(self, api: ApiProcess) -> None:
+        bodies = [json.dumps({"email": f"nobody {i}"}).encode() for i in range(300)]
+        with api.knock(b"".join(request_bytes("/get_varifycode", body) for body in bodies)) as connection:
+            connection.shutdown(socket.SHUT_WR)
+            received = b""
+            while data := connection.recv(65536):
+                received += data
+        assert [f'"nobody {i}"'.encode() in answer for i, answer in enumerate(received.split(b"HTTP/1.1 200")[1:])] == [
+            True
+        ] * 300
+
+    @pytest.mark.parametrize("size", [1, 7, 100])
+    def test_wherever_the_stream_is_cut(self, api: ApiProcess, size: int) -> None:
+        chunked = GET.replace(b"GET", b"POST").replace(b"healthz", b"get_varifycode")
+        chunked = chunked[:-2] + b"Transfer-Encoding: chunked\r\n\r\n8;x=y\r\n" + b'{"email"' + b"\r\nb\r\n"
+        chunked += b': "nobody"}\r\n0\r\nTrailer: x\r\n\r\n'
+        stream = (chunked + request_bytes("/check_varifycode", b'{"email": "b"}') + GET) * 3
+        with api.knock() as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for at in range(0, len(stream), size):
+                connection.sendall(stream[at : at + size])
+            connection.shutdown(socket.SHUT_WR)
+            received = b""
+            while data := connection.recv(65536):
+                received += data
+        answers = [answer.partition(b"\r\n\r\n")[2] for answer in received.split(b"HTTP/1.1 200 OK\r\n")[1:]]
+        once = [
+            b'{"error": 3, "email": "nobody"}',
+            b'{"error": 1001, "detail": "varifycode is missing"}',
+            b'{"status": "ok"}',
+        ]
+        assert answers == once * 3
+
+
+class TestRefused:
+    def test_more_than_100_headers(self, api: ApiProcess) -> None:
+        for count, status in ((99, 200), (100, 431)):
+            with api.knock(GET[:-2] + b"X: y\r\n" * count + b"\r\n") as connection:
+                assert answer_of(connection)[0] == status
+
+    def test_chunks_that_are_mostly_framing(self, api: ApiProcess) -> None:
+        head = b"POST /get_varifycode HTTP/1.1\r\nHost: api\r\nTransfer-Encoding: chunked\r\n\r\n"
+        with api.knock(head + b"1\r\nx\r\n" * 2000) as connection:
+            status, headers, body = answer_of(connection)
+        assert (status, headers["connection"], json.loads(body)["error"]) == (413, "close", 1001)
+
+
+async def app(scope: Any, _receive: Any, send: Any) -> None:
+    """Answers at once, but for /hold."""
+    if scope["path"] == "/hold":
+        await asyncio.sleep(WAIT_TIMEOUT)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+@asynccontextmanager
+async def server(limit: int) -> AsyncIterator[int]:
+    """A server that takes so many connections; its port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    connections: Any = HttpConnections(limit)
+    server = uvicorn.Server(
+        uvicorn.Config(app, http=connections.new, lifespan="off", log_config=None, timeout_graceful_shutdown=0)
+    )
+    server.capture_signals = suppress  # type: ignore[method-assign, assignment]  # they are pytest's
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        await asyncio.wait_for(task, WAIT_TIMEOUT)
+
+
+@dataclass
+class Caller:
+    """One connection."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    async def send(self, data: bytes) -> None:
+        """Send it, and wait for the answer if there will be one soon."""
+        self.writer.write(data)
+        if data == GET:
+            await self.reader.readuntil(b"ok")
+        else:
+            await asyncio.sleep(0.1)  # so that the server has seen it
+
+    async def is_closed(self) -> bool:
+        """Whether the server hangs up."""
+        with suppress(ConnectionError):
+            return not await asyncio.wait_for(self.reader.read(1), WAIT_TIMEOUT)
+        return True
+
+    @property
+    def is_open(self) -> bool:
+        return not self.reader.at_eof() and self.reader.exception() is None
+
+
+async def connect(port: int, data: bytes) -> Caller:
+    caller = Caller(*await asyncio.open_connection("127.0.0.1", port))
+    await caller.send(data)
+    return caller
+
+
+@pytest.mark.anyio
+class TestTooManyConnections:
+    async def test_the_oldest_that_sent_no_whole_request_goes_first(self) -> None:
+        async with server(limit=5) as port:
+            held, old, half, silent, late = [await connect(port, each) for each in (HOLD, GET, b"GET / H", b"", GET)]
+            newcomers = []
+            for gone in (half, silent, old, late):
+                newcomers.append(await connect(port, HOLD))
+                assert await gone.is_closed()
+            assert all(each.is_open for each in (held, *newcomers))
+            assert await (await connect(port, b"")).is_closed()  # all others wait for an answer
+            for each in (held, old, half, silent, late, *newcomers):
+                each.writer.close()
+
+    async def test_an_answer_makes_a_connection_the_last_of_the_idle(self) -> None:
+        async with server(limit=2) as port:
+            first, second = await connect(port, GET), await connect(port, GET)
+            await first.send(GET)
+            third = await connect(port, GET)
+            assert await second.is_closed()
+            assert first.is_open
+            for each in (first, second, third):
+                each.writer.close()
