@@ -1,7 +1,8 @@
 """Takes requests off the queue: how many (`Prefetch`), when (`Wakeup`), and where each goes.
 
-Messages are reserved many at a time, and the service gets those of one reservation as a batch. A message that needs
-Celery's own machinery (ETA, group, callbacks, chain, chord) goes to Celery instead, whose task hands it to the service.
+Messages are reserved many at a time, and the service gets those of one reservation as a batch. A message with an ETA
+waits for it in Redis. One that needs Celery's own machinery (group, callbacks, chain, chord) goes to Celery instead,
+whose task hands it to the service.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Coroutine
 from typing import Any, Final, Protocol
 
 from producer.contract import ErrorCode, Reply
@@ -24,6 +26,7 @@ from worker.queue.message import (
     CELERY_REJECTED,
     DeadLetterCode,
     DeadLetterReason,
+    Parsed,
     Reserved,
     TooLarge,
     UnfitMessage,
@@ -89,7 +92,6 @@ class Fetcher:
         self._traced = traced
         self.held: dict[str, Job] = {}  # by tag: what the service has
         self._at_celery: dict[str, Job] = {}  # by tag: what went to Celery and is not done
-        self._at_celery_now: set[str] = set()  # the tags of those without an ETA
         self._task_results: dict[str, asyncio.Future[ErrorCode | None]] = {}  # by tag: what Celery's tasks wait for
         self._lost_tags: list[str] = []  # of reservations whose answer was lost: their messages may be ours
         self._changed = asyncio.Event()  # it is worth asking again how many messages are wanted
@@ -149,8 +151,8 @@ class Fetcher:
                 await asyncio.sleep(_PAUSE)
 
     def _wanted(self) -> int:
-        # A message that Celery has still to run counts as held; one that waits there for its ETA does not.
-        held = len(self.held.keys() | self._at_celery_now) if self._at_celery_now else len(self.held)
+        # A message that Celery has still to run counts as held.
+        held = len(self.held.keys() | self._at_celery.keys()) if self._at_celery else len(self.held)
         if not self._consuming or self._alone or (self._suspects and held):
             return 0
         return self._prefetch.wanted(held, settling=self._settler.under_way)
@@ -172,23 +174,28 @@ class Fetcher:
         if not self._consuming:  # switched off while the reservation was on its way
             await self._broker.run([self.queue.release([reserved.tag for reserved in taken])])
             return True
-        jobs = self._read(taken)
-        self._alone = alone and bool(jobs)
-        if jobs:
-            task = asyncio.create_task(self._serve(jobs, asked))
-            self._serving.add(task)
-            task.add_done_callback(self._serving.discard)
-            self._celery_side.received(jobs)
+        messages = self._read(taken)
+        jobs = self._start([each for each in messages if each.eta is None], asked)
+        scheduled = [each for each in messages if each.eta is not None]
+        self._alone = alone and bool(jobs or scheduled)
+        if scheduled:
+            self._in_background(self._schedule(scheduled))
         return len(taken) + len(dead_lettered) >= wanted or self._suspects > 0
 
-    def _read(self, taken: list[Reserved]) -> list[Job]:
-        """The jobs for the service. All other messages go to Celery, are answered, or are dead-lettered."""
-        jobs = []
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+
+    def _read(self, taken: list[Reserved]) -> list[Parsed]:
+        """The messages that can be executed, now or later. All others are answered or dead-lettered."""
+        found = []
         now = asyncio.get_running_loop().time()
         for reserved in taken:
             try:
                 parsed = parse(reserved)
-                message = for_celery(parsed) if parsed.needs_celery else None
+                if parsed.needs_celery:
+                    parsed.for_celery = for_celery(parsed)
             except Exception as exc:  # noqa: BLE001 - no message may stop the worker, or the rest of its batch
                 other = DeadLetterReason(DeadLetterCode.OTHER, f"it cannot be read ({type(exc).__name__})")
                 if isinstance(exc, TooLarge):
@@ -200,22 +207,56 @@ class Fetcher:
                 continue
             job = parsed.job
             job.began = now
-            if self._traced:
-                job.trace = Trace(parsed.envelope["headers"])
-            self._counters.taken += 1
             if self._celery_side.is_revoked(job.request_id):
+                self._counters.taken += 1
                 self._celery_side.received([job])
                 self._settler.answer(job, ErrorCode.TIMEOUT, mark=False)
-            elif message is not None:
+            else:
+                found.append(parsed)
+        return found
+
+    def _start(self, messages: list[Parsed], asked: float) -> list[Job]:
+        """Begin with messages that are due. Those for Celery go there; the service gets the others, which are returned.
+
+        `asked`: loop time at which they were asked for.
+        """
+        jobs = []
+        for parsed in messages:
+            job = parsed.job
+            self._counters.taken += 1
+            if self._traced:
+                job.trace = Trace(parsed.envelope["headers"])
+            if parsed.for_celery is not None:
                 self._counters.through_celery += 1
                 self._at_celery[job.tag] = job
-                if not job.scheduled:
-                    self._at_celery_now.add(job.tag)
-                self._celery_side.to_celery(message)
+                self._celery_side.to_celery(parsed.for_celery)
             else:
                 self.held[job.tag] = job
                 jobs.append(job)
+        if jobs:
+            self._in_background(self._serve(jobs, asked))
+            self._celery_side.received(jobs)
         return jobs
+
+    async def _schedule(self, messages: list[Parsed]) -> None:
+        """Delay messages until their ETA; begin at once with those whose ETA has come, by Redis' clock.
+
+        One that expires before its ETA is answered then, and not kept any longer.
+        """
+        self.held.update((each.job.tag, each.job) for each in messages)
+        due = [(each.job.tag, min(each.eta or 0.0, each.job.expires_at or math.inf)) for each in messages]
+        asked = asyncio.get_running_loop().time()
+        try:
+            answer = raise_errors(await self._broker.run([self.queue.schedule(due)]))[0]
+        except RedisUnavailable:
+            logger.warning("requests with an ETA could not be delayed; they will be redelivered")
+            answer = [1] * len(messages)
+        finally:
+            for each in messages:
+                del self.held[each.job.tag]
+        self._start([each for each, delayed in zip(messages, answer, strict=True) if not delayed], asked)
+        self._alone = self._alone and bool(self.held)
+        self._changed.set()
 
     def _dead_letter_cut(self, cut: TooLarge, tag: str) -> None:
         """Answer the caller, if it is known, and dead-letter what is left of the message."""
@@ -267,7 +308,7 @@ class Fetcher:
         if (job := self._at_celery.get(tag)) is None:  # it has been put back meanwhile
             return None
         job.through_celery = True
-        job.began = asyncio.get_running_loop().time()  # until now it waited for its ETA
+        job.began = asyncio.get_running_loop().time()
         self.held[tag] = job
         result = self._task_results[tag] = asyncio.get_running_loop().create_future()
         await self._serve([job], job.began)
@@ -294,7 +335,6 @@ class Fetcher:
     async def leave_celery(self, tag: str, command: Command) -> None:
         """Celery is done with a message: settle its reservation with `command`."""
         self._at_celery.pop(tag, None)
-        self._at_celery_now.discard(tag)
         self._changed.set()
         try:
             await self._broker.run([command])
@@ -310,7 +350,6 @@ class Fetcher:
     async def _put_back(self, tags: list[str]) -> None:
         for tag in tags:
             del self._at_celery[tag]
-            self._at_celery_now.discard(tag)
         if tags:
             await self._broker.run([self.queue.release(tags)])
 

@@ -31,7 +31,6 @@ class Job:
     mailbox: Address | None = None  # set by `validate`, if the address is valid
     began: float = 0.0  # loop time, as `lease_until`
     lease_until: float = 0.0  # 0: no lease
-    scheduled: bool = False  # Celery holds it until its ETA
     dead_lettered: bool = False
     trace: Trace | None = None  # None: this worker is not traced
 

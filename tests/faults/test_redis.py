@@ -141,7 +141,7 @@ def test_a_request_with_an_eta_survives_a_restart_of_redis(new_rig: NewRig) -> N
     rig = new_rig(aof="always")
     eta = (dt.datetime.now(dt.UTC) + dt.timedelta(seconds=4)).isoformat()
     [request_id] = rig.caller.request_all(address(), headers={"eta": eta})
-    eventually(lambda: rig.held().get("unacked") == 1)
+    eventually(lambda: rig.held() == {"delayed": 1, "delayed.due": 1})
     crash(rig, away=0.2)
     assert rig.worker.alive
     assert rig.caller.reply(request_id)["error"] == 0

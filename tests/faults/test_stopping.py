@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import signal
 import time
 
@@ -121,17 +120,4 @@ def test_a_shutdown_while_redis_is_full_loses_no_reply(new_rig: NewRig) -> None:
     rig.broker.config_set("maxmemory", 0)
     rig.add_worker()
     assert rig.caller.replies(ids) == [0] * 20
-    rig.audit()
-
-
-@pytest.mark.slow
-def test_a_request_that_waits_for_its_eta_is_put_back_at_a_shutdown(new_rig: NewRig) -> None:
-    rig = new_rig()
-    eta = (dt.datetime.now(dt.UTC) + dt.timedelta(seconds=5)).isoformat()
-    ids = rig.caller.request_all(address(), address(), headers={"eta": eta})
-    eventually(lambda: rig.held().get("unacked") == 2)
-    assert stop(rig, signal.SIGTERM) < BOUND
-    assert rig.held() == {"queue": 2}
-    rig.add_worker()
-    assert rig.caller.replies(ids) == [0, 0]
     rig.audit()

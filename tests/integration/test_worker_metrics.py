@@ -169,8 +169,14 @@ def test_requests_that_wait_for_another_requests_send(rig: Rig) -> None:
 
 def test_a_request_that_celery_runs(rig: Rig) -> None:
     changes = Changes(rig)
-    assert asked(rig, address(), eta=(datetime.now(UTC) + timedelta(seconds=0.2)).isoformat()) == 0
+    assert asked(rig, address(), group="a-group") == 0
     changes.expect({TAKEN % "celery": 1, REPLIES % 0: 1, SENDS % "accepted": 1})
+
+
+def test_a_request_with_an_eta_counts_once(rig: Rig) -> None:
+    changes = Changes(rig)
+    assert asked(rig, address(), eta=(datetime.now(UTC) + timedelta(seconds=0.2)).isoformat()) == 0
+    changes.expect({TAKEN % "fast": 1, REPLIES % 0: 1, SENDS % "accepted": 1})
 
 
 def test_dead_letters_by_code(rig: Rig) -> None:

@@ -21,6 +21,7 @@ from worker.queue.commands import MAX_MOVES, RequestQueue
 
 AT_ONCE, AHEAD = 4, 8
 ETA = {"eta": "2100-01-01T00:00:00"}
+SCHEDULE = RequestQueue("verification", visibility_timeout=30).schedule([])
 GROUP = {"group": "g"}  # needs Celery at once
 ACK = ("ack",)
 
@@ -38,6 +39,7 @@ class Harness:
         self.waiting: list[bytes] = []  # the queue in Redis
         self.asked: list[int] = []  # how many messages each `reserve` wanted
         self.celery = Mock(CelerySide, **{"is_revoked.return_value": False})
+        self.delays = 1  # what is answered for each message with an ETA; 0: it is due
         self.under_way = 0  # outcomes that are not settled yet
         self.counters = Counters()
         self.prefetch = Prefetch(lambda: AT_ONCE, self.counters)
@@ -70,6 +72,8 @@ class Harness:
         await asyncio.sleep(0)
         if command == ACK:
             return [0]
+        if command[:2] == SCHEDULE[:2]:
+            return [[self.delays] * ((len(command) - len(SCHEDULE)) // 2)]
         wanted = len(RequestQueue.tags_of(command))
         self.asked.append(wanted)
         taken, self.waiting = self.waiting[:wanted], self.waiting[wanted:]
@@ -205,24 +209,35 @@ async def test_an_empty_queue_is_asked_again_for_what_a_settled_request_woke(har
 
 
 @scenario
-async def test_what_celery_has_to_run_counts_as_held_unless_it_waits_for_its_eta(harness: Harness) -> None:
-    await harness.push(5, headers=ETA)
+async def test_what_celery_has_to_run_counts_as_held(harness: Harness) -> None:
     await harness.push(3, headers=GROUP)
     tags = harness.celery_tags
-    assert len(tags) == 8
     assert harness.fetcher._wanted() == AT_ONCE + AHEAD - 3
-    assert len(harness.fetcher.tags()) == 8
-    serving = [asyncio.create_task(harness.fetcher.serve_for_celery(tag)) for tag in (tags[0], tags[-1])]
+    assert harness.fetcher.tags() == tags
+    serving = asyncio.create_task(harness.fetcher.serve_for_celery(tags[0]))
     await turns()
-    assert harness.fetcher._wanted() == AT_ONCE + AHEAD - 4  # the ETA of one has come
-    await harness.finish(2)
-    assert [(await each) is not None for each in serving] == [True, True]
+    assert harness.fetcher._wanted() == AT_ONCE + AHEAD - 3
+    await harness.finish(1)
+    assert await serving is not None
     for tag in tags:
         await harness.fetcher.leave_celery(tag, ACK)
     assert harness.fetcher._wanted() == AT_ONCE + AHEAD
     assert harness.fetcher.tags() == []
     # Celery itself sends the events of its tasks.
     assert [finished for finished in harness.events if finished] == []
+
+
+@scenario
+async def test_what_waits_for_its_eta_is_not_held(harness: Harness) -> None:
+    await harness.push(5, headers=ETA)
+    assert harness.fetcher.tags() == []
+    assert harness.counters.taken == 0
+    harness.delays = 0
+    await harness.push(2, headers=ETA)
+    await harness.push(1, headers=ETA | GROUP)
+    assert len(harness.fetcher.held) == 2
+    assert len(harness.celery_tags) == 1
+    assert harness.counters.taken == 3
 
 
 @scenario

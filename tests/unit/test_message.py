@@ -85,7 +85,7 @@ def test_enqueued_at_is_a_number_in_range_or_none(given: Any, seconds: float | N
         ({}, {"unknown": 1, "chain": []}, False),
         ({"eta": None, "expires": None, "group": None, "retries": 0, "timelimit": [None, None]}, NOTHING, False),
         ({"expires": "2030-01-01T00:00:00"}, NOTHING, False),
-        ({"eta": "2030-01-01T00:00:00+00:00"}, NOTHING, True),
+        ({"eta": "2030-01-01T00:00:00+00:00"}, NOTHING, False),
         ({"group": "g"}, NOTHING, True),
         ({}, NOTHING | {"callbacks": [{"task": "next"}]}, True),
         ({}, NOTHING | {"chord": {"task": "next"}}, True),
@@ -94,7 +94,7 @@ def test_enqueued_at_is_a_number_in_range_or_none(given: Any, seconds: float | N
 def test_which_messages_need_celery(headers: dict[str, Any], embed: Any, needs: bool) -> None:
     parsed = read({"email": ADDRESS}, headers=headers, embed=embed)
     assert parsed.needs_celery is needs
-    assert parsed.job.scheduled is ("eta" in headers and headers["eta"] is not None)
+    assert parsed.eta == (1893456000.0 if headers.get("eta") else None)
 
 
 @pytest.mark.parametrize("zone", ["", "Z", "+00:00"])
@@ -175,7 +175,7 @@ def test_celery_gets_no_address_and_no_header_that_makes_it_drop_the_message() -
         "lang": "py",
         "task": TASK,
         "id": "an-id",
-        "eta": "2030-01-01T00:00:00+00:00",
+        "eta": None,
         "argsrepr": "()",
         "kwargsrepr": "{'email': 'a***@example.com'}",
     }

@@ -18,8 +18,9 @@ from producer.store.backlog import DELAYED, SUSPECTS, UNHEALTHY_WORKERS, WORKERS
 from worker.queue.message import POISON_DEATHS, SUSPECT_DEATHS, DeadLetterCode, DeadLetterReason, Reserved
 
 _LUA = Path(__file__).parent
-_RESERVE, _MAINTAIN, _ACK, _DELAY, _WAKE, _DEAD_LETTER, _RELEASE = (
-    Script(_LUA / f"{name}.lua") for name in ("reserve", "maintain", "ack", "delay", "wake", "dead_letter", "release")
+_RESERVE, _MAINTAIN, _ACK, _DELAY, _SCHEDULE, _WAKE, _DEAD_LETTER, _RELEASE = (
+    Script(_LUA / f"{name}.lua")
+    for name in ("reserve", "maintain", "ack", "delay", "schedule", "wake", "dead_letter", "release")
 )
 
 UNACKED: Final = "unacked"  # kombu's name, as is the next
@@ -128,6 +129,11 @@ class RequestQueue:
         keys = [UNACKED, INDEX, self._due, self._delayed, self.name, self._woken + request_id]
         born = "" if enqueued_at is None else round(enqueued_at * 1000)
         return _DELAY(keys, [tag, request_id, round(delay * 1000), born])
+
+    def schedule(self, due: list[tuple[str, float]]) -> Command:
+        """Hold messages back until their time: (tag, Unix seconds). Answers 0 for each that is due now, else 1."""
+        keys = [UNACKED, INDEX, self._due, self._delayed]
+        return _SCHEDULE(keys, [part for tag, at in due for part in (tag, round(at * 1000))])
 
     def wake(self, request_ids: list[str]) -> Command:
         """Put these delayed requests back on the queue, to be served next."""

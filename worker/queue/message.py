@@ -77,13 +77,14 @@ class Reserved(NamedTuple):
 
 @dataclass(slots=True)
 class Parsed:
-    """A message that can be executed. `needs_celery`: it has an ETA, a group, callbacks, a chain or a chord."""
+    """A message that can be executed. `needs_celery`: it has a group, callbacks, a chain or a chord."""
 
     job: Job
     needs_celery: bool
     envelope: dict[str, Any]
     eta: float | None  # Unix seconds
     embed: dict[str, Any]  # the signatures that Celery runs after the task
+    for_celery: dict[str, Any] | None = None  # what Celery gets of it
 
 
 def unreadable_job(tag: str, request_id: str = "") -> Job:
@@ -122,9 +123,8 @@ def parse(reserved: Reserved) -> Parsed:
     eta = None if get("eta") is None else _timestamp(headers, "eta")
     request = VerifyRequest(email, purpose, known_locale(given.get("locale")), given.get("client"))
     job = Job(request_id, reserved.tag, request, _number(get("enqueued_at")), expires)
-    job.scheduled = eta is not None
     embed = _signatures(embed)
-    return Parsed(job, job.scheduled or bool(embed or get("group")), envelope, eta, embed)
+    return Parsed(job, bool(embed or get("group")), envelope, eta, embed)
 
 
 def _too_large(envelope: dict[str, Any]) -> TooLarge:
@@ -190,8 +190,8 @@ def _timestamp(headers: dict[str, Any], name: str) -> float:
 def for_celery(parsed: Parsed) -> dict[str, Any]:
     """The message to deliver to Celery.
 
-    Its delivery tag is our reservation's. It carries no arguments, as the task finds its job by the tag; no `expires`,
-    as the service keeps that deadline; and no other header that could make Celery drop it.
+    Its delivery tag is our reservation's. It carries no arguments, as the task finds its job by the tag; no `eta`, as
+    it is due; no `expires`, as the service keeps that deadline; and no other header that could make Celery drop it.
     """
     message, job = parsed.envelope, parsed.job
     headers = message["headers"]
@@ -205,7 +205,7 @@ def for_celery(parsed: Parsed) -> dict[str, Any]:
             "lang": "py",
             "task": TASK,
             "id": job.request_id,
-            "eta": None if parsed.eta is None else datetime.fromtimestamp(parsed.eta, UTC).isoformat(),
+            "eta": None,
             "argsrepr": "()",
             "kwargsrepr": repr({"email": mask_email(job.request.email)}),
         },
