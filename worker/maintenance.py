@@ -13,7 +13,7 @@ from producer.redis.connection import raise_errors
 from worker.databases import Database
 from worker.fetcher import Fetcher
 from worker.metrics import Counters
-from worker.queue.commands import RequestQueue
+from worker.queue.commands import DEAD_AGE, DEAD_KEPT, RequestQueue
 from worker.queue.message import POISON, Reserved, UnfitMessage, parse, unreadable_job
 from worker.service import Service
 from worker.settler import Settler
@@ -26,7 +26,7 @@ RESTORE_AFTER: Final = 2.0
 
 
 class Maintenance:
-    """Renews leases and reservations, restores abandoned messages, deals with poison messages, logs dead letters."""
+    """Renews leases and reservations, restores abandoned messages, and deals with poison messages and dead letters."""
 
     def __init__(
         self,
@@ -86,6 +86,13 @@ class Maintenance:
         if result.restored:
             self._counters.restored += result.restored
             logger.warning("requests of a dead worker were restored", extra={"count": result.restored})
+        if result.dead_too_old or result.dead_too_many:
+            self._counters.dead_removed["age"] += result.dead_too_old
+            self._counters.dead_removed["number"] += result.dead_too_many
+            logger.warning(
+                "dead letters were removed: %d older than %d days, %d beyond the newest %d",
+                *(result.dead_too_old, DEAD_AGE // 86_400, result.dead_too_many, DEAD_KEPT),
+            )
         for poison in result.poison:
             self._dead_letter_poison(poison)
         self._fetcher.on_maintained(result)

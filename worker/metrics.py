@@ -42,6 +42,7 @@ class Counters:
         self.dead: Counter[str] = Counter(dict.fromkeys(DeadLetterCode, 0))
         self.audit = Audit()
         self.last_dead_letter = ""  # its reason
+        self.dead_removed = dict.fromkeys(("age", "number"), 0)  # dead letters, by the bound that they were beyond
 
     def replied(self, error: ErrorCode, enqueued_at: float | None) -> None:
         self.replies[error] += 1
@@ -122,6 +123,10 @@ class WorkerMetrics(ProcessMetrics):
         )
         yield counter("worker_redeliveries", "Requests of dead workers that this one restored.", counters.restored)
         yield labelled_counter("worker_dead_letters", "Messages that this worker dead-lettered.", ["reason"], reasons)
+        removed = {(bound,): count for bound, count in counters.dead_removed.items()}
+        yield labelled_counter(
+            "worker_dead_letters_removed", "Dead letters removed: too old, or too many.", ["bound"], removed
+        )
         yield labelled_counter("worker_sends", "Attempts to send a mail.", ["relay", "outcome"], sends)
         yield labelled_gauge("worker_relay_connections", "Connections to a relay.", ["relay"], connections)
         yield labelled_gauge("worker_relay_unhealthy", "1: the relay is skipped for a while.", ["relay"], unhealthy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import uuid
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from support.caller import address, message
@@ -160,6 +162,45 @@ def test_a_letter_that_would_be_too_large_is_not_replayed(rig: Rig, dead: Dead) 
     done = dead("replay", "--all")
     assert (done.exit_code, done.output.count("65536 are allowed")) == (1, 1)
     assert len(names(dead)) == 1
+
+
+def removed(rig: Rig, bound: str) -> float:
+    """How many dead letters the worker has removed for this reason."""
+    with urlopen(rig.worker.metrics_url) as page:  # noqa: S310 - the worker's own
+        [value] = re.findall(rf'dead_letters_removed_total{{bound="{bound}"}} ([\d.]+)', page.read().decode())
+    return float(value)
+
+
+def test_dead_letters_go_after_seven_days(rig: Rig, dead: Dead) -> None:
+    before, now, days = removed(rig, "age"), time.time(), 86_400
+    old, young = address(), address("young")
+    entries = [
+        *(({"email": old}, now - age * days) for age in (8, 7.01)),
+        (None, 0.0),
+        ({"email": old}, now - 7.01 * days),
+        ({"email": young}, now - 6.99 * days),
+        (None, 0.0),
+    ]
+    with rig.broker.pipeline() as pipe:
+        for kwargs, at in entries:
+            entry = {"reason": "a reason", "at": at, "message": json.dumps(message(kwargs, headers={"at": now}))}
+            pipe.lpush("verification.dead", "not written by a worker" if kwargs is None else json.dumps(entry))
+        pipe.execute()
+    eventually(lambda: removed(rig, "age") - before == 4)
+    listed = [json.loads(line)["email"] for line in dead("list", "--json").output.splitlines()]
+    assert listed == [None, mask_email(young)]
+    assert "dead letters were removed: 4 older than 7 days, 0 beyond" in rig.worker.log
+
+
+def test_only_the_newest_10000_dead_letters_are_kept(rig: Rig) -> None:
+    rig.broker.delete("verification.dead")
+    before, now = removed(rig, "number"), time.time()
+    entries = [json.dumps({"reason": "a reason", "at": now, "message": str(number)}) for number in range(10_007)]
+    rig.broker.lpush("verification.dead", *entries)
+    eventually(lambda: removed(rig, "number") - before == 7)
+    kept = [json.loads(each)["message"] for each in rig.dead_letters()]
+    assert kept == [str(number) for number in range(10_006, 6, -1)]
+    rig.broker.delete("verification.dead")
 
 
 def test_only_the_named_letters_are_dropped(rig: Rig, dead: Dead) -> None:

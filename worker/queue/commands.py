@@ -33,6 +33,10 @@ TICK: Final = 1.0  # seconds between two rounds of maintenance, at most; several
 WOKEN_TTL: Final = 5000  # ms; a request woken before it is delayed finds the note within one round trip
 
 
+DEAD_AGE: Final = 7 * 86_400  # seconds that a dead letter is kept
+DEAD_KEPT: Final = 10_000  # dead letters that are kept, at most
+
+
 class Reservation(NamedTuple):
     """What `reserve` took."""
 
@@ -46,6 +50,8 @@ class MaintenanceResult(NamedTuple):
     ready: int  # delayed requests that are due
     suspects: int
     restored: int  # messages of dead workers
+    dead_too_old: int  # dead letters that this call has removed
+    dead_too_many: int  # likewise
     poison: list[Reserved]  # reserved by this call: each must be answered and dead-lettered
 
 
@@ -102,14 +108,16 @@ class RequestQueue:
         `relay_healthy`: whether this worker has a healthy relay. Read the answer with `read_maintain`.
         """
         keys = [INDEX, UNACKED, self.name, self._suspects, self._due, self._ready, self._delayed]
-        keys += [self.name + WORKERS, self.name + UNHEALTHY_WORKERS]
+        keys += [self.name + WORKERS, self.name + UNHEALTHY_WORKERS, DEAD_LETTERS]
         visibility = self._visibility_timeout if restore else 0
         arguments = [visibility, MAX_MOVES, self._prefix(), self._deaths, REPLY_TTL, SUSPECT_DEATHS, POISON_DEATHS]
-        return _MAINTAIN(keys, [*arguments, self._owner, int(relay_healthy), LARGEST_MESSAGE, *tags])
+        bounds = (LARGEST_MESSAGE, DEAD_AGE, DEAD_KEPT)
+        return _MAINTAIN(keys, [*arguments, self._owner, int(relay_healthy), *bounds, *tags])
 
     @staticmethod
     def read_maintain(answer: list[Any]) -> MaintenanceResult:
-        return MaintenanceResult(answer[0], answer[1], answer[2], _pairs(answer[3:]))
+        ready, suspects, restored, too_old, too_many, *poison = answer
+        return MaintenanceResult(ready, suspects, restored, too_old, too_many, _pairs(poison))
 
     @staticmethod
     def ack(tags: list[str]) -> Command:

@@ -1,6 +1,7 @@
 --[[
 maintain: what a living worker does every second. It renews its reservations; messages that no worker renewed for the whole
-visibility timeout go back to the queue; delayed requests that are due become ready; and it leaves a sign of life.
+visibility timeout go back to the queue; delayed requests that are due become ready; dead letters that are too old or too
+many go; and it leaves a sign of life.
 
 KEYS 1 index       zset
      2 unacked     hash
@@ -11,6 +12,7 @@ KEYS 1 index       zset
      7 delayed     hash   id -> birth (ms), a space, message
      8 workers     zset   worker by its last sign of life (s)
      9 unhealthy   zset   the same, of workers without a healthy relay
+     10 dead       list   dead letters, the newest first
 ARGV 1 visibility  s      the timeout; 0: restore nothing
      2 most        int    messages to move in one call
      3 tag prefix  string unique to this call
@@ -20,19 +22,24 @@ ARGV 1 visibility  s      the timeout; 0: restore nothing
      7 poison      int    deaths after which a message is not tried again
      8 worker      string unique to the process
      9 healthy     1 or 0 whether the worker has a healthy relay
-    10 ...                tags that the worker holds
+     10 largest    bytes   a larger message is not decoded
+     11 dead age   s       of the oldest dead letter to keep
+     12 dead kept  int     dead letters to keep, at most
+     13 ...                tags that the worker holds
 
-Returns {ready, suspects, restored, tag, message ...}: this call has reserved these messages because each has killed so many
-workers as `poison` says; they must be answered and dead-lettered.
+Returns {ready, suspects, restored, dead letters too old, dead letters too many, tag, message ...}: this call has reserved
+these messages because each has killed so many workers as `poison` says; they must be answered and dead-lettered.
 ]]
+local LOOKED_AT = 100 -- dead letters in one call
+
 local time = redis.call('TIME')
 local seconds = time[1] + time[2] / 1000000
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-for i = 11, #ARGV do
+for i = 13, #ARGV do
     redis.call('ZADD', KEYS[1], 'XX', seconds, ARGV[i])
 end
 
-local result = { 0, 0, 0 }
+local result = { 0, 0, 0, 0, 0 }
 local visibility, most = tonumber(ARGV[1]), tonumber(ARGV[2])
 if visibility > 0 then
     local stale = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', seconds - visibility, 'LIMIT', 0, most)
@@ -78,6 +85,27 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', now, 'LIMIT', 0
     end
     redis.call('ZREM', KEYS[5], id)
 end
+-- A dead letter without a time, which no worker wrote, goes with the next older one that has one. Errors are ignored: the key
+-- may hold another type.
+pcall(function()
+    local length, kept = redis.call('LLEN', KEYS[10]), tonumber(ARGV[12])
+    if length > kept then
+        redis.call('LTRIM', KEYS[10], 0, kept - 1)
+        result[5], length = length - kept, kept
+    end
+    local old = 0
+    for i = 1, math.min(length, LOOKED_AT) do
+        local at = tonumber(string.match(redis.call('LINDEX', KEYS[10], -i), '"at"%s*:%s*([%d.eE+-]+)'))
+        if at and at >= seconds - ARGV[11] then
+            break
+        end
+        old = at and i or old
+    end
+    if old > 0 then
+        redis.call('LTRIM', KEYS[10], 0, -old - 1)
+        result[4] = old
+    end
+end)
 -- Last, and with its errors ignored: a full server may refuse this, and must not prevent the rest.
 redis.pcall('ZADD', KEYS[8], seconds, ARGV[8])
 if ARGV[9] == '1' then
