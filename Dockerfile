@@ -25,7 +25,7 @@ RUN apt-get update -q \
 WORKDIR /opt/verifyserver
 COPY --from=build /opt/verifyserver /opt/verifyserver
 COPY LICENSE ./
-# Nobody outside reaches a container's loopback. The API still demands VERIFY_API_KEYS or VERIFY_ALLOW_PLAINTEXT=1
+# Nobody outside reaches a container's loopback. The API still demands keys and TLS, or VERIFY_ALLOW_PLAINTEXT=1
 # before it listens there.
 ENV PATH=/opt/verifyserver/venv/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONUNBUFFERED=1 \

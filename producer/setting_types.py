@@ -279,6 +279,12 @@ def _web_url(value: str) -> str:
     return value.rstrip("/")
 
 
+def _file_path(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError
+    return value
+
+
 def _flag(value: str) -> bool:
     if value not in {"0", "1"}:
         raise ValueError
@@ -307,5 +313,6 @@ ApiKeys = Annotated[
 BindTo = Annotated[Bind, _read_by(_bind), PlainSerializer(str)]
 From = Annotated[Sender, _read_by(_sender), PlainSerializer(str)]
 WebURL = Annotated[str, AfterValidator(_web_url)]
+FilePath = Annotated[str, AfterValidator(_file_path)]
 Flag = Annotated[bool, _read_by(_flag), PlainSerializer(lambda flag: str(int(flag)))]
 Seconds = Annotated[float, PlainSerializer(lambda seconds: f"{seconds:g}")]

@@ -24,6 +24,7 @@ from producer.setting_types import (
     BaseRedisURL,
     Bind,
     BindTo,
+    FilePath,
     Flag,
     From,
     RedisURL,
@@ -129,6 +130,9 @@ class Settings(BaseSettings):
         "comma-separated name:key; the name has 1 to 32 of A-Z a-z 0-9 . _ -, the key 16 to 256 visible ASCII"
         " characters without a comma, and no key stands there twice",
     )
+    tls_cert: FilePath = _setting("", "path of a PEM file with the server's certificate and its chain")
+    tls_key: FilePath = _setting("", "path of a PEM file with that certificate's key, unencrypted")
+    tls_client_ca: FilePath = _setting("", "path of a PEM file with the certificates that vouch for clients")
     allow_plaintext: Flag = _setting(False, _FLAG)
     metrics_bind: BindTo = _setting(Bind("127.0.0.1", 9464), "host:port; port 0 picks a free one")
     demo: Flag = _setting(False, _FLAG)

@@ -23,16 +23,14 @@ def require_permission(settings: Settings) -> None:
     """Raises `CannotListen` if the API would serve other hosts without keys or TLS and no setting allows it."""
     if settings.allow_plaintext:
         return
-    if not settings.api_keys and not is_loopback(settings.http_bind, "VERIFY_HTTP_BIND"):
-        raise CannotListen(
-            f"VERIFY_HTTP_BIND: {settings.http_bind} is beyond loopback; set VERIFY_API_KEYS,"
-            " or VERIFY_ALLOW_PLAINTEXT=1 to let anyone in"
-        )
-    if not is_loopback(settings.grpc_bind, "VERIFY_GRPC_BIND"):
-        raise CannotListen(
-            f"VERIFY_GRPC_BIND: {settings.grpc_bind} is beyond loopback, and gRPC has neither TLS nor keys;"
-            " set VERIFY_ALLOW_PLAINTEXT=1 to listen there all the same"
-        )
+    given = {"VERIFY_API_KEYS": settings.api_keys, "VERIFY_TLS_CERT and VERIFY_TLS_KEY": settings.tls_cert}
+    missing = [names for names, value in given.items() if not value]
+    for bind, name in ((settings.http_bind, "VERIFY_HTTP_BIND"), (settings.grpc_bind, "VERIFY_GRPC_BIND")):
+        if missing and not is_loopback(bind, name):
+            raise CannotListen(
+                f"{name}: {bind} is beyond loopback; set {' and '.join(missing)},"
+                " or VERIFY_ALLOW_PLAINTEXT=1 to listen there without"
+            )
 
 
 def listen(bind: Bind, name: str) -> list[socket.socket]:

@@ -18,6 +18,7 @@ from producer.api.http_connection import BODY_LIMIT
 from producer.api.keys import NEEDED, KeyCheck
 from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp, file_descriptor
 from producer.api.state import Api
+from producer.api.tls import Certificates
 from producer.audit import Audit
 from producer.contract import LONGEST_CLIENT, is_client
 
@@ -67,9 +68,13 @@ class GrpcServer:
         keys = KeyCheck(api.settings.api_keys) if api.settings.api_keys else None
         self._server.add_generic_rpc_handlers((_Methods(methods, keys, api.audit),))
 
-    async def start(self, address: str) -> int:
+    async def start(self, address: str, tls: Certificates | None = None) -> int:
         """Listen on `host:port` and return the port. Raises `RuntimeError` if that is not possible."""
-        port: int = self._server.add_insecure_port(address)
+        port: int
+        if tls is None:
+            port = self._server.add_insecure_port(address)
+        else:
+            port = self._server.add_secure_port(address, tls.grpc_credentials())
         await self._server.start()
         await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         return port

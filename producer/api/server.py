@@ -21,6 +21,7 @@ from producer.api.grpc import GrpcServer
 from producer.api.http import make_app
 from producer.api.http_connection import HttpConnections
 from producer.api.state import Api
+from producer.api.tls import Certificates, certificates
 from producer.errors import RedisLoginRefused
 from producer.setting_types import Bind
 from producer.settings import Settings
@@ -48,17 +49,18 @@ class _HttpServer(uvicorn.Server):
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, and return once everything that was accepted is answered.
 
-    Raises `CannotListen`. A second signal ends the process at once.
+    Raises `CannotListen` or `BadSetting`. A second signal ends the process at once.
     """
     require_permission(settings)
+    tls = certificates(settings)
     traces = set_up("verifyserver-api")
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))  # its INFO is chatter
     _raise_file_limit()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(settings, traces))
+        runner.run(_serve(settings, traces, tls))
 
 
-async def _serve(settings: Settings, traces: Traces | None) -> None:
+async def _serve(settings: Settings, traces: Traces | None, tls: Certificates | None) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stop)
@@ -68,7 +70,7 @@ async def _serve(settings: Settings, traces: Traces | None) -> None:
     grpc = GrpcServer(api)
     http = _HttpServer(
         uvicorn.Config(
-            make_app(api, f"http://{_reachable(http_bind)}"),
+            make_app(api, f"{'https' if tls else 'http'}://{_reachable(http_bind)}"),
             http=HttpConnections().new,  # type: ignore[arg-type]  # a type, says uvicorn; it only calls it
             ws="none",
             lifespan="off",
@@ -77,6 +79,7 @@ async def _serve(settings: Settings, traces: Traces | None) -> None:
             server_header=False,
             proxy_headers=False,  # nothing here depends on who asks
             backlog=LISTEN_BACKLOG,
+            ssl_context_factory=(lambda *_: tls.http_context()) if tls else None,
             timeout_keep_alive=_KEEP_ALIVE,  # type: ignore[arg-type]  # it is handed to call_later
         )
     )
@@ -84,14 +87,15 @@ async def _serve(settings: Settings, traces: Traces | None) -> None:
     try:
         require_free(settings.grpc_bind, "VERIFY_GRPC_BIND")
         try:
-            grpc_port = await grpc.start(str(settings.grpc_bind))
+            grpc_port = await grpc.start(str(settings.grpc_bind), tls)
         except RuntimeError:  # the port was taken since we looked
             raise CannotListen(f"VERIFY_GRPC_BIND: cannot listen on {settings.grpc_bind}") from None
         http_task = asyncio.create_task(http.serve(sockets=sockets))
-        logger.info("the HTTP API listens on %s", http_bind)
+        with_tls = "" if tls is None else " with TLS"
+        logger.info("the HTTP API listens on %s%s", http_bind, with_tls)
         if settings.demo and not is_loopback(settings.http_bind, "VERIFY_HTTP_BIND"):
             logger.warning("VERIFY_DEMO: whoever opens the page at / can read its inbox, with the codes in it")
-        logger.info("the gRPC API listens on %s", Bind(settings.grpc_bind.host, grpc_port))
+        logger.info("the gRPC API listens on %s%s", Bind(settings.grpc_bind.host, grpc_port), with_tls)
         report, stopping = asyncio.create_task(_report_readiness(api)), asyncio.create_task(stop.wait())
         await asyncio.wait([stopping, http_task], return_when=asyncio.FIRST_COMPLETED)
         report.cancel()

@@ -65,6 +65,8 @@ CHECK: Final = """-d '{"email": "a@example.com", "varifycode": "123456"}'"""
 NAMES: Final = "tests/unit/test_far_commands.py"
 MANIFESTS: Final = "tests/unit/test_kubernetes.py"
 PODS: Final = "tests/e2e/test_pods.py"
+TLS: Final = "tests/integration/test_api_tls.py"
+TLS_API: Final = "https://verify.example.com:8081"
 IMAGE: Final = "tests/e2e/test_containers.py::test_the_image_has_no_development_packages"
 
 # For commands with this beginning that WAYS does not list.
@@ -125,6 +127,9 @@ WAYS: Final[dict[str, Way]] = {
         f"{PODS}::test_a_code_is_requested_mailed_and_checked"
     ),
     # asking
+    f"""curl -sS -m 10 --cacert ca.pem -H "Authorization: Bearer $KEY" {TLS_API}/get_varifycode {ASK}""": TestedBy(
+        f"{TLS}::test_with_keys_and_tls_both_serve_beyond_loopback_and_take_a_renewed_certificate"
+    ),
     f"curl http://127.0.0.1:8081/get_varifycode {ASK}": Run(SUCCESS, ASKED),
     f"curl http://127.0.0.1:8081/check_varifycode {CHECK}": Run(SUCCESS, ("api", "code")),
     """curl -sS -m 10 http://127.0.0.1:8081/get_varifycode -d '{"email": "a@example.com", "locale": "en"}'""": Run(

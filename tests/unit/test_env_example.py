@@ -40,7 +40,8 @@ def test_it_holds_the_defaults(tmp_path: Path) -> None:
 
 
 def test_only_derived_and_secret_values_are_empty() -> None:
-    names = ("CODES_URL", "BROKER_URL", "RESULTS_URL", "API_KEYS", "DEMO_INBOX", "DEMO_FLOWER", "CONFIG")
+    urls, tls = ("CODES_URL", "BROKER_URL", "RESULTS_URL"), ("TLS_CERT", "TLS_KEY", "TLS_CLIENT_CA")
+    names = (*urls, *tls, "API_KEYS", "DEMO_INBOX", "DEMO_FLOWER", "CONFIG")
     derived = {f"{PREFIX}{name}" for name in names}
     given = {"REDIS_PASSWORD", "FLOWER_PASSWORD", "GRAFANA_PASSWORD", "METRICS_KEY"}
     assert {name for name, value in VALUES.items() if not value} == derived | given
