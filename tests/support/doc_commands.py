@@ -126,6 +126,9 @@ WAYS: Final[dict[str, Way]] = {
     f"""curl -H "Authorization: Bearer $(get metrics-key)" {ASK} http://127.0.0.1:8081/get_varifycode""": TestedBy(
         f"{PODS}::test_a_code_is_requested_mailed_and_checked"
     ),
+    "sh deploy/redis-users.sh redis-users": TestedBy(
+        "tests/integration/test_redis_users.py::test_passwords_are_random_and_only_their_owner_reads_them"
+    ),
     # asking
     f"""curl -sS -m 10 --cacert ca.pem -H "Authorization: Bearer $KEY" {TLS_API}/get_varifycode {ASK}""": TestedBy(
         f"{TLS}::test_with_keys_and_tls_both_serve_beyond_loopback_and_take_a_renewed_certificate"

