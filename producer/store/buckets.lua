@@ -5,31 +5,31 @@ A bucket limits how many mails leave. Its key is a string: when it is full again
 bucket's interval, and the bucket is empty while it is further away than burst - 1 intervals. A send is charged to all its
 buckets or to none:
 
-     address          <address key>             the mails to one address
-     client address   <address key>:<client>    those to one address that one client asked for
-     client           <client prefix><client>   those that one client asked for
-     total            <total key>               all
+     1 address          bucket:<address>            the mails to one address
+     2 client address   bucket:<address>:<client>   those to one address that one client asked for
+     3 client           bucket:client:<client>      those that one client asked for
+     4 total            bucket:total                all
 
-A record's field `charged` says what was charged: the four intervals in this order (0: not charged) and the client, with
-spaces between; only the first one if only the address was charged; '' if nothing was. So a refund is exact even if the
-settings have changed since.
+A record's field `charged` says what was charged: the intervals of these four in their order (0: not charged) and the client,
+with spaces between; trailing ones may be left out; '' if nothing was. So a refund is exact even if the settings have changed
+since.
 ]]
 local call = redis.call
 
--- The key of the bucket with this number in the list above.
-local function bucket_key(n, address_key, client, client_prefix, total_key)
+-- The key of bucket `n`. `address_key`: that of the address' own.
+local function bucket_key(n, address_key, client)
     if n == 1 then
         return address_key
     elseif n == 2 then
         return address_key .. ':' .. client
     elseif n == 3 then
-        return client_prefix .. client
+        return 'bucket:client:' .. client
     end
-    return total_key
+    return 'bucket:total'
 end
 
 -- Gives back what `charged` says. By the life of a key and not by its value, as settle.lua does not read the time.
-local function refund(charged, address_key, client_prefix, total_key)
+local function refund(charged, address_key)
     local parts = {}
     for part in string.gmatch(charged, '%S+') do
         parts[#parts + 1] = part
@@ -37,7 +37,7 @@ local function refund(charged, address_key, client_prefix, total_key)
     for n = 1, math.min(#parts, 4) do
         local interval = tonumber(parts[n])
         if interval > 0 then
-            local key = bucket_key(n, address_key, parts[5], client_prefix, total_key)
+            local key = bucket_key(n, address_key, parts[5])
             local life = math.ceil(call('PTTL', key) - interval)
             local full = life > 0 and call('MGET', key)[1]
             if full then

@@ -74,6 +74,11 @@ class CodePolicy:
         """The mails to one address that one client asked for. So a stranger cannot use up an address' own bucket."""
         return self.address.share(4)
 
+    @property
+    def buckets(self) -> tuple[Bucket, Bucket, Bucket, Bucket]:
+        """In the order of BUCKETS."""
+        return self.address, self.client_address, self.client, self.total
+
     @classmethod
     def of(cls, settings: Settings) -> CodePolicy:
         """The policy that the settings describe."""

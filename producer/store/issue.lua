@@ -18,18 +18,15 @@ ARGV 1  lease             ms
      9  cooldown prefix   string  + code key: string  fingerprint of the code in the last accepted mail
      10 sending prefix    string  + code key: string  id of the request whose mail is being sent
      11 joined prefix     string  + code key: set     ids of the requests that wait for that mail's outcome
-     12 client prefix     string  + client: string    the client's bucket
-     13 total key         string  string              the bucket of everything
-     14 success           int     error code of a request that meets a cooldown
-     15 too many requests int     error code of a request that meets an empty bucket
-     16 timeout           int     error code of a request that is given up
-     17 mail rejected     int     error code of a request whose address is suppressed
-     18 max attempts      int     see lengths.lua
-     19 shortest          int     length of a code, in digits
-     20 longest           int     likewise
-     21 to 28             two for each bucket, in the order of buckets.lua:
-        interval          ms      one send comes back; 0: no such bucket
-        burst             int     size of the bucket
+     12 success           int     error code of a request that meets a cooldown
+     13 too many requests int     error code of a request that meets an empty bucket
+     14 timeout           int     error code of a request that is given up
+     15 mail rejected     int     error code of a request whose address is suppressed
+     16 max attempts      int     see lengths.lua
+     17 shortest          int     length of a code, in digits
+     18 longest           int     likewise
+     19 to 22             string  of each bucket, in the order of buckets.lua: interval (ms, in which one send comes back)
+                                  and burst (the size of the bucket), with a space between; '': there is no such bucket
      then seven for each request:
      who                  string  hash of address and purpose: the same id must come with the same
      token                string  names this holder of the lease
@@ -65,31 +62,29 @@ local lease, remember = ARGV[1], ARGV[6]
 local seen, lease_end = string.format('%.0f', now), string.format('%.0f', now + lease)
 local give_up_after, min_life = tonumber(ARGV[2]), tonumber(ARGV[4])
 local cooldown, id_at = tonumber(ARGV[5]), #ARGV[7] + 1
-local client_prefix, total_key = ARGV[12], ARGV[13]
-local SUCCESS, TOO_MANY_REQUESTS, TIMEOUT = tonumber(ARGV[14]), tonumber(ARGV[15]), tonumber(ARGV[16])
-local MAIL_REJECTED = tonumber(ARGV[17])
-local attempts, shortest, longest = tonumber(ARGV[18]), tonumber(ARGV[19]), tonumber(ARGV[20])
+local SUCCESS, TOO_MANY_REQUESTS, TIMEOUT = tonumber(ARGV[12]), tonumber(ARGV[13]), tonumber(ARGV[14])
+local MAIL_REJECTED = tonumber(ARGV[15])
+local attempts, shortest, longest = tonumber(ARGV[16]), tonumber(ARGV[17]), tonumber(ARGV[18])
 
--- Those of the buckets with these numbers that are configured, and what the record of a request that they let pass says.
-local NAMES = { 'address_bucket', 'client_address_bucket', 'client_bucket', 'total_bucket' }
-local function configured(numbers)
-    local buckets, intervals = {}, { '0', '0', '0', '0' }
-    for _, n in ipairs(numbers) do
-        local interval, burst = ARGV[2 * n + 19], ARGV[2 * n + 20]
-        if interval ~= '0' then
-            buckets[#buckets + 1] = { n = n, why = NAMES[n], interval = tonumber(interval), most = (burst - 1) * interval }
+-- The buckets that are configured, and what the record of a request says that is charged to them.
+local function configured(with_client)
+    local buckets, intervals = { charged = '' }, {}
+    for n = 1, (with_client or ARGV[22] ~= '') and 4 or 1 do
+        intervals[n] = '0'
+        if ARGV[18 + n] ~= '' and (with_client or n == 1 or n == 4) then
+            local interval, burst = string.match(ARGV[18 + n], '^(%S+) (%S+)$')
             intervals[n] = interval
+            buckets[#buckets + 1] = { n = n, interval = tonumber(interval), most = (burst - 1) * interval, full = 0 }
         end
     end
-    local only_address = #buckets == 1 and buckets[1].n == 1
-    buckets.charged = only_address and intervals[1] or #buckets > 0 and table.concat(intervals, ' ') or ''
+    buckets.charged = table.concat(intervals, ' ')
     return buckets
 end
-local without_client, with_client = configured({ 1, 4 }), configured({ 1, 2, 3, 4 })
+local without_client, with_client -- each made when it is needed first
 
 return each(#KEYS / 5, function(i)
     local record_key, code_key, address_key = KEYS[5 * i - 4], KEYS[5 * i - 3], KEYS[5 * i - 2]
-    local at = 7 * i + 22
+    local at = 7 * i + 16
     local who, token, known_error = ARGV[at], ARGV[at + 1], ARGV[at + 2]
 
     local record, flat = {}, call('HGETALL', record_key)
@@ -108,7 +103,7 @@ return each(#KEYS / 5, function(i)
     local function answer(error, why)
         if (record.charged or '') ~= '' and doubts == 0 then
             -- Charged for a send that no relay accepted, by a worker that died before it could settle that.
-            refund(record.charged, address_key, client_prefix, total_key)
+            refund(record.charged, address_key)
             call('HSET', record_key, 'charged', '')
         end
         call('HSET', record_key, 'who', who, 'first', first, 'token', '', 'error', error)
@@ -132,15 +127,9 @@ return each(#KEYS / 5, function(i)
     end
 
     local sending_key, client = ARGV[10] .. code_key, ARGV[at + 6]
-    local buckets = client == '' and without_client or with_client
-    local keys = { code_key, ARGV[9] .. code_key, sending_key, KEYS[5 * i - 1], KEYS[5 * i] }
-    local before = #keys
-    for n, bucket in ipairs(buckets) do
-        keys[before + n] = bucket_key(bucket.n, address_key, client, client_prefix, total_key)
-    end
-    local found = call('MGET', unpack(keys))
+    local found = call('MGET', code_key, ARGV[9] .. code_key, sending_key, address_key, KEYS[5 * i - 1], KEYS[5 * i])
     local code, life, mark = found[1], 0, nil
-    local wrong = tonumber(found[5]) or 0
+    local wrong = tonumber(found[6]) or 0
     if code and code ~= '' and not too_short(code, wrong, attempts, shortest, longest) then
         life = call('PTTL', code_key)
         mark = life > 0 and sha1hex(code)
@@ -166,27 +155,43 @@ return each(#KEYS / 5, function(i)
         return answer(TIMEOUT)
     end
 
-    if found[4] then
-        local until_ms = string.match(found[4], '^%S+ (%d+) %d+$')
+    if found[5] then
+        local until_ms = string.match(found[5], '^%S+ (%d+) %d+$')
         if until_ms and tonumber(until_ms) > now then
             return answer(MAIL_REJECTED, 'suppressed')
         end
     end
 
     local charged = record.charged or ''
-    if charged == '' and #buckets > 0 then
-        local full = {}
-        for n, bucket in ipairs(buckets) do
-            full[n] = math.max(tonumber(found[before + n]) or 0, now)
-            if full[n] - now > bucket.most then
-                return answer(TOO_MANY_REQUESTS, bucket.why)
+    if charged == '' then
+        local buckets
+        if client == '' then
+            without_client = without_client or configured(false)
+            buckets = without_client
+        else
+            with_client = with_client or configured(true)
+            buckets = with_client
+        end
+        for n = 1, #buckets do
+            local bucket = buckets[n]
+            local value = found[4]
+            if bucket.n > 1 then
+                value = call('MGET', bucket_key(bucket.n, address_key, client))[1]
+            end
+            bucket.full = math.max(tonumber(value) or 0, now)
+            if bucket.full - now > bucket.most then
+                local names = { 'address_bucket', 'client_address_bucket', 'client_bucket', 'total_bucket' }
+                return answer(TOO_MANY_REQUESTS, names[bucket.n])
             end
         end
-        for n, bucket in ipairs(buckets) do
-            full[n] = full[n] + bucket.interval
-            call('SET', keys[before + n], full[n], 'PX', math.ceil(full[n] - now))
+        for n = 1, #buckets do
+            local bucket = buckets[n]
+            local full = bucket.full + bucket.interval
+            call('SET', bucket_key(bucket.n, address_key, client), full, 'PX', math.ceil(full - now))
         end
-        charged = client == '' and buckets.charged or buckets.charged .. ' ' .. client
+        if #buckets > 0 then
+            charged = client == '' and buckets.charged or buckets.charged .. ' ' .. client
+        end
     end
 
     if doubts == 0 and (not mark or life < min_life) then

@@ -35,9 +35,7 @@ _RENEW, _CHECK = Script(_LUA / "renew.lua"), Script(_LENGTHS, _LUA / "check.lua"
 
 # Side keys; none begins with `code_`, which GateServer builds from user text. All have a TTL.
 ATTEMPTS, COOLDOWN, SENDING, JOINED = "attempts:", "cooldown:", "sending:", "joined:"  # + code key
-BUCKET = "bucket:"  # + canonical address, and perhaps : and the client
-CLIENT_BUCKET = "bucket:client:"  # + client
-TOTAL_BUCKET = "bucket:total"
+BUCKET = "bucket:"  # + canonical address; buckets.lua has those of clients and of everything
 SUPPRESSED = "suppressed:"  # + canonical address
 WRONG = "wrong:"  # + purpose:canonical address
 REQUEST = "request:"  # + request id
@@ -58,15 +56,15 @@ class RedisCodeStore:
         self._issue_args: tuple[Arg, ...] = (
             *(policy.lease, policy.give_up_after, policy.ttl, policy.min_life),
             *(policy.cooldown, policy.remember),
-            *(REQUEST, ATTEMPTS, COOLDOWN, SENDING, JOINED, CLIENT_BUCKET, TOTAL_BUCKET),
+            *(REQUEST, ATTEMPTS, COOLDOWN, SENDING, JOINED),
             *(int(ErrorCode.SUCCESS), int(ErrorCode.TOO_MANY_REQUESTS), int(ErrorCode.TIMEOUT)),
             int(ErrorCode.MAIL_REJECTED),
             *(policy.max_attempts, policy.code_length, policy.code_max_length),
-            *(*policy.address, *policy.client_address, *policy.client, *policy.total),
+            *(f"{each.interval} {each.burst}" if each.interval else "" for each in policy.buckets),
         )
         self._settle_args: tuple[Arg, ...] = (
             *(policy.cooldown, policy.remember),
-            *(REQUEST, COOLDOWN, SENDING, JOINED, CLIENT_BUCKET, TOTAL_BUCKET),
+            *(REQUEST, COOLDOWN, SENDING, JOINED),
             *(int(ErrorCode.SUCCESS), int(ErrorCode.TIMEOUT)),
             *(int(ErrorCode.INVALID_ADDRESS), int(ErrorCode.MAIL_REJECTED)),
             *(policy.suppression, policy.longest_suppression),

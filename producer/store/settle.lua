@@ -12,14 +12,12 @@ ARGV 1  cooldown          ms      0: off
      4  cooldown prefix   string  + code key: string
      5  sending prefix    string  + code key: string
      6  joined prefix     string  + code key: set
-     7  client prefix     string  + client: string    the client's bucket
-     8  total key         string  string              the bucket of everything
-     9  success           int     error code: a relay accepted the mail
-     10 timeout           int     error code: unknown
-     11 invalid address   int     error code that is final for the mailbox
-     12 mail rejected     int     likewise
-     13 first period      ms      that an address is suppressed after its mailbox was refused
-     14 longest period    ms      each further refusal after the end doubles the period up to this one
+     7  success           int     error code: a relay accepted the mail
+     8  timeout           int     error code: unknown
+     9  invalid address   int     error code that is final for the mailbox
+     10 mail rejected     int     likewise
+     11 first period      ms      that an address is suppressed after its mailbox was refused
+     12 longest period    ms      each further refusal after the end doubles the period up to this one
      then three for each:
      token                string
      result               string  'failed' (no relay accepted it, try again) | 'unknown' (one may have; try again)
@@ -35,8 +33,8 @@ mail deletes it if its reason is 'refused'; a suppression with another reason is
 ]]
 local cooldown, remember = tonumber(ARGV[1]), ARGV[2]
 local id_at = #ARGV[3] + 1
-local SUCCESS, TIMEOUT, INVALID_ADDRESS, MAIL_REJECTED = ARGV[9], ARGV[10], ARGV[11], ARGV[12]
-local first_period, longest_period = tonumber(ARGV[13]), tonumber(ARGV[14])
+local SUCCESS, TIMEOUT, INVALID_ADDRESS, MAIL_REJECTED = ARGV[7], ARGV[8], ARGV[9], ARGV[10]
+local first_period, longest_period = tonumber(ARGV[11]), tonumber(ARGV[12])
 
 -- `found`: what the key holds.
 local function suppress(key, reason, found)
@@ -59,7 +57,7 @@ end
 return each(#KEYS / 4, function(i)
     local record_key, code_key, address_key = KEYS[4 * i - 3], KEYS[4 * i - 2], KEYS[4 * i - 1]
     local suppressed_key = KEYS[4 * i]
-    local token, result, reason = ARGV[3 * i + 12], ARGV[3 * i + 13], ARGV[3 * i + 14]
+    local token, result, reason = ARGV[3 * i + 10], ARGV[3 * i + 11], ARGV[3 * i + 12]
 
     local record = call('HMGET', record_key, 'token', 'error', 'who', 'charged', 'mark', 'doubts', 'dot', 'tries')
     if record[1] ~= token or record[2] then
@@ -76,7 +74,7 @@ return each(#KEYS / 4, function(i)
     local accepted = result == SUCCESS
     local perhaps = result == 'unknown' or (result == TIMEOUT and record[7] == '1') or doubts > 0
     if (record[4] or '') ~= '' and not accepted and not perhaps then
-        refund(record[4], address_key, ARGV[7], ARGV[8])
+        refund(record[4], address_key)
         call('HSET', record_key, 'charged', '')
     end
 
