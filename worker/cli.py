@@ -1,4 +1,4 @@
-"""`python -m worker dead`: list, show, replay and drop dead letters."""
+"""`python -m worker`: `dead` lists, shows, replays and drops dead letters; `erase` removes an address."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from producer.errors import RedisLoginRefused, RedisUnavailable, VerifyError
 from producer.setting_types import mask_url
 from producer.settings import load_or_exit
 from worker.celery_side.redis_urls import connect
+from worker.erase import KINDS, Eraser
 from worker.queue.dead_letters import DeadLetter, DeadLetters
 
 TIMEOUT = 3.0  # seconds for Redis to answer
+ERASE_TIMEOUT = 10.0  # likewise; `erase` asks for more, of a server that may be busy
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Commands for whoever runs the workers.")
 dead = typer.Typer(
@@ -39,9 +41,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line."
 @contextmanager
 def _letters() -> Iterator[DeadLetters]:
     settings = load_or_exit()
-    where = f"Redis at {mask_url(settings.broker_url)}"
-    try:
+    with _errors_of(settings.broker_url):
         yield DeadLetters(connect(settings.broker_url, timeout=TIMEOUT), settings.queue)
+
+
+@contextmanager
+def _errors_of(*urls: str) -> Iterator[None]:
+    where = " or ".join(dict.fromkeys(f"Redis at {mask_url(url)}" for url in urls))
+    try:
+        yield
     except AuthenticationError:
         raise RedisLoginRefused(f"{where} refused the login: check its user and password") from None
     except RedisError as exc:
@@ -120,6 +128,31 @@ def _chosen(letters: DeadLetters, names: list[str] | None, every: bool) -> list[
         raise typer.BadParameter("give either names or --all")
     # Oldest first, in the order in which they came.
     return letters.list()[::-1] if every else [letters.find(name) for name in names or ()]
+
+
+@app.command()
+def erase(
+    email: Annotated[str, typer.Argument(metavar="ADDRESS", help="In any spelling.", show_default=False)],
+    wait: Annotated[float, typer.Option(min=0, help="Seconds for workers to finish what they hold of it.")] = 30.0,
+) -> None:
+    """Remove all that is kept about an address: codes, counts, limits, replies, requests, dead letters.
+
+    Callers and workers may go on. A queued request for it is not sent; its caller is answered 6. What a worker holds is
+    finished first. Says how much of each kind was removed. Exit status: 0, nothing is left (or there was nothing);
+    1, Redis cannot be used; 3, something is left, run it again. Logs and backups are not touched: they hold no whole
+    address, and all of it.
+    """
+    settings = load_or_exit()
+    urls = (settings.codes_url, settings.broker_url, settings.results_url)
+    with _errors_of(*urls):
+        codes, broker, results = (connect(url, timeout=ERASE_TIMEOUT) for url in urls)
+        eraser = Eraser(codes, broker, results, queue=settings.queue, email=email, fold_aliases=settings.fold_aliases)
+        done = eraser.erase(wait=wait)
+    for kind in KINDS:
+        typer.echo(f"{kind}: {done.removed[kind]} removed")
+    for kind, count in done.left.items():
+        typer.echo(f"left: {count} ({kind}); run it again", err=True)
+    raise typer.Exit(3 if done.left else 0)
 
 
 def main() -> None:

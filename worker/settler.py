@@ -94,11 +94,11 @@ _REPLY = Script(EACH, Path(__file__).parent / "queue" / "reply.lua")
 def store_replies(answered: Iterable[tuple[Job, ErrorCode]]) -> Command:
     """Store and publish replies. The answer has for each 1 if it is the first reply to its id, else 0, or an error."""
     now = datetime.now(UTC).isoformat()
-    pairs = [(reply_key(job.request_id), _payload(job, error, now)) for job, error in answered]
+    pairs = [(reply_key(job.request_id), reply_payload(job, error, now)) for job, error in answered]
     return _REPLY([key for key, _ in pairs], [REPLY_TTL, *(payload for _, payload in pairs)])
 
 
-def _payload(job: Job, error: ErrorCode, date_done: str) -> bytes:
+def reply_payload(job: Job, error: ErrorCode, date_done: str) -> bytes:
     """A reply as Celery's Redis backend stores it."""
     meta: dict[str, Any] = {
         "status": "SUCCESS",
