@@ -14,7 +14,7 @@ import pytest
 from celery import Celery, group
 from support.caller import TASK, address, message
 from support.flower_process import FlowerProcess
-from support.process import eventually, in_time
+from support.process import eventually
 from support.redis_server import RedisServer
 from support.rig import Rig, code_in
 from support.smtp_server import Drop, Held, ScriptedServer
@@ -204,23 +204,6 @@ def test_requests_being_sent_are_active_and_others_queued(rig: Rig, flower: Flow
     hold.release.set()
     assert set(rig.caller.replies(ids)) == {0}
     eventually(lambda: {state_of(flower, each) for each in ids} == {"SUCCESS"})
-
-
-def test_requests_with_an_eta_are_scheduled(rig: Rig, flower: FlowerProcess) -> None:
-    def seen(seconds: float) -> tuple[str, Any] | None:
-        due = datetime.now(UTC) + timedelta(seconds=seconds)
-        headers = {"eta": due.isoformat()}
-        [request_id] = rig.caller.push(message({"email": address("secret-")}, headers=headers))
-        while datetime.now(UTC) < due:
-            info = flower.api(f"/api/workers?refresh=1&workername={rig.worker.name}")[rig.worker.name]
-            if request_id in str(info["scheduled"]):
-                return request_id, info["scheduled"]
-        return None
-
-    request_id, scheduled = in_time(seen)
-    assert "s***@example.com" in str(scheduled)
-    assert_private(rig, flower)
-    assert rig.caller.reply(request_id)["error"] == 0
 
 
 def test_a_request_made_in_flower_is_masked_in_answer_and_log(rig: Rig, flower: FlowerProcess) -> None:

@@ -19,6 +19,8 @@ from support.fake_worker import FakeWorker
 from support.process import ROOT, eventually
 from support.redis_server import RedisServer
 
+from bench.fuzz.grpc import connection_with
+from bench.fuzz.http import exchange
 from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp, file_descriptor
 
 pytestmark = pytest.mark.usefixtures("redis")  # the shared server is empty at first
@@ -127,6 +129,10 @@ class TestBadInput:
         with pytest.raises(grpc.RpcError) as raised:
             api.call_raw(b"", method="GetCode")
         assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+    def test_a_method_whose_name_is_no_text_ends_nothing(self, api: ApiProcess) -> None:
+        exchange(api.grpc_port, connection_with(b"/message.VarifyS\xe5rvice/GetVarifyCode", b""))
+        assert api.call("nobody").error == 3
 
     def test_a_cancelled_call_and_one_with_a_short_deadline_leave_nothing(
         self, api: ApiProcess, redis_server: RedisServer

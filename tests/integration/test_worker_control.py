@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from celery import Celery
 from support.caller import TASK, address, message
-from support.process import eventually
+from support.process import WAIT_TIMEOUT, eventually
 from support.rig import Rig
 from support.smtp_server import Held
 
@@ -27,7 +27,7 @@ def app(rig: Rig) -> Iterator[Celery]:
 
 def ask(rig: Rig, app: Celery, question: str, *args: Any) -> Any:
     """The worker's own answer."""
-    answers = getattr(app.control.inspect([rig.worker.name], timeout=5, limit=1), question)(*args)
+    answers = getattr(app.control.inspect([rig.worker.name], timeout=WAIT_TIMEOUT, limit=1), question)(*args)
     assert answers, f"no answer to {question}"
     return answers[rig.worker.name]
 

@@ -1,0 +1,151 @@
+"""Mutated gRPC: messages and metadata through a channel, and HTTP/2 frames on bare connections."""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import grpc
+from support.api_process import ApiProcess
+
+from bench.fuzz.http import exchange
+from bench.fuzz.mutate import VALUES, Mutator
+from bench.fuzz.target import Target
+from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp
+
+_AT_ONCE: Final = 8  # connections, or calls
+_TIMEOUT: Final = 60.0  # seconds
+_PATHS: Final = (
+    f"/{SERVICE}/{METHOD}",
+    "/grpc.health.v1.Health/Check",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+)
+_METADATA: Final = ("x-verify-client", "authorization", "traceparent", "grpc-timeout", "user-agent", "te", "x-bin")
+# What a client does wrong; anything else is the server's fault.
+_REFUSALS: Final = frozenset(
+    {
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.UNIMPLEMENTED,
+    }
+)
+_CALL, _FRAMES = b"call ", b"raw "  # how an input begins: through a channel, or as it is on a connection
+_PROTO_TOKENS: Final = (
+    *(b"\x0a", b"\x0a\xff\xff\xff\xff\x0f", b"\x08\x01", b"\x0a\x00", b"\x12\x01x", b"\x0b\x0c", b"\xff" * 10),
+    *(b"\x80" * 11, b"\x0a\x03\xed\xa0\x80", b"\x0a\x01\x00", b"\x0a\x80\x08" + b"a" * 1024, b"\x00"),
+)
+_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    """One HTTP/2 frame."""
+    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+
+
+def _headers(*pairs: tuple[bytes, bytes]) -> bytes:
+    """Literal fields without indexing, in HPACK; for names and values of up to 126 bytes."""
+    return b"".join(b"\0%c%s%c%s" % (len(name), name, len(value), value) for name, value in pairs)
+
+
+def connection_with(path: bytes, message: bytes) -> bytes:
+    """What a client sends on a connection for one call."""
+    fields = (
+        *(
+            (b":method", b"POST"),
+            (b":scheme", b"http"),
+            (b":path", path),
+            (b":authority", b"api"),
+            (b"te", b"trailers"),
+        ),
+        *((b"content-type", b"application/grpc"), (b"grpc-timeout", b"5S"), (b"x-verify-client", b"c")),
+    )
+    data = b"\0" + struct.pack(">I", len(message)) + message
+    return _PREFACE + frame(4, 0, 0, b"") + frame(1, 4, 1, _headers(*fields)) + frame(0, 1, 1, data)
+
+
+def _conversations(message: bytes) -> list[bytes]:
+    calls = [connection_with(path.encode(), message) for path in _PATHS]
+    settings = frame(4, 0, 0, struct.pack(">HIHI", 3, 100, 4, 65_535))
+    others = (
+        frame(8, 0, 0, struct.pack(">I", 1000)),
+        frame(6, 0, 0, b"12345678"),
+        frame(3, 0, 1, struct.pack(">I", 8)),
+        frame(2, 0, 3, struct.pack(">IB", 0, 16)),
+        frame(7, 0, 0, struct.pack(">II", 1, 0)),
+        frame(9, 4, 1, _headers((b"a", b"b"))),
+        frame(5, 4, 1, b"\0\0\0\2"),
+    )
+    return [*calls, _PREFACE + settings + calls[0][len(_PREFACE) :], *(calls[0] + each for each in others)]
+
+
+class GrpcTarget(Target):
+    """The gRPC API. Its process needs an answering worker."""
+
+    kind = "grpc"
+
+    def __init__(self, api: ApiProcess, seed: int) -> None:
+        super().__init__(api, seed)
+        self._api = api
+        self._message = GetVarifyReq(email="mutant@example.com").SerializeToString()
+        self._conversations = _conversations(self._message)
+
+    def mutated(self, chance: random.Random) -> bytes:
+        """A message for a call, or what a whole connection sends."""
+        mutator = Mutator(chance)
+        if chance.random() < 0.6:
+            if chance.random() < 0.3:
+                email = str(chance.choice(VALUES)).encode("utf-8", "ignore").decode()
+                return b"".join((_CALL, GetVarifyReq(email=email).SerializeToString()))
+            return _CALL + mutator.garbled(self._message, _PROTO_TOKENS)
+        frames = [frame(chance.randrange(12), chance.randrange(256), chance.randrange(8), chance.randbytes(9))]
+        whole = chance.choice(self._conversations)
+        if chance.random() < 0.2:  # the preface stays, what follows is anything
+            return _FRAMES + whole[: len(_PREFACE) + 9] + chance.randbytes(chance.randrange(200))
+        return _FRAMES + mutator.garbled(whole, [*frames, *_PROTO_TOKENS], self._conversations)
+
+    def send(self, inputs: Sequence[bytes]) -> Iterable[tuple[int, str]]:
+        """Each in a call or on a connection of its own, a few at once."""
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for at, what in enumerate(pool.map(self._try, inputs)):
+                if what:
+                    yield at, what
+
+    def honest(self) -> bool:
+        """A call is answered with success."""
+        return bool(self._api.call("honest@example.com").error == 0)
+
+    def _try(self, data: bytes) -> str | None:
+        if data.startswith(_FRAMES):
+            return self._try_frames(data.removeprefix(_FRAMES))
+        chance = random.Random(data)
+        value = chance.choice([str(each)[:200] for each in VALUES]).encode("ascii", "ignore").decode()
+        name, text = chance.choice(_METADATA), "".join(each for each in value if each.isprintable())
+        metadata = ((name, text.encode() if name.endswith("-bin") else text),)
+        call = self._api.channel.unary_unary(_PATHS[0], _as_it_is, _as_it_is)
+        try:
+            answer = call(data.removeprefix(_CALL), timeout=_TIMEOUT, metadata=metadata)
+            GetVarifyRsp.FromString(answer)
+        except grpc.RpcError as exc:
+            code = exc.code()
+            return None if code in _REFUSALS else f"answered {code.name}"
+        return None
+
+    def _try_frames(self, data: bytes) -> str | None:
+        try:
+            answer = exchange(self._api.grpc_port, data)
+        except TimeoutError:
+            return f"the connection was not closed within {_TIMEOUT:.0f} s"
+        while len(answer) >= 9:
+            length, kind = int.from_bytes(answer[:3]), answer[3]
+            if length > 16_384 or kind > 9:
+                return f"malformed frame in the answer: {answer[:20]!r}"
+            answer = answer[9 + length :]
+        return None
+
+
+def _as_it_is(message: bytes) -> bytes:
+    return message
