@@ -162,7 +162,7 @@ class Eraser:
                 if self._is_in_text(request_id) or (isinstance(value, bytes) and self._is_in_reply(value)):
                     self._ids.add(request_id)
                     found.append(key)
-            removed[REPLIES] += _unlink(self._results, found)
+            removed[REPLIES] += _delete(self._results, found)
         return +removed
 
     def _from_codes(self) -> Counter[str]:
@@ -180,7 +180,7 @@ class Eraser:
                 if kind is not None and not any(name.startswith(prefix) for prefix in kept):
                     found[kind].append(key)
             for kind, each in found.items():
-                removed[kind] += _unlink(self._codes, each)
+                removed[kind] += _delete(self._codes, each)
         whos = {Claim.of("", "", email, purpose, "").who for email in self._spellings for purpose in self._purposes}
         for keys in _pages(self._codes.scan_iter(f"{REQUEST}*", count=STEP)):
             pipeline = self._codes.pipeline(transaction=False)
@@ -191,7 +191,7 @@ class Eraser:
                 ours = isinstance(who, bytes) and _text(who) in whos
                 if (ours or request_id in self._ids or self._is_in_text(request_id)) and request_id not in self._held:
                     records.append(key)
-        removed[RECORDS] += _unlink(self._codes, records)
+        removed[RECORDS] += _delete(self._codes, records)
         return +removed
 
     def _kind(self, name: str) -> str | None:
@@ -303,6 +303,6 @@ def _pages(keys: Iterable[Any]) -> Iterator[list[Any]]:
         yield page
 
 
-def _unlink(client: Redis, keys: list[Any]) -> int:
+def _delete(client: Redis, keys: list[Any]) -> int:
     """Delete keys; how many there were."""
-    return sum(int(client.unlink(*keys[at : at + STEP])) for at in range(0, len(keys), STEP))
+    return sum(int(client.delete(*keys[at : at + STEP])) for at in range(0, len(keys), STEP))

@@ -251,6 +251,16 @@ def test_an_operator_works_on_dead_letters(users: Users) -> None:
     assert users.rig.dead_letters() == []
 
 
+def test_an_operator_erases_an_address(users: Users) -> None:
+    email = address()
+    assert users.rig.caller.ask(email)["error"] == 0
+    users.rig.caller.push(message({"email": email}, headers={"eta": "2100-01-01T00:00:00"}))
+    eventually(lambda: users.rig.broker.hlen(f"{QUEUE}.parked") == 1)
+    said = users.run("operator", "worker", "erase", email)
+    assert "delayed requests: 1 removed\ndead letters: 0 removed\ncodes: 1 removed" in said
+    assert not users.rig.codes.exists(f"code_{email}")
+
+
 def test_flower_shows_workers_tasks_and_the_queue(users: Users) -> None:
     environment = {**users.rig.worker.environment, "VERIFY_REDIS_URL": users.url("flower")}
     with FlowerProcess(environment) as flower:
