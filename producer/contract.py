@@ -107,7 +107,7 @@ class ErrorCode(IntEnum):
         1004,
         "VarifyCodeErr",
         "Check only: the code is wrong.",
-        "Let the user try again; VERIFY_MAX_ATTEMPTS wrong checks drop the code.",
+        "Let the user try again; too many wrong checks (VERIFY_MAX_ATTEMPTS) drop the code.",
         False,
     )
 
