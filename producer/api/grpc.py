@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final
 from urllib.parse import unquote
@@ -42,12 +43,24 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 _OPEN: Final = frozenset({f"/{health.SERVICE_NAME}/Check", f"/{health.SERVICE_NAME}/Watch"})
 
 
+class _CallersMistakes(logging.Filter):
+    """Drops what grpc.aio logs of a call whose path or metadata is no UTF-8: three tracebacks, for anybody who asks."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to log it."""
+        return not (record.exc_info and isinstance(record.exc_info[1], UnicodeDecodeError))
+
+
+_CALLERS_MISTAKES: Final = _CallersMistakes()
+
+
 class GrpcServer:
     """One gRPC server on the running loop."""
 
     def __init__(self, api: Api) -> None:
         self._api = api
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stub is older
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_CALLERS_MISTAKES)
         self._server = grpc.aio.server(options=_OPTIONS)
         services = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflecting: Any = reflection.aio.ReflectionServicer(services, pool=_reflected())  # type: ignore[attr-defined]

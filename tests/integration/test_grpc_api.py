@@ -133,6 +133,7 @@ class TestBadInput:
     def test_a_method_whose_name_is_no_text_ends_nothing(self, api: ApiProcess) -> None:
         exchange(api.grpc_port, connection_with(b"/message.VarifyS\xe5rvice/GetVarifyCode", b""))
         assert api.call("nobody").error == 3
+        assert "UnicodeDecodeError" not in api.log
 
     def test_a_cancelled_call_and_one_with_a_short_deadline_leave_nothing(
         self, api: ApiProcess, redis_server: RedisServer
