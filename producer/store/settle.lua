@@ -28,8 +28,9 @@ Returns a list with an entry for each: {1 if this holder had the lease else 0, i
 alone. If the mail was accepted and its code is still live, or if the mailbox is refused for good, every joined request
 gets the same answer in its record; otherwise one of them may send.
 
-The suppressed key outlives its end by the longest period, so that a mailbox which is refused again then is known. An accepted
-mail deletes it if its reason is 'refused'; a suppression with another reason is neither deleted nor replaced before its end.
+The suppressed key outlives its end by its period, and at least by the life of a record, so that a mailbox which is refused
+again then is known; no longer, or strangers could fill the server with mailboxes that do not exist. An accepted mail deletes
+it if its reason is 'refused'; a suppression with another reason is neither deleted nor replaced before its end.
 ]]
 local cooldown, remember = tonumber(ARGV[1]), ARGV[2]
 local id_at = #ARGV[3] + 1
@@ -51,7 +52,7 @@ local function suppress(key, reason, found)
         end
     end
     local value = string.format('%s %.0f %.0f', reason, now + period, period)
-    call('SET', key, value, 'PX', string.format('%.0f', period + longest_period))
+    call('SET', key, value, 'PX', string.format('%.0f', period + math.max(period, tonumber(remember))))
 end
 
 return each(#KEYS / 4, function(i)

@@ -284,21 +284,24 @@ def test_an_answer_without_a_mail_to_a_refused_mailbox_is_not_charged(driver: Dr
     driver.send(claim_of("two"))
 
 
+def refused_for(driver: Driver, name: str, minutes: int) -> None:
+    """A request sends, its mailbox is refused, and for so long there is no further mail."""
+    driver.refuse(claim_of(name))
+    driver.pass_time(minutes * MINUTE - 1_000)
+    assert driver.issue(claim_of(f"{name}, within")) == SUPPRESSED
+    driver.pass_time(1_001)
+
+
 def test_each_refusal_after_the_end_doubles_the_period_up_to_a_day(driver: Driver) -> None:
     for number, minutes in enumerate([10, 20, 40, 80, 160, 320, 640, 1280, 1440, 1440]):
-        driver.refuse(claim_of(f"refused {number}"))
-        driver.pass_time(minutes * MINUTE - 1_000)
-        assert driver.issue(claim_of(f"within {number}")) == SUPPRESSED
-        driver.pass_time(1_001)
+        refused_for(driver, f"refusal {number}", minutes)
 
 
-def test_a_refused_mailbox_is_forgotten_a_day_after_the_end(driver: Driver) -> None:
-    for name in ("one", "two"):
-        driver.refuse(claim_of(name))
-        driver.pass_time(10 * MINUTE + 24 * 60 * MINUTE + 1)
-    driver.refuse(claim_of("three"))
-    driver.pass_time(10 * MINUTE + 1)
-    driver.send(claim_of("four"))
+def test_a_refused_mailbox_is_forgotten_an_hour_or_its_period_after_the_end(driver: Driver) -> None:
+    pauses = [(0, 10), (59, 20), (59, 40), (61, 10), (0, 20), (0, 40), (0, 80), (79, 160), (161, 10)]
+    for number, (pause, minutes) in enumerate(pauses):
+        driver.pass_time(pause * MINUTE)
+        refused_for(driver, f"refusal {number}", minutes)
 
 
 def test_refusals_of_sends_that_overlapped_count_once(driver: Driver) -> None:

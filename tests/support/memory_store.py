@@ -100,8 +100,8 @@ class MemoryCodeStore:
         state.cooldowns = {key: pair for key, pair in state.cooldowns.items() if pair[1] > now}
         state.sending = {key: pair for key, pair in state.sending.items() if pair[1] > now}
         state.joined = {key: pair for key, pair in state.joined.items() if pair[1] > now}
-        longest = self.policy.longest_suppression
-        state.suppressed = {key: found for key, found in state.suppressed.items() if found[1] + longest > now}
+        least = self.policy.remember
+        state.suppressed = {key: each for key, each in state.suppressed.items() if each[1] + max(each[2], least) > now}
         state.wrong = {key: pair for key, pair in state.wrong.items() if pair[1] > now}
 
     # The port.
