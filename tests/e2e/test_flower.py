@@ -144,7 +144,7 @@ def test_every_outcome_is_shown(rig: Rig, flower: FlowerProcess) -> None:
     expired = app.send_task(TASK, kwargs={"email": address("secret-")}, expires=datetime.now(UTC) - timedelta(hours=1))
     many = group(app.signature(TASK, kwargs={"email": address("secret-")}) for _ in range(3)).apply_async()
     odd = "o'secret-{x}=@example.com"
-    headers: list[dict[str, Any]] = [{}, {"eta": eta}]
+    headers: list[dict[str, Any]] = [{}, {"group": "odd"}]
     rig.caller.push(*(message({"email": odd}, request_id=f"{odd}{len(each)}", headers=each) for each in headers))
     revoked = message({"email": address("secret-")})
     app.control.revoke(revoked["headers"]["id"])

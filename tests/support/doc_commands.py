@@ -59,6 +59,7 @@ COLLECTED: Final = {"PYTEST_ADDOPTS": "--collect-only -q"}
 REDIS: Final = ("VERIFY_REDIS_URL",)
 CONFIG: Final = "VERIFY_CONFIG=path/to/config.json"
 API: Final = "curl -s http://127.0.0.1:8081"
+CODES: Final = "redis-cli -u redis://127.0.0.1:6379/0"
 METRICS: Final = "curl -s http://127.0.0.1:9464/metrics | grep"
 ASK: Final = """-d '{"email": "a@example.com"}'"""
 CHECK: Final = """-d '{"email": "a@example.com", "varifycode": "123456"}'"""
@@ -179,6 +180,9 @@ WAYS: Final[dict[str, Way]] = {
     "OTEL_TRACES_EXPORTER=otlp": TestedBy(
         "tests/integration/test_traces_exported.py::test_one_trace_goes_through_both_processes"
     ),
+    f"{CODES} GET suppressed:a@example.com": Run(),
+    f"{CODES} DEL suppressed:a@example.com": Run(r"\d"),
+    f"{CODES} --scan --pattern 'suppressed:*' | xargs -r -d '\\n' {CODES} DEL": Run(),
     f"{API}/readyz": Run(r'"ready": ?true', ASKED),
     f"{API}/metrics | grep '^verify_api_requests_total'": Run(r'error="0"', ("asked",)),
     f"{METRICS} -E '^verify_(workers|broker_up|queue_|dead_letters|worker_relay_unhealthy)'": Run(
