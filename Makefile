@@ -11,7 +11,7 @@ PYTEST_ARGS ?= -n 4 --dist worksteal
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all faults soak picture bench lint docs lock
+.PHONY: help setup demo test test-all faults soak picture bench lint docs lock audit
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -83,3 +83,19 @@ lock: setup ## resolve the newest versions that pyproject.toml allows into requi
 	$(COMPILE) --group dev --upgrade --output-file requirements.lock
 	$(COMPILE) --upgrade --constraints requirements.lock --no-annotate --output-file requirements.prod.lock
 	@! grep -n '://' requirements.lock requirements.prod.lock
+
+# Run on demand: nobody needs them to work on the code. What bandit would look for, ruff's rules S do in `make lint`. Where
+# the advisories cannot be read, pip-audit only skips packages; --strict makes that an error, and it is said plainly.
+SBOM := build/sbom.cdx.json
+TOOL := $(BIN)/uv tool run --quiet --exclude-newer '7 days'
+audit: setup ## write a CycloneDX list of the production packages, and look for known vulnerabilities in them
+	@mkdir -p $(dir $(SBOM))
+	@PYTHONWARNINGS=ignore $(TOOL) --from 'cyclonedx-bom>=7,<8' cyclonedx-py requirements requirements.prod.lock --pyproject pyproject.toml \
+	  --mc-type application --output-reproducible --of JSON -o $(SBOM)
+	@echo "The packages of requirements.prod.lock are in $(SBOM)."
+	@found=$$($(TOOL) 'pip-audit>=2.9,<3' --strict --disable-pip --require-hashes --progress-spinner off \
+	  -r requirements.prod.lock 2>&1); status=$$?; \
+	case "$$found" in \
+	  *"could not be audited"*|*onnection*) \
+	    echo "Not audited: the advisories of PyPI cannot be read from here." >&2; exit 1;; \
+	esac; echo "$$found"; exit $$status

@@ -91,6 +91,9 @@ WAYS: Final[dict[str, Way]] = {
     "make soak MINUTES=15 SEED=10": Slow(r"Lost: 0\. Violations: 0\.", "MINUTES=0.3"),
     "make picture": Slow(r"Lost: 0\. Violations: 0\.", "SECONDS=50"),
     "make lock": Slow(""),
+    "make audit": TestedBy(
+        "tests/e2e/test_packages_audited.py::test_make_audit_lists_and_audits_what_runs_in_production"
+    ),
     # a worker and the API
     "export VERIFY_REDIS_URL=redis://127.0.0.1:6379": Run(),
     "export VERIFY_RELAYS=smtp+starttls://user:password@smtp.example.com:587": Run(),

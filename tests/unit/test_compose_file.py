@@ -118,6 +118,14 @@ def test_published_ports() -> None:
     }
 
 
+def test_only_our_services_reach_redis() -> None:
+    networks = {name: set(service.get("networks", ["default"])) for name, service in services().items()}
+    assert {name for name, joined in networks.items() if "redis" in joined} == OURS | {"redis"}
+    assert networks["redis"] == {"redis"}
+    assert {name for name, joined in networks.items() if "default" in joined} == networks.keys() - {"redis"}
+    assert compose({**example(), **containers.PASSWORDS})["networks"].keys() == {"default", "redis"}
+
+
 def test_without_the_profile_nothing_of_it_is_needed() -> None:
     found = services({**example(), **containers.PASSWORDS, "GRAFANA_PASSWORD": "", "METRICS_KEY": ""})
     assert {name for name, service in found.items() if service.get("profiles") == ["observe"]} == MONITORING
