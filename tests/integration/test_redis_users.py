@@ -33,6 +33,7 @@ BINARIES: Final = [str(get_binary_path()), *filter(None, [shutil.which("redis-se
 ADMIN: Final = "admin"  # the tests' own user and its password
 LUA: Final = {
     "worker": [*(ROOT / "worker").rglob("*.lua"), *(ROOT / "producer").rglob("*.lua")],
+    "operator": [ROOT / "worker" / "queue" / f"{name}.lua" for name in ("replay", "forget")],
     "api": [ROOT / "producer" / "store" / f"{name}.lua" for name in ("check", "lengths", "push", "backlog")],
 }
 # A user and what it is refused; EMAIL stands for an address that has a code.

@@ -91,6 +91,12 @@ WAYS: Final[dict[str, Way]] = {
     "make soak MINUTES=15 SEED=10": Slow(r"Lost: 0\. Violations: 0\.", "MINUTES=0.3"),
     "make picture": Slow(r"Lost: 0\. Violations: 0\.", "SECONDS=50"),
     "make lock": Slow(""),
+    **{
+        f"python -m worker erase{words}": TestedBy(
+            "tests/integration/test_erase.py::test_everything_about_an_address_goes_and_nothing_else"
+        )
+        for words in ("", " ADDRESS")
+    },
     "make audit": TestedBy(
         "tests/e2e/test_packages_audited.py::test_make_audit_lists_and_audits_what_runs_in_production"
     ),
