@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from producer.api import demo
+from producer.api.binding import is_loopback
 from producer.api.body import JsonRoute, malformed_fields
 from producer.api.http_connection import refusal
 from producer.api.keys import NEEDED, KeyCheck
@@ -29,10 +30,12 @@ from producer.api.models import (
     RequestAnswer,
     error_table,
 )
+from producer.api.origin import OriginCheck
 from producer.api.state import Api
 from producer.audit import Audit
 from producer.contract import ErrorCode
 from producer.metrics import CONTENT_TYPE
+from producer.settings import Settings
 
 if TYPE_CHECKING:
     from producer.tracing.spans import Traces
@@ -53,8 +56,9 @@ Every answered request is HTTP 200 with a number in `error`. A body is JSON what
 _REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
     "4XX": {
         "model": Refusal,
-        "description": "400 the body ended early, 401 the key is missing or wrong, 408 the body did not arrive within"
-        " 5 s, 413 the body has more than 16 kB",
+        "description": "400 the body ended early, or there is not one Host; 401 the key is missing or wrong; 403 a"
+        " foreign Host or Origin, without keys; 408 the body did not arrive within 5 s; 413 the body has more"
+        " than 16 kB; 431 the head has more than 100 headers or 32 kB",
     }
 }
 # The page that FastAPI makes has an inline script; everything that it loads comes from here.
@@ -71,6 +75,7 @@ _DOCS_HEADERS: Final = (
 
 def make_app(api: Api, url: str = "http://127.0.0.1:8081") -> ASGIApp:
     """The API as an ASGI application. `url`: where its examples ask."""
+    settings = api.settings
     app = FastAPIOffline(
         redoc_url=None,
         title="VerifyServer",
@@ -89,15 +94,20 @@ def make_app(api: Api, url: str = "http://127.0.0.1:8081") -> ASGIApp:
             api.traces.answered(ErrorCode.ERROR_JSON)
         return _json({"error": int(ErrorCode.ERROR_JSON), "detail": malformed_fields(exc)})
 
-    with_key = [Security(HTTPBearer(auto_error=False, scheme_name="key"))] if api.settings.api_keys else []
+    with_key = [Security(HTTPBearer(auto_error=False, scheme_name="key"))] if settings.api_keys else []
     app.include_router(_verbs(api, url), dependencies=with_key)
     _add_operations(app, api, with_key)
-    free = OPEN | demo.add(app, api) if api.settings.demo else OPEN
+    free = OPEN | demo.add(app, api) if settings.demo else OPEN
     # Inside the key check: a caller without a key leaves no trace.
     guarded: ASGIApp = app if api.traces is None else _Traced(app, api.traces)
-    if api.settings.api_keys:
-        guarded = _Locked(guarded, KeyCheck(api.settings.api_keys), free, api.audit)
-    return _Outermost(guarded, api)
+    if settings.api_keys:
+        guarded = _Locked(guarded, KeyCheck(settings.api_keys), free, api.audit)
+    checked = OriginCheck(guarded, keys=bool(settings.api_keys), any_host=_any_host(settings), local=demo.DATA)
+    return _Outermost(checked, api)
+
+
+def _any_host(settings: Settings) -> bool:
+    return settings.allow_plaintext or not is_loopback(settings.http_bind, "VERIFY_HTTP_BIND")
 
 
 def _verbs(api: Api, url: str) -> APIRouter:

@@ -193,7 +193,7 @@ class TestTooLarge:
         assert api.http.post(ASK, content=b"x" * 5_000_000).status_code == 413
 
     def test_chunks_without_end_are_cut(self, api: ApiProcess) -> None:
-        head = b"POST /get_varifycode HTTP/1.1\r\nHost: api\r\nTransfer-Encoding: chunked\r\n\r\n"
+        head = b"POST /get_varifycode HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
         with api.knock(head) as connection:
             answers: list[int] = []
             reader = threading.Thread(target=lambda: answers.append(answer_of(connection)[0]))

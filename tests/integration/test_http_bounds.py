@@ -101,7 +101,7 @@ class TestRefused:
                 assert answer_of(connection)[0] == status
 
     def test_chunks_that_are_mostly_framing(self, api: ApiProcess) -> None:
-        head = b"POST /get_varifycode HTTP/1.1\r\nHost: api\r\nTransfer-Encoding: chunked\r\n\r\n"
+        head = b"POST /get_varifycode HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
         with api.knock(head + b"1\r\nx\r\n" * 2000) as connection:
             status, headers, body = answer_of(connection)
         assert (status, headers["connection"], json.loads(body)["error"]) == (413, "close", 1001)

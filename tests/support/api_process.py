@@ -146,5 +146,5 @@ def answer_of(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
 
 def request_bytes(path: str, body: bytes, *headers: str) -> bytes:
     """A POST as it travels."""
-    lines = [f"POST {path} HTTP/1.1", "Host: api", f"Content-Length: {len(body)}", *headers]
+    lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", f"Content-Length: {len(body)}", *headers]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
