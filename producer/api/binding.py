@@ -13,6 +13,7 @@ from producer.setting_types import Bind
 from producer.settings import Settings
 
 LISTEN_BACKLOG = 2048  # connections that may wait to be accepted; the kernel's own limit is often 4096
+RECEIVE_BUFFER = 32 * 1024  # bytes that the kernel keeps for a connection that is not read; it takes twice as much
 
 
 class CannotListen(VerifyError):
@@ -42,6 +43,7 @@ def listen(bind: Bind, name: str) -> list[socket.socket]:
             try:
                 each = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
                 each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)  # its connections have the same
                 if family == socket.AF_INET6:
                     each.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 each.bind((address[0], port, *address[2:]))

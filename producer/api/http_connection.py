@@ -24,13 +24,15 @@ LINGER: Final = 2.0  # seconds of reading on after an early answer: if we closed
 HEAD_LIMIT: Final = 32 * 1024  # bytes
 HEADERS_LIMIT: Final = 100  # in one head; each costs some 200 bytes beside its own
 BODY_LIMIT: Final = 16 * 1024  # bytes of one request; the longest address has 254
-CHUNKS_LIMIT: Final = 1000  # lines of a chunked body: sizes, data and trailers
+PARTS_LIMIT: Final = 1000  # lines of a chunked body (sizes, data and trailers), or of nothing before a head
 # Bytes of body that are read and dropped after an early answer: many clients read it only once they have sent all.
 SURPLUS_LIMIT: Final = 16 * 1024 * 1024
+_REFUSED_LIMIT: Final = 256 * 1024  # the same, after what is no request of ours
 CONNECTIONS_LIMIT: Final = 10_000
 _READ_SIZE: Final = 16 * 1024  # bytes that one connection reads at a time, and so the most that it keeps unparsed
 _WRITE_BUFFER: Final = 4 * 1024  # bytes of answers that may wait for their client before the next part is held back
 _PIPELINES: Final = 8  # pipelined requests that are begun in one turn of the event loop
+_HEAD_END: Final = b"\r\n\r\n"
 _UPGRADING: Final = frozenset({b"upgrade", b"connection", b"http2-settings"})
 
 
@@ -139,7 +141,7 @@ class HttpConnection(HttpToolsProtocol):
         self._due: str | None = None  # the part that the timer runs for
         self._timer: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None  # runs while the client reads too little
-        self._head = self._surplus = self._lines = 0  # bytes, bytes, and lines of a chunked body
+        self._head = self._surplus = self._lines = 0  # bytes, bytes, and parts
         self._left: int | None = 0  # bytes of body still to come; None: chunked
         self._tail = b""  # the end of the head so far, for a line's end that comes in two parts
         self._waiting = b""  # what came behind the request that is being answered
@@ -199,17 +201,17 @@ class HttpConnection(HttpToolsProtocol):
         So no part reaches into the next request. Raises `_TooMuch` with the answer.
         """
         if self._reading != "body":
-            found = (self._tail + data[start:]).find(b"\r\n\r\n") + 4 - len(self._tail)
-            end = start + found if found > 0 else len(data)
-            self._tail = data[max(start, end - 3) : end]
+            end = _after_head(self._tail, data, start) or len(data)
+            self._tail = (self._tail + data[max(start, end - 3) : end])[-3:]
             self._head += end - start
-            if self._head > HEAD_LIMIT:
+            self._lines += 1
+            if self._head > HEAD_LIMIT or self._lines > PARTS_LIMIT:
                 raise _TooMuch(431, "head too large")
             return end
         if self._left is None:
             self._lines += 1
-            if self._lines > CHUNKS_LIMIT:
-                raise _TooMuch(413, f"a body has at most {CHUNKS_LIMIT} lines of chunks")
+            if self._lines > PARTS_LIMIT:
+                raise _TooMuch(413, f"a body has at most {PARTS_LIMIT} lines of chunks")
             found = data.find(b"\n", start)
             end = found + 1 if found >= 0 else len(data)
         else:
@@ -221,8 +223,15 @@ class HttpConnection(HttpToolsProtocol):
 
     def _drop(self, size: int) -> None:
         self._surplus += size
-        if self._surplus > SURPLUS_LIMIT:
+        if self._surplus > (_REFUSED_LIMIT if self._dropping else SURPLUS_LIMIT):
             self.transport.abort()
+        else:  # others come first: without a pause, half a megabyte would be read at once
+            self.flow.pause_reading()
+            self.loop.call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
 
     def _parse(self, data: bytes) -> None:
         try:
@@ -362,11 +371,20 @@ class HttpConnection(HttpToolsProtocol):
                 f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
             )
             self.transport.write(head.encode() + body)
-        self._dropping = True
+        self._dropping, self._surplus = True, 0
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._stop_timer()
         self._timer = self.loop.call_later(LINGER, self.transport.abort)
+
+
+def _after_head(tail: bytes, data: bytes, start: int) -> int:
+    """Where the body follows a head that goes on at `start` of `data`, after `tail`; 0 if the head goes on after it."""
+    found = (tail + data[start : start + 3]).find(_HEAD_END) if tail else -1
+    if found >= 0:
+        return start + found + len(_HEAD_END) - len(tail)
+    found = data.find(_HEAD_END, start)
+    return found + len(_HEAD_END) if found >= 0 else 0
 
 
 def refusal(why: Any, error: int = ErrorCode.ERROR_JSON) -> bytes:
