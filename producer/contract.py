@@ -24,6 +24,7 @@ DEAD_LETTERS = "verification.dead"  # a Redis list in the broker database
 DEFAULT_PURPOSE = "default"
 PURPOSE_PATTERN = re.compile(r"[a-z0-9_-]{1,32}")
 REPLY_KEY_PREFIX = "celery-task-meta-"  # Celery's; the key of a stored reply, and the channel it is published on
+CLIENT_HEADER = "x-verify-client"  # carries the client: gRPC metadata, and an HTTP header for proxies to limit by
 LONGEST_CLIENT = 64  # characters
 LONGEST_LOCALE = 35  # characters, RFC 5646, 4.4.1; a longer one counts as not given
 LONGEST_ID = 255  # bytes of a request id in UTF-8; a message with a longer one is dead-lettered

@@ -21,9 +21,8 @@ from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp, file
 from producer.api.state import Api
 from producer.api.tls import Certificates
 from producer.audit import Audit
-from producer.contract import LONGEST_CLIENT, is_client
+from producer.contract import CLIENT_HEADER, LONGEST_CLIENT, is_client
 
-CLIENT: Final = "x-verify-client"  # metadata
 MESSAGE_TIMEOUT: Final = 5.0  # seconds for a call's message, of which a caller sends the head alone
 
 _OPTIONS: Final = (
@@ -155,9 +154,9 @@ class _Methods(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in 
 
 async def _client(context: _Context) -> str | None:
     """The caller's word for its end user. Refuses the call if it is too long, or if there are two."""
-    given = [value for name, value in context.invocation_metadata() or () if name == CLIENT]
+    given = [value for name, value in context.invocation_metadata() or () if name == CLIENT_HEADER]
     if len(given) > 1 or not all(map(is_client, given)):
-        what = f"{CLIENT} must come once, with at most {LONGEST_CLIENT} characters"
+        what = f"{CLIENT_HEADER} must come once, with at most {LONGEST_CLIENT} characters"
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, what)
     return str(given[0]) if given else None
 

@@ -33,7 +33,7 @@ from producer.api.models import (
 from producer.api.origin import OriginCheck
 from producer.api.state import Api
 from producer.audit import Audit
-from producer.contract import ErrorCode
+from producer.contract import CLIENT_HEADER, LONGEST_CLIENT, ErrorCode, is_client
 from producer.metrics import CONTENT_TYPE
 from producer.settings import Settings
 
@@ -117,14 +117,19 @@ def _verbs(api: Api, url: str) -> APIRouter:
     @router.post(
         "/get_varifycode",
         summary="Send a code",
-        description=_described("Sends a code to `email` and waits for the outcome.", url, "get", CodeRequest),
+        description=_described(
+            "Sends a code to `email` and waits for the outcome. The header `X-Verify-Client` stands for `client`.",
+            url,
+            "get",
+            CodeRequest,
+        ),
         response_model=RequestAnswer | Malformed,
         responses=_REFUSALS,
     )
-    async def get_varifycode(asked: CodeRequest) -> Response:
-        wait = api.relays.wait()
+    async def get_varifycode(asked: CodeRequest, request: Request) -> Response:
+        client, wait = _client(asked, request), api.relays.wait()
         reply = api.client.request(
-            asked.email, purpose=asked.purpose, locale=asked.locale, client=asked.client, observer=wait
+            asked.email, purpose=asked.purpose, locale=asked.locale, client=client, observer=wait
         )
         error = await api.answer("http", "request", wait.reply(reply))
         return _json({"error": int(error), "email": asked.email})
@@ -144,6 +149,17 @@ def _verbs(api: Api, url: str) -> APIRouter:
         return _json({"error": int(await api.answer("http", "check", result)), "email": given.email})
 
     return router
+
+
+def _client(asked: CodeRequest, request: Request) -> str | None:
+    """The field, or else the header. Raises `RequestValidationError`."""
+    if asked.client is not None:
+        return asked.client
+    given = request.headers.getlist(CLIENT_HEADER)
+    if len(given) > 1 or not all(map(is_client, given)):
+        why = f"must come once, with at most {LONGEST_CLIENT} characters"
+        raise RequestValidationError([{"loc": ("header", CLIENT_HEADER), "type": "value_error", "msg": why}])
+    return given[0] if given else None
 
 
 def _described(text: str, url: str, verb: str, body: type[CodeRequest | CodeCheck]) -> str:

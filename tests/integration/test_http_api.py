@@ -86,6 +86,16 @@ class TestRequest:
             {"email": A},
         ]
 
+    def test_a_header_stands_for_the_client(self, api: ApiProcess, redis_server: RedisServer) -> None:
+        with FakeWorker(redis_server) as worker:
+            for more, header in (({}, "a"), ({"client": "b"}, "a"), ({"client": None}, "x" * 64), ({}, "")):
+                said = api.post(ASK, {"email": A, **more}, headers={"X-Verify-Client": header})
+                assert said["error"] == 0
+        assert [each.kwargs.get("client") for each in worker.taken] == ["a", "b", "x" * 64, None]
+        for twice in ([("X-Verify-Client", "x" * 65)], [("X-Verify-Client", "a"), ("X-Verify-Client", "b")]):
+            said = api.post(ASK, {"email": A}, headers=twice)
+            assert said == {"error": 1001, "detail": "x-verify-client must come once, with at most 64 characters"}
+
     @pytest.mark.parametrize("kind", ["text/json", "application/x-www-form-urlencoded", "nonsense", ""])
     def test_the_content_type_does_not_matter(self, api: ApiProcess, redis_server: RedisServer, kind: str) -> None:
         with FakeWorker(redis_server):
