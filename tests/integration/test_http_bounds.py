@@ -169,13 +169,14 @@ class TestTooManyConnections:
     async def test_the_oldest_that_sent_no_whole_request_goes_first(self) -> None:
         async with server(limit=5) as port:
             held, old, half, silent, late = [await connect(port, each) for each in (HOLD, GET, b"GET / H", b"", GET)]
-            newcomers = []
+            alive = [held, old, half, silent, late]
             for gone in (half, silent, old, late):
-                newcomers.append(await connect(port, HOLD))
+                alive.append(await connect(port, HOLD))
+                alive.remove(gone)
                 assert await gone.is_closed()
-            assert all(each.is_open for each in (held, *newcomers))
+                assert all(each.is_open for each in alive)
             assert await (await connect(port, b"")).is_closed()  # all others wait for an answer
-            for each in (held, old, half, silent, late, *newcomers):
+            for each in (*alive, old, half, silent, late):
                 each.writer.close()
 
     async def test_an_answer_makes_a_connection_the_last_of_the_idle(self) -> None:
