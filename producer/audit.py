@@ -11,7 +11,8 @@ from collections import Counter
 from enum import StrEnum
 from typing import Final
 
-from producer.logs import LineLimit, mask_email
+from producer.line_limit import LineLimit
+from producer.masking import mask_email
 
 logger = logging.getLogger("verifyserver.audit")
 

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from producer import logs
+from producer import logs, masking
 from producer.client import VerificationClient
 from producer.contract import DEFAULT_PURPOSE, LONGEST_CLIENT, PURPOSE_PATTERN, ErrorCode, is_client, is_purpose
 from producer.errors import VerifyError
@@ -173,7 +173,7 @@ class _Warnings(logging.Handler):
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(logs.mask_text(record.getMessage()))
+        self.lines.append(masking.mask_text(record.getMessage()))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from celery import Celery, signals
 from click.core import ParameterSource
 
 import celeryconfig
-from producer import logs
+from producer import logs, masking
 from producer.errors import VerifyError
 from producer.settings import exit_on_bad_setting
 from producer.tracing import setup as traces
@@ -72,7 +72,7 @@ def _before_start(instance: Any, options: dict[str, Any], **_: Any) -> None:
     context = click.get_current_context(silent=True)
     if context is not None and context.get_parameter_source("hostname") is ParameterSource.DEFAULT:
         instance.hostname = f"worker-{os.getpid()}@{instance.hostname.partition('@')[2]}"
-    logs.allow_node_name(instance.hostname)
+    masking.allow_node_name(instance.hostname)
     with exit_on_bad_setting():
         check_locale(app.settings.locale)
     traces.set_up_or_exit(SERVICE)

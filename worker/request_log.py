@@ -8,7 +8,8 @@ from collections import Counter
 from typing import Final
 
 from producer.contract import ErrorCode
-from producer.logs import LineLimit, mask_email
+from producer.line_limit import LineLimit
+from producer.masking import mask_email
 from worker.job import Finished
 
 logger = logging.getLogger(__name__)

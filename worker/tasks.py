@@ -9,7 +9,7 @@ from celery.exceptions import Ignore
 from celery.worker.request import Request
 
 from producer.contract import DEFAULT_PURPOSE, TASK, Reply
-from producer.logs import mask_text
+from producer.masking import mask_text
 from worker.celery_side.events import shown
 
 

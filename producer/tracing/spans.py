@@ -18,7 +18,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from producer.contract import ErrorCode
-from producer.logs import mask_text
+from producer.masking import mask_text
 from producer.setting_types import MASK
 
 Headers = Iterable[tuple[str | bytes, str | bytes]]

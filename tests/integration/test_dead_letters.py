@@ -19,7 +19,7 @@ from support.process import ROOT, eventually
 from support.rig import Rig
 from typer.testing import CliRunner, Result
 
-from producer.logs import mask_email
+from producer.masking import mask_email
 from worker.cli import app
 
 Dead = Callable[..., Result]

@@ -12,7 +12,7 @@ import pytest
 from support.relays import FOREVER, UTF8_ENVELOPE, outcome, pool_of, send, send_many, until
 from support.smtp_server import Act, Drop, Last, ScriptedServer, Silence
 
-from producer import logs
+from producer import masking
 from worker.mail.errors import (
     AcceptanceUnknown,
     MailError,
@@ -293,7 +293,9 @@ async def test_a_refused_login_names_the_setting_and_makes_the_relay_unhealthy(
         assert (first.connections, len(second.mails)) == (1, 3)
     [record] = [record for record in caplog.records if record.name == "worker.mail.failover"]
     assert (record.levelname, record.getMessage()) == ("WARNING", message)
-    assert record.__dict__["relay"] == logs.mask_text(record.__dict__["relay"]) == f"smtp://***@127.0.0.1:{first.port}"
+    assert (
+        record.__dict__["relay"] == masking.mask_text(record.__dict__["relay"]) == f"smtp://***@127.0.0.1:{first.port}"
+    )
 
 
 async def test_without_a_healthy_relay_sends_fail_fast_but_for_one_probe_each() -> None:

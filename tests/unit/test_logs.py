@@ -16,7 +16,7 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer import logs
+from producer import logs, masking
 from producer.setting_types import mask_url
 
 PERSON = "anna.secret@example.com"
@@ -158,7 +158,7 @@ def test_lines_below_the_level_are_not_written(stderr: _Stderr, stdlib: logging.
     ],
 )
 def test_a_masked_address_keeps_its_first_character_and_its_domain(email: object, masked: str) -> None:
-    assert logs.mask_email(email) == masked
+    assert masking.mask_email(email) == masked
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_masked_address_keeps_its_first_character_and_its_domain(email: object
     ],
 )
 def test_every_address_in_a_text_is_masked_and_the_rest_stays(text: str, masked: str) -> None:
-    assert logs.mask_text(text) == masked
+    assert masking.mask_text(text) == masked
 
 
 ATEXT = string.ascii_letters + string.digits + "!#$%&'*+-/=?^_`{|}~"
@@ -219,11 +219,11 @@ WRITTEN: list[Callable[[str], str]] = [
 @given(local=LOCAL_PARTS, domain=DOMAINS)
 def test_no_address_of_any_characters_is_shown_whole(write: Callable[[str], str], local: str, domain: str) -> None:
     address = f"{local}@{domain}"
-    masked = logs.mask_text(write(address))
+    masked = masking.mask_text(write(address))
     assert "secret" not in masked
     assert "***@" in masked
-    assert logs.mask_text(masked) == masked
-    assert "secret" not in logs.mask_email(address)
+    assert masking.mask_text(masked) == masked
+    assert "secret" not in masking.mask_email(address)
 
 
 LONG = 2**20  # characters: with a time that grows with the square, the test would take an hour
@@ -240,7 +240,7 @@ LONG = 2**20  # characters: with a time that grows with the square, the test wou
     ids=lambda text: repr(text[:4]),
 )
 def test_a_long_hostile_text_is_masked_in_time(text: str) -> None:
-    assert logs.mask_text(text)
+    assert masking.mask_text(text)
 
 
 @pytest.mark.parametrize("scheme", ["redis", "rediss", "redis+sentinel", "smtp", "smtps"])
@@ -249,7 +249,7 @@ def test_a_url_is_masked_once_and_for_all(scheme: str, user: str, stderr: _Stder
     url = f"{scheme}://{user}one.example:25,two.example/0"
     masked = f"{scheme}://{'***@' if user else ''}one.example:25,two.example/0"
     assert mask_url(url) == masked
-    assert logs.mask_text(url) == logs.mask_text(masked) == masked
+    assert masking.mask_text(url) == masking.mask_text(masked) == masked
     stdlib.warning("%s is down", url)
     stdlib.warning("%s is down", mask_url(url))
     assert stderr.getvalue().count(f"{masked} is down") == 2

@@ -13,7 +13,7 @@ from typing import Any
 
 from celery.backends.redis import RedisBackend, SentinelBackend
 
-from producer.logs import mask_email
+from producer.masking import mask_email
 from worker.celery_side.redis_urls import sentinel_options
 
 

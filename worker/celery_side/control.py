@@ -12,7 +12,7 @@ from typing import Any
 from celery.worker import control, state
 
 from producer.contract import TASK
-from producer.logs import mask_email, mask_text
+from producer.masking import mask_email, mask_text
 
 
 def _held(panel: Any) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from celery.events.dispatcher import EventDispatcher
 
 from producer.contract import TASK, ErrorCode
 from producer.errors import RedisUnavailable
-from producer.logs import mask_email, mask_text
+from producer.masking import mask_email, mask_text
 from producer.redis.scripts import Command
 from worker.databases import Database
 from worker.job import Job

@@ -13,7 +13,7 @@ from redis import Redis
 
 from producer.contract import DEAD_LETTERS, LARGEST_MESSAGE
 from producer.errors import VerifyError
-from producer.logs import mask_email, mask_text
+from producer.masking import mask_email, mask_text
 from producer.redis.scripts import Script
 from worker.queue.message import Reserved, UnfitMessage, parse
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from producer.contract import DEFAULT_PURPOSE, LARGEST_MESSAGE, LONGEST_ID, TASK, VerifyRequest, known_locale
-from producer.logs import mask_email
+from producer.masking import mask_email
 from worker.job import Job
 
 _ARGUMENTS = ("email", "purpose", "locale", "client")  # in the order of the task's parameters
