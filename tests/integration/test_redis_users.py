@@ -61,6 +61,7 @@ REFUSED: Final = [
     ("api", "DEL request:id"),
     ("api", f"SET {META}id reply"),
     ("worker", "SET anything else"),
+    ("worker", "LPUSH other message"),
     ("flower", "GET code_EMAIL"),
     ("flower", "LPUSH verification message"),
     ("flower", "GET request:id"),
@@ -178,6 +179,7 @@ def test_too_many_wrong_checks_burn_a_code(users: Users, api: ApiProcess) -> Non
         pass
     assert api.check(email, "0")["error"] == ErrorCode.VARIFY_EXPIRED
     assert users.rig.codes.get(f"code_{email}") is None
+    assert api.metric("verify_audit_events_total", event="code_burnt") == 1
 
 
 def test_a_plain_caller_pushes_and_hears_its_reply(users: Users) -> None:
