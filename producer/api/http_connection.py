@@ -24,7 +24,7 @@ LINGER: Final = 2.0  # seconds of reading on after an early answer: if we closed
 HEAD_LIMIT: Final = 32 * 1024  # bytes
 HEADERS_LIMIT: Final = 100  # in one head; each costs some 200 bytes beside its own
 BODY_LIMIT: Final = 16 * 1024  # bytes of one request; the longest address has 254
-PARTS_LIMIT: Final = 1000  # lines of a chunked body (sizes, data and trailers), or of nothing before a head
+LINES_LIMIT: Final = 250  # of a chunked body (sizes, data and trailers), or empty ones before a head
 # Bytes of body that are read and dropped after an early answer: many clients read it only once they have sent all.
 SURPLUS_LIMIT: Final = 16 * 1024 * 1024
 _REFUSED_LIMIT: Final = 256 * 1024  # the same, after what is no request of ours
@@ -141,7 +141,7 @@ class HttpConnection(HttpToolsProtocol):
         self._due: str | None = None  # the part that the timer runs for
         self._timer: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None  # runs while the client reads too little
-        self._head = self._surplus = self._lines = 0  # bytes, bytes, and parts
+        self._head = self._surplus = self._lines = 0  # bytes, bytes, and lines
         self._left: int | None = 0  # bytes of body still to come; None: chunked
         self._tail = b""  # the end of the head so far, for a line's end that comes in two parts
         self._waiting = b""  # what came behind the request that is being answered
@@ -204,15 +204,15 @@ class HttpConnection(HttpToolsProtocol):
             end = _after_head(self._tail, data, start) or len(data)
             self._tail = (self._tail + data[max(start, end - 3) : end])[-3:]
             self._head += end - start
-            self._lines += 1
-            if self._head > HEAD_LIMIT or self._lines > PARTS_LIMIT:
+            self._lines += self._reading is None
+            if self._head > HEAD_LIMIT or self._lines > LINES_LIMIT:
                 raise _TooMuch(431, "head too large")
             return end
         if self._left is None:
-            self._lines += 1
-            if self._lines > PARTS_LIMIT:
-                raise _TooMuch(413, f"a body has at most {PARTS_LIMIT} lines of chunks")
             found = data.find(b"\n", start)
+            self._lines += found >= 0
+            if self._lines > LINES_LIMIT:
+                raise _TooMuch(413, f"a body has at most {LINES_LIMIT} lines of chunks")
             end = found + 1 if found >= 0 else len(data)
         else:
             end = min(start + self._left, len(data))
