@@ -72,6 +72,7 @@ REFUSED: Final = [
         for command in (
             *("FLUSHALL", "FLUSHDB", "KEYS *", "CONFIG GET *", "ACL LIST", "SHUTDOWN", "MONITOR", "CLIENT LIST"),
             *("SCRIPT FLUSH", "REPLICAOF NO ONE", "GET other", "SAVE"),
+            "CLIENT TRACKING ON BCAST",  # tells the name of every key that is written, whoever may read it
         )
     ),
     *((user, f"{command} 0") for user in ("default", "caller", "client") for command in ("EVAL 1", "EVALSHA 1")),
