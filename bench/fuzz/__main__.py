@@ -9,7 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from support.api_process import ApiProcess
@@ -32,10 +32,9 @@ def target_of(kind: str, seed: int) -> Iterator[Target]:
             rig.add_worker()
             yield EnvelopeTarget(rig, seed)
         return
-    with RedisServer() as server, FakeWorker(server) as worker:
-        with ApiProcess({"VERIFY_REDIS_URL": server.url()}) as api:
-            yield (HttpTarget if kind == "http" else GrpcTarget)(api, seed)
-        worker.taken.clear()
+    with RedisServer() as server, FakeWorker(server), closing(ApiProcess({"VERIFY_REDIS_URL": server.url()})) as api:
+        api.start()
+        yield (HttpTarget if kind == "http" else GrpcTarget)(api, seed)
 
 
 def main() -> int:

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from support import golden
 from support.caller import META, QUEUE, address, message
+from support.golden import Blanks, files, raw
 from support.process import eventually
 from support.rig import Rig, code_in
 
@@ -38,7 +38,7 @@ class EnvelopeTarget(Target):
         super().__init__(rig.worker, seed)
         self._rig = rig
         self._codes: set[str] = set()
-        self._golden = [each for each in golden.files("push").values() if "bytes" not in each]
+        self._golden = [each for each in files("push").values() if "bytes" not in each]
         self.answered = self.dead = 0
 
     def mutated(self, chance: random.Random) -> bytes:
@@ -46,19 +46,19 @@ class EnvelopeTarget(Target):
         mutator = Mutator(chance)
         email = f"mutant.{chance.getrandbits(40):010x}@example.com"
         if chance.random() < 0.5:
-            blanks = golden.Blanks(email, *(str(uuid.UUID(int=chance.getrandbits(128))) for _ in range(2)))
-            raw = golden.raw(chance.choice(self._golden), blanks)
+            blanks = Blanks(email, *(str(uuid.UUID(int=chance.getrandbits(128))) for _ in range(2)))
+            whole = raw(chance.choice(self._golden), blanks)
         else:
             envelope = message({"email": email}, request_id=str(uuid.UUID(int=chance.getrandbits(128))))
             envelope["properties"]["delivery_tag"] = str(uuid.UUID(int=chance.getrandbits(128)))
-            raw = json.dumps(envelope).encode()
+            whole = json.dumps(envelope).encode()
         if chance.random() < 0.3:
-            return mutator.garbled(raw, JSON_TOKENS)
+            return mutator.garbled(whole, JSON_TOKENS)
         try:
-            envelope = json.loads(raw)
+            envelope = json.loads(whole)
             body = base64.b64decode(envelope["body"])
         except (ValueError, TypeError, LookupError):
-            return mutator.garbled(raw, JSON_TOKENS)
+            return mutator.garbled(whole, JSON_TOKENS)
         match chance.randrange(4):
             case 0:
                 envelope["body"] = base64.b64encode(mutator.garbled(body, JSON_TOKENS)).decode()

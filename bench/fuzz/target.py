@@ -92,9 +92,14 @@ class Target:
             new = log.read()
         self._read += len(new)
         text = GRPCS_OWN.sub("", new.decode(errors="replace"))
-        found = [f"in the log: {sign}" for sign in LOUD if sign in text]
+        found = [f"in the log: {_around(text, sign)}" for sign in LOUD if sign in text]
         found += [f"an address in the log: {each}" for each in set(_ADDRESS.findall(text))]
         return found + ["a code in the log" for each in self.secrets() if each in text]
+
+
+def _around(text: str, sign: str) -> str:
+    at = text.index(sign)
+    return text[max(0, at - 300) : at + 2000]
 
 
 def resident(pid: int) -> float:

@@ -203,8 +203,9 @@ class CodeStoreMachine(RuleBasedStateMachine):
             assert lives[key] == pytest.approx(expected[key.decode()].end - self.memory.now, abs=SLACK)
 
 
+@pytest.mark.parametrize("examples", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_the_store_in_redis_does_what_the_store_in_memory_does(
-    redis: redis_py.Redis, redis_server: RedisServer
+    redis: redis_py.Redis, redis_server: RedisServer, examples: int
 ) -> None:
     del redis  # it has emptied the server
     CodeStoreMachine.driver = RedisDriver(redis_server)
@@ -212,7 +213,7 @@ def test_the_store_in_redis_does_what_the_store_in_memory_does(
         run_state_machine_as_test(
             CodeStoreMachine,
             settings=settings(
-                max_examples=150,
+                max_examples=examples,
                 phases=[Phase.reuse, Phase.generate],  # shrinking takes minutes
                 stateful_step_count=40,
                 suppress_health_check=[HealthCheck.too_slow],

@@ -216,10 +216,9 @@ def test_the_metrics_server_survives_idle_and_broken_clients(rig: Rig) -> None:
     assert ask(url, path="/metrics?name[]=up")[0] == 200
     for junk in (b"\x16\x03\x01 TLS\r\n\r\n", b"\r\n\r\n", b"G" * 100_000):
         with socket.create_connection((HOST, port), timeout=60) as connection:
-            connection.sendall(junk)
-            connection.settimeout(60)
             answer = b""
-            with contextlib.suppress(ConnectionResetError):
+            with contextlib.suppress(ConnectionError):  # it may hang up before all has been sent
+                connection.sendall(junk)
                 answer = connection.recv(1000)
             assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
     assert scrape(rig.worker)["verify_broker_up"] == 1

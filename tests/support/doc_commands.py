@@ -219,6 +219,7 @@ WAYS: Final[dict[str, Way]] = {
     "python -m bench.report RAW": Slow(r"report\.md"),
     "uv pip compile bench/report/requirements.in --universal --python-version 3.11 --generate-hashes --no-header "
     "-o bench/report/requirements.txt": Slow("matplotlib"),
+    ".venv/bin/python -m bench.fuzz http --seconds 300 --seed 1": Slow(r"inputs in .* 0 findings", "--count 500"),
     ".venv/bin/python -m bench.soak compare": Slow("SIGTERM under load", "--only SIGTERM"),
     ".venv/bin/python -m bench.soak failover killed --runs 10": Slow(r"'lost': 0", "--runs 1"),
 }
