@@ -22,7 +22,7 @@ BASE: Final = {"redis", "hiredis", "pydantic", "pydantic_settings", "dotenv", "e
 COMMAND_LINE: Final = {"typer", "rich", "click"}  # the extra `cli`
 API: Final = {  # the extra `api`
     *("fastapi", "fastapi_offline", "starlette", "uvicorn", "httptools", "uvloop", "prometheus_client"),
-    *("grpc", "grpc_health", "grpc_reflection", "google"),
+    *("grpc", "grpc_health", "grpc_reflection", "google", "hpack"),
 }
 CELERY: Final = {"celery", "kombu", "billiard", "vine"}
 KNOW_CELERY: Final = ("worker.app", "worker.tasks", "worker.celery_side")

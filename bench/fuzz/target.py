@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from support.api_process import GRPCS_OWN, LOUD
+from support.api_process import LOUD
 from support.process import Process
 
 BATCH: Final = 500  # inputs between two looks at the process
@@ -91,7 +91,7 @@ class Target:
             log.seek(self._read)
             new = log.read()
         self._read += len(new)
-        text = GRPCS_OWN.sub("", new.decode(errors="replace"))
+        text = new.decode(errors="replace")
         found = [f"in the log: {_around(text, sign)}" for sign in LOUD if sign in text]
         found += [f"an address in the log: {each}" for each in set(_ADDRESS.findall(text))]
         return found + ["a code in the log" for each in self.secrets() if each in text]

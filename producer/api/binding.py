@@ -56,12 +56,6 @@ def listen(bind: Bind, name: str) -> list[socket.socket]:
     return sockets
 
 
-def require_free(bind: Bind, name: str) -> None:
-    """Raises `CannotListen` as `listen` would: gRPC says only on stderr, on several lines, why it cannot."""
-    for each in listen(bind, name):
-        each.close()
-
-
 def is_loopback(bind: Bind, name: str) -> bool:
     """Whether only this host can connect. Raises `CannotListen`; `name` is the setting's."""
     return all(ipaddress.ip_address(address[0].partition("%")[0]).is_loopback for _, address in _addresses(bind, name))

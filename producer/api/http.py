@@ -18,7 +18,7 @@ from producer.api import demo
 from producer.api.binding import is_loopback
 from producer.api.body import JsonRoute, malformed_fields
 from producer.api.http_connection import refusal
-from producer.api.keys import NEEDED, KeyCheck
+from producer.api.keys import NEEDED, KeyCheck, key_name
 from producer.api.models import (
     CheckAnswer,
     CodeCheck,
@@ -225,11 +225,12 @@ class _Locked:
 
     def _has_key(self, scope: Scope) -> bool:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
-        if self._keys.is_let_in(given):
-            return True
-        if given:
+        name = self._keys.name_of(given)
+        if name is not None:
+            key_name.set(name)
+        elif given:
             self._audit.wrong_key("http", (scope["client"] or (None,))[0])
-        return False
+        return name is not None
 
 
 class _Outermost:

@@ -21,16 +21,13 @@ class KeyCheck:
     def __init__(self, keys: Sequence[ApiKey]) -> None:
         self._digests = [(_digest(each.key.encode()), each.name) for each in keys]
 
-    def is_let_in(self, given: Sequence[bytes]) -> bool:
-        """Whether these values of `authorization` are one right key. Its name is then `key_name` in this context."""
+    def name_of(self, given: Sequence[bytes]) -> str | None:
+        """The name of the key that these values of `authorization` are; None if they are not one right key."""
         scheme, _, key = (given[0] if len(given) == 1 else b"").partition(b" ")
         # Digests have one length, and all are compared: the time taken tells nothing about any key.
         digest = _digest(key.strip())
         names = [name for each, name in self._digests if hmac.compare_digest(digest, each)]
-        if scheme.lower() != b"bearer" or not names:
-            return False
-        key_name.set(names[0])
-        return True
+        return names[0] if scheme.lower() == b"bearer" and names else None
 
 
 def _digest(key: bytes) -> bytes:

@@ -11,12 +11,9 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
-# Read when gRPC's core is loaded: its own lines on stderr would bypass our logging and its masks.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-
 import uvicorn
 
-from producer.api.binding import LISTEN_BACKLOG, CannotListen, is_loopback, listen, require_free, require_permission
+from producer.api.binding import LISTEN_BACKLOG, is_loopback, listen, require_permission
 from producer.api.grpc import GrpcServer
 from producer.api.http import make_app
 from producer.api.http_connection import HttpConnections
@@ -85,11 +82,9 @@ async def _serve(settings: Settings, traces: Traces | None, tls: Certificates | 
     )
     http_task: asyncio.Task[None] | None = None
     try:
-        require_free(settings.grpc_bind, "VERIFY_GRPC_BIND")
-        try:
-            grpc_port = await grpc.start(str(settings.grpc_bind), tls)
-        except RuntimeError:  # the port was taken since we looked
-            raise CannotListen(f"VERIFY_GRPC_BIND: cannot listen on {settings.grpc_bind}") from None
+        grpc_sockets = listen(settings.grpc_bind, "VERIFY_GRPC_BIND")
+        grpc_port = grpc_sockets[0].getsockname()[1]
+        await grpc.start(grpc_sockets, tls)
         http_task = asyncio.create_task(http.serve(sockets=sockets))
         with_tls = "" if tls is None else " with TLS"
         logger.info("the HTTP API listens on %s%s", http_bind, with_tls)

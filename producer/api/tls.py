@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import ssl
-import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
-
-import grpc
 
 from producer.errors import BadSetting
 from producer.settings import Settings
@@ -17,6 +15,7 @@ from producer.settings import Settings
 logger = logging.getLogger(__name__)
 
 _CERT, _KEY, _CLIENT_CA = "VERIFY_TLS_CERT", "VERIFY_TLS_KEY", "VERIFY_TLS_CLIENT_CA"
+_HTTP, _GRPC = "http/1.1", "h2"  # as ALPN has them
 _CERTIFICATES: Final = "allowed: a readable PEM file with certificates"
 
 
@@ -24,7 +23,7 @@ class _Loaded(NamedTuple):
     """What new connections use."""
 
     http: ssl.SSLContext
-    grpc: grpc.ServerCertificateConfiguration
+    grpc: ssl.SSLContext
 
 
 class Certificates:
@@ -37,7 +36,6 @@ class Certificates:
     def __init__(self, cert: str, key: str, client_ca: str) -> None:
         """Paths of PEM files; `client_ca` may be empty. Raises `BadSetting`."""
         self._files = {name: path for name, path in ((_CERT, cert), (_KEY, key), (_CLIENT_CA, client_ca)) if path}
-        self._lock = threading.Lock()  # gRPC shakes hands on threads of its own
         self._version = self._look()
         self._loaded = self._load()
 
@@ -47,42 +45,32 @@ class Certificates:
         def choose(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
             connection.context = self._current().http
 
-        listening = _server_context(self._files)
-        listening.sni_callback = choose
-        return listening
+        return _listening(self._files, _HTTP, choose)
 
-    def grpc_credentials(self) -> grpc.ServerCredentials:
+    def grpc_context(self) -> ssl.SSLContext:
         """The same for gRPC."""
-        given = self._loaded.grpc
 
-        def fetch() -> grpc.ServerCertificateConfiguration | None:
-            nonlocal given
-            current = self._current().grpc
-            if current is given:
-                return None
-            given = current
-            return current
+        def choose(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+            connection.context = self._current().grpc
 
-        # Its stub does not know that None means no change.
-        return grpc.dynamic_ssl_server_credentials(given, fetch, _CLIENT_CA in self._files)  # type: ignore[arg-type]
+        return _listening(self._files, _GRPC, choose)
 
     def _current(self) -> _Loaded:
-        with self._lock:
-            version = self._look()
-            if version != self._version:
-                self._version = version  # what cannot be used is said once, and tried again when it changes again
-                try:
-                    loaded = self._load()
-                except BadSetting as exc:
-                    logger.warning("%s; the certificate before stays in force", exc)
+        version = self._look()
+        if version != self._version:
+            self._version = version  # what cannot be used is said once, and tried again when it changes again
+            try:
+                loaded = self._load()
+            except BadSetting as exc:
+                logger.warning("%s; the certificate before stays in force", exc)
+            else:
+                # Unless they changed meanwhile: then what was read may be of two versions.
+                if self._look() == version:
+                    self._loaded = loaded
+                    logger.info("the renewed TLS certificate is in force")
                 else:
-                    # Unless they changed meanwhile: then what was read may be of two versions.
-                    if self._look() == version:
-                        self._loaded = loaded
-                        logger.info("the renewed TLS certificate is in force")
-                    else:
-                        self._version = ()
-            return self._loaded
+                    self._version = ()
+        return self._loaded
 
     def _look(self) -> tuple[object, ...]:
         """What changes when a file does, also when it is a link that points elsewhere now."""
@@ -97,10 +85,7 @@ class Certificates:
         return tuple(found)
 
     def _load(self) -> _Loaded:
-        context = _server_context(self._files)
-        pem = {name: Path(path).read_bytes() for name, path in self._files.items()}
-        pairs = [(pem[_KEY], pem[_CERT])]
-        return _Loaded(context, grpc.ssl_server_certificate_configuration(pairs, pem.get(_CLIENT_CA)))
+        return _Loaded(_server_context(self._files, _HTTP), _server_context(self._files, _GRPC))
 
 
 def certificates(settings: Settings) -> Certificates | None:
@@ -115,11 +100,17 @@ def certificates(settings: Settings) -> Certificates | None:
     return Certificates(cert, key, client_ca)
 
 
-def _server_context(files: dict[str, str]) -> ssl.SSLContext:
+def _listening(files: dict[str, str], protocol: str, choose: Callable[..., None]) -> ssl.SSLContext:
+    context = _server_context(files, protocol)
+    context.sni_callback = choose  # called without a name, too
+    return context
+
+
+def _server_context(files: dict[str, str], protocol: str) -> ssl.SSLContext:
     """Raises `BadSetting` with the setting whose file cannot be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
+    context.set_alpn_protocols([protocol])
     for name, path in files.items():
         text = _read(name, path)
         if name != _KEY:

@@ -22,11 +22,13 @@ from support.rig import code_in
 from support.smtp_server import ScriptedServer
 
 from producer.aio import AsyncVerificationClient
+from producer.api.binding import listen
 from producer.api.grpc import GrpcServer
 from producer.api.http import make_app
 from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp
 from producer.api.state import Api
 from producer.contract import DEFAULT_QUEUE
+from producer.setting_types import Bind
 from producer.settings import load
 from producer.tracing.setup import EXPORTER, set_up
 from producer.tracing.spans import Traces, caller_of
@@ -65,13 +67,15 @@ class Harness:
         provider.add_span_processor(SimpleSpanProcessor(self._kept))
         self.traces = Traces(provider)
         self.api = Api(self.settings, self.traces)
-        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(make_app(self.api)), base_url="http://api")
+        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(make_app(self.api)), base_url="http://localhost")
         self._rpc = GrpcServer(self.api)
         self.workers: list[Worker] = []
         self._secrets: set[str] = set()
 
     async def __aenter__(self) -> Self:
-        self.grpc_port = await self._rpc.start("127.0.0.1:0")
+        sockets = listen(Bind("127.0.0.1", 0), "VERIFY_GRPC_BIND")
+        self.grpc_port = sockets[0].getsockname()[1]
+        await self._rpc.start(sockets)
         await self.add_worker()
         return self
 
