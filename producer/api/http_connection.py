@@ -201,8 +201,10 @@ class HttpConnection(HttpToolsProtocol):
         So no part reaches into the next request. Raises `_TooMuch` with the answer.
         """
         if self._reading != "body":
-            end = _after_head(self._tail, data, start) or len(data)
-            self._tail = (self._tail + data[max(start, end - 3) : end])[-3:]
+            end = _after_head(self._tail, data, start)
+            if not end:
+                end = len(data)
+                self._tail = (self._tail + data[max(start, end - 3) :])[-3:]
             self._head += end - start
             self._lines += self._reading is None
             if self._head > HEAD_LIMIT or self._lines > LINES_LIMIT:
@@ -268,7 +270,7 @@ class HttpConnection(HttpToolsProtocol):
             return
         if len(self.headers) >= HEADERS_LIMIT:
             raise _TooMuch
-        super().on_header(name, value)
+        HttpToolsProtocol.on_header(self, name, value)  # for each header: `super()` takes longer
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
