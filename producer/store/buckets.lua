@@ -1,22 +1,22 @@
 --[[
-buckets: the part that issue.lua and settle.lua share; it comes between each.lua and them.
+buckets: what issue.lua and settle.lua share. Comes between each.lua and them.
 
-A bucket limits how many mails leave. Its key is a string: when it is full again (ms). A send moves that moment by the
-bucket's interval, and the bucket is empty while it is further away than burst - 1 intervals. A send is charged to all its
-buckets or to none:
+A bucket limits how many mails leave. Its key is a string: the time at which it is full again (ms). Each send moves that time by
+one interval, and the bucket is empty while it is more than burst - 1 intervals away. A send is charged to all its buckets or to
+none:
 
      1 address          bucket:<address>            the mails to one address
      2 client address   bucket:<address>:<client>   those to one address that one client asked for
      3 client           bucket:client:<client>      those that one client asked for
      4 total            bucket:total                all
 
-A record's field `charged` says what was charged: the intervals of these four in their order (0: not charged) and the client,
-with spaces between; trailing ones may be left out; '' if nothing was. So a refund is exact even if the settings have changed
-since.
+A record's field `charged` says what was charged: the intervals of these four in this order (0: not charged), then the client,
+separated by spaces. What is left out at the end was not charged; '' means that nothing was. So a refund is exact even if the
+settings have changed since.
 ]]
 local call = redis.call
 
--- The key of bucket `n`. `address_key`: that of the address' own.
+-- The key of bucket `n`. `address_key`: the key of bucket 1.
 local function bucket_key(n, address_key, client)
     if n == 1 then
         return address_key
@@ -28,7 +28,7 @@ local function bucket_key(n, address_key, client)
     return 'bucket:total'
 end
 
--- Gives back what `charged` says. By the life of a key and not by its value, as settle.lua does not read the time.
+-- Gives back what `charged` says. Judges by the key's remaining life, not by its value: settle.lua does not read the time.
 local function refund(charged, address_key)
     local parts = {}
     for part in string.gmatch(charged, '%S+') do

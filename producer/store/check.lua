@@ -14,21 +14,21 @@ ARGV 1 given         string
      7 expired       int     error code: no live code
      8 wrong         int     error code: wrong; the last allowed attempt drops the code
 
-Returns {error code, 1 if wrong checks have dropped a live code else 0}. Attempts belong to one code value: they end when
-it is replaced or expires. Wrong checks end with a right one. A value of `wrong checks` that is not a count counts as
+Returns {error code, 1 if a live code was dropped after too many wrong checks else 0}. Attempts belong to one code value: they
+end when it is replaced or expires. Wrong checks end with a right one. A value of `wrong checks` that is not a count counts as
 missing and is overwritten.
 ]]
 local attempts, shortest, longest = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local SUCCESS, EXPIRED, WRONG = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
 
 -- A value that is not a string, or is empty, is not a code: as in issue.
-local found = redis.call('MGET', KEYS[1], KEYS[3])
-local code = found[1]
+local code, wrong = unpack(redis.call('MGET', KEYS[1], KEYS[3]))
+wrong = tonumber(wrong)
 local life = redis.call('PTTL', KEYS[1])
 if not code or code == '' or life <= 0 then
     return { EXPIRED, 0 }
 end
-if too_short(code, tonumber(found[2]) or 0, attempts, shortest, longest) then
+if too_short(code, wrong or 0, attempts, shortest, longest) then
     redis.call('DEL', KEYS[1], KEYS[2])
     return { EXPIRED, 1 }
 end
@@ -50,14 +50,14 @@ if redis.call('HGET', KEYS[2], 'code') ~= real then
 end
 local attempt = redis.call('HINCRBY', KEYS[2], 'count', 1)
 redis.call('PEXPIRE', KEYS[2], life)
-local count = 1
-if tonumber(found[2]) and redis.call('PTTL', KEYS[3]) > 0 then
-    count = redis.call('INCR', KEYS[3])
+if wrong and redis.call('PTTL', KEYS[3]) > 0 then
+    wrong = redis.call('INCR', KEYS[3])
 else
-    redis.call('SET', KEYS[3], count, 'PX', ARGV[5])
+    wrong = 1
+    redis.call('SET', KEYS[3], wrong, 'PX', ARGV[5])
 end
 local more_digits = math.min(math.max(#code, shortest), longest) - shortest
-if attempt >= attempts * 10 ^ more_digits or too_short(code, count, attempts, shortest, longest) then
+if attempt >= attempts * 10 ^ more_digits or too_short(code, wrong, attempts, shortest, longest) then
     redis.call('DEL', KEYS[1], KEYS[2])
     return { WRONG, 1 }
 end

@@ -21,7 +21,8 @@ ADDRESS_BUCKET, CLIENT_ADDRESS_BUCKET = "address_bucket", "client_address_bucket
 CLIENT_BUCKET, TOTAL_BUCKET = "client_bucket", "total_bucket"
 BUCKETS: Final = (ADDRESS_BUCKET, CLIENT_ADDRESS_BUCKET, CLIENT_BUCKET, TOTAL_BUCKET)
 
-_HOUR: Final = 3_600_000  # ms
+HOUR: Final = 3_600_000  # ms
+DAY: Final = 24 * HOUR
 
 
 class Bucket(NamedTuple):
@@ -32,11 +33,11 @@ class Bucket(NamedTuple):
 
     @classmethod
     def of(cls, per_hour: int) -> Bucket:
-        """The bucket that gives so many sends an hour; 0: none."""
-        return cls(_ms(_HOUR / per_hour), per_hour) if per_hour else NO_BUCKET
+        """A bucket of `per_hour` sends, which refills within an hour; 0: no bucket."""
+        return cls(_ms(HOUR / per_hour), per_hour) if per_hour else NO_BUCKET
 
     def share(self, part: int) -> Bucket:
-        """The bucket of one among many, with a `part`-th of the sends, at least one."""
+        """The share of one among many: 1/`part` of the sends, at least one."""
         burst = max(1, self.burst // part)
         return Bucket(_ms(self.interval * self.burst / burst), burst) if self.interval else self
 
@@ -45,7 +46,7 @@ NO_BUCKET: Final = Bucket()
 
 
 def _ms(value: float) -> float:
-    """Without a fraction where there is none, as Redis keeps whole numbers in less space."""
+    """`value` as an `int` if it is whole: Redis stores integers in less space."""
     return int(value) if value.is_integer() else value
 
 
@@ -64,10 +65,10 @@ class CodePolicy:
     give_up_after: int
     remember: int = REPLY_TTL * 1000
     suppression: int = 600_000  # of an address after its mailbox was refused; doubles with each refusal after its end
-    longest_suppression: int = 86_400_000
+    longest_suppression: int = DAY
     client: Bucket = NO_BUCKET  # the mails that one client asked for
     total: Bucket = NO_BUCKET  # all mails
-    fold_aliases: bool = False  # the spellings of an address that reach one mailbox share its bucket
+    fold_aliases: bool = False  # the aliases of a mailbox share its bucket
 
     @property
     def client_address(self) -> Bucket:
@@ -121,13 +122,13 @@ class Claim(NamedTuple):
         # An invalid address or purpose has no code; its text, perhaps not even Unicode, stays out of the keys.
         known_purpose = str(purpose) if is_purpose(purpose) else ""
         key = code_key(str(email), known_purpose) if canonical and known_purpose else ""
-        # Both as one text that no other pair has.
+        # Encoded so that no two pairs give the same bytes.
         if isinstance(email, str) and isinstance(purpose, str):
             pair = f"{len(purpose)} {purpose}{email}".encode("utf-8", "surrogatepass")
         else:
-            pair = json.dumps([email, purpose], sort_keys=True).encode()  # begins with no digit
+            pair = json.dumps([email, purpose], sort_keys=True).encode()  # never begins with a digit
         who = blake2b(pair, digest_size=16).hexdigest()
-        # A hash that leaves a record's fields short enough for Redis' compact form.
+        # 12 bytes keep the fields of a record short enough for Redis' compact encoding.
         word = blake2b(client.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest() if client else ""
         return cls(request_id, token, key, canonical, who, known_purpose, word)
 
@@ -136,7 +137,7 @@ class IssueRequest(NamedTuple):
     """One request that wants a code. Times are Unix seconds."""
 
     claim: Claim
-    candidate: str  # as many digits as a code can have; the code to set begins with them, if there is none to reuse
+    candidate: str  # random digits, as many as the longest code has; a new code is the first few of them, or all
     error: ErrorCode | None = None  # the final answer, if it is certain already; the store remembers it
     enqueued_at: float | None = None
     expires_at: float | None = None
@@ -199,7 +200,7 @@ class Checked(NamedTuple):
     """What a check found."""
 
     error: ErrorCode  # SUCCESS, VARIFY_EXPIRED or VARIFY_CODE_ERR
-    burnt: bool = False  # wrong checks, this one or earlier ones, have dropped a live code
+    burnt: bool = False  # it dropped a live code, because too many checks were wrong
 
 
 class StoreError(NamedTuple):
@@ -242,6 +243,6 @@ class CodeStore(Protocol):
     def check(self, email: str, code: str, purpose: str) -> Awaitable[Checked]:
         """Compare, and consume the code if it is right; otherwise count the attempt.
 
-        Wrong checks are also counted across codes, for the canonical address and purpose, until a right one or for a
-        day: the more there are, the longer is the next code, and a shorter one is not accepted any more.
+        Wrong checks are also counted across codes, by canonical address and purpose, until a right one or for a day.
+        The more there are, the longer the next code is, and shorter codes are no longer accepted.
         """

@@ -5,8 +5,8 @@ buckets.lua and lengths.lua.
 KEYS 5i-4 request record  hash    what is remembered of the request id
      5i-3 code            string  the code itself; GateServer reads it
      5i-2 bucket          string  the address' bucket, see buckets.lua
-     5i-1 suppressed      string  see settle.lua; until its end the address gets no mail
-     5i   wrong checks    string  see check.lua: a live code that is too short after them counts as missing
+     5i-1 suppressed      string  see settle.lua: until its end the address gets no mail
+     5i   wrong checks    string  see check.lua: a live code that is too short after so many counts as missing
 ARGV 1  lease             ms
      2  give up after     ms
      3  ttl               ms
@@ -25,17 +25,16 @@ ARGV 1  lease             ms
      16 max attempts      int     see lengths.lua
      17 shortest          int     length of a code, in digits
      18 longest           int     likewise
-     19 to 22             string  of each bucket, in the order of buckets.lua: interval (ms, in which one send comes back)
-                                  and burst (the size of the bucket), with a space between; '': there is no such bucket
+     19 to 22             string  each bucket, in the order of buckets.lua: interval (ms, in which one send comes back)
+                                  and burst (the size of the bucket), with a space between; '': not configured
      then seven for each request:
      who                  string  hash of address and purpose: the same id must come with the same
      token                string  names this holder of the lease
      error                int     the final answer if it is certain already, else ''
      enqueued at          ms      if '' or in the future, the age counts from the first time the request was seen
      expires at           ms      or ''
-     candidate            string  the code to set if there is none to reuse: `longest` digits, of which it takes as
-                                  many as a code needs now
-     client               string  hash of the caller's word for its end user, or '': then without the client's buckets
+     candidate            string  `longest` random digits; a new code is the first of them, as many as it needs now
+     client               string  hash of the caller's word for its end user; '': none, so its buckets do not count
 
 Returns a list with an entry for each request:
         {'send', code, life ms, ms until the deadline, tries so far}
@@ -66,7 +65,7 @@ local SUCCESS, TOO_MANY_REQUESTS, TIMEOUT = tonumber(ARGV[12]), tonumber(ARGV[13
 local MAIL_REJECTED = tonumber(ARGV[15])
 local attempts, shortest, longest = tonumber(ARGV[16]), tonumber(ARGV[17]), tonumber(ARGV[18])
 
--- The buckets that are configured, and what the record of a request says that is charged to them.
+-- The configured buckets; `charged` is what the record of a request that is charged to them says.
 local function configured(with_client)
     local buckets, intervals = { charged = '' }, {}
     for n = 1, (with_client or ARGV[22] ~= '') and 4 or 1 do
@@ -127,19 +126,20 @@ return each(#KEYS / 5, function(i)
     end
 
     local sending_key, client = ARGV[10] .. code_key, ARGV[at + 6]
-    local found = call('MGET', code_key, ARGV[9] .. code_key, sending_key, address_key, KEYS[5 * i - 1], KEYS[5 * i])
-    local code, life, mark = found[1], 0, nil
-    local wrong = tonumber(found[6]) or 0
+    local code, mailed, sender, address_full, suppressed, wrong =
+        unpack(call('MGET', code_key, ARGV[9] .. code_key, sending_key, address_key, KEYS[5 * i - 1], KEYS[5 * i]))
+    local life, mark = 0, nil
+    wrong = tonumber(wrong) or 0
     if code and code ~= '' and not too_short(code, wrong, attempts, shortest, longest) then
         life = call('PTTL', code_key)
         mark = life > 0 and sha1hex(code)
     end
     if cooldown > 0 then
-        if mark and found[2] == mark then
+        if mark and mailed == mark then
             return answer(SUCCESS, 'cooldown')
         end
         local id = string.sub(record_key, id_at)
-        if found[3] and found[3] ~= id then
+        if sender and sender ~= id then
             -- An earlier holder of this request that was frozen may not send any more.
             call('HDEL', record_key, 'token', 'until')
             call('HSET', record_key, 'who', who, 'first', first)
@@ -155,8 +155,8 @@ return each(#KEYS / 5, function(i)
         return answer(TIMEOUT)
     end
 
-    if found[5] then
-        local until_ms = string.match(found[5], '^%S+ (%d+) %d+$')
+    if suppressed then
+        local until_ms = string.match(suppressed, '^%S+ (%d+) %d+$')
         if until_ms and tonumber(until_ms) > now then
             return answer(MAIL_REJECTED, 'suppressed')
         end
@@ -174,7 +174,7 @@ return each(#KEYS / 5, function(i)
         end
         for n = 1, #buckets do
             local bucket = buckets[n]
-            local value = found[4]
+            local value = address_full
             if bucket.n > 1 then
                 value = call('MGET', bucket_key(bucket.n, address_key, client))[1]
             end

@@ -1,11 +1,14 @@
 --[[
-lengths: before the scripts that ask how long a code must be. Wrong checks of an address and purpose are counted across
-codes; the more there are, the longer is a code that can still be accepted, and the more attempts it allows: each digit
-more makes both ten times as many, so that all of them together find a code with the same chance at each length.
+lengths: how long a code must be after so many wrong checks. Comes before the scripts that ask.
 
-attempts, shortest, longest: wrong checks of a code of the shortest length; digits
+Wrong checks of an address and purpose are counted across codes. The more there are, the longer a code must be, and the more
+attempts it allows. Each further digit makes both ten times as many, so the attempts at a code succeed with the same chance at
+every length.
+
+attempts           wrong checks that a code of the shortest length allows
+shortest, longest  digits
 ]]
-local MORE_DIGITS = 2 -- from one length to the next
+local MORE_DIGITS = 2 -- from one length to the next; guessing.py has the same
 
 -- Digits that a code needs after `count` wrong checks.
 local function length_after(count, attempts, shortest, longest)
@@ -19,7 +22,7 @@ local function length_after(count, attempts, shortest, longest)
     return length
 end
 
--- Whether `code` may not be accepted any more. Before the first step any code may: an older server's can be shorter.
+-- Whether `code` is no longer accepted. Before the first step every code is: those of an older server may be shorter.
 local function too_short(code, count, attempts, shortest, longest)
     local length = length_after(count, attempts, shortest, longest)
     return length > shortest and #code < length

@@ -13,6 +13,7 @@ from producer.redis.connection import RedisConnection, ServerError, Step, entrie
 from producer.redis.protocol import kind_of
 from producer.redis.scripts import EACH, Arg, Command, Script
 from producer.store.codes import (
+    DAY,
     Answered,
     Checked,
     Claim,
@@ -35,11 +36,10 @@ _RENEW, _CHECK = Script(_LUA / "renew.lua"), Script(_LENGTHS, _LUA / "check.lua"
 
 # Side keys; none begins with `code_`, which GateServer builds from user text. All have a TTL.
 ATTEMPTS, COOLDOWN, SENDING, JOINED = "attempts:", "cooldown:", "sending:", "joined:"  # + code key
-BUCKET = "bucket:"  # + canonical address; buckets.lua has those of clients and of everything
+BUCKET = "bucket:"  # + canonical address; buckets.lua builds the keys of the other buckets
 SUPPRESSED = "suppressed:"  # + canonical address
 WRONG = "wrong:"  # + purpose:canonical address
 REQUEST = "request:"  # + request id
-DAY = 86_400_000  # ms
 
 T = TypeVar("T")
 

@@ -28,9 +28,9 @@ Returns a list with an entry for each: {1 if this holder had the lease else 0, i
 alone. If the mail was accepted and its code is still live, or if the mailbox is refused for good, every joined request
 gets the same answer in its record; otherwise one of them may send.
 
-The suppressed key outlives its end by its period, and at least by the life of a record, so that a mailbox which is refused
-again then is known; no longer, or strangers could fill the server with mailboxes that do not exist. An accepted mail deletes
-it if its reason is 'refused'; a suppression with another reason is neither deleted nor replaced before its end.
+The suppressed key outlives its end by its period, and by at least the life of a record, so that a mailbox which is refused again
+is known. It lives no longer, or strangers could fill the server with mailboxes that do not exist. An accepted mail deletes it if
+its reason is 'refused'. A suppression with another reason is neither deleted nor replaced before its end.
 ]]
 local cooldown, remember = tonumber(ARGV[1]), ARGV[2]
 local id_at = #ARGV[3] + 1
@@ -45,7 +45,7 @@ local function suppress(key, reason, found)
     if found then
         local known, ends, last = string.match(found, '^(%S+) (%d+) (%d+)$')
         if known and tonumber(ends) > now then
-            return -- refused before that began: the sends under way at that moment count once
+            return -- this send was under way when the suppression began: such sends count once
         end
         if known == reason then
             period = math.min(2 * last, longest_period)
@@ -68,7 +68,7 @@ return each(#KEYS / 4, function(i)
     -- recorded even there.
     call('PEXPIRE', record_key, remember)
     local sending_key = ARGV[5] .. code_key
-    local found = call('MGET', sending_key, code_key, suppressed_key)
+    local sender, code, suppressed = unpack(call('MGET', sending_key, code_key, suppressed_key))
 
     -- Refund only what certainly no relay accepted: neither this send, nor an earlier one of the same request.
     local doubts = tonumber(record[6]) or 0
@@ -87,22 +87,22 @@ return each(#KEYS / 4, function(i)
     end
 
     if reason ~= '' then
-        suppress(suppressed_key, reason, found[3])
-    elseif accepted and found[3] and string.match(found[3], '^refused ') then
+        suppress(suppressed_key, reason, suppressed)
+    elseif accepted and suppressed and string.match(suppressed, '^refused ') then
         call('DEL', suppressed_key)
     end
 
     local live = false
-    if accepted and cooldown > 0 and found[2] then
+    if accepted and cooldown > 0 and code then
         local life = call('PTTL', code_key)
-        live = life > 0 and redis.sha1hex(found[2]) == record[5]
+        live = life > 0 and redis.sha1hex(code) == record[5]
         if live then
             call('SET', ARGV[4] .. code_key, record[5], 'PX', math.min(cooldown, life))
         end
     end
 
     local wake = { 1 }
-    if found[1] ~= string.sub(record_key, id_at) then
+    if sender ~= string.sub(record_key, id_at) then
         return wake
     end
     call('DEL', sending_key)

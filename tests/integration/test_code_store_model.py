@@ -21,6 +21,7 @@ from producer.address import parse
 from producer.contract import ErrorCode, code_key
 from producer.redis.connection import Step
 from producer.store.codes import (
+    DAY,
     FAILED,
     REFUSED,
     UNKNOWN,
@@ -33,7 +34,7 @@ from producer.store.codes import (
     Result,
     Settled,
 )
-from producer.store.redis_codes import DAY, WRONG
+from producer.store.redis_codes import WRONG
 
 T = TypeVar("T")
 

@@ -21,6 +21,7 @@ from producer.redis.connection import RedisConnections
 from producer.store import redis_codes
 from producer.store.codes import (
     COOLDOWN_HIT,
+    DAY,
     FAILED,
     REFUSED,
     SUPPRESSED_HIT,
@@ -40,7 +41,6 @@ from producer.store.redis_codes import (
     ATTEMPTS,
     BUCKET,
     COOLDOWN,
-    DAY,
     JOINED,
     SENDING,
     SUPPRESSED,

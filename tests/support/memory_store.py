@@ -13,6 +13,7 @@ from producer.store.codes import (
     CLIENT_ADDRESS_BUCKET,
     CLIENT_BUCKET,
     COOLDOWN_HIT,
+    DAY,
     REFUSED,
     SUPPRESSED_HIT,
     TOTAL_BUCKET,
@@ -31,7 +32,6 @@ from producer.store.codes import (
     Wait,
 )
 
-DAY = 86_400_000  # ms
 BucketKey = tuple[str, str, str]  # of which kind, address and client
 
 FINAL_FOR_MAILBOX = {ErrorCode.INVALID_ADDRESS, ErrorCode.MAIL_REJECTED}
