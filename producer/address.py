@@ -9,6 +9,7 @@ from typing import NamedTuple
 from producer.errors import InvalidAddress
 
 MAX_LENGTH = 254  # RFC 5321, 4.5.3.1.3: a path of 256 octets, less its angle brackets
+MAX_GIVEN = 320  # characters, with the spaces around it: keys and replies repeat an address as it was given
 
 _GMAIL = frozenset({"gmail.com", "googlemail.com"})
 _ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
@@ -48,6 +49,8 @@ def parse(raw: object) -> Address:
     """
     if not isinstance(raw, str):
         raise InvalidAddress("the address is not a string")
+    if len(raw) > MAX_GIVEN:
+        raise InvalidAddress(f"the address has more than {MAX_GIVEN} characters, spaces included")
     text = raw.strip(" ")
     if not text:
         raise InvalidAddress("the address is empty")

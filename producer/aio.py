@@ -128,7 +128,8 @@ class AsyncVerificationClient:
         The same `request_id` sent again is the same request: there is no second mail. Raises `RedisUnavailable` within
         3 s: the request may be on the queue or not, and can be sent again with the same id. Raises `ValueError` unless
         `request_id` is a printable string of 1 to 255 bytes and `client`, as in `request`, one of at most 64
-        characters, or if the message would be longer than 64 kB; `TypeError` for an email that JSON cannot hold.
+        characters, if the email has more than 320, or if the message would be longer than 64 kB; `TypeError` for an
+        email that JSON cannot hold.
         """
         here = self._here()
         if request_id is None:

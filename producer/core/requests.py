@@ -56,8 +56,11 @@ def require_request_id(value: object) -> None:
 def encode(request: VerifyRequest, request_id: str, queue: str, trace: Mapping[str, str] | None) -> bytes:
     """The message for `queue`, stamped with the time.
 
-    Raises `TypeError` for values that JSON cannot hold, `ValueError` if no worker would read so long a message.
+    Raises `TypeError` for values that JSON cannot hold, `ValueError` for an email that is too long to be an address, or
+    if no worker would read so long a message.
     """
+    if isinstance(request.email, str) and len(request.email) > address.MAX_GIVEN:
+        raise ValueError(f"an email has at most {address.MAX_GIVEN} characters, spaces included")
     if not (isinstance(request.email, str) and isinstance(request.purpose, str)):
         try:
             json.dumps([request.email, request.purpose], allow_nan=False)

@@ -17,6 +17,7 @@ from support.redis_server import RedisServer
 from support.rig import NewRig, Rig
 from support.smtp_server import Held
 
+from producer.address import MAX_GIVEN
 from producer.aio import AsyncVerificationClient
 from producer.contract import LARGEST_MESSAGE, LONGEST_CLIENT, LONGEST_ID, LONGEST_LOCALE, VerifyRequest
 
@@ -202,12 +203,14 @@ def test_a_crowd_of_large_messages_does_not_stop_the_small_ones(rig: Rig) -> Non
 
 
 def test_our_clients_refuse_what_no_worker_would_read(redis_server: RedisServer) -> None:
-    async def enqueue(email: str) -> str:
+    async def enqueue(email: object) -> str:
         async with AsyncVerificationClient(settings(redis_server)) as client:
             return await client.enqueue(email)
 
     with pytest.raises(ValueError, match=f"{LARGEST_MESSAGE} are allowed"):
-        asyncio.run(enqueue("x" * LARGEST_MESSAGE))
+        asyncio.run(enqueue(["x" * LARGEST_MESSAGE]))
+    with pytest.raises(ValueError, match=f"at most {MAX_GIVEN} characters"):
+        asyncio.run(enqueue(f"{' ' * MAX_GIVEN}a@example.com"))  # the reply would repeat it
 
 
 def test_the_largest_message_of_our_clients_is_as_large_as_the_docs_say() -> None:

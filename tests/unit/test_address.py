@@ -139,6 +139,15 @@ def test_no_mailbox_can_end_an_smtp_command(text: str) -> None:
             assert not any(unicodedata.category(c) in {"Cc", "Zs", "Zl", "Zp", "Cs"} or c in "<>" for c in form)
 
 
+def test_spaces_do_not_make_an_address_of_any_length() -> None:
+    spaces = " " * (address.MAX_GIVEN - len("a@example.com"))
+    assert address.parse(f"{spaces}a@example.com").mailbox == "a@example.com"
+    for email in (f"{spaces} a@example.com", f"a@example.com{spaces} "):
+        with pytest.raises(InvalidAddress):
+            address.parse(email)
+        assert not address.is_address(email)
+
+
 def test_surrounding_spaces_are_trimmed() -> None:
     assert address.parse("  a@example.com ") == address.parse("a@example.com")
 
