@@ -226,7 +226,7 @@ def test_the_scaler_has_credentials() -> None:
         "metrics-api": {"token": "metrics-key"},
     }
     assert known.keys() == set(asks.values())
-    assert SECRET["metrics-key"] in SECRET["api-keys"].split(",")
+    assert SECRET["metrics-key"] in [entry.partition(":")[2] for entry in SECRET["api-keys"].split(",")]
 
 
 def _named_ports_exist(rule: dict[str, Any], workload: Workload) -> None:
