@@ -139,8 +139,7 @@ def erase(
 
     Callers and workers may go on. A queued request for it is not sent; its caller is answered 6. What a worker holds is
     finished first. Says how much of each kind was removed. Exit status: 0, nothing is left (or there was nothing);
-    1, Redis cannot be used; 3, something is left, run it again. Logs and backups are not touched: they hold no whole
-    address, and all of it.
+    1, Redis cannot be used; 3, something is left, run it again. Logs hold no whole address. Backups are not touched.
     """
     settings = load_or_exit()
     urls = (settings.codes_url, settings.broker_url, settings.results_url)

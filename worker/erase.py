@@ -1,7 +1,7 @@
 """Removes everything about one address from the three databases, while callers and workers go on.
 
-Redis is never held up: keys are scanned, lists read and keys deleted a few at a time. As things move meanwhile, rounds
-follow one another until one finds nothing more.
+It never holds Redis up: it scans and deletes keys, and reads lists, a few at a time. Things move meanwhile, so it goes
+round until it finds nothing more.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from producer.store.backlog import DELAYED, SUSPECTS
 from producer.store.codes import Claim
 from producer.store.redis_codes import ATTEMPTS, BUCKET, COOLDOWN, JOINED, REQUEST, SENDING, SUPPRESSED, WRONG
 from worker.job import Job
-from worker.queue.commands import PRIORITY_SEPARATOR, PRIORITY_STEPS, UNACKED
+from worker.queue.commands import DUE, PRIORITY_SEPARATOR, PRIORITY_STEPS, READY, UNACKED
 from worker.queue.dead_letters import DeadLetter
 from worker.queue.message import Reserved, UnfitMessage, parse
 from worker.settler import reply_payload
@@ -73,7 +73,7 @@ class Eraser:
         self._purposes = {DEFAULT_PURPOSE}
         self._ids: set[str] = set()  # of requests for the address
         self._held: set[str] = set()  # ids of those that a worker still holds
-        self._known: dict[str, bool] = {}  # by spelling: whether it is the address; many keys have the same one
+        self._known: dict[str, bool] = {}  # by text: whether it is the address; many keys hold the same text
 
     def erase(self, *, wait: float) -> Erased:
         """Remove everything. `wait`: seconds for workers to finish what they hold of it."""
@@ -120,8 +120,9 @@ class Eraser:
     def _from_delayed(self) -> int:
         removed = 0
         forget = self._broker.register_script(_FORGET.text)
-        keys = [self._queue + DELAYED, f"{self._queue}.parked.due", f"{self._queue}.parked.ready"]
-        for name, entry in self._broker.hscan_iter(keys[0], count=PAGE):
+        delayed = self._queue + DELAYED
+        keys = [delayed, self._queue + DUE, self._queue + READY]
+        for name, entry in self._broker.hscan_iter(delayed, count=PAGE):
             message = entry.partition(b" ")[2]
             if self._concerns(message) and forget(keys, [name, entry]):
                 removed += 1
@@ -137,18 +138,19 @@ class Eraser:
                 found = _HELD_ENTRY.fullmatch(entry)
                 if found and found[2] == self._queue.encode() and self._concerns(found[1]):
                     count += 1
-                    self._held |= {job.request_id for job in _jobs(found[1])}
+                    if (job := _job(found[1])) is not None:
+                        self._held.add(job.request_id)
             if not count or time.monotonic() >= until:
                 return count
             time.sleep(PAUSE)
 
     def _answer(self, message: bytes) -> None:
-        """Answer 6 to the caller of a removed request. Only published: what is stored would be about the address."""
-        for job in _jobs(message):
+        """Answer 6 to the caller of a removed request. It is published only: a stored reply would hold the address."""
+        if (job := _job(message)) is not None:
             now = datetime.now(UTC).isoformat()
             self._results.publish(reply_key(job.request_id), reply_payload(job, ErrorCode.TIMEOUT, now))
 
-    # The other two
+    # The results and the codes
 
     def _from_results(self) -> Counter[str]:
         removed: Counter[str] = Counter()
@@ -166,7 +168,7 @@ class Eraser:
         return +removed
 
     def _from_codes(self) -> Counter[str]:
-        """Codes and side keys first, as their names tell the purposes; then records, which have only a hash."""
+        """Codes and side keys first, because their names tell the purposes; then records, which hold only a hash."""
         removed: Counter[str] = Counter()
         records: list[Any] = []
         kept = {prefix for prefix in (SENDING, JOINED) if self._held}
@@ -195,7 +197,7 @@ class Eraser:
         return +removed
 
     def _kind(self, name: str) -> str | None:
-        """The kind of a key in the codes database, if it is the address'."""
+        """The kind of a key in the codes database; None if it is not about the address."""
         for prefix in (ATTEMPTS, COOLDOWN, SENDING, JOINED):
             if name.startswith(prefix):
                 return SIDE_KEYS if self._is_code_key(name.removeprefix(prefix)) else None
@@ -235,10 +237,9 @@ class Eraser:
 
     def _concerns(self, message: bytes) -> bool:
         """Whether a message asks for the address or, if it cannot be read, has it anywhere."""
-        jobs = _jobs(message)
-        if not jobs:
+        job = _job(message)
+        if job is None:
             return self._is_in_raw(message)
-        [job] = jobs
         if not self._is_address(job.request.email) and not self._is_in_text(job.request_id):
             return False
         self._ids.add(job.request_id)
@@ -280,12 +281,12 @@ def _canonical(email: str) -> str:
         return email
 
 
-def _jobs(message: bytes) -> list[Job]:
-    """The one request in a message; none if it cannot be read."""
+def _job(message: bytes) -> Job | None:
+    """The request in a message; None if it cannot be read."""
     try:
-        return [parse(Reserved("", message)).job]
+        return parse(Reserved("", message)).job
     except UnfitMessage:
-        return []
+        return None
 
 
 def _text(raw: Any) -> str:
@@ -304,5 +305,5 @@ def _pages(keys: Iterable[Any]) -> Iterator[list[Any]]:
 
 
 def _delete(client: Redis, keys: list[Any]) -> int:
-    """Delete keys; how many there were."""
+    """Delete keys; how many of them there were."""
     return sum(int(client.delete(*keys[at : at + STEP])) for at in range(0, len(keys), STEP))

@@ -188,7 +188,7 @@ class Fetcher:
         task.add_done_callback(self._serving.discard)
 
     def _read(self, taken: list[Reserved]) -> list[Parsed]:
-        """The messages that can be executed, now or later. All others are answered or dead-lettered."""
+        """The messages that can be executed, now or later. Answers or dead-letters the others."""
         found = []
         now = asyncio.get_running_loop().time()
         for reserved in taken:
@@ -196,14 +196,16 @@ class Fetcher:
                 parsed = parse(reserved)
                 if parsed.needs_celery:
                     parsed.for_celery = for_celery(parsed)
+            except TooLarge as exc:
+                self._counters.audit.message_too_large(exc.size)
+                self._dead_letter_cut(exc, reserved.tag)
+                continue
+            except UnfitMessage as exc:
+                self._settler.dead_letter(unreadable_job(reserved.tag), exc.reason)
+                continue
             except Exception as exc:  # noqa: BLE001 - no message may stop the worker, or the rest of its batch
-                other = DeadLetterReason(DeadLetterCode.OTHER, f"it cannot be read ({type(exc).__name__})")
-                if isinstance(exc, TooLarge):
-                    self._counters.audit.message_too_large(exc.size)
-                    self._dead_letter_cut(exc, reserved.tag)
-                else:
-                    reason = exc.reason if isinstance(exc, UnfitMessage) else other
-                    self._settler.dead_letter(unreadable_job(reserved.tag), reason)
+                reason = DeadLetterReason(DeadLetterCode.OTHER, f"it cannot be read ({type(exc).__name__})")
+                self._settler.dead_letter(unreadable_job(reserved.tag), reason)
                 continue
             job = parsed.job
             job.began = now
@@ -216,9 +218,9 @@ class Fetcher:
         return found
 
     def _start(self, messages: list[Parsed], asked: float) -> list[Job]:
-        """Begin with messages that are due. Those for Celery go there; the service gets the others, which are returned.
+        """Hand messages that are due to Celery or to the service; the jobs that the service got.
 
-        `asked`: loop time at which they were asked for.
+        `asked`: loop time at which the messages were asked for.
         """
         jobs = []
         for parsed in messages:
@@ -239,9 +241,9 @@ class Fetcher:
         return jobs
 
     async def _schedule(self, messages: list[Parsed]) -> None:
-        """Delay messages until their ETA; begin at once with those whose ETA has come, by Redis' clock.
+        """Delay messages until their ETA; start those whose ETA has come, by Redis' clock.
 
-        One that expires before its ETA is answered then, and not kept any longer.
+        A message that expires before its ETA comes back when it expires, and is answered then.
         """
         self.held.update((each.job.tag, each.job) for each in messages)
         due = [(each.job.tag, min(each.eta or 0.0, each.job.expires_at or math.inf)) for each in messages]
@@ -259,7 +261,7 @@ class Fetcher:
         self._changed.set()
 
     def _dead_letter_cut(self, cut: TooLarge, tag: str) -> None:
-        """Answer the caller, if it is known, and dead-letter what is left of the message."""
+        """Dead-letter what is left of a message; answer its caller if the request id was found."""
         job = unreadable_job(tag, cut.request_id)
         if not cut.request_id:
             self._settler.dead_letter(job, cut.reason)
@@ -403,7 +405,7 @@ RECHECK_TIME: Final = 0.02  # seconds until an empty queue is asked again: a set
 
 
 class Wakeup:
-    """Waits until the queue has a message, without taking it, and without its coming here: it may have any length."""
+    """Waits until the queue has a message. The message stays in Redis: it may be of any length."""
 
     def __init__(self, waiter: RedisConnection, queue: RequestQueue) -> None:
         self._waiter = waiter
@@ -437,7 +439,7 @@ class Wakeup:
             now = loop.time()
             if length or now - began >= BLOCK_TIME:
                 return
-            # Another worker was faster, or the server refused to wait, which it does not say: on a full server.
+            # Another worker was faster, or the server is full and refused to wait; muted, it cannot say so.
             await asyncio.sleep(max(0.0, REFUSED_WITHIN - (now - asked)))
 
     async def close(self) -> None:

@@ -174,7 +174,7 @@ class Service:
             self._settler.answer(job, ErrorCode.SUCCESS, mark=True)
         elif isinstance(error, RecipientRejected | MessageRejected):
             _log_rejection(job, error)
-            suppress: SuppressionReason = REFUSED if error.mailbox_invalid else ""
+            suppress: SuppressionReason = REFUSED if error.suppress_mailbox else ""
             self._settler.answer(job, ErrorCode.MAIL_REJECTED, mark=True, suppress=suppress)
         elif isinstance(error, Smtputf8Unsupported):
             self._settler.answer(job, ErrorCode.INVALID_ADDRESS, mark=True)

@@ -145,9 +145,9 @@ class Settler:
         return len(self._pending) + self._in_trip
 
     def answer(self, job: Job, error: ErrorCode, *, mark: bool, suppress: SuppressionReason = "") -> None:
-        """Give the request its final answer. `mark`: the code store does not know it yet.
+        """Give the request its final answer.
 
-        `suppress`: why the address gets no mail for a while, if so.
+        `mark`: the code store does not know it yet. `suppress`: why the address gets no mail for a while; "": it does.
         """
         self._add(Settlement(job, error, error if mark else None, suppress, reply=True, ack=not job.through_celery))
 

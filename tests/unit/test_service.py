@@ -139,7 +139,7 @@ async def test_a_refused_sender_is_told_apart_from_a_refused_mailbox(
 @pytest.mark.parametrize("invalid", [True, False])
 async def test_only_a_mailbox_that_is_invalid_is_suppressed(harness: Harness, invalid: bool) -> None:
     error = classify(Step.RCPT, 550, "5.1.1")
-    error.mailbox_invalid = invalid
+    error.suppress_mailbox = invalid
     [mail] = await harness.serve("anna")
     mail.done(error)
     suppressed = [REFUSED] if invalid else []

@@ -28,11 +28,12 @@ INDEX: Final = "unacked_index"
 # kombu's lists for lower priorities, beside the queue; the higher the number, the lower the priority.
 PRIORITY_SEPARATOR: Final = "\x06\x16"
 PRIORITY_STEPS: Final = (3, 6, 9)
+# Suffixes of two zsets beside the queue: delayed requests by the time at which they are due, and those that are due.
+DUE: Final = ".parked.due"
+READY: Final = ".parked.ready"
 MAX_MOVES: Final = 1000  # messages that one call may move; the rest waits for the next call
 TICK: Final = 1.0  # seconds between two rounds of maintenance, at most; several must fit into the visibility timeout
 WOKEN_TTL: Final = 5000  # ms; a request woken before it is delayed finds the note within one round trip
-
-
 DEAD_AGE: Final = 7 * 86_400  # seconds that a dead letter is kept
 DEAD_KEPT: Final = 10_000  # dead letters that are kept, at most
 
@@ -64,7 +65,7 @@ class RequestQueue:
         self._visibility_timeout = visibility_timeout
         self._owner = uuid.uuid4().hex
         self._calls = itertools.count()
-        self._due, self._ready = f"{name}.parked.due", f"{name}.parked.ready"
+        self._due, self._ready = name + DUE, name + READY
         self._delayed, self._suspects = name + DELAYED, name + SUSPECTS
         self._woken, self._deaths = f"{name}.woken:", f"{name}.deaths:"
 
@@ -94,7 +95,7 @@ class RequestQueue:
     def await_message(self, seconds: float) -> Command:
         """Block until the queue has a message, or for `seconds`. The message stays where it is.
 
-        The answer is the message, of any length: run it muted.
+        Run it muted: the answer is the message, however long that is.
         """
         return ("BLMOVE", self.name, self.name, "RIGHT", "RIGHT", seconds)
 
@@ -139,7 +140,7 @@ class RequestQueue:
         return _DELAY(keys, [tag, request_id, round(delay * 1000), born])
 
     def schedule(self, due: list[tuple[str, float]]) -> Command:
-        """Hold messages back until their time: (tag, Unix seconds). Answers 0 for each that is due now, else 1."""
+        """Hold each (tag, Unix seconds) back until its time. Answers 0 for each that is due now, else 1."""
         keys = [UNACKED, INDEX, self._due, self._delayed]
         return _SCHEDULE(keys, [part for tag, at in due for part in (tag, round(at * 1000))])
 

@@ -3,12 +3,12 @@ dead_letter: move a reserved message to the dead letters.
 
 KEYS 1 unacked     hash
      2 index       zset
-     3 dead        list   JSON: code, reason, at (Unix seconds), message (as it came); of one that was too large, message is its
-                          beginning, with size (bytes of the whole) and id (the request's, if it was found)
+     3 dead        list   JSON: code, reason, at (Unix seconds), message (as it came); if that was too large, only its beginning,
+                          with size (bytes of the whole) and id (the request's, if it was found)
 ARGV 1 tag
      2 code        string why, for programs
      3 reason      string why, for people
-     4 code        string of a message that was too large
+     4 too large   string the code of a message that was too large
 
 Returns 1, or 0 if this worker does not hold the message any more.
 ]]

@@ -47,18 +47,16 @@ class DeadLetter:
         name = hashlib.sha256(raw).hexdigest()[:12]
         try:
             entry = json.loads(raw.decode("utf-8", "surrogateescape"))
-            at = datetime.fromtimestamp(entry["at"], UTC)
-            message = entry["message"].encode("utf-8", "surrogateescape")
             code, size, request_id = entry.get("code"), entry.get("size"), entry.get("id")
             return cls(
                 name,
-                code and str(code),
-                str(entry["reason"]),
-                at,
-                message,
-                raw,
-                None if size is None else int(size),
-                None if request_id is None else str(request_id),
+                code=code and str(code),
+                reason=str(entry["reason"]),
+                at=datetime.fromtimestamp(entry["at"], UTC),
+                message=entry["message"].encode("utf-8", "surrogateescape"),
+                raw=raw,
+                size=None if size is None else int(size),
+                request_id=None if request_id is None else str(request_id),
             )
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             return cls(name, None, "not written by a worker", datetime.fromtimestamp(0, UTC), raw, raw)
@@ -131,7 +129,7 @@ class DeadLetters:
         parsed.envelope["headers"].setdefault("enqueued_at", letter.at.timestamp())
         message = json.dumps(parsed.envelope)
         if len(message) > LARGEST_MESSAGE:
-            raise NotReplayable(f"written anew it has {len(message)} bytes, and {LARGEST_MESSAGE} are allowed")
+            raise NotReplayable(f"rewritten, it has {len(message)} bytes; {LARGEST_MESSAGE} are allowed")
         if not self._client.register_script(_REPLAY.text)([DEAD_LETTERS, self._queue], [letter.raw, message]):
             raise NoSuchLetter
 

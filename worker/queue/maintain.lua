@@ -85,8 +85,8 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', now, 'LIMIT', 0
     end
     redis.call('ZREM', KEYS[5], id)
 end
--- A dead letter without a time, which no worker wrote, goes with the next older one that has one. Errors are ignored: the key
--- may hold another type.
+-- A dead letter without a time, which no worker wrote, is removed with the next newer one that has a time and is too old. Errors
+-- are ignored: the key may hold another type.
 pcall(function()
     local length, kept = redis.call('LLEN', KEYS[10]), tonumber(ARGV[12])
     if length > kept then

@@ -32,7 +32,7 @@ class DeadLetterCode(StrEnum):
     BODY = "body"  # the arguments or signatures in the body cannot be read
     TIME = "time"  # `expires` or `eta` is not a time
     ID_CONFLICT = "id_conflict"
-    TOO_LARGE = "too_large"  # it was not read, and the letter has only its beginning
+    TOO_LARGE = "too_large"  # the message was not read, and the letter holds only its beginning
     POISON = "poison"
     CELERY_REJECTED = "celery_rejected"
     OTHER = "other"
@@ -84,7 +84,7 @@ class Parsed:
     envelope: dict[str, Any]
     eta: float | None  # Unix seconds
     embed: dict[str, Any]  # the signatures that Celery runs after the task
-    for_celery: dict[str, Any] | None = None  # what Celery gets of it
+    for_celery: dict[str, Any] | None = None  # the message that Celery gets, if it needs Celery
 
 
 def unreadable_job(tag: str, request_id: str = "") -> Job:
@@ -128,7 +128,7 @@ def parse(reserved: Reserved) -> Parsed:
 
 
 def _too_large(envelope: dict[str, Any]) -> TooLarge:
-    """Read what `reserve.lua` left of a message, or what somebody else pushed in its likeness."""
+    """Read what `reserve.lua` left of a message, or something that a caller pushed and that looks like it."""
     cut, headers = envelope["cut"], envelope.get("headers")
     if not (isinstance(cut["size"], int) and isinstance(cut["message"], str)):
         raise TypeError("not what is left of a message")

@@ -1,9 +1,10 @@
 --[[
 reserve: take up to so many messages, in one atomic step. Each moves to `unacked` and its index or, if its envelope is
-malformed, to the dead letters. Of one that is too large only the beginning does, and the request id if it can be found: the
-worker that gets this answers the caller and dead-letters it. Delayed requests that are due come first, the oldest of them first; then
-the right ends of the lists. While more messages wait than are taken, every fourth one taken is the queue's newest: its caller
-still waits for the reply, while callers behind a long backlog have been answered 6 by the time the worker comes to them.
+malformed, to the dead letters. Of a message that is too large, only the beginning moves, with the request id if it can be found:
+the worker that gets it answers the caller and dead-letters it. Delayed requests that are due come first, the oldest of them
+first; then the right ends of the lists. While more messages wait than are taken, every fourth one taken is the queue's newest:
+its caller still waits for the reply, while callers behind a long backlog have been answered 6 by the time the worker comes to
+them.
 
 KEYS 1 queue       list   producers LPUSH to it
      2 ready       zset   delayed requests that are due: id by birth (ms)
@@ -23,8 +24,8 @@ ARGV 1 count       int    messages to take, at most
      8 largest     bytes  a larger message is not decoded
 
 Returns {suspects left, 1 if the one taken is a suspect, tag, message, tag, message ...}. For a dead letter the tag is ''
-and the message is its code, a space and its reason. A message that is too large is {headers: {id}, cut: {size (bytes), message
-(its beginning)}}, and a call that meets one takes little beyond it.
+and the message is its code, a space and its reason. In place of a message that is too large stands {headers: {id}, cut: {size
+(bytes), message (its beginning)}}; a call that meets one takes few others after it.
 A command that is refused (memory, access, a key of another type) does not undo the script. So messages are only read
 first, then written to where they go, and only then removed; if they cannot be removed, what was written is taken back.
 ]]
@@ -33,8 +34,8 @@ local seconds = time[1] + time[2] / 1000000
 local score = string.format('%.6f', seconds) -- once: Lua would format a number for each command
 local count, prefix, held = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[5])
 local UNKNOWN_TASK, ENVELOPE, LARGEST = ARGV[6], ARGV[7], tonumber(ARGV[8])
-local KEPT, SEARCHED = 1024, 8192 -- bytes of a message that is too large: kept; looked at, at either end
-local AT_ONCE = 4 -- messages read with one command: they are copied several times, and each may have any length
+local KEPT, SEARCHED = 1024, 8192 -- bytes of a message that is too large: how many are kept; how many are searched at each end
+local AT_ONCE = 4 -- messages read by one command: they are copied several times, and each may be of any length
 local suspects = redis.call('LLEN', KEYS[4])
 
 local function is_text(value)
@@ -89,8 +90,8 @@ end
 
 local taken = { suspects, 0 }
 
--- Reads `total` messages, a few at a time; `part(from, to)` reads some. Returns them, the large ones cut, and how many places
--- were read: a few beyond the first one that was cut, so that no call copies many.
+-- Reads up to `total` messages, a few at a time; `part(from, to)` reads some. Stops soon after one that was cut, so that no call
+-- copies many large ones. Returns the messages, how many places were read, and whether one was cut.
 local function read(total, part)
     local messages, places, was_cut = {}, 0, false
     while places < total and not was_cut do

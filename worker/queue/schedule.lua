@@ -3,14 +3,14 @@ schedule: hold reserved requests back until their ETA.
 
 KEYS 1 unacked     hash
      2 index       zset
-     3 due         zset   delayed requests: id by due time (ms); of these, their tag in place of the id, as a message with
-                          another's id must not take its place
-     4 delayed     hash   id, or tag -> birth (ms), a space, message; the birth of these is their due time
+     3 due         zset   as in delay.lua; these requests stand there by their tag and not by their id, so that a message
+                          with another request's id cannot replace that request
+     4 delayed     hash   tag -> due time (ms), a space, message
 ARGV 2i-1 tag
      2i   due             ms, Unix time
 
-Returns for each 1: it is delayed, or not this worker's any more; or 0: it is due now, and stays reserved.
-A command that is refused does not undo the script: the message is written to its new place first.
+Returns for each 1: it is delayed, or this worker does not hold it any more; or 0: it is due now, and stays reserved. A
+command that is refused does not undo the script: the message is written to its new place first.
 ]]
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
