@@ -41,3 +41,9 @@ def test_the_operators_page_names_metrics_that_exist(scraped: dict[str, set[str]
     named = {name for name in names_in(OPERATORS.read_text("utf-8")) if "_" in name and not name.endswith("_")}
     assert len(named) > 5
     assert named <= scraped.keys()
+
+
+def test_every_counter_is_on_the_dashboard_or_in_a_rule(scraped: dict[str, set[str]]) -> None:
+    counters = {name for name in scraped if name.startswith("verify_") and name.endswith("_total")}
+    assert len(counters) > 10
+    assert counters - {name for expr in queries().values() for name in asked(expr)} == set()

@@ -1,4 +1,4 @@
-"""A page in two languages says the same in both, and the docs' generated tables are up to date."""
+"""A page in two languages says the same in both; the docs' tables are up to date, and their settings exist."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from support import doc_pages as pages
 
 from producer.contract import ErrorCode
+from producer.settings import NAMES
 
 ZH = ".zh-CN.md"
 PAIRS = [(page.replace(ZH, ".md"), page) for page in pages.PAGES if page.endswith(ZH)]
@@ -38,6 +39,13 @@ def test_the_tables_of_error_codes_and_settings_are_up_to_date() -> None:
     """`make docs` writes them from producer/contract.py and .env.example."""
     command = [sys.executable, str(pages.ROOT / "docs" / "tables.py"), "--check"]
     assert subprocess.run(command, check=False).returncode == 0
+
+
+def test_every_setting_that_a_page_names_exists() -> None:
+    named = {(page, name) for page in pages.PAGES for name in re.findall(r"\bVERIFY_[A-Z][A-Z_]*", pages.read(page))}
+    assert len(named) > 50
+    known = {*NAMES, *(f"{name}_FILE" for name in NAMES)}
+    assert [(page, name) for page, name in sorted(named) if name not in known] == []
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
