@@ -235,12 +235,18 @@ class Eraser:
             self._known[text] = known
         return known
 
+    def _is_in_email(self, email: object) -> bool:
+        """Whether what a caller gave as an email is the address, or has it somewhere."""
+        if isinstance(email, str):
+            return self._is_address(email) or self._is_in_text(email)
+        return self._is_in_text(json.dumps(email, ensure_ascii=False))
+
     def _concerns(self, message: bytes) -> bool:
         """Whether a message asks for the address or, if it cannot be read, has it anywhere."""
         job = _job(message)
         if job is None:
             return self._is_in_raw(message)
-        if not self._is_address(job.request.email) and not self._is_in_text(job.request_id):
+        if not self._is_in_email(job.request.email) and not self._is_in_text(job.request_id):
             return False
         self._ids.add(job.request_id)
         if isinstance(job.request.purpose, str):
@@ -252,13 +258,13 @@ class Eraser:
 
     def _is_in_reply(self, value: bytes) -> bool:
         try:
-            return self._is_address(json.loads(value)["result"]["email"])
+            return self._is_in_email(json.loads(value)["result"]["email"])
         except (ValueError, TypeError, KeyError, RecursionError):
             return self._is_in_raw(value)
 
     def _is_in_raw(self, raw: bytes) -> bool:
         """Whether the address is in `raw`, as text or in base64, which may be cut off."""
-        text = raw.decode("utf-8", "replace")
+        text = raw.decode("utf-8", "replace").replace(r"\/", "/")  # as some programs write JSON, in base64 too
         if self._is_in_text(text):
             return True
         for run in _BASE64.findall(text):
@@ -271,6 +277,7 @@ class Eraser:
         if "@" not in text:
             return text == self._canonical
         plain = _ESCAPE.sub(lambda found: chr(int(found[1], 16)), text)
+        plain = plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # two escapes can be one character
         return any(self._is_address(each.strip("'")) for each in _ADDRESS.findall(plain))
 
 

@@ -190,6 +190,27 @@ def test_a_text_that_is_no_address_is_erased_as_it_is(rig: Rig, erase: Erase) ->
     assert rig.codes.delete("code_Nobody") == 1
 
 
+@pytest.mark.parametrize("given", ["<EMAIL>", "to EMAIL", ["EMAIL"], {"EMAIL": 1}, [{"to": "EMAIL"}]], ids=str)
+def test_an_address_within_something_else_is_found(given: Any, rig: Rig, erase: Erase) -> None:
+    email = f"{address()[:-12]}.\N{GRINNING FACE}@example.com"
+    request_id = rig.caller.request(json.loads(json.dumps(given).replace("EMAIL", email)))
+    assert rig.caller.reply(request_id)["error"] == 3
+    rig.settled()
+    assert counts(erase(rig, email)) == NOTHING | {"replies": 1, "request records": 1}
+
+
+@pytest.mark.parametrize("escaped", ["/", "\\/"], ids=["plain", "escaped"])
+def test_an_address_in_a_message_that_cannot_be_read_is_found(escaped: str, rig: Rig, erase: Erase) -> None:
+    """However the program that pushed it writes JSON: PHP escapes slashes, many escape what is not ASCII."""
+    email = f"{address()[:-12]}.\N{GRINNING FACE}@example.com"
+    envelope = message({"filler": "???>>>" * 20, "email": email}, headers={"eta": "soon"})
+    rig.broker.delete("verification.dead")
+    rig.broker.lpush(QUEUE, json.dumps(envelope | {"properties": {}}).replace("/", escaped))
+    rig.broker.lpush(QUEUE, json.dumps(f"no object, but {email}"))
+    eventually(lambda: rig.broker.llen("verification.dead") == 2)
+    assert counts(erase(rig, email)) == NOTHING | {"dead letters": 2}
+
+
 def test_it_says_how_it_ends(rig: Rig, erase: Erase, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Exit status" in erase(rig, "--help").output
     assert erase(rig).exit_code == 2
