@@ -23,7 +23,12 @@ from worker.queue.dead_letters import DeadLetter, DeadLetters
 TIMEOUT = 3.0  # seconds for Redis to answer
 ERASE_TIMEOUT = 10.0  # likewise; `erase` asks for more, of a server that may be busy
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Commands for whoever runs the workers.")
+app = typer.Typer(
+    help="Commands for whoever runs the workers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # its tracebacks show local variables: addresses, passwords
+)
 dead = typer.Typer(
     no_args_is_help=True,
     help=f"Messages that could not be executed: the Redis list {DEAD_LETTERS} in the broker database"

@@ -203,6 +203,16 @@ def test_only_the_newest_10000_dead_letters_are_kept(rig: Rig) -> None:
     rig.broker.delete("verification.dead")
 
 
+@pytest.mark.parametrize("depth", [940, 980, 1010, 20_000])
+def test_a_deeply_nested_letter_stops_no_command(depth: int, rig: Rig, dead: Dead) -> None:
+    text, nested = json.dumps(message({"email": address()})), "[" * depth + "]" * depth
+    letter(rig, f'{text[:-1]}, "extra": {nested}}}')
+    rig.broker.lpush("verification.dead", nested)
+    assert dead("show", *names(dead)).exit_code == 0
+    assert not isinstance(dead("replay", "--all").exception, RecursionError)
+    assert dead("drop", "--all").exit_code == 0
+
+
 def test_only_the_named_letters_are_dropped(rig: Rig, dead: Dead) -> None:
     for _ in range(3):
         letter(rig, message({"email": address()}))

@@ -58,7 +58,7 @@ class DeadLetter:
                 size=None if size is None else int(size),
                 request_id=None if request_id is None else str(request_id),
             )
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             return cls(name, None, "not written by a worker", datetime.fromtimestamp(0, UTC), raw, raw)
 
     def fields(self) -> dict[str, object]:
@@ -82,14 +82,16 @@ class DeadLetter:
             return f"the first {len(self.message)} of {self.size} bytes, the rest was not kept"
         try:
             envelope = json.loads(self.message)
-        except (ValueError, RecursionError):
+            if isinstance(envelope, dict):
+                for part in (envelope, envelope.get("headers")):
+                    if isinstance(part, dict):
+                        with_arguments = part.keys() & {"body", "argsrepr", "kwargsrepr"}
+                        part.update(dict.fromkeys(with_arguments, "***"))
+            return mask_text(json.dumps(envelope, indent=2, ensure_ascii=False))
+        except ValueError:
             return f"{len(self.message)} bytes that are not JSON"
-        if isinstance(envelope, dict):
-            for part in (envelope, envelope.get("headers")):
-                if isinstance(part, dict):
-                    with_arguments = part.keys() & {"body", "argsrepr", "kwargsrepr"}
-                    part.update(dict.fromkeys(with_arguments, "***"))
-        return mask_text(json.dumps(envelope, indent=2, ensure_ascii=False))
+        except RecursionError:
+            return f"{len(self.message)} bytes, nested too deeply"
 
 
 class DeadLetters:
@@ -127,7 +129,10 @@ class DeadLetters:
             raise NotReplayable(f"it still cannot be executed ({exc}); replayed, it would only come back") from None
         # A request without a time of its own is at least as old as its letter.
         parsed.envelope["headers"].setdefault("enqueued_at", letter.at.timestamp())
-        message = json.dumps(parsed.envelope)
+        try:
+            message = json.dumps(parsed.envelope)
+        except RecursionError:
+            raise NotReplayable("it is nested too deeply") from None
         if len(message) > LARGEST_MESSAGE:
             raise NotReplayable(f"rewritten, it has {len(message)} bytes; {LARGEST_MESSAGE} are allowed")
         if not self._client.register_script(_REPLAY.text)([DEAD_LETTERS, self._queue], [letter.raw, message]):
