@@ -48,8 +48,8 @@ class AsyncVerificationClient:
         `max_queue`: while more requests than this wait in the queue, `request` answers `TOO_MANY_REQUESTS` and
         `enqueue` raises `QueueFull`; by default the queue may grow without limit. `traces`: by default those of the
         application, if it has set up OpenTelemetry before the first use. `redis`: makes the connections, for a client
-        that stays on one loop; whoever made it closes it. `audit`: takes the audit events, for a client that stays on
-        one loop. By default the client makes its own of both.
+        that stays on one loop; whoever made it closes it. `audit`: records the audit events, likewise for one loop. By
+        default the client makes its own of both.
         """
         self._settings = settings or load()
         self._max_queue = max_queue
@@ -73,9 +73,9 @@ class AsyncVerificationClient:
         Answers within `VERIFY_REPLY_TIMEOUT` seconds (`TIMEOUT`: the outcome is unknown, ask again), and within 3 s
         with `REDIS_ERR` if Redis cannot be reached; it raises for neither. An invalid address or purpose is answered
         at once. With an unknown locale, or one that is not a string, the worker uses its own. `client`: your word for
-        the end user who asks, such as a hash of the IP address or of the session: one end user then gets a share of an
-        address' mails, and so many in all. `email` comes back as given. `observer` is called while the request is being
-        put on the queue. Raises `ValueError` unless `client` is a string of at most 64 characters.
+        the end user who asks, such as a hash of the IP address or the account; each end user then has limits of its
+        own. `email` comes back as given. `observer` is called while the request is being put on the queue. Raises
+        `ValueError` unless `client` is a string of at most 64 characters.
         """
         here = self._here()
         request = build_request(email, purpose, locale, client)

@@ -1,7 +1,8 @@
-"""Audit events: what a service sees when somebody attacks it, for the log and for Prometheus.
+"""Audit events: signs of an attack, for the log and for Prometheus.
 
 Each event is counted, and logged as a WARNING of `verifyserver.audit` whose text is the event's name. An attack must
-not fill the disk, nor one kind of event hide another: each kind has a few lines in a period, then one that sums up.
+not fill the disk, and one kind of event must not hide another: in each period, each kind gets a few lines and then one
+that sums up the rest.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ PERIOD: Final = 10.0  # seconds
 
 
 class AuditEvent(StrEnum):
-    """The events by name, as the log and the label `event` have them."""
+    """The events, by their name in the log and in the label `event`."""
 
     CODE_BURNT = "code_burnt"  # a code was dropped after too many wrong checks
-    BUCKET_EMPTY = "bucket_empty"  # an address, a client or all together asked for too many mails
+    BUCKET_EMPTY = "bucket_empty"  # a limit on mails was used up: of an address, of a client or of all
     WRONG_KEY = "wrong_key"  # a key was given, and it is not one of VERIFY_API_KEYS
-    MAILBOX_SUPPRESSED = "mailbox_suppressed"  # a request for a mailbox that was refused for good lately
+    MAILBOX_SUPPRESSED = "mailbox_suppressed"  # a request for a mailbox that a relay lately refused for good
     MESSAGE_TOO_LARGE = "message_too_large"  # a message on the queue was dead-lettered for its size
 
 
@@ -41,11 +42,11 @@ class Audit:
         self._record(AuditEvent.CODE_BURNT, email=mask_email(email))
 
     def bucket_empty(self, bucket: str, email: str) -> None:
-        """`bucket`: which one, in the code store's words."""
+        """`bucket`: its name in the code store."""
         self._record(AuditEvent.BUCKET_EMPTY, bucket=bucket, email=mask_email(email))
 
     def wrong_key(self, protocol: str, peer: str | None) -> None:
-        """`peer`: the other end's IP address, a proxy's if there is one. What was given as a key is not recorded."""
+        """`peer`: the other end's IP address; behind a proxy, the proxy's. The wrong key itself is not recorded."""
         self._record(AuditEvent.WRONG_KEY, protocol=protocol, peer=peer)
 
     def mailbox_suppressed(self, email: str) -> None:
@@ -56,7 +57,7 @@ class Audit:
         self._record(AuditEvent.MESSAGE_TOO_LARGE, size=size)
 
     def flush(self) -> None:
-        """Log what has been left out so far."""
+        """Log the sums of what was left out so far."""
         for limit in self._limits.values():
             limit.flush()
 

@@ -83,7 +83,7 @@ def send(
     ] = None,
     client_word: Annotated[
         str | None,
-        typer.Option("--client", callback=_client_word, help="Your word for the end user who asks, for the limits."),
+        typer.Option("--client", callback=_client_word, help="Your word for the end user, who has limits of its own."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

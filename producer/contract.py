@@ -72,8 +72,8 @@ class ErrorCode(IntEnum):
     TOO_MANY_REQUESTS = (
         4,
         "TooManyRequests",
-        "The address, the client or all together used up their mails for now, or the queue is full.",
-        "Wait and ask again; VERIFY_MAX_SENDS_PER_HOUR and the settings beside it are the limits.",
+        "The address, the client or the whole service has used up its mails for now, or the queue is full.",
+        "Wait and ask again. The limits: VERIFY_MAX_SENDS_PER_HOUR, …_PER_CLIENT, …_TOTAL, and VERIFY_MAX_QUEUE.",
         False,
     )
     MAIL_REJECTED = (

@@ -11,10 +11,10 @@ Kind = TypeVar("Kind")
 
 
 class LineLimit(Generic[Kind]):
-    """Admits so many lines in each period, and hands over at its end how many of which kind it did not admit."""
+    """Admits a number of lines in each period. At its end it hands over how many of each kind it did not admit."""
 
     def __init__(self, lines: int, period: float, sum_up: Callable[[Counter[Kind]], None]) -> None:
-        """`period`: seconds; it begins with the first line, on the running loop. `sum_up` gets at least one."""
+        """`period`: seconds, from its first line on, on the running loop. `sum_up`: called if lines were left out."""
         self._lines = lines
         self._period = period
         self._sum_up = sum_up

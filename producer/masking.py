@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 
-# What may stand before the @ of an address: RFC 5322's atext and dots, in RFC 6532 anything beyond ASCII too. Also what
-# no address has but no separator is, such as a backslash: it may mask too much, not too little.
+# What may stand before the @ of an address: RFC 5322's atext and dots and, by RFC 6532, anything beyond ASCII. Also
+# characters that no address has but that separate nothing, such as a backslash: rather mask too much than too little.
 _LOCAL = r"[^\s@\"<>()\[\],:;\x1b]"
 _ADDRESS = rf"(?P<local{{0}}>{_LOCAL}+)@(?P<domain{{0}}>[^\s@\"'<>()\[\]{{{{}}}},:;=\\/\x1b]*)"
-# User and password of a URL, or an address, in any library's line. An address is sought only where one may begin, so
-# that a long text takes time in proportion to its length. A terminal's colour codes are matched apart, so that they are
-# not taken for the beginning of the address they colour.
+# A URL's user and password, or an address, in any library's line. The pattern looks for an address only where one may
+# begin, so that the time is proportional to the length of the text. It matches a terminal's colour codes apart, so that
+# they do not count as the beginning of the address that they colour.
 _PRIVATE = re.compile(
     rf"://(?P<login>[^\s\"<>/?#\x1b]*@)?(?:{_ADDRESS.format(1)})?"
     rf"|(?P<colour>\x1b\[[\d;]*m|(?<!{_LOCAL})){_ADDRESS.format(2)}"
@@ -45,7 +45,7 @@ def _masked(found: re.Match[str]) -> str:
         before, local, domain = "://***@" if found["login"] else "://", found["local1"], found["domain1"]
         if local is None:
             return before
-    if local[0] == "'":  # rather Python's quote than the address' own
+    if local[0] == "'":  # more likely Python's quote than a part of the address
         before, local = before + "'", local[1:]
     address = f"{local}@{domain}"
     return before + (address if local == "***" or address in _node_names else mask_email(address))
@@ -67,8 +67,9 @@ def _mask_quoted(text: str) -> str:
 
 def _opening_quote(text: str, closing: int) -> int:
     """Where the string that ends at `closing` begins; -1: nowhere."""
-    # Each time a text is encoded, a quote gets 0, 1, 3, 7 ... backslashes, and a backslash an even number of them. So
-    # one inside the string has more backslashes than the two at its ends, apart from those that end the string itself.
+    # Encoded 0, 1, 2, 3 ... times, a quote has 0, 1, 3, 7 ... backslashes before it, and a backslash becomes an even
+    # number of them. So a quote inside the string has more backslashes before it than the two quotes at its ends, not
+    # counting those that the string itself ends with.
     count = _backslashes(text, closing)
     own = (count ^ (count + 1)) >> 1
     start = max(0, closing - _LONGEST_QUOTED)

@@ -31,9 +31,9 @@ class RequestObserver(Protocol):
 
 
 def build_request(email: object, purpose: object, locale: object, client: object = None) -> VerifyRequest:
-    """The request to send. What cannot be a locale is left out: the worker uses its own then.
+    """The request to send. A malformed locale is left out, and the worker then uses its own.
 
-    Raises `ValueError` unless `client` can be one.
+    Raises `ValueError` for a malformed client.
     """
     if not is_client(client):
         raise ValueError(f"client must be a string of at most {LONGEST_CLIENT} characters, or None")
@@ -57,7 +57,7 @@ def encode(request: VerifyRequest, request_id: str, queue: str, trace: Mapping[s
     """The message for `queue`, stamped with the time.
 
     Raises `TypeError` for values that JSON cannot hold, `ValueError` for an email that is too long to be an address, or
-    if no worker would read so long a message.
+    for a message that is too long for any worker.
     """
     if isinstance(request.email, str) and len(request.email) > address.MAX_GIVEN:
         raise ValueError(f"an email has at most {address.MAX_GIVEN} characters, spaces included")
