@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Coroutine
+from functools import cached_property
 from typing import Any
 
 from fastapi import HTTPException, Request, Response
@@ -17,11 +18,13 @@ from producer.api.http_connection import BODY_LIMIT, BODY_TIMEOUT
 
 
 class JsonRoute(APIRoute):
-    """A route that takes its body as JSON, whatever the content type says: the old server did."""
+    """A route that takes its body, if it has one, as JSON, whatever the content type says: the old server did."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """See FastAPI's "Custom Request and APIRoute class"."""
         handler = super().get_route_handler()
+        if self.body_field is None:
+            return handler
 
         async def handle(request: Request) -> Response:
             return await handler(_JsonRequest(request.scope, request.receive))
@@ -30,11 +33,10 @@ class JsonRoute(APIRoute):
 
 
 class _JsonRequest(Request):
-    @property
+    @cached_property
     def headers(self) -> Headers:
-        """The headers with another content type: FastAPI parses JSON only where the caller says that it is."""
-        others = [(name, value) for name, value in super().headers.raw if name != b"content-type"]
-        return Headers(raw=[*others, (b"content-type", b"application/json")])
+        """The headers without a content type: FastAPI then parses JSON, as the application is not strict about it."""
+        return Headers(raw=[header for header in self.scope["headers"] if header[0] != b"content-type"])
 
     async def body(self) -> bytes:
         """The whole body. Raises `HTTPException`, without reading on, if it is too large or too slow."""

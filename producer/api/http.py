@@ -6,7 +6,7 @@ import json
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
-from fastapi import APIRouter, FastAPI, Request, Response, Security
+from fastapi import FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPBearer
@@ -83,6 +83,7 @@ def make_app(api: Api, url: str = "http://127.0.0.1:8081") -> ASGIApp:
         description=_DESCRIPTION,
         version="1",
         redirect_slashes=False,
+        strict_content_type=False,
         telemetry=_NO_TELEMETRY,
         swagger_ui_parameters={"defaultModelsExpandDepth": -1, "tryItOutEnabled": True},
         exception_handlers={HTTPException: _refuse, Exception: _unexpected},
@@ -95,7 +96,8 @@ def make_app(api: Api, url: str = "http://127.0.0.1:8081") -> ASGIApp:
         return _json({"error": int(ErrorCode.ERROR_JSON), "detail": malformed_fields(exc)})
 
     with_key = [Security(HTTPBearer(auto_error=False, scheme_name="key"))] if settings.api_keys else []
-    app.include_router(_verbs(api, url), dependencies=with_key)
+    app.router.route_class = JsonRoute  # a router of their own would be searched twice for each request
+    _add_verbs(app, api, url, with_key)
     _add_operations(app, api, with_key)
     free = OPEN | demo.add(app, api) if settings.demo else OPEN
     # Inside the key check: a caller without a key leaves no trace.
@@ -110,11 +112,11 @@ def _any_host(settings: Settings) -> bool:
     return settings.allow_plaintext or not is_loopback(settings.http_bind, "VERIFY_HTTP_BIND")
 
 
-def _verbs(api: Api, url: str) -> APIRouter:
-    router = APIRouter(route_class=JsonRoute, tags=["codes"])
+def _add_verbs(app: FastAPI, api: Api, url: str, with_key: list[Any]) -> None:
+    tags: list[str | Enum] = ["codes"]
 
-    @router.post("/get_verifycode", include_in_schema=False)
-    @router.post(
+    @app.post("/get_verifycode", include_in_schema=False, dependencies=with_key)
+    @app.post(
         "/get_varifycode",
         summary="Send a code",
         description=_described(
@@ -125,6 +127,8 @@ def _verbs(api: Api, url: str) -> APIRouter:
         ),
         response_model=RequestAnswer | Malformed,
         responses=_REFUSALS,
+        tags=tags,
+        dependencies=with_key,
     )
     async def get_varifycode(asked: CodeRequest, request: Request) -> Response:
         client, wait = _client(asked, request), api.relays.wait()
@@ -134,8 +138,8 @@ def _verbs(api: Api, url: str) -> APIRouter:
         error = await api.answer("http", "request", wait.reply(reply))
         return _json({"error": int(error), "email": asked.email})
 
-    @router.post("/check_verifycode", include_in_schema=False)
-    @router.post(
+    @app.post("/check_verifycode", include_in_schema=False, dependencies=with_key)
+    @app.post(
         "/check_varifycode",
         summary="Check a code",
         description=_described(
@@ -143,12 +147,12 @@ def _verbs(api: Api, url: str) -> APIRouter:
         ),
         response_model=CheckAnswer | Malformed,
         responses=_REFUSALS,
+        tags=tags,
+        dependencies=with_key,
     )
     async def check_varifycode(given: CodeCheck) -> Response:
         result = api.client.check(given.email, given.varifycode, purpose=given.purpose)
         return _json({"error": int(await api.answer("http", "check", result)), "email": given.email})
-
-    return router
 
 
 def _client(asked: CodeRequest, request: Request) -> str | None:

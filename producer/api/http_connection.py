@@ -22,9 +22,9 @@ BODY_TIMEOUT: Final = 5.0  # seconds for a request's body; then the answer is 40
 READ_TIMEOUT: Final = 10.0  # seconds in which a client must make room for more of its answer
 LINGER: Final = 2.0  # seconds of reading on after an early answer: if we closed at once the client might never see it
 HEAD_LIMIT: Final = 32 * 1024  # bytes
-HEADERS_LIMIT: Final = 100  # in one head; each costs some 200 bytes beside its own
+HEADERS_LIMIT: Final = 100  # in one head, empty lines before it included; each costs some 200 bytes beside its own
 BODY_LIMIT: Final = 16 * 1024  # bytes of one request; the longest address has 254
-LINES_LIMIT: Final = 250  # of a chunked body (sizes, data and trailers), or empty ones before a head
+LINES_LIMIT: Final = 250  # of a chunked body: sizes, data and trailers
 # Bytes of body that are read and dropped after an early answer: many clients read it only once they have sent all.
 SURPLUS_LIMIT: Final = 16 * 1024 * 1024
 _REFUSED_LIMIT: Final = 256 * 1024  # the same, after what is no request of ours
@@ -125,7 +125,7 @@ class _SmallReads(asyncio.BufferedProtocol):
 
 
 class _TooMuch(Exception):
-    """The parser is told with it to stop."""
+    """What a client sends is above a limit: the status and the reason to refuse it with."""
 
 
 class HttpConnection(HttpToolsProtocol):
@@ -141,7 +141,9 @@ class HttpConnection(HttpToolsProtocol):
         self._due: str | None = None  # the part that the timer runs for
         self._timer: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None  # runs while the client reads too little
-        self._head = self._surplus = self._lines = 0  # bytes, bytes, and lines
+        self._framing = 0  # bytes of a head, or of a body's chunks beside what is in them
+        self._lines = 0  # of the same
+        self._surplus = 0  # bytes that came after an early answer
         self._left: int | None = 0  # bytes of body still to come; None: chunked
         self._tail = b""  # the end of the head so far, for a line's end that comes in two parts
         self._waiting = b""  # what came behind the request that is being answered
@@ -186,11 +188,8 @@ class HttpConnection(HttpToolsProtocol):
                 end = self._part(data, start)
                 self._parse(data[start:end])
                 start = end
-        except httptools.HttpParserError as exc:
-            if isinstance(exc.__context__, _TooMuch):
-                self._refuse(431, f"a head has at most {HEADERS_LIMIT} headers")
-            else:
-                self.send_400_response("not HTTP")
+        except httptools.HttpParserError:
+            self.send_400_response("not HTTP")
         except _TooMuch as exc:
             self._refuse(*exc.args)
         self._watch()
@@ -205,17 +204,20 @@ class HttpConnection(HttpToolsProtocol):
             if not end:
                 end = len(data)
                 self._tail = (self._tail + data[max(start, end - 3) :])[-3:]
-            self._head += end - start
-            self._lines += self._reading is None
-            if self._head > HEAD_LIMIT or self._lines > LINES_LIMIT:
-                raise _TooMuch(431, "head too large")
+            self._framing += end - start
+            self._lines += data.count(b"\n", start, end)
+            if self._framing > HEAD_LIMIT:
+                raise _TooMuch(431, f"a head has at most {HEAD_LIMIT} bytes")
+            if self._lines > HEADERS_LIMIT + 2:  # the request line, and the empty one
+                raise _TooMuch(431, f"a head has at most {HEADERS_LIMIT} headers")
             return end
         if self._left is None:
-            found = data.find(b"\n", start)
-            self._lines += found >= 0
-            if self._lines > LINES_LIMIT:
-                raise _TooMuch(413, f"a body has at most {LINES_LIMIT} lines of chunks")
-            end = found + 1 if found >= 0 else len(data)
+            end = data.find(b"\n", start) + 1
+            self._lines += end > 0
+            if self._lines > LINES_LIMIT or self._framing > HEAD_LIMIT:
+                raise _TooMuch(413, f"a body has at most {LINES_LIMIT} lines of chunks, and {HEAD_LIMIT} bytes of them")
+            end = end or len(data)
+            self._framing += end - start
         else:
             end = min(start + self._left, len(data))
             self._left -= end - start
@@ -264,21 +266,14 @@ class HttpConnection(HttpToolsProtocol):
         super().on_message_begin()
         self._reading = "head"
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep a head's headers, within bounds, and no trailers."""
-        if self._reading == "body":
-            return
-        if len(self.headers) >= HEADERS_LIMIT:
-            raise _TooMuch
-        HttpToolsProtocol.on_header(self, name, value)  # for each header: `super()` takes longer
-
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             self._upgrade = True
             return
         super().on_headers_complete()
-        self._reading, self._head, self._surplus, self._lines, self._left, self._tail = "body", 0, 0, 0, 0, b""
-        for name, value in self.headers:
+        headers, self.headers = self.headers, []  # trailers are no headers
+        self._reading, self._framing, self._surplus, self._lines, self._left, self._tail = "body", 0, 0, 0, 0, b""
+        for name, value in headers:
             if name == b"content-length":
                 self._left = int(value)
             elif name == b"transfer-encoding":
@@ -286,13 +281,14 @@ class HttpConnection(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Keep no more than it takes to see that it is too much."""
+        self._framing -= len(body)
         super().on_body(body[: BODY_LIMIT + 1 - len(self.cycle.body)])
 
     def on_message_complete(self) -> None:
         """The request is complete, unless only its head was parsed so far."""
         if not self._upgrade:
             super().on_message_complete()
-            self._reading = None
+            self._reading, self._framing, self._lines = None, 0, 0
             self._connections.requested(self)
             if self._answered:  # before all of it was there
                 self._connections.answered(self)

@@ -9,10 +9,9 @@ import asyncio
 import base64
 import contextlib
 import json
-import socket
+import ssl
 import sys
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -51,9 +50,22 @@ class Attack:
 class Attacker(Process):
     """`with Attacker(port, attack, connections=60, megabytes=8) as attacker:` attacks until the end of the block."""
 
-    def __init__(self, port: int, attack: Attack, *, connections: int, megabytes: float, seconds: float = 120) -> None:
-        """`megabytes` are sent in all; then, and for at most `seconds`, the connections are only held open."""
+    def __init__(
+        self,
+        port: int,
+        attack: Attack,
+        *,
+        connections: int,
+        megabytes: float,
+        seconds: float = 120,
+        tls: bool = False,
+    ) -> None:
+        """`megabytes` are sent in all; then, and for at most `seconds`, the connections are only held open.
+
+        `tls`: it believes any certificate.
+        """
         words = [str(port), str(connections), str(int(megabytes * MB)), str(seconds), json.dumps(attack.to_json())]
+        words.append("tls" if tls else "")
         environment = own_environment({"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
         super().__init__("attacker", [sys.executable, "-m", "support.attacks", *words], environment)
         self._connections = connections
@@ -74,7 +86,7 @@ class Attacker(Process):
 
 
 class _Strangers:
-    def __init__(self, port: int, attack: Attack, connections: int, budget: int, seconds: float) -> None:
+    def __init__(self, port: int, attack: Attack, connections: int, budget: int, seconds: float, *, tls: bool) -> None:
         self._port = port
         self._attack = attack
         self._connections = connections
@@ -82,6 +94,9 @@ class _Strangers:
         self._deadline = time.monotonic() + seconds
         self._block = attack.filler * max(1, _BLOCK // max(1, len(attack.filler)))
         self._opened = self._sent = self._refused = 0
+        self._tls = ssl.create_default_context() if tls else None
+        if self._tls is not None:
+            self._tls.check_hostname, self._tls.verify_mode = False, ssl.CERT_NONE
 
     async def run(self) -> None:
         each = [asyncio.create_task(self._one()) for _ in range(self._connections)]
@@ -101,25 +116,24 @@ class _Strangers:
         await asyncio.gather(*each, return_exceptions=True)
 
     async def _one(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            with socket.socket() as connection:
-                connection.setblocking(False)
+            with contextlib.suppress(OSError):
+                # So little is taken in before somebody reads it.
+                reader, writer = await asyncio.open_connection(HOST, self._port, ssl=self._tls, limit=1)
                 try:
-                    await loop.sock_connect(connection, (HOST, self._port))
-                    await self._send(connection, self._attack.opening)
+                    await self._send(writer, self._attack.opening)
                     self._opened += 1
-                    await self._both(connection)
-                except OSError:
-                    self._refused += 1
+                    await self._both(reader, writer)
+                finally:
+                    writer.transport.abort()
+            self._refused += 1
             await asyncio.sleep(_AGAIN)
 
-    async def _both(self, connection: socket.socket) -> None:
+    async def _both(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Send and read until the server hangs up."""
-        parts: list[Callable[[socket.socket], Awaitable[None]]] = [self._flood]
+        tasks = [asyncio.ensure_future(self._flood(writer))]
         if self._attack.reads:
-            parts.append(self._read)
-        tasks = [asyncio.ensure_future(part(connection)) for part in parts]
+            tasks.append(asyncio.ensure_future(self._read(reader)))
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             for task in done:
@@ -130,19 +144,20 @@ class _Strangers:
             with contextlib.suppress(OSError):
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _flood(self, connection: socket.socket) -> None:
+    async def _flood(self, writer: asyncio.StreamWriter) -> None:
         while self._block and self._sent < self._budget:
-            await self._send(connection, self._block)
+            await self._send(writer, self._block)
         if not self._attack.reads:
             await asyncio.Event().wait()
 
-    async def _read(self, connection: socket.socket) -> None:
-        while await asyncio.get_running_loop().sock_recv(connection, 65536):
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        while await reader.read(65536):
             pass
         raise ConnectionResetError
 
-    async def _send(self, connection: socket.socket, data: bytes) -> None:
-        await asyncio.get_running_loop().sock_sendall(connection, data)
+    async def _send(self, writer: asyncio.StreamWriter, data: bytes) -> None:
+        writer.write(data)
+        await writer.drain()
         self._sent += len(data)
 
 
@@ -174,6 +189,8 @@ def _status(pid: int, name: str) -> float:
 
 
 if __name__ == "__main__":
-    _port, _many, _bytes, _seconds, _attack = sys.argv[1:]
-    strangers = _Strangers(int(_port), Attack.from_json(json.loads(_attack)), int(_many), int(_bytes), float(_seconds))
+    _port, _many, _bytes, _seconds, _attack, _tls = sys.argv[1:]
+    strangers = _Strangers(
+        *(int(_port), Attack.from_json(json.loads(_attack)), int(_many), int(_bytes), float(_seconds)), tls=bool(_tls)
+    )
     asyncio.run(strangers.run())

@@ -21,6 +21,7 @@ def _get(path: bytes) -> bytes:
 
 ATTACKS: Final = {
     "trailers": Attack(_CHUNKED + b"0\r\n", b"a:\r\n"),
+    "an endless trailer": Attack(_CHUNKED + b"0\r\na: ", b"x" * 1024),
     "pipelined GETs": Attack(b"", _GET + b"\r\n"),
     "pipelined requests for codes": Attack(b"", _ASK + _HEADERS + b"Content-Length: 26\r\n\r\n" + _BODY),
     "pipelined upgrades": Attack(b"", _GET + b"Connection: upgrade\r\nUpgrade: h2c\r\n\r\n"),

@@ -41,7 +41,7 @@ _COMMON: Final = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-re
 def add(app: FastAPI, api: Api) -> frozenset[str]:
     """Add the routes to the API. Returns the paths that need no key."""
     settings = api.settings
-    data = APIRouter(route_class=JsonRoute)
+    data = APIRouter(route_class=JsonRoute, strict_content_type=False)
     _add_page(app)
     _add_request(data, api)
     _add_inbox(data, Inbox(settings.demo_inbox) if settings.demo_inbox else None)
