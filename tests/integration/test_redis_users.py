@@ -66,6 +66,7 @@ REFUSED: Final = [
     ("flower", "LPUSH verification message"),
     ("flower", "GET request:id"),
     ("operator", "PUBLISH /1.celery.pidbox stop"),
+    ("operator", "GET code_EMAIL"),  # which it deletes, to erase an address
     *(
         (user, command)
         for user in ("default", "caller", "client", "api", "worker", "flower", "operator")
