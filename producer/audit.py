@@ -42,7 +42,7 @@ class Audit:
         self._record(AuditEvent.CODE_BURNT, email=mask_email(email))
 
     def bucket_empty(self, bucket: str, email: str) -> None:
-        """`bucket`: its name in the code store."""
+        """`bucket`: its name in `verify_worker_rate_limited_total`."""
         self._record(AuditEvent.BUCKET_EMPTY, bucket=bucket, email=mask_email(email))
 
     def wrong_key(self, protocol: str, peer: str | None) -> None:

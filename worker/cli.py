@@ -135,16 +135,21 @@ def _chosen(letters: DeadLetters, names: list[str] | None, every: bool) -> list[
     return letters.list()[::-1] if every else [letters.find(name) for name in names or ()]
 
 
-@app.command()
+@app.command(
+    epilog="Exit status: 0, nothing is left (or there was nothing); 1, Redis cannot be used; 3, something is left, run"
+    " it again."
+)
 def erase(
     email: Annotated[str, typer.Argument(metavar="ADDRESS", help="In any spelling.", show_default=False)],
     wait: Annotated[float, typer.Option(min=0, help="Seconds for workers to finish what they hold of it.")] = 30.0,
 ) -> None:
     """Remove all that is kept about an address: codes, counts, limits, replies, requests, dead letters.
 
-    Callers and workers may go on. A queued request for it is not sent; its caller is answered 6. What a worker holds is
-    finished first. Says how much of each kind was removed. Exit status: 0, nothing is left (or there was nothing);
-    1, Redis cannot be used; 3, something is left, run it again. Logs hold no whole address. Backups are not touched.
+    Callers and workers may go on. A queued request for it is not sent; its caller is answered 6.
+
+    What a worker holds is finished first. Says how much of each kind was removed.
+
+    Logs hold no whole address. Backups are not touched.
     """
     settings = load_or_exit()
     urls = (settings.codes_url, settings.broker_url, settings.results_url)

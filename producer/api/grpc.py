@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from producer.api.binding import LISTEN_BACKLOG
 from producer.api.http2 import Call, Connection, Http2Server, Refused
-from producer.api.keys import NEEDED, KeyCheck, key_name
+from producer.api.keys import KeyCheck, key_name, refusal_of_key
 from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp, file_descriptor
 from producer.api.state import Api
 from producer.api.tls import Certificates
@@ -80,7 +80,7 @@ class GrpcServer:
         if name is None:
             if given:
                 self._api.audit.wrong_key("grpc", call.connection.peer)
-            raise Refused(_status(grpc.StatusCode.UNAUTHENTICATED), NEEDED)
+            raise Refused(_status(grpc.StatusCode.UNAUTHENTICATED), refusal_of_key(given))
         call.key = name
 
     async def _traced(self, call: Call) -> bytes:

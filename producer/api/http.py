@@ -18,7 +18,7 @@ from producer.api import demo
 from producer.api.binding import is_loopback
 from producer.api.body import JsonRoute, malformed_fields
 from producer.api.http_connection import refusal
-from producer.api.keys import NEEDED, KeyCheck, key_name
+from producer.api.keys import KeyCheck, key_name, refusal_of_key
 from producer.api.models import (
     CheckAnswer,
     CodeCheck,
@@ -217,24 +217,21 @@ class _Locked:
         self._free_below = tuple(path for path in free if path.endswith("/") and path != "/")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self._is_free(scope["path"]) and not self._has_key(scope):
-            answer = Response(refusal(NEEDED), 401, media_type=JSON)
-            answer.headers["WWW-Authenticate"] = "Bearer"
-            await answer(scope, receive, send)
-            return
+        if scope["type"] == "http" and not self._is_free(scope["path"]):
+            given = [value for name, value in scope["headers"] if name == b"authorization"]
+            name = self._keys.name_of(given)
+            if name is None:
+                if given:
+                    self._audit.wrong_key("http", (scope["client"] or (None,))[0])
+                answer = Response(refusal(refusal_of_key(given)), 401, media_type=JSON)
+                answer.headers["WWW-Authenticate"] = "Bearer"
+                await answer(scope, receive, send)
+                return
+            key_name.set(name)
         await self._app(scope, receive, send)
 
     def _is_free(self, path: str) -> bool:
         return path in self._free or path.startswith(self._free_below)
-
-    def _has_key(self, scope: Scope) -> bool:
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        name = self._keys.name_of(given)
-        if name is not None:
-            key_name.set(name)
-        elif given:
-            self._audit.wrong_key("http", (scope["client"] or (None,))[0])
-        return name is not None
 
 
 class _Outermost:

@@ -12,7 +12,13 @@ from producer.setting_types import ApiKey
 
 # The name of the key with which the request that is being served was made; empty where no key is asked for.
 key_name: ContextVar[str] = ContextVar("key_name", default="")
-NEEDED: Final = "a key is needed: Authorization: Bearer KEY"
+_NEEDED: Final = "a key is needed: Authorization: Bearer KEY"
+_WRONG: Final = "the key is not one of VERIFY_API_KEYS: send one, without its name"
+
+
+def refusal_of_key(given: Sequence[bytes]) -> str:
+    """What to tell a caller whose values of `authorization` are no right key."""
+    return _WRONG if given else _NEEDED
 
 
 class KeyCheck:

@@ -22,8 +22,10 @@ PAGE = """<!DOCTYPE html><title></title>{frames}
 <script>onload = () => {{
   document.title = [...document.querySelectorAll("iframe")].map((frame) => {{
     const page = frame.contentDocument, code = page.querySelector(".code");
-    const size = parseFloat(frame.contentWindow.getComputedStyle(code).fontSize);
-    return [frame.width, page.documentElement.scrollWidth, code.scrollWidth - code.clientWidth, size].join(" ");
+    const {{ fontSize, lineHeight }} = frame.contentWindow.getComputedStyle(code);
+    const lines = Math.floor(code.clientHeight / parseFloat(lineHeight));  // its padding is less than a line
+    const overflow = code.scrollWidth - code.clientWidth;
+    return [frame.width, page.documentElement.scrollWidth, overflow, parseFloat(fontSize), lines].join(" ");
   }}).join(", ");
 }};</script>"""
 
@@ -53,7 +55,9 @@ def test_fits_any_width_and_the_code_is_large(locale: str, tmp_path: Path) -> No
     assert found
     frames_measured = [[float(number) for number in frame.split()] for frame in found[1].split(", ")]
     assert len(frames_measured) == len(CODES) * len(WIDTHS)
-    for width, needed, overflow, size in frames_measured:
+    for width, needed, overflow, size, _ in frames_measured:
         assert needed <= width
         assert overflow <= 0
         assert size >= 30
+    ours = frames_measured[: -len(WIDTHS)]
+    assert [lines for *_, lines in ours] == [1] * len(ours)

@@ -65,6 +65,7 @@ class TestHttp:
             answer = api.http.post(path, content=json.dumps({"email": A, "varifycode": "1"}), headers=headers)
             assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
             assert answer.json()["error"] == 1001
+            assert answer.json()["detail"].startswith("a key is needed" if header is None else "the key is not one of")
         assert redis.get("code_" + A) == b"1"
 
     @pytest.mark.parametrize("header", RIGHT)

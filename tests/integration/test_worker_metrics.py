@@ -280,6 +280,7 @@ def test_an_unhealthy_relay_and_an_empty_bucket(new_rig: Callable[..., Rig]) -> 
     assert page[f"verify_worker_relay_connections{{relay={unhealthy}}}"] == 0
     assert page["verify_worker_rate_limited_total{bucket=address}"] == 1
     assert page["verify_audit_events_total{event=bucket_empty}"] == 1
+    assert '"bucket": "address"' in worker.log
     assert not [key for key in page if "anna" in key or "secret" in key]
 
 

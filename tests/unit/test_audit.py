@@ -21,7 +21,7 @@ from producer.audit import LINES, Audit, AuditEvent
 # What each event's method, which has its name, is called with.
 ARGUMENTS: dict[AuditEvent, tuple[object, ...]] = {
     AuditEvent.CODE_BURNT: ("anna@example.com",),
-    AuditEvent.BUCKET_EMPTY: ("address_bucket", "anna@example.com"),
+    AuditEvent.BUCKET_EMPTY: ("address", "anna@example.com"),
     AuditEvent.WRONG_KEY: ("http", "192.0.2.1"),
     AuditEvent.MAILBOX_SUPPRESSED: ("anna@example.com",),
     AuditEvent.MESSAGE_TOO_LARGE: (70_000,),
@@ -74,7 +74,7 @@ def test_an_event_is_one_warning_with_its_name(event: AuditEvent, caplog: pytest
 def test_one_kind_of_event_never_hides_another(caplog: pytest.LogCaptureFixture) -> None:
     def flood(audit: Audit) -> None:
         for _ in range(LINES + 5000):
-            audit.bucket_empty("address_bucket", "anna@example.com")
+            audit.bucket_empty("address", "anna@example.com")
         audit.wrong_key("grpc", "192.0.2.1")
 
     found = lines(caplog, flood)
