@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import random
-import struct
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import grpc
 from support.api_process import ApiProcess
+from support.http2 import OPENING, call, header
 
 from bench.fuzz.http import exchange
 from bench.fuzz.mutate import VALUES, Mutator
 from bench.fuzz.target import Target
+from producer.api.frames import (
+    PREFACE,
+    ErrorCode,
+    Flag,
+    FrameType,
+    Setting,
+    frame,
+    goaway_frame,
+    reset_frame,
+    settings_frame,
+    window_frame,
+)
 from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp
 
 _AT_ONCE: Final = 8  # connections, or calls
@@ -38,48 +50,26 @@ _PROTO_TOKENS: Final = (
     *(b"\x0a", b"\x0a\xff\xff\xff\xff\x0f", b"\x08\x01", b"\x0a\x00", b"\x12\x01x", b"\x0b\x0c", b"\xff" * 10),
     *(b"\x80" * 11, b"\x0a\x03\xed\xa0\x80", b"\x0a\x01\x00", b"\x0a\x80\x08" + b"a" * 1024, b"\x00"),
 )
-_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-
-
-def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    """One HTTP/2 frame."""
-    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
-
-
-def _headers(*pairs: tuple[bytes, bytes]) -> bytes:
-    """Literal fields without indexing, in HPACK; for names and values of up to 126 bytes."""
-    return b"".join(b"\0%c%s%c%s" % (len(name), name, len(value), value) for name, value in pairs)
 
 
 def connection_with(path: bytes, message: bytes) -> bytes:
     """What a client sends on a connection for one call."""
-    fields = (
-        *(
-            (b":method", b"POST"),
-            (b":scheme", b"http"),
-            (b":path", path),
-            (b":authority", b"api"),
-            (b"te", b"trailers"),
-        ),
-        *((b"content-type", b"application/grpc"), (b"grpc-timeout", b"5S"), (b"x-verify-client", b"c")),
-    )
-    data = b"\0" + struct.pack(">I", len(message)) + message
-    return _PREFACE + frame(4, 0, 0, b"") + frame(1, 4, 1, _headers(*fields)) + frame(0, 1, 1, data)
+    return OPENING + call(1, path, message, header("grpc-timeout", "5S"), header("x-verify-client", "c"))
 
 
 def _conversations(message: bytes) -> list[bytes]:
     calls = [connection_with(path.encode(), message) for path in _PATHS]
-    settings = frame(4, 0, 0, struct.pack(">HIHI", 3, 100, 4, 65_535))
+    settings = settings_frame({Setting.MAX_CONCURRENT_STREAMS: 100, Setting.INITIAL_WINDOW_SIZE: 65_535})
     others = (
-        frame(8, 0, 0, struct.pack(">I", 1000)),
-        frame(6, 0, 0, b"12345678"),
-        frame(3, 0, 1, struct.pack(">I", 8)),
-        frame(2, 0, 3, struct.pack(">IB", 0, 16)),
-        frame(7, 0, 0, struct.pack(">II", 1, 0)),
-        frame(9, 4, 1, _headers((b"a", b"b"))),
-        frame(5, 4, 1, b"\0\0\0\2"),
+        window_frame(0, 1000),
+        frame(FrameType.PING, 0, b"12345678"),
+        reset_frame(1, ErrorCode.CANCEL),
+        frame(FrameType.PRIORITY, 3, b"\0\0\0\0\x10"),
+        goaway_frame(1, ErrorCode.NO_ERROR),
+        frame(FrameType.CONTINUATION, 1, header("a", "b"), Flag.END_HEADERS),
+        frame(FrameType.PUSH_PROMISE, 1, b"\0\0\0\2", Flag.END_HEADERS),
     )
-    return [*calls, _PREFACE + settings + calls[0][len(_PREFACE) :], *(calls[0] + each for each in others)]
+    return [*calls, PREFACE + settings + calls[0][len(OPENING) :], *(calls[0] + each for each in others)]
 
 
 class GrpcTarget(Target):
@@ -101,10 +91,10 @@ class GrpcTarget(Target):
                 email = str(chance.choice(VALUES)).encode("utf-8", "ignore").decode()
                 return b"".join((_CALL, GetVarifyReq(email=email).SerializeToString()))
             return _CALL + mutator.garbled(self._message, _PROTO_TOKENS)
-        frames = [frame(chance.randrange(12), chance.randrange(256), chance.randrange(8), chance.randbytes(9))]
+        frames = [frame(chance.randrange(12), chance.randrange(8), chance.randbytes(9), chance.randrange(256))]
         whole = chance.choice(self._conversations)
         if chance.random() < 0.2:  # the preface stays, what follows is anything
-            return _FRAMES + whole[: len(_PREFACE) + 9] + chance.randbytes(chance.randrange(200))
+            return _FRAMES + whole[: len(OPENING)] + chance.randbytes(chance.randrange(200))
         return _FRAMES + mutator.garbled(whole, [*frames, *_PROTO_TOKENS], self._conversations)
 
     def send(self, inputs: Sequence[bytes]) -> Iterable[tuple[int, str]]:
@@ -125,9 +115,9 @@ class GrpcTarget(Target):
         value = chance.choice([str(each)[:200] for each in VALUES]).encode("ascii", "ignore").decode()
         name, text = chance.choice(_METADATA), "".join(each for each in value if each.isprintable())
         metadata = ((name, text.encode() if name.endswith("-bin") else text),)
-        call = self._api.channel.unary_unary(_PATHS[0], _as_it_is, _as_it_is)
+        method = self._api.channel.unary_unary(_PATHS[0], _as_it_is, _as_it_is)
         try:
-            answer = call(data.removeprefix(_CALL), timeout=_TIMEOUT, metadata=metadata)
+            answer = method(data.removeprefix(_CALL), timeout=_TIMEOUT, metadata=metadata)
             GetVarifyRsp.FromString(answer)
         except grpc.RpcError as exc:
             code = exc.code()

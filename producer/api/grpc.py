@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from producer.api.binding import LISTEN_BACKLOG
-from producer.api.http2 import Call, Connection, Http2Server, Refused
+from producer.api.http2 import Call, Connection, Http2Server, Refused, Status
 from producer.api.keys import KeyCheck, key_name, refusal_of_key
 from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp, file_descriptor
 from producer.api.state import Api
@@ -72,7 +72,7 @@ class GrpcServer:
         if self._keys is not None and call.path not in _OPEN:
             self._require_key(call, self._keys)
         if call.path not in self._methods:
-            raise Refused(_status(grpc.StatusCode.UNIMPLEMENTED), "there is no such method")
+            raise Refused(Status.UNIMPLEMENTED, "there is no such method")
 
     def _require_key(self, call: Call, keys: KeyCheck) -> None:
         given = [value.encode() for value in call.values("authorization")]
@@ -80,7 +80,7 @@ class GrpcServer:
         if name is None:
             if given:
                 self._api.audit.wrong_key("grpc", call.connection.peer)
-            raise Refused(_status(grpc.StatusCode.UNAUTHENTICATED), refusal_of_key(given))
+            raise Refused(Status.UNAUTHENTICATED, refusal_of_key(given))
         call.key = name
 
     async def _traced(self, call: Call) -> bytes:
@@ -111,8 +111,8 @@ class GrpcServer:
     async def _watch(self, call: Call) -> None:
         request = _parsed(health_pb2.HealthCheckRequest, await call.message())
         if len(request.service) > LONGEST_SERVICE:
-            raise Refused(_status(grpc.StatusCode.INVALID_ARGUMENT), "no service has so long a name")
-        with self._held(call):
+            raise Refused(Status.INVALID_ARGUMENT, "no service has so long a name")
+        with self._open_stream(call):
             await self._health.Watch(request, _Context(call))
 
     async def _reflect(self, call: Call) -> None:
@@ -121,24 +121,24 @@ class GrpcServer:
                 yield _parsed(reflection_pb2.ServerReflectionRequest, raw)
 
         try:
-            with self._held(call):
+            with self._open_stream(call):
                 async with asyncio.timeout(REFLECTION_TIMEOUT):
                     async for answer in self._reflection.ServerReflectionInfo(requests(), None):
                         call.send(answer.SerializeToString())
         except TimeoutError:
             why = f"reflection takes at most {REFLECTION_TIMEOUT:g} s"
-            raise Refused(_status(grpc.StatusCode.DEADLINE_EXCEEDED), why) from None
+            raise Refused(Status.DEADLINE_EXCEEDED, why) from None
 
     @contextmanager
-    def _held(self, call: Call) -> Iterator[None]:
+    def _open_stream(self, call: Call) -> Iterator[None]:
         """A call that stays open: everyone may have one, and nobody more than their share."""
         connection = call.connection
         share = min(STREAMS_EACH, max(1, STREAMS // (len(self._streams) + 1)))
         if self._streams[connection] >= share or self._total >= 2 * STREAMS:
-            raise Refused(_status(grpc.StatusCode.RESOURCE_EXHAUSTED), "too many streams are open")
+            raise Refused(Status.RESOURCE_EXHAUSTED, "too many streams are open")
         self._streams[connection] += 1
         self._total += 1
-        connection.is_idle(call)
+        call.stays_open()
         try:
             yield
         finally:
@@ -158,7 +158,7 @@ class _Context:
         self._call.send(message.SerializeToString())
 
     async def abort(self, code: grpc.StatusCode) -> NoReturn:
-        raise Refused(_status(code), code.value[1])
+        raise Refused(Status(code.value[0]), code.value[1])
 
 
 def _client(call: Call) -> str | None:
@@ -166,13 +166,8 @@ def _client(call: Call) -> str | None:
     given = call.values(CLIENT_HEADER)
     if len(given) > 1 or not all(map(is_client, given)):
         what = f"{CLIENT_HEADER} must come once, with at most {LONGEST_CLIENT} characters"
-        raise Refused(_status(grpc.StatusCode.INVALID_ARGUMENT), what)
+        raise Refused(Status.INVALID_ARGUMENT, what)
     return given[0] if given else None
-
-
-def _status(code: grpc.StatusCode) -> int:
-    number: int = code.value[0]
-    return number
 
 
 def _parsed(kind: Any, raw: bytes | None) -> Any:
@@ -180,7 +175,7 @@ def _parsed(kind: Any, raw: bytes | None) -> Any:
         return kind.FromString(raw)
     except DecodeError:
         why = f"not a {kind.DESCRIPTOR.full_name}"
-        raise Refused(_status(grpc.StatusCode.INVALID_ARGUMENT), why) from None
+        raise Refused(Status.INVALID_ARGUMENT, why) from None
 
 
 def _reflected() -> DescriptorPool:

@@ -1,8 +1,11 @@
-"""HTTP/2 as far as gRPC needs it. Nothing that a client does is kept without a bound, and no client holds up another.
+"""A server for gRPC over HTTP/2 in which nothing that a client does is kept without a bound, nor holds up another.
 
 grpc.aio bounds neither what headers and unsent answers take nor the calls that wait: 600 connections made it grow by
-350 MB, and it takes twice the time for a call. Here a connection reads no further than it can serve, so that TCP itself
-slows its client down. HPACK is the package hpack's.
+350 MB, and a call takes it twice the time. Here a connection is read no further than it can be served, so that TCP
+itself slows its client down. What the bytes mean is in `frames`; section numbers are RFC 9113's.
+
+Left out of the protocol: compressed messages (answered UNIMPLEMENTED), push, priorities, and `grpc-timeout`, for a
+client ends a call itself when its deadline has passed, and none goes on for long here.
 """
 
 from __future__ import annotations
@@ -11,126 +14,164 @@ import asyncio
 import logging
 import socket
 import ssl
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
+from enum import IntEnum
 from time import perf_counter
 from typing import ClassVar, Final
 
-from hpack import Decoder
-from hpack.exceptions import HPACKError
+from producer.api.frames import (
+    DEFAULT_WINDOW,
+    EMPTY_TABLE,
+    FRAME_HEADER,
+    MAX_FRAME,
+    MAX_STREAM,
+    MAX_WINDOW,
+    PREFACE,
+    CallHead,
+    ConnectionFailed,
+    ErrorCode,
+    Fields,
+    Flag,
+    FrameType,
+    HeaderReader,
+    Setting,
+    StreamFailed,
+    call_head,
+    field,
+    frame,
+    goaway_frame,
+    message_text,
+    parsed_settings,
+    require_trailers,
+    reset_frame,
+    settings_frame,
+    unpadded,
+    window_frame,
+)
 
 logger = logging.getLogger(__name__)
-logging.getLogger("hpack").setLevel(logging.WARNING)  # its DEBUG shows headers, and keys are among them
 
-# Bounds, of a connection unless noted. Sizes are in bytes, times in seconds.
-MAX_CONNECTIONS: Final = 10_000  # of the server; beyond it the oldest goes that never sent a whole call
-MAX_CALLS: Final = 100  # RFC 9113, 6.5.2: no less; clients queue what is more
-MANY_WAITING: Final = 5000  # calls of the server whose message has not come; from then on
-WAITING_SHARE: Final = 8  # are what a connection may have. A client may send a hundred heads before their messages.
-BUSY: Final = 1000  # calls that the server serves at once, long messages counting more; from then on
-SHARE: Final = 4  # are what a connection may have, and it is read no further
+# The bounds. Sizes are in bytes, times in seconds.
+
+# Of the server:
+MAX_CONNECTIONS: Final = 10_000  # beyond it, the oldest that never sent a whole call is closed
+BUSY: Final = 1000  # calls that are served at once, long messages counting more. From then on a connection
+SHARE: Final = 4  # has as many, and is read no further until one ends
+CROWDED: Final = 5000  # calls whose message has not come. From then on a connection
+CROWDED_SHARE: Final = 8  # has as many, and more are refused
+# Of a connection:
+MAX_CALLS: Final = 100  # 6.5.2 recommends no less. Clients queue what is more
 HEAD_LIMIT: Final = 8 * 1024  # a call's headers, packed or not
-MESSAGE_LIMIT: Final = 16 * 1024  # one message; all that have come in part may take twice that
+MESSAGE_LIMIT: Final = 16 * 1024  # one message
+RECEIVED_LIMIT: Final = 40 * 1024  # messages that have come in part, or that no call has read yet
 UNSENT_LIMIT: Final = 17 * 1024  # answers that the client leaves no window for, or does not read
 HANDSHAKE_TIMEOUT: Final = 10.0  # TLS, and then the preface
-MESSAGE_TIMEOUT: Final = 5.0
+MESSAGE_TIMEOUT: Final = 5.0  # from a call's head to its message
 SEND_TIMEOUT: Final = 10.0
-KEEPALIVE_AFTER: Final = 30.0  # of silence a ping is sent
+KEEPALIVE_AFTER: Final = 30.0  # of silence, a ping is sent
 KEEPALIVE_TIMEOUT: Final = 10.0
-# Frames that carry no call. A call that is answered earns some, and so does time.
-MAX_IDLE_FRAMES: Final = 1000
-_EARNED: Final = 20  # by an answered call, and in a second
-_RESET_COST: Final = 5  # of a call within a second after it began; a client may cancel all that it has
-_REFUSAL_COST: Final = 100  # of a call beyond what a connection may have: a client that keeps the rules makes none
-ROUND: Final = 0.05  # seconds in which every connection should have had its turn to begin calls
-TURN: Final = 0.005  # seconds for one that got answers and went beyond no bound lately
+# A connection has credit for what brings no call; at the end of it the connection is closed.
+CREDIT: Final = 1000  # at first, and at most
+CREDIT_EARNED: Final = 20  # by each call that is answered, and in each second
+FRAME_COST: Final = 1  # of a frame that carries no call
+RESET_COST: Final = 5  # of a call that is cancelled within a second, or malformed. A client may cancel all that it has
+EXCESS_COST: Final = 100  # of a call beyond what a connection may have: a client that keeps the rules makes none
+# A connection's turn to begin calls ends after a time, so that all others have theirs.
+ROUND: Final = 0.05  # seconds in which every connection should have had its turn
+TRUSTED_TURN: Final = 0.005  # seconds of a turn of one that got answers and has spent little credit
 
-_READ: Final = 8 * 1024
-_TICK: Final = 1.0
-_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_DATA, _HEADERS, _PRIORITY, _RST_STREAM, _SETTINGS, _PUSH_PROMISE, _PING, _GOAWAY, _WINDOW_UPDATE, _CONTINUATION = (
-    range(10)
+_READ: Final = 8 * 1024  # bytes at once. With a frame that has come in part, a connection keeps three times as much
+_CHECK_EVERY: Final = 1.0  # seconds between two looks at the timeouts
+_LAST_CALLS: Final = 0.25  # seconds that clients have to learn of a shutdown, while calls that they begin are served
+_GRANT: Final = DEFAULT_WINDOW // 4  # bytes after which the client may send as many again
+_MESSAGE_COST: Final = 64  # bytes that a received message takes beyond its own
+_KEEPALIVE_PING: Final = b"are you?"
+_SHUTDOWN_PING: Final = b"shutdown"
+
+
+class Status(IntEnum):
+    """gRPC's status codes."""
+
+    OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    RESOURCE_EXHAUSTED = 8
+    UNIMPLEMENTED = 12
+    UNAVAILABLE = 14
+    UNAUTHENTICATED = 16
+
+
+# How the server begins, and the blocks of header fields that it sends.
+_OUR_SETTINGS: Final = settings_frame(
+    {Setting.MAX_CONCURRENT_STREAMS: MAX_CALLS, Setting.MAX_HEADER_LIST_SIZE: HEAD_LIMIT}
 )
-_END_STREAM, _ACK, _END_HEADERS, _PADDED, _HAS_PRIORITY = 1, 1, 4, 8, 32
-_MAX_FRAME: Final = 16_384
-_WINDOW: Final = 65_535  # bytes, of a stream and of a connection, until a setting says otherwise
-_MAX_WINDOW: Final = 2**31 - 1
-_NO_ERROR, _PROTOCOL_ERROR, _FLOW_CONTROL_ERROR, _FRAME_SIZE_ERROR, _REFUSED_STREAM, _CANCEL, _COMPRESSION_ERROR = (
-    *(0, 1, 3, 6),
-    *(7, 8, 9),
-)
-_ENHANCE_YOUR_CALM: Final = 11
-# Settings by number.
-_INITIAL_WINDOW_SIZE: Final = 4
-
-
-def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    return len(payload).to_bytes(3, "big") + bytes((kind, flags)) + stream.to_bytes(4, "big") + payload
-
-
-def _header(name: bytes, value: bytes) -> bytes:
-    """A header for a client that keeps no table of ours. RFC 7541, 6.2.2; names and values below 127 bytes."""
-    return b"\x00" + bytes((len(name),)) + name + bytes((len(value),)) + value
-
-
-_GREETING: Final = _frame(
-    _SETTINGS,
-    0,
-    0,
-    b"".join(
-        number.to_bytes(2, "big") + value.to_bytes(4, "big") for number, value in ((3, MAX_CALLS), (6, HEAD_LIMIT))
-    ),
-)
-_STATUS_200: Final = b"\x88"
-_CONTENT_TYPE: Final = _header(b"content-type", b"application/grpc")
-_ANSWER_HEAD: Final = _STATUS_200 + _CONTENT_TYPE
-_OK: Final = _header(b"grpc-status", b"0")
-
-Headers = list[tuple[str, str]]
-
-
-# gRPC's status codes, as far as they are said here.
-UNKNOWN, INVALID_ARGUMENT, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED = 2, 3, 4, 8, 12
+_STATUS_200: Final = b"\x88"  # RFC 7541, appendix A
+_ANSWER_HEAD: Final = _STATUS_200 + field(b"content-type", b"application/grpc")
+_TRAILERS_OK: Final = field(b"grpc-status", b"0")
 
 
 class Refused(Exception):
     """A call ends with another status than OK."""
 
-    def __init__(self, status: int, text: str) -> None:
+    def __init__(self, status: Status, text: str) -> None:
         super().__init__(text)
         self.status = status
         self.text = text
 
 
 class Call:
-    """One call: its headers, its messages, its answer."""
+    """One call, which is one stream of its connection: its headers, its messages, its answer."""
 
     __slots__ = (
-        *("_arrived", "_partial", "_waiter", "began", "connection", "end", "ended", "headers", "key"),
-        *("number", "path", "started", "task", "unsent", "weight", "window"),
+        "_message_arrived",
+        "_messages",
+        "_partial",
+        "_to_grant",
+        "began",
+        "buffered",
+        "connection",
+        "content_left",
+        "half_closed",
+        "head_sent",
+        "headers",
+        "key",
+        "number",
+        "path",
+        "receive_window",
+        "send_window",
+        "task",
+        "trailers",
+        "unsent",
+        "weight",
     )
 
-    def __init__(self, connection: Connection, number: int, path: str, headers: Headers, window: int) -> None:
+    def __init__(self, connection: Connection, number: int, head: CallHead, send_window: int) -> None:
         self.connection = connection
-        self.number = number
-        self.path = path
-        self.headers = headers
-        self.key = ""  # the name of the key that it was made with
+        self.number = number  # of the stream
+        self.path = head.path
+        self.headers = head.headers
+        self.key = ""  # the name of the key that the call was made with
         self.began = connection.server.now()
-        self.window = window  # bytes that the client takes
-        self.unsent = b""  # frames' content that waits for that
-        self.end: bytes | None = None  # the trailers, once they are known
-        self.started = False  # the head of the answer is sent
-        self.ended = False  # the client sends nothing more
-        self.weight = 0  # in what is served at once
-        self.task: asyncio.Task[None] | None = None
-        self._partial = b""  # of a message
-        self._arrived: list[bytes] = []
-        self._waiter: asyncio.Future[None] | None = None
-
-    @property
-    def partial(self) -> int:
-        """Bytes of messages that have come in part, or that nobody has read."""
-        return len(self._partial) + sum(map(len, self._arrived))
+        self.task: asyncio.Task[None] | None = None  # what serves it, once its message has come
+        self.weight = 0  # of the call in what is served at once
+        # What comes in:
+        self.half_closed = False  # the client sends nothing more
+        self.receive_window = DEFAULT_WINDOW  # bytes that the client may send
+        self.content_left = head.content_length  # bytes that it said it would send
+        self.buffered = 0  # bytes of messages that have come in part, or that nobody has read
+        self._to_grant = 0  # bytes that are read, and that the client may send again once we say so
+        self._partial = b""
+        self._messages: deque[bytes] = deque()
+        self._message_arrived: asyncio.Future[None] | None = None
+        # What goes out:
+        self.send_window = send_window  # bytes that the client takes
+        self.head_sent = False
+        self.unsent = b""  # content of DATA frames, which waits for a window
+        self.trailers: bytes | None = None  # once they are known
 
     def values(self, name: str) -> list[str]:
         """The values of a header."""
@@ -138,182 +179,253 @@ class Call:
 
     async def message(self) -> bytes | None:
         """The next message; None once the client sends nothing more."""
-        while not self._arrived:
-            if self.ended:
+        while not self._messages:
+            if self.half_closed:
                 return None
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        return self._arrived.pop(0)
+            self._message_arrived = asyncio.get_running_loop().create_future()
+            await self._message_arrived
+        message = self._messages.popleft()
+        self._buffer(-_MESSAGE_COST - len(message))
+        if not self.half_closed and not self._messages and self._to_grant >= _GRANT:
+            self.connection.grant(self, self._to_grant)
+            self._to_grant = 0
+        return message
 
     def send(self, message: bytes) -> None:
         """Send a message of a stream."""
         self.connection.send(self, message)
 
-    def received(self, data: bytes, *, ended: bool) -> bool:
-        """Take what came in; whether there is a whole message now. Raises `Refused`."""
-        data = self._partial + data if self._partial else data
-        while len(data) >= 5:
-            length = int.from_bytes(data[1:5], "big")
+    def stays_open(self) -> None:
+        """The call asks for nothing more and waits: it takes no part of what is served at once."""
+        self.connection.release(self)
+
+    def receive(self, data: bytes, flow_controlled: int, *, ends: bool) -> bool:
+        """Take what came in; whether a whole message is there now. Raises `Refused` and `StreamFailed`.
+
+        `flow_controlled`: bytes that count, with the padding.
+        """
+        self.receive_window -= flow_controlled
+        self._to_grant += flow_controlled
+        if self.receive_window < 0:
+            raise StreamFailed(ErrorCode.FLOW_CONTROL_ERROR)
+        if self.content_left is not None:  # 8.1.1
+            self.content_left -= len(data)
+            if self.content_left < 0 or (ends and self.content_left):
+                raise StreamFailed(ErrorCode.PROTOCOL_ERROR)
+        before = len(self._partial)
+        self._partial = self._split(self._partial + data if self._partial else data)
+        self._buffer(len(self._partial) - before)
+        self.half_closed = ends
+        waiter = self._message_arrived
+        if waiter is not None and (self._messages or ends):
+            if not waiter.done():
+                waiter.set_result(None)
+            self._message_arrived = None
+        return bool(self._messages)
+
+    def _split(self, data: bytes) -> bytes:
+        """Take the whole messages out (gRPC's Length-Prefixed-Message); what is left."""
+        at = 0
+        while len(data) - at >= 5:
+            length = int.from_bytes(data[at + 1 : at + 5], "big")
             if length > MESSAGE_LIMIT:
-                raise Refused(RESOURCE_EXHAUSTED, f"a message has at most {MESSAGE_LIMIT} bytes")
-            if data[0]:
-                raise Refused(UNIMPLEMENTED, "messages are not compressed")
-            if len(data) < 5 + length:
+                raise Refused(Status.RESOURCE_EXHAUSTED, f"a message has at most {MESSAGE_LIMIT} bytes")
+            if data[at]:
+                raise Refused(Status.UNIMPLEMENTED, "messages are not compressed")
+            end = at + 5 + length
+            if len(data) < end:
                 break
-            self._arrived.append(data[5 : 5 + length])
-            data = data[5 + length :]
-        self._partial = data
-        self.ended = ended
-        if self._waiter is not None and (self._arrived or ended):
-            if not self._waiter.done():
-                self._waiter.set_result(None)
-            self._waiter = None
-        return bool(self._arrived)
+            self._messages.append(data[at + 5 : end])
+            self._buffer(_MESSAGE_COST + length)
+            at = end
+        return data[at:]
+
+    def forget_messages(self) -> None:
+        """Nobody will read them."""
+        self._buffer(-self.buffered)
+        self._messages.clear()
+        self._partial = b""
+
+    def _buffer(self, more: int) -> None:
+        self.buffered += more
+        self.connection.buffered += more
 
 
 Method = Callable[[Call], Awaitable[bytes | None]]
 
 
 class Http2Server:
-    """Listens, and bounds all connections together. `methods`: what serves a call, by path; bytes are its answer."""
+    """Listens, and bounds all connections together."""
 
     def __init__(self, methods: Mapping[str, Method], admit: Callable[[Call], None], headers: frozenset[str]) -> None:
-        """`admit` sees each call before its message, and may raise `Refused`; `headers` are those that are kept."""
+        """`methods`: what serves a call, by path; what it returns is the answer, unless it has sent messages itself.
+
+        `admit` sees each call before its message, and may raise `Refused`; `headers` are those that a call keeps.
+        """
         self.methods = methods
         self.admit = admit
-        self.serving = 0  # calls
-        self.waiting = 0  # calls without a whole message
-        self.headers = headers
-        self.buffer = memoryview(bytearray(_READ))  # of every connection in turn: what is read is taken at once
-        self.connections: dict[Connection, None] = {}  # in the order in which they came
-        self._fresh: dict[Connection, None] = {}  # those that never sent a whole call
-        self._held: dict[Connection, None] = {}
+        self.headers = frozenset(name.encode() for name in headers)
+        self.serving = 0  # the weight of all calls that are being served
+        self.awaiting_message = 0  # calls whose message has not come
+        self.buffer = memoryview(bytearray(_READ))  # of every connection in turn: what is read is copied at once
+        self.connections: dict[Connection, None] = {}  # the oldest first
+        self._without_call: dict[Connection, None] = {}  # those that never sent a whole call, the oldest first
+        self._waiting_for_room: dict[Connection, None] = {}
         self._servers: list[asyncio.Server] = []
-        self._tick: asyncio.TimerHandle | None = None
+        self._check_timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self.now = self._loop.time
         self.stopping = False
 
     async def start(self, sockets: list[socket.socket], tls: ssl.SSLContext | None, backlog: int) -> None:
+        """Serve on these listening sockets."""
         timeout = HANDSHAKE_TIMEOUT if tls else None
         for each in sockets:
             server = await self._loop.create_server(
                 lambda: Connection(self), sock=each, ssl=tls, backlog=backlog, ssl_handshake_timeout=timeout
             )
             self._servers.append(server)
-        self._tick = self._loop.call_later(_TICK, self._look_after)
+        self._check_timer = self._loop.call_later(_CHECK_EVERY, self._check_timeouts)
 
     async def stop(self, grace: float) -> None:
-        """Accept nothing new, and give calls under way `grace` seconds."""
+        """Accept no new connection, serve the calls that have come for at most `grace` seconds, and close (6.8).
+
+        Calls that stay open are cut off. Called again, it can shorten the time.
+        """
+        deadline = self.now() + grace
         self.stopping = True
         for server in self._servers:
             server.close()
         for connection in list(self.connections):
-            connection.go_away()
-        deadline = self.now() + grace
-        while self.connections and self.now() < deadline:  # noqa: ASYNC110 - an event would cost every connection
-            await asyncio.sleep(min(0.02, max(0.0, deadline - self.now())))
+            connection.announce_shutdown()
+        last_calls = min(deadline, self.now() + _LAST_CALLS)
+        await self._wait_until(lambda: all(each.leaving for each in self.connections), last_calls)
+        for connection in list(self.connections):
+            connection.refuse_new_calls()
+        await self._wait_until(lambda: not self.serving, deadline)
+        for connection in list(self.connections):
+            connection.close()
+        await self._wait_until(lambda: not self.connections, min(deadline, self.now() + _CHECK_EVERY))
         for connection in list(self.connections):
             connection.abort()
-        if self._tick is not None:
-            self._tick.cancel()
+        if self._check_timer is not None:
+            self._check_timer.cancel()
+
+    async def _wait_until(self, condition: Callable[[], bool], deadline: float) -> None:
+        while not condition() and self.now() < deadline:  # noqa: ASYNC110 - an event would cost every connection
+            await asyncio.sleep(min(0.02, max(0.0, deadline - self.now())))
 
     def opened(self, connection: Connection) -> bool:
-        """Whether there is room for it; the oldest that never sent a whole call makes room."""
+        """Whether there is room for it. The oldest that never sent a whole call makes room."""
         if len(self.connections) >= MAX_CONNECTIONS:
-            if not self._fresh:
+            if not self._without_call:
                 return False
-            next(iter(self._fresh)).abort()
-        self.connections[connection] = self._fresh[connection] = None
+            next(iter(self._without_call)).abort()
+        self.connections[connection] = self._without_call[connection] = None
         return True
 
-    def proved(self, connection: Connection) -> None:
-        """It sent a whole call."""
-        self._fresh.pop(connection, None)
+    def sent_whole_call(self, connection: Connection) -> None:
+        """It is not closed to make room for others any more."""
+        self._without_call.pop(connection, None)
 
     def closed(self, connection: Connection) -> None:
-        for each in (self.connections, self._fresh, self._held):
+        for each in (self.connections, self._without_call, self._waiting_for_room):
             each.pop(connection, None)
 
     def has_room(self, connection: Connection) -> bool:
-        """Whether the connection may begin another call now; if not, it is told when it may."""
+        """Whether the connection may begin another call now. If not, its `resume` is called when it may."""
         if self.serving < BUSY or connection.serving < SHARE:
             return True
-        self._held[connection] = None
+        self._waiting_for_room[connection] = None
         return False
 
     def ended(self, connection: Connection, weight: int) -> None:
-        """A call was served."""
+        """A call is served no more."""
         self.serving -= weight
-        if connection in self._held and connection.serving < SHARE:
+        if connection in self._waiting_for_room and connection.serving < SHARE:
             self._resume(connection)
-        elif self._held and self.serving < BUSY:
-            self._resume(next(iter(self._held)))
+        elif self._waiting_for_room and self.serving < BUSY:
+            self._resume(next(iter(self._waiting_for_room)))
 
     def _resume(self, connection: Connection) -> None:
-        del self._held[connection]
+        del self._waiting_for_room[connection]
         self._loop.call_soon(connection.resume)
 
-    def _look_after(self) -> None:
+    def _check_timeouts(self) -> None:
         now = self.now()
         for connection in list(self.connections):
-            connection.look_after(now)
-        self._tick = self._loop.call_later(_TICK, self._look_after)
-
-
-class _Broken(Exception):
-    """The client broke a rule, or a bound: the connection ends."""
-
-    def __init__(self, error: int) -> None:
-        self.error = error
+            connection.check_timeouts(now)
+        self._check_timer = self._loop.call_later(_CHECK_EVERY, self._check_timeouts)
 
 
 class Connection(asyncio.BufferedProtocol):
     """One connection."""
 
     __slots__ = (
-        *(
-            "_answered",
-            "_block",
-            "_block_of",
-            "_deaf",
-            "_decoder",
-            "_earned",
-            "_greeted",
-            "_heard",
-            "_held",
-            "_last",
-            "_leaving",
-        ),
-        *("_pinged", "_rest", "_stream_window", "_stuck", "_transport", "_unfinished", "_unread", "_unsent"),
-        *("_waiting", "_window", "calls", "peer", "server", "serving"),
+        "_answered",
+        "_awaiting_message",
+        "_block",
+        "_block_flags",
+        "_block_stream",
+        "_blocked",
+        "_blocked_since",
+        "_credit",
+        "_ended_early",
+        "_header_reader",
+        "_incomplete",
+        "_last_stream",
+        "_paused",
+        "_pinged",
+        "_preface_received",
+        "_received_at",
+        "_send_window",
+        "_settings_received",
+        "_stream_send_window",
+        "_table_must_shrink",
+        "_to_grant",
+        "_transport",
+        "_write_blocked",
+        "buffered",
+        "calls",
+        "leaving",
+        "peer",
+        "server",
+        "serving",
     )
 
     def __init__(self, server: Http2Server) -> None:
         self.server = server
-        self.calls: dict[int, Call] = {}
-        self.serving = 0  # calls
         self.peer: str | None = None  # the other end's IP address
+        self.calls: dict[int, Call] = {}  # by the number of their stream
+        self.serving = 0  # the weight of the calls that are being served
+        self.buffered = 0  # of all calls
+        self.leaving = False  # calls that begin from now on are refused
         self._transport: asyncio.Transport
-        self._decoder: Decoder | None = None
-        self._rest = b""  # of a frame
-        self._greeted = False
-        self._block = b""  # headers that go on in the next frame
-        self._block_of: tuple[int, int] | None = None  # their stream and flags
-        self._last = 0  # the last stream that the client began
-        self._waiting: dict[int, Call] = {}  # calls without a whole message
-        self._window = _WINDOW  # bytes that the client takes
-        self._stream_window = _WINDOW  # of a new stream
-        self._unfinished = 0  # bytes of messages
-        self._unread = 0  # bytes that the client may send again once we say so
-        self._unsent: dict[int, Call] = {}  # calls whose answer waits for a window
-        self._stuck: float | None = None  # since when the client takes nothing
-        self._heard = server.now()
-        self._pinged = False
-        self._earned = float(MAX_IDLE_FRAMES)
-        self._held = self._deaf = False  # not read from: it has its share of calls; it reads no answers
-        self._leaving = False
+        self._credit = float(CREDIT)
         self._answered = False  # one of its calls was
+        self._paused = False  # not read, because it must wait for room or for its turn
+        self._received_at = server.now()
+        self._pinged = False
+        # What comes in:
+        self._preface_received = self._settings_received = False
+        self._incomplete = b""  # a frame that has come in part, or what waits while the connection is paused
+        self._header_reader: HeaderReader | None = None
+        self._block = b""  # header fields that go on in a CONTINUATION
+        self._block_stream = 0  # its stream; 0: there is none
+        self._block_flags = 0
+        self._last_stream = 0  # the highest that the client began
+        self._ended_early: deque[int] | None = None  # streams that we ended while the client may have sent more
+        self._awaiting_message: dict[int, Call] = {}
+        self._to_grant = 0  # bytes that have come, and that the client may send again once we say so
+        # What goes out:
+        self._send_window = DEFAULT_WINDOW  # bytes that the client takes
+        self._stream_send_window = DEFAULT_WINDOW  # of a new stream
+        self._table_must_shrink = False
+        self._blocked: dict[int, Call] = {}  # calls whose answer waits for a window
+        self._blocked_since: float | None = None  # the client takes nothing
+        self._write_blocked = False  # it does not read
+
+    # asyncio's protocol
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # it listens on TCP
         self._transport = transport
@@ -322,411 +434,575 @@ class Connection(asyncio.BufferedProtocol):
             return
         self.peer = (transport.get_extra_info("peername") or (None,))[0]
         transport.set_write_buffer_limits(UNSENT_LIMIT // 2)
-        transport.write(_GREETING)
+        transport.write(_OUR_SETTINGS)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
-        self.server.closed(self)
-        for call in list(self.calls.values()):
-            self._forget(call)
-        self._leaving = True
+        self._forget_all()
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's signature
         return self.server.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._heard, self._pinged = self.server.now(), False
-        self._take(bytes(self.server.buffer[:nbytes]))
+        self._received_at, self._pinged = self.server.now(), False
+        self._receive(bytes(self.server.buffer[:nbytes]))
 
     def eof_received(self) -> bool:
         return False  # close
 
     def pause_writing(self) -> None:
-        """The client does not read: it gets nothing more to answer."""
-        self._deaf = True
-        self._stuck = self.server.now()
+        """The client does not read what we sent: nothing more of it is read, and so answered."""
+        self._write_blocked = True
+        self._blocked_since = self.server.now()
         self._transport.pause_reading()
 
     def resume_writing(self) -> None:
-        self._deaf, self._stuck = False, None
-        if not self._held:
+        self._write_blocked, self._blocked_since = False, None
+        if not self._paused:
             self._transport.resume_reading()
 
+    # what the server does with its connections
+
     def resume(self) -> None:
-        """There is room for another call."""
-        self._held = False
+        """It may begin calls again."""
+        self._paused = False
         if not self._transport.is_closing():
-            if not self._deaf:
+            if not self._write_blocked:
                 self._transport.resume_reading()
-            self._take(b"")
+            self._receive(b"")
+
+    def announce_shutdown(self) -> None:
+        """Tell the client to begin no more calls. Those that are under way to us are served (6.8)."""
+        if not self._transport.is_closing() and not self.leaving:
+            self._transport.write(
+                goaway_frame(MAX_STREAM, ErrorCode.NO_ERROR) + frame(FrameType.PING, 0, _SHUTDOWN_PING)
+            )
+
+    def refuse_new_calls(self) -> None:
+        """Serve the calls that have begun, and then close."""
+        if self.leaving or self._transport.is_closing():
+            return
+        self.leaving = True
+        self._transport.write(goaway_frame(self._last_stream, ErrorCode.NO_ERROR))
+        self._close_when_done()
+
+    def close(self) -> None:
+        """Close once all that was written has gone."""
+        self._transport.close()
 
     def abort(self) -> None:
-        self.server.closed(self)
+        """Close at once."""
+        self._forget_all()
         self._transport.abort()
 
-    def go_away(self) -> None:
-        """Serve the calls that have begun, and then close."""
-        if self._transport.is_closing():
-            return
-        self._leaving = True
-        self._transport.write(_frame(_GOAWAY, 0, 0, self._last.to_bytes(4, "big") + _NO_ERROR.to_bytes(4, "big")))
-        if not self.calls:
-            self._transport.close()
-
-    def look_after(self, now: float) -> None:
-        """Once a second: end what takes too long."""
+    def check_timeouts(self, now: float) -> None:
+        """End what takes too long. Called once a second."""
         if self._transport.is_closing():
             if not self.server.stopping:
-                self.abort()  # it does not read what it was told last
+                self.abort()  # the client does not read what it was told last
             return
-        self._earned = min(self._earned + _EARNED, MAX_IDLE_FRAMES)
-        late = [call for call in self._waiting.values() if now - call.began > MESSAGE_TIMEOUT]
-        for call in late:
-            self.refuse(call, Refused(DEADLINE_EXCEEDED, f"no message within {MESSAGE_TIMEOUT:g} s"))
-        if not self._greeted:
-            if now - self._heard > HANDSHAKE_TIMEOUT:
+        self._earn()
+        for call in [each for each in self._awaiting_message.values() if now - each.began > MESSAGE_TIMEOUT]:
+            self.refuse(call, Refused(Status.DEADLINE_EXCEEDED, f"no message within {MESSAGE_TIMEOUT:g} s"))
+        silent = now - self._received_at
+        if not self._preface_received:
+            if silent > HANDSHAKE_TIMEOUT:
                 self.abort()
-        elif self._stuck is not None and now - self._stuck > SEND_TIMEOUT:
+        elif self._blocked_since is not None and now - self._blocked_since > SEND_TIMEOUT:
             self.abort()
-        elif self._held:
-            self._heard = now  # it may have sent what we have not read
-        elif now - self._heard > KEEPALIVE_AFTER + KEEPALIVE_TIMEOUT and self._pinged:
+        elif self._paused:
+            self._received_at = now  # something may have come that is not read yet
+        elif self._pinged and silent > KEEPALIVE_AFTER + KEEPALIVE_TIMEOUT:
             self.abort()
-        elif now - self._heard > KEEPALIVE_AFTER and not self._pinged:
+        elif not self._pinged and silent > KEEPALIVE_AFTER:
             self._pinged = True
-            self._transport.write(_frame(_PING, 0, 0, b"are you?"))
+            self._transport.write(frame(FrameType.PING, 0, _KEEPALIVE_PING))
+
+    # credit
+
+    def _spend(self, cost: int) -> None:
+        self._credit -= cost
+        if self._credit < 0:
+            raise ConnectionFailed(ErrorCode.ENHANCE_YOUR_CALM)
+
+    def _charge_excess(self) -> None:
+        """The next `_spend` ends the connection, if that was too much."""
+        self._credit -= EXCESS_COST
+
+    def _earn(self) -> None:
+        self._credit = min(self._credit + CREDIT_EARNED, CREDIT)
 
     # what comes in
 
-    def _take(self, data: bytes) -> None:
-        if self._rest:
-            data = self._rest + data
-            self._rest = b""
+    def _receive(self, data: bytes) -> None:
+        """Serve the whole frames and keep the rest, which is less than a frame, or than a frame and a read if paused.
+
+        So each read copies at most 24 kB, however small the pieces are in which a frame comes.
+        """
+        if self._transport.is_closing():
+            return
+        if self._incomplete:
+            data = self._incomplete + data
+            self._incomplete = b""
         try:
-            self._rest = data[self._frames(data) :]
-        except _Broken as exc:
-            payload = self._last.to_bytes(4, "big") + exc.error.to_bytes(4, "big")
-            self._transport.write(_frame(_GOAWAY, 0, 0, payload))
+            self._incomplete = data[self._serve_frames(data) :]
+        except ConnectionFailed as exc:
+            self._transport.write(goaway_frame(self._last_stream, exc.error))
             self._transport.close()
 
-    def _frames(self, data: bytes) -> int:
-        """Serve the whole frames; the number of bytes that they are."""
-        at = 0
-        if not self._greeted:
-            if data[: len(_PREFACE)] != _PREFACE[: len(data)]:
-                raise _Broken(_PROTOCOL_ERROR)
-            if len(data) < len(_PREFACE):
-                return 0
-            self._greeted = True
-            at = len(_PREFACE)
-        size = len(data)
-        trusted = self._answered and self._earned > MAX_IDLE_FRAMES - _REFUSAL_COST
-        # uvloop's own clock stands still meanwhile.
-        turn = perf_counter() + (TURN if trusted else ROUND / len(self.server.connections))
-        while size - at >= 9:
+    def _serve_frames(self, data: bytes) -> int:
+        """Serve the whole frames until the connection must wait; the number of bytes that they have."""
+        at = 0 if self._preface_received else self._take_preface(data)
+        turn_ends: float | None = None
+        while self._preface_received and len(data) - at >= FRAME_HEADER:
             length = int.from_bytes(data[at : at + 3], "big")
-            if length > _MAX_FRAME:
-                raise _Broken(_FRAME_SIZE_ERROR)
-            end = at + 9 + length
-            if end > size:
+            if length > MAX_FRAME:
+                raise ConnectionFailed(ErrorCode.FRAME_SIZE_ERROR)
+            end = at + FRAME_HEADER + length
+            if end > len(data):
                 break
             kind = data[at + 3]
-            if kind == _HEADERS and not self.server.has_room(self):
-                self._held = True
-                self._transport.pause_reading()
-                break
-            if self._transport.is_closing():
-                return size
-            if kind == _HEADERS and perf_counter() > turn:
-                self._held = True
-                self._transport.pause_reading()
-                asyncio.get_running_loop().call_soon(self.resume)
-                break
-            self._frame(
-                kind, data[at + 4], int.from_bytes(data[at + 5 : at + 9], "big") & _MAX_WINDOW, data[at + 9 : end]
-            )
+            if kind == FrameType.HEADERS:
+                turn_ends = turn_ends or self._turn_ends()
+                if self._must_wait(turn_ends):
+                    break
+            stream = int.from_bytes(data[at + 5 : at + 9], "big") & MAX_STREAM
+            self._serve_frame(kind, data[at + 4], stream, data[at + FRAME_HEADER : end])
             at = end
+            if self._transport.is_closing():
+                return len(data)
         return at
 
-    def _frame(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
-        if self._block_of is not None and (kind != _CONTINUATION or stream != self._block_of[0]):
-            raise _Broken(_PROTOCOL_ERROR)
-        take = self._TAKE.get(kind)
-        if take is None:
-            self._spend(1)  # PRIORITY, GOAWAY, and what may come
-        else:
-            take(self, flags, stream, payload)
+    def _take_preface(self, data: bytes) -> int:
+        """3.4; the number of its bytes, 0 if some are missing."""
+        if data[: len(PREFACE)] != PREFACE[: len(data)]:
+            raise ConnectionFailed(ErrorCode.PROTOCOL_ERROR)
+        self._preface_received = len(data) >= len(PREFACE)
+        return len(PREFACE) if self._preface_received else 0
 
-    def _ping(self, flags: int, stream: int, payload: bytes) -> None:
-        self._spend(1)
-        if len(payload) != 8 or stream:
-            raise _Broken(_FRAME_SIZE_ERROR)
-        if not flags & _ACK:
-            self._transport.write(_frame(_PING, _ACK, 0, payload))
+    def _turn_ends(self) -> float:
+        trusted = self._answered and self._credit > CREDIT - EXCESS_COST
+        # Not the loop's clock: uvloop's stands still until all that has come is served.
+        return perf_counter() + (TRUSTED_TURN if trusted else ROUND / len(self.server.connections))
 
-    def _cancelled(self, _flags: int, stream: int, payload: bytes) -> None:
-        if len(payload) != 4 or not stream or stream > self._last:
-            raise _Broken(_PROTOCOL_ERROR)
+    def _must_wait(self, turn_ends: float) -> bool:
+        """Whether the next call must wait. If so, nothing more is read, pings behind it included."""
+        has_room = self.server.has_room(self)
+        if has_room and perf_counter() <= turn_ends:
+            return False
+        self._paused = True
+        self._transport.pause_reading()
+        if has_room:
+            asyncio.get_running_loop().call_soon(self.resume)
+        return True
+
+    def _serve_frame(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
+        if self._block_stream and (kind != FrameType.CONTINUATION or stream != self._block_stream):
+            raise ConnectionFailed(ErrorCode.PROTOCOL_ERROR)  # 4.3
+        if not self._settings_received:
+            if kind != FrameType.SETTINGS or flags & Flag.ACK:
+                raise ConnectionFailed(ErrorCode.PROTOCOL_ERROR)  # 3.4
+            self._settings_received = True
+        serve = self._SERVE.get(kind)
+        if serve is None:  # 5.5: of a type that we do not know
+            self._spend(FRAME_COST)
+            return
+        try:
+            serve(self, flags, stream, payload)
+        except StreamFailed as exc:
+            self._spend(RESET_COST)
+            self._reset(stream, exc.error)
+
+    def _on_data(self, flags: int, stream: int, payload: bytes) -> None:
+        """6.1."""
+        self._require_begun(stream)
+        ends = bool(flags & Flag.END_STREAM)
+        if not ends:
+            self._spend(FRAME_COST)
+        size = len(payload)
+        if flags & Flag.PADDED:
+            payload = unpadded(payload)
+        # All is read at once, so that the client's window for the connection is never exceeded.
+        self._to_grant += size
+        if self._to_grant >= _GRANT:
+            self._transport.write(window_frame(0, self._to_grant))
+            self._to_grant = 0
+        call = self._open_call(stream)
+        if call is not None:
+            self._take_content(call, payload, size, ends=ends)
+
+    def _on_headers(self, flags: int, stream: int, payload: bytes) -> None:
+        """6.2."""
+        if not stream % 2:
+            raise ConnectionFailed(ErrorCode.PROTOCOL_ERROR)  # 5.1.1
+        if flags & Flag.PADDED:
+            payload = unpadded(payload)
+        if flags & Flag.PRIORITY:
+            if len(payload) < 5:
+                raise ConnectionFailed(ErrorCode.FRAME_SIZE_ERROR)
+            payload = payload[5:]
+        self._take_block(flags, stream, payload)
+
+    def _on_continuation(self, flags: int, stream: int, payload: bytes) -> None:
+        """6.10."""
+        if not self._block_stream:
+            raise ConnectionFailed(ErrorCode.PROTOCOL_ERROR)
+        self._spend(FRAME_COST)
+        self._take_block(self._block_flags | flags & Flag.END_HEADERS, stream, payload)
+
+    def _on_priority(self, _flags: int, stream: int, payload: bytes) -> None:
+        """6.3."""
+        self._spend(FRAME_COST)
+        if not stream:
+            raise ConnectionFailed(ErrorCode.PROTOCOL_ERROR)
+        if len(payload) != 5:
+            raise ConnectionFailed(ErrorCode.FRAME_SIZE_ERROR)
+
+    def _on_rst_stream(self, _flags: int, stream: int, payload: bytes) -> None:
+        """6.4."""
+        if len(payload) != 4:
+            raise ConnectionFailed(ErrorCode.FRAME_SIZE_ERROR)
+        self._require_begun(stream)
         call = self.calls.get(stream)
-        self._spend(1 if call is None or self.server.now() - call.began > 1 else _RESET_COST)
+        is_young = call is not None and self.server.now() - call.began <= 1
+        self._spend(RESET_COST if is_young else FRAME_COST)
         if call is not None:
             self._forget(call)
 
-    def _push(self, _flags: int, _stream: int, _payload: bytes) -> None:
-        raise _Broken(_PROTOCOL_ERROR)
-
-    def _spend(self, cost: int) -> None:
-        self._earned -= cost
-        if self._earned < 0:
-            raise _Broken(_ENHANCE_YOUR_CALM)
-
-    def _settings(self, flags: int, stream: int, payload: bytes) -> None:
-        self._spend(1)
-        if stream or len(payload) % 6 or (flags & _ACK and payload):
-            raise _Broken(_FRAME_SIZE_ERROR)
-        if flags & _ACK:
+    def _on_settings(self, flags: int, stream: int, payload: bytes) -> None:
+        """6.5."""
+        self._spend(FRAME_COST)
+        if stream:
+            raise ConnectionFailed(ErrorCode.PROTOCOL_ERROR)
+        if flags & Flag.ACK:
+            if payload:
+                raise ConnectionFailed(ErrorCode.FRAME_SIZE_ERROR)
             return
-        for at in range(0, len(payload), 6):
-            number, value = int.from_bytes(payload[at : at + 2], "big"), int.from_bytes(payload[at + 2 : at + 6], "big")
-            if number == _INITIAL_WINDOW_SIZE:
-                if value > _MAX_WINDOW:
-                    raise _Broken(_FLOW_CONTROL_ERROR)
-                change = value - self._stream_window
-                self._stream_window = value
-                for call in self.calls.values():
-                    call.window += change
-        self._transport.write(_frame(_SETTINGS, _ACK, 0))
-        self._flush()
+        values = parsed_settings(payload)
+        if Setting.HEADER_TABLE_SIZE in values:
+            self._table_must_shrink = True
+        window = values.get(Setting.INITIAL_WINDOW_SIZE)
+        if window is not None:  # 6.9.2
+            change, self._stream_send_window = window - self._stream_send_window, window
+            for call in self.calls.values():
+                call.send_window += change
+                if call.send_window > MAX_WINDOW:
+                    raise ConnectionFailed(ErrorCode.FLOW_CONTROL_ERROR)
+        self._transport.write(frame(FrameType.SETTINGS, 0, flags=Flag.ACK))
+        self._send_blocked()
 
-    def _widen(self, _flags: int, stream: int, payload: bytes) -> None:
-        self._spend(1)
+    def _on_push_promise(self, _flags: int, _stream: int, _payload: bytes) -> None:
+        """6.6: a client pushes nothing."""
+        raise ConnectionFailed(ErrorCode.PROTOCOL_ERROR)
+
+    def _on_ping(self, flags: int, stream: int, payload: bytes) -> None:
+        """6.7."""
+        self._spend(FRAME_COST)
+        if stream:
+            raise ConnectionFailed(ErrorCode.PROTOCOL_ERROR)
+        if len(payload) != 8:
+            raise ConnectionFailed(ErrorCode.FRAME_SIZE_ERROR)
+        if not flags & Flag.ACK:
+            self._transport.write(frame(FrameType.PING, 0, payload, Flag.ACK))
+        elif payload == _SHUTDOWN_PING and self.server.stopping:
+            self.refuse_new_calls()  # all that it sent before it knew has come
+
+    def _on_goaway(self, _flags: int, stream: int, _payload: bytes) -> None:
+        """6.8: the client will close."""
+        self._spend(FRAME_COST)
+        if stream:
+            raise ConnectionFailed(ErrorCode.PROTOCOL_ERROR)
+
+    def _on_window_update(self, _flags: int, stream: int, payload: bytes) -> None:
+        """6.9."""
+        self._spend(FRAME_COST)
         if len(payload) != 4:
-            raise _Broken(_FRAME_SIZE_ERROR)
-        more = int.from_bytes(payload, "big") & _MAX_WINDOW
+            raise ConnectionFailed(ErrorCode.FRAME_SIZE_ERROR)
+        more = int.from_bytes(payload, "big") & MAX_WINDOW
         if not stream:
-            self._window += more
-            if not more or self._window > _MAX_WINDOW:
-                raise _Broken(_FLOW_CONTROL_ERROR)
-        elif (call := self.calls.get(stream)) is not None:
-            call.window += more
-            if not more or call.window > _MAX_WINDOW:
-                self._reset(call, _FLOW_CONTROL_ERROR)
-        if self._unsent:
-            self._flush()
+            self._send_window += more
+            if not more:
+                raise ConnectionFailed(ErrorCode.PROTOCOL_ERROR)
+            if self._send_window > MAX_WINDOW:
+                raise ConnectionFailed(ErrorCode.FLOW_CONTROL_ERROR)
+        else:
+            self._require_begun(stream)
+            call = self.calls.get(stream)
+            if call is None:
+                return  # it has ended, which the client could not know yet
+            call.send_window += more
+            if not more:
+                raise StreamFailed(ErrorCode.PROTOCOL_ERROR)
+            if call.send_window > MAX_WINDOW:
+                raise StreamFailed(ErrorCode.FLOW_CONTROL_ERROR)
+        if self._blocked:
+            self._send_blocked()
 
-    def _begin_headers(self, flags: int, stream: int, payload: bytes) -> None:
-        if flags & _PADDED:
-            payload = _unpadded(payload)
-        if flags & _HAS_PRIORITY:
-            payload = payload[5:]
-        self._more_headers(flags, stream, payload)
+    _SERVE: ClassVar[dict[int, Callable[[Connection, int, int, bytes], None]]] = {
+        FrameType.DATA: _on_data,
+        FrameType.HEADERS: _on_headers,
+        FrameType.PRIORITY: _on_priority,
+        FrameType.RST_STREAM: _on_rst_stream,
+        FrameType.SETTINGS: _on_settings,
+        FrameType.PUSH_PROMISE: _on_push_promise,
+        FrameType.PING: _on_ping,
+        FrameType.GOAWAY: _on_goaway,
+        FrameType.WINDOW_UPDATE: _on_window_update,
+        FrameType.CONTINUATION: _on_continuation,
+    }
 
-    def _continue_headers(self, flags: int, stream: int, payload: bytes) -> None:
-        if self._block_of is None:
-            raise _Broken(_PROTOCOL_ERROR)
-        self._spend(1)
-        self._more_headers(self._block_of[1] | flags & _END_HEADERS, stream, payload)
+    def _require_begun(self, stream: int) -> None:
+        """Raises `ConnectionFailed` for a stream that nobody began (5.1, idle)."""
+        if not stream % 2 or stream > self._last_stream:
+            raise ConnectionFailed(ErrorCode.PROTOCOL_ERROR)
 
-    def _more_headers(self, flags: int, stream: int, payload: bytes) -> None:
+    def _open_call(self, stream: int) -> Call | None:
+        """The call that more may come of; None if we ended it early. Raises `StreamFailed` (5.1, closed)."""
+        call = self.calls.get(stream)
+        if call is None and self._is_ended_early(stream):
+            return None
+        if call is None or call.half_closed:
+            raise StreamFailed(ErrorCode.STREAM_CLOSED)
+        return call
+
+    def _take_block(self, flags: int, stream: int, payload: bytes) -> None:
+        """Collect the header fields of a call, or its trailers (4.3)."""
         block = self._block + payload if self._block else payload
         if len(block) > HEAD_LIMIT:
-            raise _Broken(_ENHANCE_YOUR_CALM)
-        if not flags & _END_HEADERS:
-            self._block, self._block_of = block, (stream, flags)
+            raise ConnectionFailed(ErrorCode.ENHANCE_YOUR_CALM)
+        if not flags & Flag.END_HEADERS:
+            self._block, self._block_stream, self._block_flags = block, stream, flags
             return
-        self._block, self._block_of = b"", None
-        if self._decoder is None:
-            self._decoder = Decoder(HEAD_LIMIT)
-        try:
-            headers: Headers = self._decoder.decode(block)  # type: ignore[assignment]  # text unless asked for bytes
-        except HPACKError:
-            raise _Broken(_COMPRESSION_ERROR) from None
-        if (call := self.calls.get(stream)) is not None:  # trailers
-            if not flags & _END_STREAM:
-                raise _Broken(_PROTOCOL_ERROR)
-            self._received(call, b"", ended=True)
+        self._block, self._block_stream = b"", 0
+        if self._header_reader is None:
+            self._header_reader = HeaderReader(HEAD_LIMIT)
+        fields = self._header_reader.fields(block)  # also of what is refused: it may change the table
+        if stream <= self._last_stream:
+            self._take_trailers(flags, stream, fields)
             return
-        if not stream % 2 or stream <= self._last:
-            raise _Broken(_PROTOCOL_ERROR)
         self._spend(0)
-        self._last = stream
-        self._begin(flags, stream, headers)
+        self._last_stream = stream
+        self._begin(stream, fields, ends=bool(flags & Flag.END_STREAM))
 
-    def _begin(self, flags: int, stream: int, headers: Headers) -> None:
-        known = dict(headers)
-        crowded = self.server.waiting >= MANY_WAITING and len(self._waiting) >= WAITING_SHARE
-        if self._leaving or crowded or len(self.calls) >= MAX_CALLS:
-            self._spend(_REFUSAL_COST)
-            self._transport.write(_frame(_RST_STREAM, 0, stream, _REFUSED_STREAM.to_bytes(4, "big")))
+    def _take_trailers(self, flags: int, stream: int, fields: Fields) -> None:
+        """8.1."""
+        if stream not in self.calls and not self._is_ended_early(stream):
+            raise ConnectionFailed(ErrorCode.STREAM_CLOSED)
+        call = self._open_call(stream)
+        if call is None:
             return
-        kept = [header for header in headers if header[0] in self.server.headers]
-        call = Call(self, stream, known.get(":path", ""), kept, self._stream_window)
-        self.calls[stream] = self._waiting[stream] = call
-        self.server.waiting += 1
-        if known.get(":method") != "POST" or not known.get("content-type", "").startswith("application/grpc"):
-            status = b"405" if known.get(":method") != "POST" else b"415"
-            self._end(call, _header(b":status", status))
+        require_trailers(fields)
+        if not flags & Flag.END_STREAM:
+            raise StreamFailed(ErrorCode.PROTOCOL_ERROR)
+        self._take_content(call, b"", 0, ends=True)
+
+    def _begin(self, stream: int, fields: Fields, *, ends: bool) -> None:
+        """A call begins."""
+        server = self.server
+        crowded = server.awaiting_message >= CROWDED and len(self._awaiting_message) >= CROWDED_SHARE
+        if crowded or self.leaving or len(self.calls) >= MAX_CALLS:
+            if not self.leaving:
+                self._spend(EXCESS_COST)
+            self._reset(stream, ErrorCode.REFUSED_STREAM)
+            return
+        head = call_head(fields, server.headers)
+        call = Call(self, stream, head, self._stream_send_window)
+        self.calls[stream] = self._awaiting_message[stream] = call
+        server.awaiting_message += 1
+        if head.method != b"POST":
+            self._end(call, _http_status(405))
+            return
+        if not _is_grpc(head.content_type):
+            self._end(call, _http_status(415))
             return
         try:
-            self.server.admit(call)
+            server.admit(call)
         except Refused as exc:
             self.refuse(call, exc)
             return
-        if flags & _END_STREAM:
-            self._received(call, b"", ended=True)
+        if ends:
+            self._take_content(call, b"", 0, ends=True)
 
-    def _data(self, flags: int, stream: int, payload: bytes) -> None:
-        size = len(payload)
-        if not stream or stream > self._last:
-            raise _Broken(_PROTOCOL_ERROR)
-        if flags & _PADDED:
-            payload = _unpadded(payload)
-        if not flags & _END_STREAM:
-            self._spend(1)
-        self._unread += size
-        if self._unread >= _WINDOW // 4:
-            self._transport.write(_frame(_WINDOW_UPDATE, 0, 0, self._unread.to_bytes(4, "big")))
-            self._unread = 0
-        call = self.calls.get(stream)
-        if call is not None and not call.ended:
-            self._received(call, payload, ended=bool(flags & _END_STREAM))
-
-    def _received(self, call: Call, data: bytes, *, ended: bool) -> None:
-        before = call.partial
+    def _take_content(self, call: Call, data: bytes, flow_controlled: int, *, ends: bool) -> None:
+        """Content of a call came; with its first whole message the call is served."""
         try:
-            whole = call.received(data, ended=ended)
+            has_message = call.receive(data, flow_controlled, ends=ends)
         except Refused as exc:
             self.refuse(call, exc)
             return
-        if call.task is None:
-            self._unfinished += call.partial - before
-        if whole and call.task is None:
-            self._waits_no_more(call)
-            self.server.proved(self)
-            call.weight = 1 + call.partial // 1024
-            self.server.serving += call.weight
-            self.serving += call.weight
-            call.task = asyncio.get_running_loop().create_task(self._serve(call))
-        elif call.task is None and ended:
-            self.refuse(call, Refused(INVALID_ARGUMENT, "no message"))
-        elif self._unfinished > 2 * MESSAGE_LIMIT or call.partial > 4 * MESSAGE_LIMIT:
-            self._earned -= _REFUSAL_COST
-            self.refuse(call, Refused(RESOURCE_EXHAUSTED, "too many messages at once"))
+        if call.task is None and has_message:
+            self._start(call)
+        elif call.task is None and ends:
+            self.refuse(call, Refused(Status.INVALID_ARGUMENT, "no message"))
+        elif self.buffered > RECEIVED_LIMIT:
+            self._charge_excess()
+            self.refuse(call, Refused(Status.RESOURCE_EXHAUSTED, "too many messages at once"))
 
-    def is_idle(self, call: Call) -> None:
-        """This call asks for nothing more: it takes none of the connection's share."""
-        self._served(call)
+    def _start(self, call: Call) -> None:
+        self._message_came(call)
+        self.server.sent_whole_call(self)
+        call.weight = 1 + call.buffered // 1024
+        self.server.serving += call.weight
+        self.serving += call.weight
+        call.task = asyncio.get_running_loop().create_task(self._serve(call))
 
     async def _serve(self, call: Call) -> None:
         try:
             answer = await self.server.methods[call.path](call)
             self._answered = True
-            self._earned = min(self._earned + _EARNED, MAX_IDLE_FRAMES)
+            self._earn()
             if answer is not None:
-                self.send(call, answer)
-            self._end(call, _OK)
+                call.unsent += _length_prefixed(answer)
+            self._end(call, _TRAILERS_OK)
         except Refused as exc:
-            if exc.status == RESOURCE_EXHAUSTED:
-                self._earned -= _REFUSAL_COST
+            if exc.status == Status.RESOURCE_EXHAUSTED:
+                self._charge_excess()
             self.refuse(call, exc)
+        except asyncio.CancelledError:
+            # If the client cancelled it, nobody hears this.
+            self.refuse(call, Refused(Status.UNAVAILABLE, "the call was cut off"))
+            raise
         except Exception as exc:  # noqa: BLE001 - whatever it is, the caller gets an answer
             logger.error("unexpected error in a call", extra={"kind": type(exc).__name__})
-            self.refuse(call, Refused(UNKNOWN, "unexpected error"))
+            self.refuse(call, Refused(Status.UNKNOWN, "unexpected error"))
         finally:
-            self._served(call)
+            self.release(call)
 
-    def _served(self, call: Call) -> None:
+    def release(self, call: Call) -> None:
+        """The call is served no more, or takes no part of what is served at once."""
         weight, call.weight = call.weight, 0
-        self.serving -= weight
-        self.server.ended(self, weight)
+        if weight:
+            self.serving -= weight
+            self.server.ended(self, weight)
+
+    def _message_came(self, call: Call) -> None:
+        """Or will not."""
+        if self._awaiting_message.pop(call.number, None) is not None:
+            self.server.awaiting_message -= 1
 
     # what goes out
+
+    def grant(self, call: Call, size: int) -> None:
+        """The client may send so much more of this call."""
+        if call.number in self.calls:
+            call.receive_window += size
+            self._transport.write(window_frame(call.number, size))
 
     def send(self, call: Call, message: bytes) -> None:
         """Send a message of the answer, or keep it until the client takes it."""
         if call.number in self.calls:
-            call.unsent += b"\x00" + len(message).to_bytes(4, "big") + message
+            call.unsent += _length_prefixed(message)
             self._send(call)
 
     def refuse(self, call: Call, why: Refused) -> None:
         """End the call with this status."""
-        trailers = _header(b"grpc-status", b"%d" % why.status) + _header(b"grpc-message", why.text.encode())
         call.unsent = b""
-        self._end(call, trailers)
+        status, text = field(b"grpc-status", b"%d" % why.status), field(b"grpc-message", message_text(why.text))
+        self._end(call, status + text)
         if call.task is not None and call.task is not asyncio.current_task():
             call.task.cancel()
 
     def _end(self, call: Call, trailers: bytes) -> None:
+        """Send what is left, and these header fields; `:status` is among them, or is 200."""
         if call.number in self.calls:
-            if not call.started and not call.unsent:
-                trailers = trailers if trailers.startswith(b"\x00\x07:status") else _ANSWER_HEAD + trailers
-                call.started = True
-            call.end = trailers
+            if not call.head_sent and not call.unsent:  # gRPC's Trailers-Only
+                call.head_sent = True
+                trailers = trailers if trailers.startswith(_HTTP_ERROR) else _ANSWER_HEAD + trailers
+            call.trailers = trailers
             self._send(call)
 
     def _send(self, call: Call) -> None:
+        """Send what the client's windows allow."""
         out = b""
-        if not call.started:
-            call.started = True
-            out = _frame(_HEADERS, _END_HEADERS, call.number, _ANSWER_HEAD)
-        while call.unsent and (room := min(call.window, self._window, _MAX_FRAME)) > 0:
+        if not call.head_sent:
+            call.head_sent = True
+            out = self._header_frame(call, _ANSWER_HEAD, Flag.END_HEADERS)
+        while call.unsent and (room := min(call.send_window, self._send_window, MAX_FRAME)) > 0:
             part, call.unsent = call.unsent[:room], call.unsent[room:]
-            call.window -= len(part)
-            self._window -= len(part)
-            out += _frame(_DATA, 0, call.number, part)
+            call.send_window -= len(part)
+            self._send_window -= len(part)
+            out += frame(FrameType.DATA, call.number, part)
         if call.unsent:
-            if not self._unsent:
-                self._stuck = self.server.now()
-            self._unsent[call.number] = call
-            if sum(len(each.unsent) for each in self._unsent.values()) > UNSENT_LIMIT:
+            if not self._blocked:
+                self._blocked_since = self.server.now()
+            self._blocked[call.number] = call
+            if sum(len(each.unsent) for each in self._blocked.values()) > UNSENT_LIMIT:
                 self._transport.write(out)
-                self._earned -= _REFUSAL_COST
-                self._reset(call, _ENHANCE_YOUR_CALM)
+                self._charge_excess()
+                self._reset(call.number, ErrorCode.ENHANCE_YOUR_CALM)
                 return
-        elif call.end is not None:
-            out += _frame(_HEADERS, _END_HEADERS | _END_STREAM, call.number, call.end)
-            if not call.ended:
-                out += _frame(_RST_STREAM, 0, call.number, _NO_ERROR.to_bytes(4, "big"))
+        elif call.trailers is not None:
+            out += self._header_frame(call, call.trailers, Flag.END_HEADERS | Flag.END_STREAM)
+            if not call.half_closed:  # 8.1: the client need not send the rest
+                out += reset_frame(call.number, ErrorCode.NO_ERROR)
+                self._note_ended_early(call.number)
             self._forget(call)
         self._transport.write(out)
-        if self._leaving and not self.calls:
+        self._close_when_done()
+
+    def _header_frame(self, call: Call, block: bytes, flags: int) -> bytes:
+        if self._table_must_shrink:  # RFC 7541, 4.2: the first block after the client's setting says so
+            self._table_must_shrink = False
+            block = EMPTY_TABLE + block
+        return frame(FrameType.HEADERS, call.number, block, flags)
+
+    def _send_blocked(self) -> None:
+        for call in list(self._blocked.values()):
+            del self._blocked[call.number]
+            self._send(call)
+        if not self._blocked and not self._write_blocked:
+            self._blocked_since = None
+
+    def _close_when_done(self) -> None:
+        if self.leaving and not self.calls:
             self._transport.close()
 
-    def _flush(self) -> None:
-        for call in list(self._unsent.values()):
-            del self._unsent[call.number]
-            self._send(call)
-        if not self._unsent and not self._deaf:
-            self._stuck = None
+    def _reset(self, stream: int, error: ErrorCode) -> None:
+        call = self.calls.get(stream)
+        if call is not None:
+            self._forget(call)
+        self._note_ended_early(stream)
+        self._transport.write(reset_frame(stream, error))
 
-    def _reset(self, call: Call, error: int) -> None:
-        self._forget(call)
-        self._transport.write(_frame(_RST_STREAM, 0, call.number, error.to_bytes(4, "big")))
+    def _note_ended_early(self, stream: int) -> None:
+        """What the client sent before it knew that is ignored (5.1)."""
+        if self._ended_early is None:
+            self._ended_early = deque(maxlen=MAX_CALLS)
+        self._ended_early.append(stream)
+
+    def _is_ended_early(self, stream: int) -> bool:
+        return self._ended_early is not None and stream in self._ended_early
+
+    def _forget_all(self) -> None:
+        self.server.closed(self)
+        self.leaving = True
+        for call in list(self.calls.values()):
+            self._forget(call)
 
     def _forget(self, call: Call) -> None:
-        self._waits_no_more(call)
-        for calls in (self.calls, self._unsent):
-            calls.pop(call.number, None)
-        if call.end is None and call.task is not None:
-            call.task.cancel()
-
-    def _waits_no_more(self, call: Call) -> None:
-        if self._waiting.pop(call.number, None) is not None:
-            self.server.waiting -= 1
-            self._unfinished -= call.partial
-
-    _TAKE: ClassVar = {
-        _DATA: _data,
-        _HEADERS: _begin_headers,
-        _RST_STREAM: _cancelled,
-        _SETTINGS: _settings,
-        _PUSH_PROMISE: _push,
-        _PING: _ping,
-        _WINDOW_UPDATE: _widen,
-        _CONTINUATION: _continue_headers,
-    }
+        """The call has ended, for the client or for us."""
+        del self.calls[call.number]
+        self._blocked.pop(call.number, None)
+        self._message_came(call)
+        if call.trailers is None and call.task is not None:
+            call.task.cancel()  # which may be before it began: then it does not even run to its end
+        call.forget_messages()
+        self.release(call)
 
 
-def _unpadded(payload: bytes) -> bytes:
-    if not payload or payload[0] >= len(payload):
-        raise _Broken(_PROTOCOL_ERROR)
-    return payload[1 : len(payload) - payload[0]]
+_HTTP_ERROR: Final = field(b":status", b"")[:-1]  # how a block begins whose status is not 200
+
+
+def _http_status(number: int) -> bytes:
+    """The answer to what is no gRPC."""
+    return field(b":status", b"%d" % number)
+
+
+def _is_grpc(content_type: bytes) -> bool:
+    """Whether messages are protobuf's, as gRPC's PROTOCOL-HTTP2 says it."""
+    name = content_type.partition(b";")[0].strip().lower()
+    return name in {b"application/grpc", b"application/grpc+proto"}
+
+
+def _length_prefixed(message: bytes) -> bytes:
+    """As gRPC frames it, uncompressed."""
+    return b"\x00" + len(message).to_bytes(4, "big") + message

@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 DRAIN_REPLIES: Final = 7.5  # seconds of a shutdown in which replies may still come; then callers get Timeout
 DRAIN_TOTAL: Final = 9.0  # seconds after which a shutdown ends, whoever is still connected; 10 are promised
 _KEEP_ALIVE: Final = 75.0  # seconds of an idle connection; more than nginx's 60, which must be the first to close
-_TICK: Final = 0.02  # seconds between two looks at what is in flight during a shutdown
 
 
 class _HttpServer(uvicorn.Server):
@@ -111,7 +110,7 @@ async def _drain(api: Api, http: _HttpServer, http_task: asyncio.Task[None], grp
     api.leaving = True
     await grpc.announce_shutdown()
     http.should_exit = True
-    servers = asyncio.gather(http_task, _drain_grpc(api, grpc))
+    servers = asyncio.gather(http_task, grpc.stop(DRAIN_TOTAL))
     done, _ = await asyncio.wait([servers], timeout=DRAIN_REPLIES)
     if not done:
         await api.client.close()  # answers Timeout to whoever still waits
@@ -123,16 +122,6 @@ async def _drain(api: Api, http: _HttpServer, http_task: asyncio.Task[None], grp
             await servers
     elif (failure := servers.exception()) is not None:
         logger.error("unexpected error while shutting down", extra={"kind": type(failure).__name__})
-
-
-async def _drain_grpc(api: Api, grpc: GrpcServer) -> None:
-    stopping = asyncio.create_task(grpc.stop(DRAIN_TOTAL))
-    while api.metrics.in_flight("grpc"):  # noqa: ASYNC110 - an event would cost every request for the sake of one end
-        await asyncio.sleep(_TICK)
-    # Only streams are left, such as clients that watch our health; these never end by themselves.
-    await asyncio.sleep(5 * _TICK)
-    await grpc.stop(_TICK)
-    await stopping
 
 
 async def _report_readiness(api: Api) -> None:

@@ -13,13 +13,23 @@ from typing import Final
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from support import http2
 from support.api_process import ApiProcess
-from support.http2 import PREFACE, Crowd, begin, call, frame, frames, header, message, settings, streams
+from support.http2 import NO_WINDOW, OPENING, Crowd, begin, call, frames, head, header, message, streams
 from support.process import eventually
 from support.redis_server import RedisServer
 
 from producer.api.binding import listen
+from producer.api.frames import (
+    PREFACE,
+    ErrorCode,
+    Flag,
+    FrameType,
+    Setting,
+    frame,
+    reset_frame,
+    settings_frame,
+    window_frame,
+)
 from producer.api.http2 import KEEPALIVE_AFTER, MAX_CALLS, MESSAGE_LIMIT, Call, Http2Server
 from producer.api.proto import METHOD, SERVICE, GetVarifyReq
 from producer.setting_types import Bind
@@ -29,34 +39,32 @@ WATCH: Final = "/grpc.health.v1.Health/Watch"
 REFLECT: Final = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 CONNECTIONS: Final = 60
 GROWTH: Final = 10.0  # MB, of 60 connections; without the bounds each attack takes several times as much
-ENHANCE_YOUR_CALM: Final = 11
-OPENING: Final = PREFACE + settings()
 LONG: Final = GetVarifyReq(email="x" * (MESSAGE_LIMIT - 100)).SerializeToString()
 
 # What each of the connections sends.
 ATTACKS: Final = {
     "watchers": OPENING + b"".join(call(i, WATCH, b"") for i in streams(400)),
-    "reflection": OPENING + b"".join(begin(i, REFLECT) + frame(0, i, message(b"")) for i in streams(400)),
+    "reflection": OPENING + b"".join(begin(i, REFLECT) + frame(FrameType.DATA, i, message(b"")) for i in streams(400)),
     "calls whose message never comes": OPENING + b"".join(begin(i, ASK) for i in streams(4000)),
     "half-sent messages": OPENING
-    + b"".join(begin(i, ASK) + frame(0, i, message(b"x" * 8000, claimed=16000)) for i in streams(100)),
-    "answers that nobody takes": PREFACE + settings(_4=0) + b"".join(call(i, ASK, LONG) for i in streams(60)),
+    + b"".join(begin(i, ASK) + frame(FrameType.DATA, i, message(b"x" * 8000, claimed=16000)) for i in streams(100)),
+    "answers that nobody takes": NO_WINDOW + b"".join(call(i, ASK, LONG) for i in streams(60)),
     "headers without an end": OPENING
-    + frame(http2.HEADERS, 1, http2.head(ASK))
-    + frame(http2.CONTINUATION, 1, header("x", "v" * 16000)) * 60,
+    + frame(FrameType.HEADERS, 1, head(ASK))
+    + frame(FrameType.CONTINUATION, 1, header("x", "v" * 16000)) * 60,
     "headers that unpack to megabytes": OPENING
-    + frame(http2.HEADERS, 1, http2.head(ASK, header("x", "v" * 3900, indexed=True)) + b"\xbe" * 12000, 4),
+    + frame(FrameType.HEADERS, 1, head(ASK, header("x", "v" * 3900, indexed=True)) + b"\xbe" * 12000, Flag.END_HEADERS),
     "many headers": OPENING
     + b"".join(begin(i, ASK, *[header(f"x-{n}", "v" * 100) for n in range(120)]) for i in streams(50)),
 }  # fmt: skip
 # What each sends again and again; it must be hung up on.
 FLOODS: Final = {
-    "pings": frame(http2.PING, payload=b"12345678"),
-    "settings": settings(_4=65535),
-    "windows": frame(http2.WINDOW_UPDATE, payload=b"\x00\x00\x00\x01"),
-    "priorities": frame(2, 1, b"\x00\x00\x00\x00\x10"),
-    "empty data": frame(0, 1),
-    "unknown frames": frame(99),
+    "pings": frame(FrameType.PING, 0, b"12345678"),
+    "settings": settings_frame({Setting.INITIAL_WINDOW_SIZE: 65535}),
+    "windows": window_frame(FrameType.DATA, 1),
+    "priorities": frame(FrameType.PRIORITY, 1, b"\x00\x00\x00\x00\x10"),
+    "empty data": frame(FrameType.DATA, 1),
+    "unknown frames": frame(99, 0),
 }
 
 
@@ -74,8 +82,8 @@ def megabytes(api: ApiProcess) -> float:
 
 def goaway(data: bytes) -> int | None:
     """The error of the frame that ends the connection; None if there is none."""
-    errors = [payload[4:8] for kind, _, _, payload in frames(data) if kind == http2.GOAWAY]
-    return int.from_bytes(errors[-1], "big") if errors else None
+    errors = [each.error for each in frames(data) if each.kind == FrameType.GOAWAY]
+    return errors[-1] if errors else None
 
 
 def ended(crowd: Crowd) -> list[bytes]:
@@ -129,14 +137,16 @@ def test_600_hostile_connections_take_40_megabytes_at_most(redis_server: RedisSe
 def test_a_flood_of_frames_without_calls_ends_its_connection(api: ApiProcess, name: str) -> None:
     with Crowd(api.grpc_port, 1, OPENING + begin(1, ASK)) as crowd:
         crowd.send(FLOODS[name] * 2000)
-        assert goaway(ended(crowd)[0]) in {ENHANCE_YOUR_CALM, None}  # closing with data unread may reset the connection
+        assert goaway(ended(crowd)[0]) in {
+            ErrorCode.ENHANCE_YOUR_CALM,
+            None,
+        }  # closing with data unread may reset the connection
     assert api.call("nobody", timeout=60).error == 3
 
 
 def test_calls_that_are_cancelled_at_once_end_their_connection(api: ApiProcess) -> None:
     with Crowd(api.grpc_port, 1, OPENING) as crowd:
-        reset = b"\x00\x00\x00\x08"
-        crowd.send(b"".join(begin(i, ASK) + frame(http2.RST_STREAM, i, reset) for i in streams(1000)))
+        crowd.send(b"".join(begin(i, ASK) + reset_frame(i, ErrorCode.CANCEL) for i in streams(1000)))
         ended(crowd)
 
 
@@ -148,7 +158,7 @@ def test_a_client_may_cancel_all_its_calls(api: ApiProcess) -> None:
     eventually(lambda: api.metric("verify_api_requests_in_flight", protocol="grpc") == 0)
     with Crowd(api.grpc_port, 1, OPENING) as crowd:  # not even young ones, on a connection of their own
         crowd.send(b"".join(begin(i, ASK) for i in streams(MAX_CALLS)))
-        crowd.send(b"".join(frame(http2.RST_STREAM, i, b"\x00\x00\x00\x08") for i in streams(MAX_CALLS)))
+        crowd.send(b"".join(reset_frame(i, ErrorCode.CANCEL) for i in streams(MAX_CALLS)))
         crowd.send(call(2 * MAX_CALLS + 1, ASK, b""))
         data = b""
 
@@ -199,7 +209,7 @@ class TestTooManyConnections:
 
     @pytest.fixture
     async def port(self, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
-        monkeypatch.setattr("producer.api.http2.MAX_CONNECTIONS", 3)
+        monkeypatch.setattr("producer.api.FrameType.MAX_CONNECTIONS", 3)
 
         async def echo(call: Call) -> bytes | None:
             return await call.message()

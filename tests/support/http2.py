@@ -1,54 +1,68 @@
-"""Bare HTTP/2 for what no gRPC client does: frames made by hand, on connections that keep no rule."""
+"""Bare HTTP/2 for what no gRPC client does: connections that send any frames and keep no rule."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
-import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
-PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
-END_STREAM, ACK, END_HEADERS = 1, 1, 4
-INITIAL_WINDOW_SIZE: Final = 4  # a setting's number
+from producer.api.frames import PREFACE, Flag, FrameType, Setting, field, frame, settings_frame
 
+SETTINGS: Final = settings_frame({})
+OPENING: Final = PREFACE + SETTINGS  # what a client sends first
+NO_WINDOW: Final = PREFACE + settings_frame({Setting.INITIAL_WINDOW_SIZE: 0})  # from one that takes no answer
 
-def frame(kind: int, stream: int = 0, payload: bytes = b"", flags: int = 0) -> bytes:
-    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
-
-
-def settings(**values: int) -> bytes:
-    """`settings(_4=0)`: a window of no bytes."""
-    return frame(SETTINGS, payload=b"".join(struct.pack(">HI", int(key[1:]), value) for key, value in values.items()))
-
-
-def header(name: str, value: str, *, indexed: bool = False) -> bytes:
-    """A header as HPACK writes it out, in plain letters; `indexed`: to be kept in the dynamic table."""
-    return (b"\x40" if indexed else b"\x00") + _text(name) + _text(value)
+HEAD: Final = {
+    ":method": "POST",
+    ":scheme": "http",
+    ":path": "/",
+    ":authority": "api",
+    "te": "trailers",
+    "content-type": "application/grpc",
+}
 
 
-def head(path: str, *more: bytes) -> bytes:
-    """The headers of a gRPC call."""
-    names = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "api", "te": "trailers"}
-    lines = [header(name, value) for name, value in {**names, "content-type": "application/grpc"}.items()]
-    return b"".join([*lines, *more])
+class Frame(NamedTuple):
+    """A frame that came."""
+
+    kind: int
+    flags: int
+    stream: int
+    payload: bytes
+
+    @property
+    def error(self) -> int:
+        """The error that RST_STREAM or GOAWAY says."""
+        return int.from_bytes(self.payload[:4] if self.kind == FrameType.RST_STREAM else self.payload[4:8], "big")
 
 
-def begin(stream: int, path: str, *more: bytes) -> bytes:
+def header(name: str | bytes, value: str | bytes, *, indexed: bool = False) -> bytes:
+    """A header field written out; `indexed`: to be kept in the dynamic table."""
+    text = field(*(each if isinstance(each, bytes) else each.encode() for each in (name, value)))
+    return b"\x40" + text[1:] if indexed else text
+
+
+def head(path: str | bytes, *more: bytes, **changed: str) -> bytes:
+    """The header fields of a gRPC call; `changed`: those that are another, by name: `_method`, `te`."""
+    values = {name: changed.get(name.replace(":", "_").replace("-", "_"), value) for name, value in HEAD.items()}
+    return b"".join([*(header(name, path if name == ":path" else value) for name, value in values.items()), *more])
+
+
+def begin(stream: int, path: str | bytes, *more: bytes, **changed: str) -> bytes:
     """The frame that begins a call."""
-    return frame(HEADERS, stream, head(path, *more), END_HEADERS)
+    return frame(FrameType.HEADERS, stream, head(path, *more, **changed), Flag.END_HEADERS)
 
 
 def message(content: bytes, *, claimed: int | None = None) -> bytes:
     """A message of gRPC; `claimed`: the length that it pretends to have."""
-    return b"\x00" + struct.pack(">I", len(content) if claimed is None else claimed) + content
+    return b"\x00" + (len(content) if claimed is None else claimed).to_bytes(4, "big") + content
 
 
-def call(stream: int, path: str, content: bytes) -> bytes:
+def call(stream: int, path: str | bytes, content: bytes, *more: bytes, **changed: str) -> bytes:
     """A whole call with one message."""
-    return begin(stream, path) + frame(DATA, stream, message(content), END_STREAM)
+    return begin(stream, path, *more, **changed) + frame(FrameType.DATA, stream, message(content), Flag.END_STREAM)
 
 
 def streams(count: int) -> range:
@@ -56,10 +70,20 @@ def streams(count: int) -> range:
     return range(1, 2 * count, 2)
 
 
+def frames(data: bytes) -> Iterator[Frame]:
+    """Each whole frame."""
+    while len(data) >= 9:
+        length = int.from_bytes(data[:3], "big")
+        if len(data) < 9 + length:
+            return
+        yield Frame(data[3], data[4], int.from_bytes(data[5:9], "big"), data[9 : 9 + length])
+        data = data[9 + length :]
+
+
 class Crowd:
     """Many connections to one port, on which anything may be sent."""
 
-    def __init__(self, port: int, count: int, first: bytes = PREFACE + settings()) -> None:
+    def __init__(self, port: int, count: int, first: bytes = OPENING) -> None:
         """`first`: what each connection sends at once."""
         self._stack = ExitStack()
         self.connections = []
@@ -101,30 +125,9 @@ class Crowd:
         self.close()
 
 
-def frames(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """Kind, flags, stream and payload of each whole frame."""
-    while len(data) >= 9:
-        length = int.from_bytes(data[:3], "big")
-        if len(data) < 9 + length:
-            return
-        yield data[3], data[4], int.from_bytes(data[5:9], "big"), data[9 : 9 + length]
-        data = data[9 + length :]
-
-
 def _sent(connection: socket.socket, data: bytes) -> int:
     sent = 0
     with contextlib.suppress(OSError):
         while sent < len(data):
             sent += connection.send(data[sent:])
     return sent
-
-
-def _text(text: str) -> bytes:
-    raw = text.encode()
-    if len(raw) < 127:
-        return bytes([len(raw)]) + raw
-    rest, length = len(raw) - 127, b"\x7f"
-    while rest > 127:
-        length += bytes([rest % 128 + 128])
-        rest //= 128
-    return length + bytes([rest]) + raw
