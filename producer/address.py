@@ -26,6 +26,11 @@ class Address(NamedTuple):
     canonical: str  # identifies the mailbox: trimmed, NFC, lower case, IDNA domain; dots and plus tags kept
 
     @property
+    def is_canonical(self) -> bool:
+        """Whether SMTP gets the canonical form. Another spelling can be another mailbox (RFC 5321, 2.4)."""
+        return self.mailbox == self.canonical
+
+    @property
     def needs_smtputf8(self) -> bool:
         """Whether the relay must support SMTPUTF8 (RFC 6531)."""
         return not self.mailbox.isascii()

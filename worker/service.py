@@ -18,6 +18,7 @@ from producer.errors import StoreUnavailable
 from producer.store.codes import (
     BUCKETS,
     REFUSED,
+    RESPELLED,
     SUPPRESSED_HIT,
     Answered,
     CodeStore,
@@ -174,7 +175,9 @@ class Service:
             self._settler.answer(job, ErrorCode.SUCCESS, mark=True)
         elif isinstance(error, RecipientRejected | MessageRejected):
             _log_rejection(job, error)
-            suppress: SuppressionReason = REFUSED if error.suppress_mailbox else ""
+            suppress: SuppressionReason = ""
+            if error.suppress_mailbox:
+                suppress = REFUSED if job.mailbox is None or job.mailbox.is_canonical else RESPELLED
             self._settler.answer(job, ErrorCode.MAIL_REJECTED, mark=True, suppress=suppress)
         elif isinstance(error, Smtputf8Unsupported):
             self._settler.answer(job, ErrorCode.INVALID_ADDRESS, mark=True)

@@ -177,8 +177,11 @@ FAILED: Final = "failed"  # no relay accepted the mail: the buckets are refunded
 UNKNOWN: Final = "unknown"  # a relay may have accepted the mail: the request may try once more
 Result = ErrorCode | Literal["failed", "unknown"]
 
-SuppressionReason = Literal["", "refused"]
+SuppressionReason = Literal["", "refused", "respelled"]
 REFUSED: Final = "refused"  # a relay refused the mailbox for good: the address gets no mail for a while
+# A relay refused another spelling than the canonical one, which to it may be another mailbox. A stranger must neither
+# have the address suppressed by that nor have the relay asked without end: the buckets keep the charge.
+RESPELLED: Final = "respelled"
 
 
 class Outcome(NamedTuple):
@@ -186,7 +189,7 @@ class Outcome(NamedTuple):
 
     claim: Claim
     result: Result
-    suppress: SuppressionReason = ""  # why the address gets no mail for a while; "": it is not suppressed
+    suppress: SuppressionReason = ""  # what a refusal says of the mailbox; REFUSED: it gets no mail for a while
 
 
 class Settled(NamedTuple):

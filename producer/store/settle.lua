@@ -22,7 +22,7 @@ ARGV 1  cooldown          ms      0: off
      token                string
      result               string  'failed' (no relay accepted it, try again) | 'unknown' (one may have; try again)
                                   | the error code that answers the request
-     reason               string  'refused': suppress the address; else ''
+     reason               string  'refused': suppress the address; 'respelled': do not, but keep what was charged; else ''
 
 Returns a list with an entry for each: {1 if this holder had the lease else 0, id to wake ...}, or an error of this one
 alone. If the mail was accepted and its code is still live, or if the mailbox is refused for good, every joined request
@@ -74,7 +74,7 @@ return each(#KEYS / 4, function(i)
     local doubts = tonumber(record[6]) or 0
     local accepted = result == SUCCESS
     local perhaps = result == 'unknown' or (result == TIMEOUT and record[7] == '1') or doubts > 0
-    if (record[4] or '') ~= '' and not accepted and not perhaps then
+    if (record[4] or '') ~= '' and not accepted and not perhaps and reason ~= 'respelled' then
         refund(record[4], address_key)
         call('HSET', record_key, 'charged', '')
     end
@@ -86,7 +86,7 @@ return each(#KEYS / 4, function(i)
         call('HSET', record_key, 'token', '', 'error', result)
     end
 
-    if reason ~= '' then
+    if reason ~= '' and reason ~= 'respelled' then
         suppress(suppressed_key, reason, suppressed)
     elseif accepted and suppressed and string.match(suppressed, '^refused ') then
         call('DEL', suppressed_key)

@@ -20,6 +20,7 @@ from producer.store.codes import (
     FAILED,
     NO_BUCKET,
     REFUSED,
+    RESPELLED,
     SUPPRESSED_HIT,
     TOTAL_BUCKET,
     UNKNOWN,
@@ -333,6 +334,19 @@ def test_only_a_refusal_of_the_mailbox_suppresses_it(result: Result, driver: Dri
     driver.send(claim_of("one"))
     driver.settle(claim_of("one"), result)
     driver.send(claim_of("two"))
+
+
+def test_a_refusal_of_another_spelling_suppresses_nothing_and_is_charged(driver: Driver) -> None:
+    """To a relay that tells A from a it is another mailbox, which a stranger may name at will."""
+    policy = driver.policy
+    for i in range(policy.address.burst):
+        claim = claim_of(f"id-{i}", EMAIL.upper())
+        driver.send(claim)
+        driver.settle_all(Outcome(claim, ErrorCode.MAIL_REJECTED, RESPELLED))
+        assert driver.answer_of(claim) is ErrorCode.MAIL_REJECTED
+    assert driver.answer_of(claim_of("next", EMAIL.upper())) is ErrorCode.TOO_MANY_REQUESTS
+    driver.pass_time(int(policy.address.interval) + 1)
+    driver.send(claim_of("owner"))
 
 
 def test_a_refusal_that_a_lost_lease_reports_suppresses_nothing(driver: Driver) -> None:

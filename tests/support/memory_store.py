@@ -15,6 +15,7 @@ from producer.store.codes import (
     COOLDOWN_HIT,
     DAY,
     REFUSED,
+    RESPELLED,
     SUPPRESSED_HIT,
     TOTAL_BUCKET,
     UNKNOWN,
@@ -216,7 +217,7 @@ class MemoryCodeStore:
         error = result if isinstance(result, ErrorCode) else None
         accepted = error is ErrorCode.SUCCESS
         perhaps = result == UNKNOWN or record.doubts > 0 or (error is ErrorCode.TIMEOUT and record.dot)
-        if not accepted and not perhaps:
+        if not accepted and not perhaps and suppress != RESPELLED:
             self._refund(record)
         record.token, record.dot, record.error = "", False, error
         if error is None:
@@ -251,7 +252,7 @@ class MemoryCodeStore:
         known, end, last = self.state.suppressed.get(canonical, ("", 0.0, 0.0))
         if accepted and known == REFUSED:
             del self.state.suppressed[canonical]
-        elif reason and end <= self._now:
+        elif reason == REFUSED and end <= self._now:
             doubled = min(2 * last, self.policy.longest_suppression)
             period = doubled if known == reason else self.policy.suppression
             self.state.suppressed[canonical] = (reason, self._now + period, period)

@@ -14,7 +14,7 @@ from support.store_driver import POLICY, claim_of
 from producer.contract import ErrorCode, VerifyRequest
 from producer.errors import StoreUnavailable
 from producer.setting_types import Sender
-from producer.store.codes import COOLDOWN_HIT, REFUSED, Outcome
+from producer.store.codes import COOLDOWN_HIT, REFUSED, RESPELLED, Outcome
 from worker.job import Job
 from worker.mail.errors import AcceptanceUnknown, MailError, MessageDeferred, Smtputf8Unsupported, Step, classify
 from worker.mail.message import Mail
@@ -144,6 +144,14 @@ async def test_only_a_mailbox_that_is_invalid_is_suppressed(harness: Harness, in
     mail.done(error)
     suppressed = [REFUSED] if invalid else []
     assert harness.settled == [("anna", ErrorCode.MAIL_REJECTED, True, *suppressed)]
+
+
+async def test_a_refusal_of_another_spelling_is_told_apart(harness: Harness) -> None:
+    error = classify(Step.RCPT, 550, "5.1.1")
+    error.suppress_mailbox = True
+    [mail] = await harness.serve("Anna")
+    mail.done(error)
+    assert harness.settled == [("Anna", ErrorCode.MAIL_REJECTED, True, RESPELLED)]
 
 
 RELAY = "smtp://***@relay.example.com"
