@@ -17,7 +17,7 @@ _WRONG: Final = "the key is not one of VERIFY_API_KEYS: send one, without its na
 
 
 def refusal_of_key(given: Sequence[bytes]) -> str:
-    """What to tell a caller whose values of `authorization` are no right key."""
+    """What to tell a caller without a valid key. `given`: its values of `authorization`."""
     return _WRONG if given else _NEEDED
 
 
@@ -28,7 +28,7 @@ class KeyCheck:
         self._digests = [(_digest(each.key.encode()), each.name) for each in keys]
 
     def name_of(self, given: Sequence[bytes]) -> str | None:
-        """The name of the key that these values of `authorization` are; None if they are not one right key."""
+        """The name of the key in these values of `authorization`; None unless they are one valid key."""
         scheme, _, key = (given[0] if len(given) == 1 else b"").partition(b" ")
         # Digests have one length, and all are compared: the time taken tells nothing about any key.
         digest = _digest(key.strip())

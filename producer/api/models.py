@@ -60,8 +60,8 @@ class CodeRequest(BaseModel):
             {
                 "type": ["string", "null"],
                 "maxLength": LONGEST_CLIENT,
-                "description": "Your word for the end user who asks, such as a hash of the IP address or the session."
-                " One end user gets a share of an address' mails, and so many in all.",
+                "description": "Your word for the end user who asks, such as a hash of the IP address or the account."
+                " Each end user has limits of its own.",
             }
         ),
     ] = None

@@ -31,7 +31,7 @@ class OriginCheck:
     """
 
     def __init__(self, app: ASGIApp, *, keys: bool, any_host: bool, local: tuple[str, ...]) -> None:
-        """`any_host`: Host may be any name, but for the paths that begin with one of `local`."""
+        """`any_host`: Host may be any name, except for paths that begin with one of `local`."""
         self._app = app
         self._keys = keys
         self._any_host = any_host
@@ -46,7 +46,7 @@ class OriginCheck:
             await Response(refusal(why), status, media_type="application/json")(scope, receive, send)
 
     def _refused(self, scope: Scope) -> tuple[int, str] | None:
-        """The status and the reason, if it is refused."""
+        """The status and the reason if the request is refused; else None."""
         host = origin = site = None
         for name, value in scope["headers"]:
             if name == b"host":

@@ -1,13 +1,12 @@
-"""TLS at HTTP and gRPC: one certificate for both, taken up again when its files change."""
+"""TLS at HTTP and gRPC: one certificate for both, read again when its files change."""
 
 from __future__ import annotations
 
 import logging
 import os
 import ssl
-from collections.abc import Callable
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from producer.errors import BadSetting
 from producer.settings import Settings
@@ -19,18 +18,11 @@ _HTTP, _GRPC = "http/1.1", "h2"  # as ALPN has them
 _CERTIFICATES: Final = "allowed: a readable PEM file with certificates"
 
 
-class _Loaded(NamedTuple):
-    """What new connections use."""
-
-    http: ssl.SSLContext
-    grpc: ssl.SSLContext
-
-
 class Certificates:
-    """The certificate of this server, its key and who vouches for clients, as the files have them now.
+    """The server's certificate, its key and the CAs that vouch for clients, as the files have them now.
 
-    Every handshake looks at the files, which costs it a few microseconds. While they do not fit each other, as in the
-    middle of a renewal, the ones before stay in force.
+    Every handshake looks at the files, which costs it a few microseconds. While certificate and key do not fit each
+    other, as in the middle of a renewal, the previous ones stay in use.
     """
 
     def __init__(self, cert: str, key: str, client_ca: str) -> None:
@@ -40,40 +32,42 @@ class Certificates:
         self._loaded = self._load()
 
     def http_context(self) -> ssl.SSLContext:
-        """The context to listen with; it hands each handshake on to the one in force."""
-
-        def choose(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
-            connection.context = self._current().http
-
-        return _listening(self._files, _HTTP, choose)
+        """The context for HTTP's listening sockets."""
+        return self._listening(_HTTP)
 
     def grpc_context(self) -> ssl.SSLContext:
-        """The same for gRPC."""
+        """The context for gRPC's listening sockets."""
+        return self._listening(_GRPC)
 
-        def choose(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
-            connection.context = self._current().grpc
+    def _listening(self, protocol: str) -> ssl.SSLContext:
+        """A context that hands each handshake on to the one with the newest files."""
 
-        return _listening(self._files, _GRPC, choose)
+        def hand_on(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+            connection.context = self._current()[protocol]
 
-    def _current(self) -> _Loaded:
+        context = _server_context(self._files, protocol)
+        context.sni_callback = hand_on  # called for a client that sends no name, too
+        return context
+
+    def _current(self) -> dict[str, ssl.SSLContext]:
         version = self._look()
         if version != self._version:
-            self._version = version  # what cannot be used is said once, and tried again when it changes again
+            self._version = version  # files that cannot be used are logged once, and tried again once they change
             try:
                 loaded = self._load()
             except BadSetting as exc:
-                logger.warning("%s; the certificate before stays in force", exc)
+                logger.warning("%s; the previous certificate stays in use", exc)
             else:
-                # Unless they changed meanwhile: then what was read may be of two versions.
+                # If the files changed meanwhile, what was read may be of two versions.
                 if self._look() == version:
                     self._loaded = loaded
-                    logger.info("the renewed TLS certificate is in force")
+                    logger.info("the renewed TLS certificate is in use")
                 else:
                     self._version = ()
         return self._loaded
 
     def _look(self) -> tuple[object, ...]:
-        """What changes when a file does, also when it is a link that points elsewhere now."""
+        """The version of the files: it changes when a file does, or when a link points to another file."""
         found: list[object] = []
         for path in self._files.values():
             try:
@@ -84,12 +78,13 @@ class Certificates:
                 found.append((status.st_ino, status.st_mtime_ns, status.st_size))
         return tuple(found)
 
-    def _load(self) -> _Loaded:
-        return _Loaded(_server_context(self._files, _HTTP), _server_context(self._files, _GRPC))
+    def _load(self) -> dict[str, ssl.SSLContext]:
+        """A context for each protocol."""
+        return {protocol: _server_context(self._files, protocol) for protocol in (_HTTP, _GRPC)}
 
 
 def certificates(settings: Settings) -> Certificates | None:
-    """What the settings name; None if they name nothing. Raises `BadSetting`."""
+    """The certificates that the settings name; None if they name none. Raises `BadSetting`."""
     cert, key, client_ca = settings.tls_cert, settings.tls_key, settings.tls_client_ca
     if not cert and not key and not client_ca:
         return None
@@ -100,14 +95,8 @@ def certificates(settings: Settings) -> Certificates | None:
     return Certificates(cert, key, client_ca)
 
 
-def _listening(files: dict[str, str], protocol: str, choose: Callable[..., None]) -> ssl.SSLContext:
-    context = _server_context(files, protocol)
-    context.sni_callback = choose  # called without a name, too
-    return context
-
-
 def _server_context(files: dict[str, str], protocol: str) -> ssl.SSLContext:
-    """Raises `BadSetting` with the setting whose file cannot be used."""
+    """Raises `BadSetting`, which names the setting whose file cannot be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols([protocol])

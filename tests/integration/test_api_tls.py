@@ -126,7 +126,7 @@ class TestServing:
             old = files.cert.read_bytes(), files.key.read_bytes(), files.ca
             files.renew()
             assert files.https(api) == files.grpc(api) == 0
-            assert api.log.count("the renewed TLS certificate is in force") == 1
+            assert api.log.count("the renewed TLS certificate is in use") == 1
             # A certificate whose key has not come yet: the one before stays.
             new = files.ca
             files.cert.write_bytes(old[0])
