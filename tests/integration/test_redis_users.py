@@ -56,6 +56,13 @@ REFUSED: Final = [
     ("client", "GET code_EMAIL"),
     ("client", f"SET {META}id reply"),
     ("client", "RPOP verification"),
+    ("celery", "GET code_EMAIL"),
+    ("celery", "RPOP verification"),
+    ("celery", "LPUSH verification.dead message"),
+    ("celery", f"SET {META}id reply"),
+    ("celery", f"PSUBSCRIBE {META}*"),
+    ("celery", "PUBLISH /1.celery.pidbox stop"),
+    ("celery", "SADD _kombu.binding.celery.pidbox other"),
     ("api", "GET code_EMAIL"),
     ("api", "RPOP verification"),
     ("api", "DEL request:id"),
@@ -69,14 +76,18 @@ REFUSED: Final = [
     ("operator", "GET code_EMAIL"),  # which it deletes, to erase an address
     *(
         (user, command)
-        for user in ("default", "caller", "client", "api", "worker", "flower", "operator")
+        for user in ("default", "caller", "client", "celery", "api", "worker", "flower", "operator")
         for command in (
             *("FLUSHALL", "FLUSHDB", "KEYS *", "CONFIG GET *", "ACL LIST", "SHUTDOWN", "MONITOR", "CLIENT LIST"),
             *("SCRIPT FLUSH", "REPLICAOF NO ONE", "GET other", "SAVE"),
             "CLIENT TRACKING ON BCAST",  # tells the name of every key that is written, whoever may read it
         )
     ),
-    *((user, f"{command} 0") for user in ("default", "caller", "client") for command in ("EVAL 1", "EVALSHA 1")),
+    *(
+        (user, f"{command} 0")
+        for user in ("default", "caller", "client", "celery")
+        for command in ("EVAL 1", "EVALSHA 1")
+    ),
 ]
 
 
@@ -216,6 +227,15 @@ def test_the_python_client_asks_and_cannot_check(users: Users) -> None:
         assert set(users.refused()) == {"client command script|load"}  # tried at each connect; it needs none to ask
         assert client.check(email, code_in(users.rig.mails_to(email)[0])).error == ErrorCode.REDIS_ERR
     assert "client command evalsha" in users.refused()
+
+
+def test_any_celery_app_sends_the_task_and_hears_its_reply(users: Users) -> None:
+    email = address()
+    environment = own_environment({"VERIFY_REDIS_URL": users.url("celery"), "VERIFY_REPLY_TIMEOUT": "20"})
+    command = [sys.executable, str(ROOT / "examples" / "ask_celery.py"), email]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"email": email, "error": 0}
 
 
 def test_a_deferred_mail_is_retried(users: Users) -> None:
