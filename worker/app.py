@@ -93,6 +93,7 @@ def _before_flower(**_: Any) -> None:
     context = click.get_current_context(silent=True)
     if context is not None and context.info_name == "flower":
         logs.configure(logging.getLogger().level)
+        logging.getLogger("flower.command").setLevel(logging.INFO)  # its DEBUG line shows the secret of its cookies
         app.masks_results = True
         import flower.utils.broker  # noqa: PLC0415 - a worker need not load Flower
 

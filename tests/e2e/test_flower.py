@@ -206,6 +206,11 @@ def test_requests_being_sent_are_active_and_others_queued(rig: Rig, flower: Flow
     eventually(lambda: {state_of(flower, each) for each in ids} == {"SUCCESS"})
 
 
+def test_the_secret_of_flowers_cookies_is_not_in_its_log(flower: FlowerProcess) -> None:
+    assert '"level": "debug"' in flower.log
+    assert "cookie_secret" not in flower.log
+
+
 def test_a_request_made_in_flower_is_masked_in_answer_and_log(rig: Rig, flower: FlowerProcess) -> None:
     email = address("secret-")
     answer = json.loads(flower.ask("POST", f"/api/task/apply/{TASK}", {"kwargs": {"email": email}}))
