@@ -192,8 +192,9 @@ def _client() -> Iterator[tuple[VerificationClient, Settings, list[str]]]:
 
 
 def _answer(email: str, error: ErrorCode, warnings: list[str], detail: str | None, *, as_json: bool) -> None:
-    # What the client logged is more precise than the table.
-    said = [*(warnings or [error.meaning]), *([detail] if detail else []), error.advice]
+    # What the client logged is more precise than the table. Success needs no advice.
+    said = [*(warnings or [error.meaning]), *([detail] if detail else [])]
+    said += [] if error is ErrorCode.SUCCESS else [error.advice]
     if as_json:
         typer.echo(json.dumps({"email": email, "error": int(error), "name": error.title, "meaning": " ".join(said)}))
     else:

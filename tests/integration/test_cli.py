@@ -19,6 +19,7 @@ from support.fake_worker import FakeWorker
 from support.process import eventually
 from support.redis_server import RedisServer
 
+from producer.contract import ErrorCode
 from producer.store.backlog import UNHEALTHY_WORKERS, WORKERS
 
 pytestmark = pytest.mark.usefixtures("redis")  # the shared server is empty at first
@@ -52,7 +53,7 @@ def test_send_prints_success(redis_server: RedisServer, tmp_path: Path) -> None:
         words = ("send", A, "--purpose", "login", "--locale", "en", "--client", "me")
         done = run(*words, directory=tmp_path, VERIFY_REDIS_URL=redis_server.url())
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"Success (0)  {A}\n")
+    assert done.stdout == f"Success (0)  {A}\n{ErrorCode.SUCCESS.meaning}\n"
     assert worker.taken[0].kwargs == {"email": A, "purpose": "login", "locale": "en", "client": "me"}
 
 
