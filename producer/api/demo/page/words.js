@@ -67,7 +67,7 @@ export const words = {
     done: (total) => `The relay accepted the mail; the reply came after ${total}.`,
     refused: "The API answered without a worker: there was nothing to send.",
     worker_said: "The worker answered without sending a mail.",
-    rejected: "The relay refused the mail for good.",
+    rejected: "A relay refused the mail for good, now or lately.",
     too_late: {
       queue: (t, giveUp) => `No worker took your request within ${spanEn(t)}. It stays in the queue and is served if a worker starts within ${spanEn(giveUp)}.`,
       relay: (giveUp) => `No relay has taken the mail yet. The worker keeps trying for ${spanEn(giveUp)}.`,
@@ -157,7 +157,7 @@ export const words = {
     done: (total) => `邮件服务器已收下邮件，全程 ${total}。`,
     refused: "接口直接作了答复，没有需要发送的邮件。",
     worker_said: "处理进程直接作了答复，没有发送邮件。",
-    rejected: "邮件服务器永久拒收了这封邮件。",
+    rejected: "邮件服务器永久拒收了邮件，可能是这一次，也可能是不久前。",
     too_late: {
       queue: (t, giveUp) => `${spanZh(t)}内没有进程处理。请求仍在队列中，${spanZh(giveUp)}内有进程启动仍会发送。`,
       relay: (giveUp) => `还没有邮件服务器收下邮件，后台会在 ${spanZh(giveUp)}内继续重试。`,
