@@ -24,6 +24,7 @@ from producer.store.codes import (
     DAY,
     FAILED,
     REFUSED,
+    RESPELLED,
     UNKNOWN,
     Bucket,
     Claim,
@@ -33,6 +34,7 @@ from producer.store.codes import (
     Outcome,
     Result,
     Settled,
+    SuppressionReason,
 )
 from producer.store.redis_codes import WRONG
 
@@ -66,6 +68,7 @@ TOKENS = st.sampled_from(["a", "b"])
 RESULTS: st.SearchStrategy[Result] = st.sampled_from(
     [ErrorCode.SUCCESS, ErrorCode.SUCCESS, ErrorCode.MAIL_REJECTED, ErrorCode.TIMEOUT, FAILED, UNKNOWN]
 )
+REFUSALS: st.SearchStrategy[SuppressionReason] = st.sampled_from(["", REFUSED, RESPELLED])
 AGES = st.none() | st.sampled_from([-50_000, 0, 61_000, 135_000, 150_000])  # ms
 ERRORS = st.sampled_from([None] * 9 + [ErrorCode.EXCEPTION])
 
@@ -119,15 +122,15 @@ class CodeStoreMachine(RuleBasedStateMachine):
             if request_id in self.memory.state.records:
                 assert found == [Conflict()]
 
-    @rule(batch=st.lists(st.tuples(IDS, TOKENS, RESULTS, st.booleans()), min_size=1, max_size=3))
-    def settle(self, batch: list[tuple[str, str, Result, bool]]) -> None:
+    @rule(batch=st.lists(st.tuples(IDS, TOKENS, RESULTS, REFUSALS), min_size=1, max_size=3))
+    def settle(self, batch: list[tuple[str, str, Result, SuppressionReason]]) -> None:
         outcomes = [
             Outcome(
                 self.claim(request_id, token),
                 result,
-                REFUSED if refused and result is ErrorCode.MAIL_REJECTED else "",
+                refusal if result is ErrorCode.MAIL_REJECTED else "",
             )
-            for request_id, token, result, refused in batch
+            for request_id, token, result, refusal in batch
         ]
         settled = self.take(self.driver.store.settle(outcomes))
         for found, outcome in zip(settled, outcomes, strict=True):
