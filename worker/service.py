@@ -25,9 +25,9 @@ from producer.store.codes import (
     Conflict,
     Issue,
     IssueRequest,
+    Refusal,
     Send,
     StoreError,
-    SuppressionReason,
     Wait,
 )
 from worker.job import Job
@@ -175,10 +175,10 @@ class Service:
             self._settler.answer(job, ErrorCode.SUCCESS, mark=True)
         elif isinstance(error, RecipientRejected | MessageRejected):
             _log_rejection(job, error)
-            suppress: SuppressionReason = ""
-            if error.suppress_mailbox:
-                suppress = REFUSED if job.mailbox is None or job.mailbox.is_canonical else RESPELLED
-            self._settler.answer(job, ErrorCode.MAIL_REJECTED, mark=True, suppress=suppress)
+            refusal: Refusal = ""
+            if error.credible_refusal:
+                refusal = REFUSED if job.mailbox is None or job.mailbox.is_canonical else RESPELLED
+            self._settler.answer(job, ErrorCode.MAIL_REJECTED, mark=True, refusal=refusal)
         elif isinstance(error, Smtputf8Unsupported):
             self._settler.answer(job, ErrorCode.INVALID_ADDRESS, mark=True)
         elif isinstance(error, MailError):

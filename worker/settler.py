@@ -33,10 +33,10 @@ from producer.store.codes import (
     Conflict,
     IssueRequest,
     Outcome,
+    Refusal,
     Result,
     Settled,
     StoreError,
-    SuppressionReason,
 )
 from worker.databases import Database, Databases
 from worker.job import Finished, Job
@@ -58,7 +58,7 @@ class Settlement:
     job: Job
     error: ErrorCode | None = None  # the answer
     mark: Result | None = None
-    suppress: SuppressionReason = ""  # goes with the mark
+    refusal: Refusal = ""  # goes with the mark
     ask: bool = False  # the mark is a question too: the request may have another answer already
     mark_refused: bool = False  # the store refused the mark; the other steps do not wait for it
     reply: bool = False
@@ -144,12 +144,12 @@ class Settler:
         """How many outcomes are not settled yet."""
         return len(self._pending) + self._in_trip
 
-    def answer(self, job: Job, error: ErrorCode, *, mark: bool, suppress: SuppressionReason = "") -> None:
+    def answer(self, job: Job, error: ErrorCode, *, mark: bool, refusal: Refusal = "") -> None:
         """Give the request its final answer.
 
-        `mark`: the code store does not know it yet. `suppress`: why the address gets no mail for a while; "": it does.
+        `mark`: the code store does not know it yet. `refusal`: how a relay refused the mailbox for good, if one did.
         """
-        self._add(Settlement(job, error, error if mark else None, suppress, reply=True, ack=not job.through_celery))
+        self._add(Settlement(job, error, error if mark else None, refusal, reply=True, ack=not job.through_celery))
 
     def retry(self, job: Job, delay: float, *, unknown: bool) -> None:
         """Schedule the next try in `delay` seconds. `unknown`: a relay may have accepted the mail."""
@@ -271,7 +271,7 @@ class Settler:
 
     def _marks(self, batch: list[Settlement]) -> _Work | None:
         items = [item for item in batch if item.mark is not None and not item.ask]
-        outcomes = [Outcome(item.job.claim, item.mark, item.suppress) for item in items if item.mark is not None]
+        outcomes = [Outcome(item.job.claim, item.mark, item.refusal) for item in items if item.mark is not None]
         return (self._store.settle(outcomes), partial(self._marked, items)) if items else None
 
     def _questions(self, items: list[Settlement]) -> _Work | None:

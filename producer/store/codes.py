@@ -177,10 +177,11 @@ FAILED: Final = "failed"  # no relay accepted the mail: the buckets are refunded
 UNKNOWN: Final = "unknown"  # a relay may have accepted the mail: the request may try once more
 Result = ErrorCode | Literal["failed", "unknown"]
 
-SuppressionReason = Literal["", "refused", "respelled"]
-REFUSED: Final = "refused"  # a relay refused the mailbox for good: the address gets no mail for a while
-# A relay refused another spelling than the canonical one, which to it may be another mailbox. A stranger must neither
-# have the address suppressed by that nor have the relay asked without end: the buckets keep the charge.
+# How a relay refused the mailbox for good; "": it did not, or its word does not count.
+Refusal = Literal["", "refused", "respelled"]
+REFUSED: Final = "refused"  # the address gets no mail for a while
+# The request had another spelling than the canonical one, and to the relay that may be another mailbox. A stranger must
+# not get the address suppressed by it, nor have the relay asked without end: the buckets keep the charge.
 RESPELLED: Final = "respelled"
 
 
@@ -189,7 +190,7 @@ class Outcome(NamedTuple):
 
     claim: Claim
     result: Result
-    suppress: SuppressionReason = ""  # what a refusal says of the mailbox; REFUSED: it gets no mail for a while
+    refusal: Refusal = ""
 
 
 class Settled(NamedTuple):

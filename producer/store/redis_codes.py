@@ -90,9 +90,9 @@ class RedisCodeStore:
     def settle(self, outcomes: Sequence[Outcome]) -> Step[list[Settled | StoreError]]:
         keys: list[str] = []
         args = [*self._settle_args]
-        for claim, result, suppress in outcomes:
+        for claim, result, refusal in outcomes:
             keys += self._keys(claim)
-            args += (claim.token, result if isinstance(result, str) else int(result), suppress)
+            args += (claim.token, result if isinstance(result, str) else int(result), refusal)
         return self._step(_SETTLE(keys, args), lambda answer: _each(_read_settle, answer, len(outcomes)))
 
     def announce_data(self, claims: Sequence[Claim]) -> None:

@@ -22,7 +22,7 @@ ARGV 1  cooldown          ms      0: off
      token                string
      result               string  'failed' (no relay accepted it, try again) | 'unknown' (one may have; try again)
                                   | the error code that answers the request
-     reason               string  'refused': suppress the address; 'respelled': do not, but keep what was charged; else ''
+     refusal              string  'refused': suppress the address; 'respelled': do not, but keep the charge; else ''
 
 Returns a list with an entry for each: {1 if this holder had the lease else 0, id to wake ...}, or an error of this one
 alone. If the mail was accepted and its code is still live, or if the mailbox is refused for good, every joined request
@@ -58,7 +58,7 @@ end
 return each(#KEYS / 4, function(i)
     local record_key, code_key, address_key = KEYS[4 * i - 3], KEYS[4 * i - 2], KEYS[4 * i - 1]
     local suppressed_key = KEYS[4 * i]
-    local token, result, reason = ARGV[3 * i + 10], ARGV[3 * i + 11], ARGV[3 * i + 12]
+    local token, result, refusal = ARGV[3 * i + 10], ARGV[3 * i + 11], ARGV[3 * i + 12]
 
     local record = call('HMGET', record_key, 'token', 'error', 'who', 'charged', 'mark', 'doubts', 'dot', 'tries')
     if record[1] ~= token or record[2] then
@@ -74,7 +74,7 @@ return each(#KEYS / 4, function(i)
     local doubts = tonumber(record[6]) or 0
     local accepted = result == SUCCESS
     local perhaps = result == 'unknown' or (result == TIMEOUT and record[7] == '1') or doubts > 0
-    if (record[4] or '') ~= '' and not accepted and not perhaps and reason ~= 'respelled' then
+    if (record[4] or '') ~= '' and not accepted and not perhaps and refusal ~= 'respelled' then
         refund(record[4], address_key)
         call('HSET', record_key, 'charged', '')
     end
@@ -86,8 +86,8 @@ return each(#KEYS / 4, function(i)
         call('HSET', record_key, 'token', '', 'error', result)
     end
 
-    if reason ~= '' and reason ~= 'respelled' then
-        suppress(suppressed_key, reason, suppressed)
+    if refusal == 'refused' then
+        suppress(suppressed_key, refusal, suppressed)
     elseif accepted and suppressed and string.match(suppressed, '^refused ') then
         call('DEL', suppressed_key)
     end

@@ -32,9 +32,9 @@ from producer.store.codes import (
     Conflict,
     IssueRequest,
     Outcome,
+    Refusal,
     Result,
     Settled,
-    SuppressionReason,
 )
 from producer.store.redis_codes import WRONG
 
@@ -68,7 +68,7 @@ TOKENS = st.sampled_from(["a", "b"])
 RESULTS: st.SearchStrategy[Result] = st.sampled_from(
     [ErrorCode.SUCCESS, ErrorCode.SUCCESS, ErrorCode.MAIL_REJECTED, ErrorCode.TIMEOUT, FAILED, UNKNOWN]
 )
-REFUSALS: st.SearchStrategy[SuppressionReason] = st.sampled_from(["", REFUSED, RESPELLED])
+REFUSALS: st.SearchStrategy[Refusal] = st.sampled_from(["", REFUSED, RESPELLED])
 AGES = st.none() | st.sampled_from([-50_000, 0, 61_000, 135_000, 150_000])  # ms
 ERRORS = st.sampled_from([None] * 9 + [ErrorCode.EXCEPTION])
 
@@ -123,7 +123,7 @@ class CodeStoreMachine(RuleBasedStateMachine):
                 assert found == [Conflict()]
 
     @rule(batch=st.lists(st.tuples(IDS, TOKENS, RESULTS, REFUSALS), min_size=1, max_size=3))
-    def settle(self, batch: list[tuple[str, str, Result, SuppressionReason]]) -> None:
+    def settle(self, batch: list[tuple[str, str, Result, Refusal]]) -> None:
         outcomes = [
             Outcome(
                 self.claim(request_id, token),

@@ -158,7 +158,7 @@ async def refuses(failover: Failover, server: ScriptedServer, name: str, reply: 
     error = await send(failover, name)
     del server.scripts[recipient]
     assert error
-    return error.suppress_mailbox
+    return error.credible_refusal
 
 
 async def test_a_refusal_counts_only_from_a_relay_that_accepted_another_address_lately() -> None:
@@ -186,7 +186,7 @@ async def test_what_another_relay_accepted_says_nothing_about_one_that_refuses_a
         assert (len(refusing.mails), len(accepting.mails)) == (0, 1)
         error = await send(failover, "bob")
         assert type(error) is RecipientRejected
-        assert not error.suppress_mailbox
+        assert not error.credible_refusal
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ async def test_a_refusal_of_sender_or_content_says_nothing_about_the_mailbox(ste
         server.script[step] = [reply]
         error = await send(failover, "bob")
         assert error
-        assert not error.suppress_mailbox
+        assert not error.credible_refusal
 
 
 async def test_a_relay_that_refuses_the_sender_is_followed_by_the_next() -> None:

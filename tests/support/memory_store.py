@@ -210,21 +210,21 @@ class MemoryCodeStore:
 
     def settle_one(self, outcome: Outcome, wake: str | None = None) -> Settled:
         """`wake`: which of several joined requests may send, if one may."""
-        claim, result, suppress = outcome
+        claim, result, refusal = outcome
         record, state, key = self._held(claim), self.state, claim.code_key
         if record is None:
             return Settled(held=False, wake=[])
         error = result if isinstance(result, ErrorCode) else None
         accepted = error is ErrorCode.SUCCESS
         perhaps = result == UNKNOWN or record.doubts > 0 or (error is ErrorCode.TIMEOUT and record.dot)
-        if not accepted and not perhaps and suppress != RESPELLED:
+        if not accepted and not perhaps and refusal != RESPELLED:
             self._refund(record)
         record.token, record.dot, record.error = "", False, error
         if error is None:
             record.tries += 1
             record.doubts += result == UNKNOWN
         self._remember(claim, record)
-        self._suppress(claim.canonical, suppress, accepted=accepted)
+        self._suppress(claim.canonical, refusal, accepted=accepted)
         code = state.codes.get(key)
         live = accepted and self.policy.cooldown > 0 and code is not None and code.value == record.sent
         if live and code:

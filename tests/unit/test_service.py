@@ -61,8 +61,8 @@ class Harness:
 
     # As the settler.
 
-    def answer(self, job: Job, error: ErrorCode, *, mark: bool, suppress: str = "") -> None:
-        self.settled.append((job.request_id, error, mark, *filter(None, [suppress])))
+    def answer(self, job: Job, error: ErrorCode, *, mark: bool, refusal: str = "") -> None:
+        self.settled.append((job.request_id, error, mark, *filter(None, [refusal])))
 
     def retry(self, job: Job, delay: float, *, unknown: bool) -> None:
         assert 0 <= delay <= RETRY_CAP
@@ -139,7 +139,7 @@ async def test_a_refused_sender_is_told_apart_from_a_refused_mailbox(
 @pytest.mark.parametrize("invalid", [True, False])
 async def test_only_a_mailbox_that_is_invalid_is_suppressed(harness: Harness, invalid: bool) -> None:
     error = classify(Step.RCPT, 550, "5.1.1")
-    error.suppress_mailbox = invalid
+    error.credible_refusal = invalid
     [mail] = await harness.serve("anna")
     mail.done(error)
     suppressed = [REFUSED] if invalid else []
@@ -148,7 +148,7 @@ async def test_only_a_mailbox_that_is_invalid_is_suppressed(harness: Harness, in
 
 async def test_a_refusal_of_another_spelling_is_told_apart(harness: Harness) -> None:
     error = classify(Step.RCPT, 550, "5.1.1")
-    error.suppress_mailbox = True
+    error.credible_refusal = True
     [mail] = await harness.serve("Anna")
     mail.done(error)
     assert harness.settled == [("Anna", ErrorCode.MAIL_REJECTED, True, RESPELLED)]

@@ -37,7 +37,7 @@ class MailError(VerifyError):
     """The mail was not sent."""
 
     relay: str | None = None  # masked URL of the relay that failed; failover sets it
-    suppress_mailbox = False  # its mailbox was refused, credibly: it gets no mail for a while; failover sets it
+    credible_refusal = False  # the relay refused the mailbox, and accepts others; failover sets it
 
     def __init__(self, code: int | None = None, enhanced: str | None = None, step: Step | None = None) -> None:
         """`code`, `enhanced`: the relay's reply, if any, to `step`. Its text is dropped: relays echo addresses."""

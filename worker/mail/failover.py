@@ -236,7 +236,7 @@ class Failover:
             self._prober = asyncio.create_task(self._probe_until_healthy())
         if isinstance(error, MailError):
             error.relay = relay.name
-            error.suppress_mailbox = error.mailbox_refused and relay.accepted_another_lately(mail.envelope.recipient)
+            error.credible_refusal = error.mailbox_refused and relay.accepted_another_lately(mail.envelope.recipient)
             if not isinstance(error, _FINAL):
                 mail.failures += (error,)
                 self._try_next(mail)
