@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections import deque
 from http import HTTPStatus
 from typing import Any, Final
@@ -15,6 +16,7 @@ from typing import Any, Final
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from producer.api.tls_connection import TlsConnection
 from producer.contract import ErrorCode
 
 HEAD_TIMEOUT: Final = 10.0  # seconds for a request's head, and for the first byte on a new connection
@@ -39,8 +41,9 @@ _UPGRADING: Final = frozenset({b"upgrade", b"connection", b"http2-settings"})
 class HttpConnections:
     """All connections of one HTTP server: a bounded number of them."""
 
-    def __init__(self, limit: int = CONNECTIONS_LIMIT) -> None:
+    def __init__(self, limit: int = CONNECTIONS_LIMIT, tls: ssl.SSLContext | None = None) -> None:
         self._limit = limit
+        self._tls = tls
         self._open: set[HttpConnection] = set()
         # Those that never sent a whole request, the oldest first; those that wait for another, the longest idle first.
         self._unfinished: dict[HttpConnection, None] = {}
@@ -53,14 +56,18 @@ class HttpConnections:
 
     def new(self, **options: Any) -> asyncio.BufferedProtocol:
         """A protocol for a connection that was just accepted; uvicorn calls this."""
-        return _SmallReads(HttpConnection(self, **options), self._buffer)
+        connection = HttpConnection(self, **options)
+        reads = _SmallReads(connection, self._buffer)
+        if self._tls is None:
+            return reads
+        return TlsConnection(reads, self._tls, connection.accepted, lambda: self.closed(connection))
 
     def opened(self, connection: HttpConnection) -> None:
         """Take it in, and hang up on another where there are too many."""
         if len(self._open) >= self._limit:
             evicted = next(iter(self._unfinished or self._idle or (connection,)))
             self.closed(evicted)
-            evicted.transport.abort()
+            evicted.hang_up()
             if evicted is connection:  # all others are being answered
                 return
         self._open.add(connection)
@@ -137,6 +144,7 @@ class HttpConnection(HttpToolsProtocol):
     def __init__(self, connections: HttpConnections, **options: Any) -> None:
         super().__init__(**options)
         self._connections = connections
+        self._socket: asyncio.Transport | None = None  # below TLS, where there is TLS
         self._reading: str | None = None  # the part of a request that has begun and not ended: head or body
         self._due: str | None = None  # the part that the timer runs for
         self._timer: asyncio.TimerHandle | None = None
@@ -155,7 +163,18 @@ class HttpConnection(HttpToolsProtocol):
         super().connection_made(transport)
         transport.set_write_buffer_limits(_WRITE_BUFFER)
         self._watch()
+        if self._socket is None:
+            self.accepted(transport)
+
+    def accepted(self, socket: asyncio.Transport) -> None:
+        """Count it; a TLS handshake comes later."""
+        self._socket = socket
         self._connections.opened(self)
+
+    def hang_up(self) -> None:
+        """Close it, whatever it is doing."""
+        if self._socket is not None:
+            self._socket.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()

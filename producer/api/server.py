@@ -67,7 +67,7 @@ async def _serve(settings: Settings, traces: Traces | None, tls: Certificates | 
     http = _HttpServer(
         uvicorn.Config(
             make_app(api, f"{'https' if tls else 'http'}://{_reachable(http_bind)}"),
-            http=HttpConnections().new,  # type: ignore[arg-type]  # a type, says uvicorn; it only calls it
+            http=HttpConnections(tls=tls.http_context() if tls else None).new,  # type: ignore[arg-type]  # a type, says uvicorn; it only calls it
             ws="none",
             lifespan="off",
             log_config=None,
@@ -75,7 +75,6 @@ async def _serve(settings: Settings, traces: Traces | None, tls: Certificates | 
             server_header=False,
             proxy_headers=False,  # nothing here depends on who asks
             backlog=LISTEN_BACKLOG,
-            ssl_context_factory=(lambda *_: tls.http_context()) if tls else None,
             timeout_keep_alive=_KEEP_ALIVE,  # type: ignore[arg-type]  # it is handed to call_later
         )
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import trustme
 import uvicorn
 from support.api_process import ApiProcess, answer_of, request_bytes
 from support.attacks import Attacker, forget_peak, memory, peak_memory
@@ -19,12 +21,15 @@ from support.http_attacks import ATTACKS
 from support.process import WAIT_TIMEOUT
 from support.redis_server import RedisServer
 
+from producer.api import tls_connection
 from producer.api.http_connection import HttpConnections
 
 CONNECTIONS = 60
 MEGABYTES = 6.0
 GROWTH = 12.0  # MB, of which the allocator's own share is a third; without the bounds, most attacks take 40 and more
 GET, HOLD = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", b"GET /hold HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+TLS_GROWTH = 9.0  # MB; uvloop's own TLS takes 16
+OVER_TLS = ("pipelined GETs", "slow bodies", "large bodies", "slow bodies")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process' peak of memory")
 
 
@@ -116,10 +121,10 @@ async def app(scope: Any, _receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def server(limit: int) -> AsyncIterator[int]:
+async def server(limit: int, tls: ssl.SSLContext | None = None) -> AsyncIterator[int]:
     """A server that takes so many connections; its port."""
     listener = socket.create_server(("127.0.0.1", 0))
-    connections: Any = HttpConnections(limit)
+    connections: Any = HttpConnections(limit, tls)
     server = uvicorn.Server(
         uvicorn.Config(app, http=connections.new, lifespan="off", log_config=None, timeout_graceful_shutdown=0)
     )
@@ -158,8 +163,8 @@ class Caller:
         return not self.reader.at_eof() and self.reader.exception() is None
 
 
-async def connect(port: int, data: bytes) -> Caller:
-    caller = Caller(*await asyncio.open_connection("127.0.0.1", port))
+async def connect(port: int, data: bytes, tls: ssl.SSLContext | None = None) -> Caller:
+    caller = Caller(*await asyncio.open_connection("127.0.0.1", port, ssl=tls))
     await caller.send(data)
     return caller
 
@@ -188,3 +193,69 @@ class TestTooManyConnections:
             assert first.is_open
             for each in (first, second, third):
                 each.writer.close()
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture(scope="module")
+def here(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    return context
+
+
+@pytest.fixture(scope="module")
+def there(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
+
+
+@pytest.mark.anyio
+class TestTls:
+    async def test_a_connection_counts_before_its_handshake(self, here: ssl.SSLContext, there: ssl.SSLContext) -> None:
+        async with server(limit=3, tls=here) as port:
+            callers = [await connect(port, HOLD, there)]
+            first, second = await connect(port, b""), await connect(port, b"\x16\x03\x01")
+            for gone in (first, second):
+                callers.append(await connect(port, HOLD, there))
+                assert await gone.is_closed()
+            assert all(each.is_open for each in callers)
+            for each in (*callers, first, second):
+                each.writer.close()
+
+    async def test_a_handshake_that_does_not_end_is_cut_off(
+        self, here: ssl.SSLContext, there: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tls_connection, "HANDSHAKE_TIMEOUT", 0.3)
+        async with server(limit=9, tls=here) as port:
+            callers = [await connect(port, each) for each in (b"", b"\x16\x03\x01\x40\x00")]
+            assert [await each.is_closed() for each in callers] == [True, True]
+            caller = await connect(port, GET, there)
+            for each in (*callers, caller):
+                each.writer.close()
+
+
+@linux
+class TestTlsMemory:
+    @pytest.fixture
+    def encrypted(self, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiProcess]:
+        folder = tmp_path_factory.mktemp("tls")
+        issued = trustme.CA().issue_cert("127.0.0.1")
+        issued.private_key_and_cert_chain_pem.write_to_path(folder / "both.pem")
+        paths = dict.fromkeys(("VERIFY_TLS_CERT", "VERIFY_TLS_KEY"), str(folder / "both.pem"))
+        with ApiProcess({"VERIFY_REDIS_URL": redis_server.url(), **paths}) as api:
+            yield api
+
+    def test_attacks_over_tls_do_not_fill_it_one_after_the_other(self, encrypted: ApiProcess) -> None:
+        idle = memory(encrypted.pid)
+        for name in OVER_TLS:
+            attack, megabytes = ATTACKS[name], MEGABYTES * 4
+            with Attacker(
+                encrypted.http_port, attack, connections=CONNECTIONS, megabytes=megabytes, tls=True
+            ) as attacker:
+                attacker.wait_until_spent()
+        assert peak_memory(encrypted.pid) - idle < TLS_GROWTH

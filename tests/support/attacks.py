@@ -107,7 +107,7 @@ class _Strangers:
                 said = True
                 _say("opened")
             done = self._sent >= self._budget or (not self._attack.filler and self._opened >= self._connections)
-            if done or self._refused >= self._connections:
+            if (done and said) or self._refused >= self._connections:
                 _say(f"spent: sent {self._sent} bytes, refused {self._refused}")
                 break
         await asyncio.sleep(max(0.0, self._deadline - time.monotonic()))
