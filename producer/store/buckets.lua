@@ -12,7 +12,8 @@ none:
 
 A record's field `charged` says what was charged: the intervals of these four in this order (0: not charged), then the client,
 separated by spaces. What is left out at the end was not charged; '' means that nothing was. So a refund is exact even if the
-settings have changed since.
+settings have changed since. Only of a send that fails after the bucket has become full again by itself does it give back one
+too many; that takes longer than an interval, and few sends last so long.
 ]]
 local call = redis.call
 
