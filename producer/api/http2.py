@@ -1,11 +1,11 @@
-"""A server for gRPC over HTTP/2 in which nothing that a client does is kept without a bound, nor holds up another.
+"""A server for gRPC over HTTP/2. It bounds all that a client can make it keep, and no client holds up another.
 
-grpc.aio bounds neither what headers and unsent answers take nor the calls that wait: 600 connections made it grow by
-350 MB, and a call takes it twice the time. Here a connection is read no further than it can be served, so that TCP
-itself slows its client down. What the bytes mean is in `frames`; section numbers are RFC 9113's.
+grpc.aio bounds neither the memory of headers and unsent answers nor the calls that wait: 600 connections made it grow
+by 350 MB, and a call takes it twice as long. Here a connection is read no further than it can be served, so that TCP
+itself slows its client down. `frames` says what the bytes mean; section numbers are RFC 9113's.
 
-Left out of the protocol: compressed messages (answered UNIMPLEMENTED), push, priorities, and `grpc-timeout`, for a
-client ends a call itself when its deadline has passed, and none goes on for long here.
+Left out of the protocol: compressed messages (answered UNIMPLEMENTED), push, priorities, and `grpc-timeout`: a client
+itself ends a call at its deadline, and no call takes long here.
 """
 
 from __future__ import annotations
@@ -56,27 +56,30 @@ logger = logging.getLogger(__name__)
 
 # Of the server:
 MAX_CONNECTIONS: Final = 10_000  # beyond it, the oldest that never sent a whole call is closed
-BUSY: Final = 1000  # calls that are served at once, long messages counting more. From then on a connection
-SHARE: Final = 4  # has as many, and is read no further until one ends
-CROWDED: Final = 5000  # calls whose message has not come. From then on a connection
-CROWDED_SHARE: Final = 8  # has as many, and more are refused
+# While BUSY calls are served at once, of which a long message counts as several, a connection that has SHARE of them is
+# not read until one ends.
+BUSY: Final = 1000
+SHARE: Final = 4
+# While the messages of CROWDED calls have not come, a connection may have CROWDED_SHARE of them, and more are refused.
+CROWDED: Final = 5000
+CROWDED_SHARE: Final = 8
 # Of a connection:
-MAX_CALLS: Final = 100  # 6.5.2 recommends no less. Clients queue what is more
+MAX_CALLS: Final = 100  # 6.5.2 recommends no less. Clients keep further calls back
 HEAD_LIMIT: Final = 8 * 1024  # a call's headers, packed or not
 MESSAGE_LIMIT: Final = 16 * 1024  # one message
 RECEIVED_LIMIT: Final = 40 * 1024  # messages that have come in part, or that no call has read yet
-UNSENT_LIMIT: Final = 17 * 1024  # answers that the client leaves no window for, or does not read
+UNSENT_LIMIT: Final = 17 * 1024  # answers that the client has no window for, or does not read
 HANDSHAKE_TIMEOUT: Final = 10.0  # TLS, and then the preface
 MESSAGE_TIMEOUT: Final = 5.0  # from a call's head to its message
 SEND_TIMEOUT: Final = 10.0
-KEEPALIVE_AFTER: Final = 30.0  # of silence, a ping is sent
+KEEPALIVE_AFTER: Final = 30.0  # of silence; then a ping is sent
 KEEPALIVE_TIMEOUT: Final = 10.0
-# A connection has credit for what brings no call; at the end of it the connection is closed.
+# A connection has credit for frames that bring no call. It is closed when it has none left.
 CREDIT: Final = 1000  # at first, and at most
 CREDIT_EARNED: Final = 20  # by each call that is answered, and in each second
 FRAME_COST: Final = 1  # of a frame that carries no call
 RESET_COST: Final = 5  # of a call that is cancelled within a second, or malformed. A client may cancel all that it has
-EXCESS_COST: Final = 100  # of a call beyond what a connection may have: a client that keeps the rules makes none
+EXCESS_COST: Final = 100  # of a call beyond a bound: a client that keeps the rules makes none
 # A connection's turn to begin calls ends after a time, so that all others have theirs.
 ROUND: Final = 0.05  # seconds in which every connection should have had its turn
 TRUSTED_TURN: Final = 0.005  # seconds of a turn of one that got answers and has spent little credit
@@ -196,13 +199,13 @@ class Call:
         self.connection.send(self, message)
 
     def stays_open(self) -> None:
-        """The call asks for nothing more and waits: it takes no part of what is served at once."""
+        """Note that the call only waits from now on: it does not count among those that are served at once."""
         self.connection.release(self)
 
     def receive(self, data: bytes, flow_controlled: int, *, ends: bool) -> bool:
-        """Take what came in; whether a whole message is there now. Raises `Refused` and `StreamFailed`.
+        """Take `data`, which came in. Returns whether a whole message is there. Raises `Refused` and `StreamFailed`.
 
-        `flow_controlled`: bytes that count, with the padding.
+        `flow_controlled`: its bytes with the padding, as flow control counts them.
         """
         self.receive_window -= flow_controlled
         self._to_grant += flow_controlled
@@ -224,7 +227,7 @@ class Call:
         return bool(self._messages)
 
     def _split(self, data: bytes) -> bytes:
-        """Take the whole messages out (gRPC's Length-Prefixed-Message); what is left."""
+        """Take out the whole messages (gRPC's Length-Prefixed-Message). Returns what is left."""
         at = 0
         while len(data) - at >= 5:
             length = int.from_bytes(data[at + 1 : at + 5], "big")
@@ -241,7 +244,7 @@ class Call:
         return data[at:]
 
     def forget_messages(self) -> None:
-        """Nobody will read them."""
+        """Drop what has come: nobody will read it."""
         self._buffer(-self.buffered)
         self._messages.clear()
         self._partial = b""
@@ -325,7 +328,7 @@ class Http2Server:
         return True
 
     def sent_whole_call(self, connection: Connection) -> None:
-        """It is not closed to make room for others any more."""
+        """Note that it sent a whole call: it is no longer closed to make room for others."""
         self._without_call.pop(connection, None)
 
     def closed(self, connection: Connection) -> None:
@@ -340,7 +343,7 @@ class Http2Server:
         return False
 
     def ended(self, connection: Connection, weight: int) -> None:
-        """A call is served no more."""
+        """Note that a call is no longer served. That may make room for a connection that waits."""
         self.serving -= weight
         if connection in self._waiting_for_room and connection.serving < SHARE:
             self._resume(connection)
@@ -450,7 +453,7 @@ class Connection(asyncio.BufferedProtocol):
         return False  # close
 
     def pause_writing(self) -> None:
-        """The client does not read what we sent: nothing more of it is read, and so answered."""
+        """The client does not read our answers, so we read nothing more of it."""
         self._write_blocked = True
         self._blocked_since = self.server.now()
         self._transport.pause_reading()
@@ -463,7 +466,7 @@ class Connection(asyncio.BufferedProtocol):
     # what the server does with its connections
 
     def resume(self) -> None:
-        """It may begin calls again."""
+        """Read on: the connection may begin calls again."""
         self._paused = False
         if not self._transport.is_closing():
             if not self._write_blocked:
@@ -525,7 +528,7 @@ class Connection(asyncio.BufferedProtocol):
             raise ConnectionFailed(ErrorCode.ENHANCE_YOUR_CALM)
 
     def _charge_excess(self) -> None:
-        """The next `_spend` ends the connection, if that was too much."""
+        """Charge for a call beyond a bound. If no credit is left, the next `_spend` ends the connection."""
         self._credit -= EXCESS_COST
 
     def _earn(self) -> None:
@@ -534,7 +537,7 @@ class Connection(asyncio.BufferedProtocol):
     # what comes in
 
     def _receive(self, data: bytes) -> None:
-        """Serve the whole frames and keep the rest, which is less than a frame, or than a frame and a read if paused.
+        """Serve the whole frames and keep the rest: less than a frame or, while paused, than a frame and a read.
 
         So each read copies at most 24 kB, however small the pieces are in which a frame comes.
         """
@@ -573,7 +576,7 @@ class Connection(asyncio.BufferedProtocol):
         return at
 
     def _take_preface(self, data: bytes) -> int:
-        """3.4; the number of its bytes, 0 if some are missing."""
+        """3.4. Returns how many bytes it has; 0 if some are missing."""
         if data[: len(PREFACE)] != PREFACE[: len(data)]:
             raise ConnectionFailed(ErrorCode.PROTOCOL_ERROR)
         self._preface_received = len(data) >= len(PREFACE)
@@ -585,7 +588,7 @@ class Connection(asyncio.BufferedProtocol):
         return perf_counter() + (TRUSTED_TURN if trusted else ROUND / len(self.server.connections))
 
     def _must_wait(self, turn_ends: float) -> bool:
-        """Whether the next call must wait. If so, nothing more is read, pings behind it included."""
+        """Whether the next call must wait. If so, nothing more is read, not even a ping behind it."""
         has_room = self.server.has_room(self)
         if has_room and perf_counter() <= turn_ends:
             return False
@@ -751,12 +754,12 @@ class Connection(asyncio.BufferedProtocol):
     }
 
     def _require_begun(self, stream: int) -> None:
-        """Raises `ConnectionFailed` for a stream that nobody began (5.1, idle)."""
+        """Raises `ConnectionFailed` for a stream that was never begun (5.1, idle)."""
         if not stream % 2 or stream > self._last_stream:
             raise ConnectionFailed(ErrorCode.PROTOCOL_ERROR)
 
     def _open_call(self, stream: int) -> Call | None:
-        """The call that more may come of; None if we ended it early. Raises `StreamFailed` (5.1, closed)."""
+        """The open call of a stream; None if we ended it early. Raises `StreamFailed` if it is closed (5.1)."""
         call = self.calls.get(stream)
         if call is None and self._is_ended_early(stream):
             return None
@@ -868,21 +871,21 @@ class Connection(asyncio.BufferedProtocol):
             self.release(call)
 
     def release(self, call: Call) -> None:
-        """The call is served no more, or takes no part of what is served at once."""
+        """Count the call no longer among those that are served at once."""
         weight, call.weight = call.weight, 0
         if weight:
             self.serving -= weight
             self.server.ended(self, weight)
 
     def _message_came(self, call: Call) -> None:
-        """Or will not."""
+        """The call no longer waits for its message: it came, or it will not come."""
         if self._awaiting_message.pop(call.number, None) is not None:
             self.server.awaiting_message -= 1
 
     # what goes out
 
     def grant(self, call: Call, size: int) -> None:
-        """The client may send so much more of this call."""
+        """Let the client send `size` more bytes of this call."""
         if call.number in self.calls:
             call.receive_window += size
             self._transport.write(window_frame(call.number, size))
@@ -902,7 +905,7 @@ class Connection(asyncio.BufferedProtocol):
             call.task.cancel()
 
     def _end(self, call: Call, trailers: bytes) -> None:
-        """Send what is left, and these header fields; `:status` is among them, or is 200."""
+        """Send what is left, then these header fields. Unless `:status` is among them, it is 200."""
         if call.number in self.calls:
             if not call.head_sent and not call.unsent:  # gRPC's Trailers-Only
                 call.head_sent = True
@@ -964,7 +967,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.write(reset_frame(stream, error))
 
     def _note_ended_early(self, stream: int) -> None:
-        """What the client sent before it knew that is ignored (5.1)."""
+        """Remember that we ended the call early: what the client sends before it knows that is ignored (5.1)."""
         if self._ended_early is None:
             self._ended_early = deque(maxlen=MAX_CALLS)
         self._ended_early.append(stream)
@@ -979,7 +982,7 @@ class Connection(asyncio.BufferedProtocol):
             self._forget(call)
 
     def _forget(self, call: Call) -> None:
-        """The call has ended, for the client or for us."""
+        """Drop the call, which the client or we have ended."""
         del self.calls[call.number]
         self._blocked.pop(call.number, None)
         self._message_came(call)
@@ -993,16 +996,16 @@ _HTTP_ERROR: Final = field(b":status", b"")[:-1]  # how a block begins whose sta
 
 
 def _http_status(number: int) -> bytes:
-    """The answer to what is no gRPC."""
+    """The header field that answers a request which is not gRPC."""
     return field(b":status", b"%d" % number)
 
 
 def _is_grpc(content_type: bytes) -> bool:
-    """Whether messages are protobuf's, as gRPC's PROTOCOL-HTTP2 says it."""
+    """Whether this is the content type of gRPC with protobuf messages (gRPC's PROTOCOL-HTTP2)."""
     name = content_type.partition(b";")[0].strip().lower()
     return name in {b"application/grpc", b"application/grpc+proto"}
 
 
 def _length_prefixed(message: bytes) -> bytes:
-    """As gRPC frames it, uncompressed."""
+    """gRPC's Length-Prefixed-Message, uncompressed."""
     return b"\x00" + len(message).to_bytes(4, "big") + message
