@@ -209,7 +209,7 @@ class TestTooManyConnections:
 
     @pytest.fixture
     async def port(self, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
-        monkeypatch.setattr("producer.api.FrameType.MAX_CONNECTIONS", 3)
+        monkeypatch.setattr("producer.api.http2.MAX_CONNECTIONS", 3)
 
         async def echo(call: Call) -> bytes | None:
             return await call.message()
