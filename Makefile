@@ -66,7 +66,8 @@ picture: setup ## draw docs/dashboard.png from a soak of long faults; needs Debi
 bench: setup ## compare the speed with peers; half an hour, or 4 minutes with QUICK=1; BARS="a c" measures only these
 	@$(BIN)/python -m bench $(if $(filter-out 0,$(QUICK)),--quick) $(if $(BARS),--bars $(BARS))
 
-lint: setup ## ruff and mypy
+lint: setup ## ruff, mypy, and no marks of a merge conflict
+	@! git grep -nE '^(<<<<<<<|>>>>>>>) '
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

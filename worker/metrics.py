@@ -97,7 +97,7 @@ class WorkerMetrics(ProcessMetrics):
         reasons = {(reason,): count for reason, count in counters.dead.items()}
         to_reply, to_accepted = {(): counters.until_reply}, {(): counters.until_accepted}
         hits = counters.hits
-        empty = {(name.removesuffix("_bucket"),): hits[name] for name in BUCKETS}
+        empty = {(name,): hits[why] for why, name in BUCKETS.items()}
         sends: Counter[tuple[str, str]] = Counter()
         connections: Counter[tuple[str]] = Counter()
         unhealthy: dict[tuple[str], bool] = {}

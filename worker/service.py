@@ -135,7 +135,7 @@ class Service:
                 if why == SUPPRESSED_HIT:
                     self._counters.audit.mailbox_suppressed(job.request.email)
                 elif why in BUCKETS:
-                    self._counters.audit.bucket_empty(why.removesuffix("_bucket"), job.request.email)
+                    self._counters.audit.bucket_empty(BUCKETS[why], job.request.email)
                 self._settler.answer(job, error, mark=False)
             case Wait(seconds, joined):
                 self._counters.joins += joined

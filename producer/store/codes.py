@@ -19,7 +19,13 @@ from producer.settings import Settings
 COOLDOWN_HIT, SUPPRESSED_HIT = "cooldown", "suppressed"
 ADDRESS_BUCKET, CLIENT_ADDRESS_BUCKET = "address_bucket", "client_address_bucket"
 CLIENT_BUCKET, TOTAL_BUCKET = "client_bucket", "total_bucket"
-BUCKETS: Final = (ADDRESS_BUCKET, CLIENT_ADDRESS_BUCKET, CLIENT_BUCKET, TOTAL_BUCKET)
+# The buckets, each with its name in metrics and audit events.
+BUCKETS: Final = {
+    ADDRESS_BUCKET: "address",
+    CLIENT_ADDRESS_BUCKET: "client_address",
+    CLIENT_BUCKET: "client",
+    TOTAL_BUCKET: "total",
+}
 
 HOUR: Final = 3_600_000  # ms
 DAY: Final = 24 * HOUR
