@@ -174,7 +174,7 @@ def test_requests_of_others_are_not_taken(start: Callable[..., Demo], redis_serv
     ("url", "why"),
     [
         ("redis://:secret@127.0.0.1:1", "VERIFY_REDIS_URL, redis://***@127.0.0.1:1, cannot be used"),
-        ("localhost", "VERIFY_REDIS_URL: the value is not allowed"),
+        pytest.param("localhost", "VERIFY_REDIS_URL: the value is not allowed", marks=pytest.mark.slow),
         ("old", "6.2 or newer is needed"),
     ],
 )
@@ -187,6 +187,7 @@ def test_an_unusable_redis_is_a_clear_error(start: Callable[..., Demo], old_redi
     nothing_is_left(demo)
 
 
+@pytest.mark.slow
 def test_it_stays_up_until_sigterm_ends_it(start: Callable[..., Demo]) -> None:
     demo = start()
     assert len(demo.processes()) >= 5  # itself, Redis, a worker, the API, Flower
@@ -231,6 +232,7 @@ def suggested(demo: Demo, words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_nothing_outlives_a_killed_demo(start: Callable[..., Demo]) -> None:
     demo = start()
     assert len(demo.processes()) >= 5  # itself, Redis, a worker, the API, Flower
@@ -256,6 +258,7 @@ def test_ctrl_c_while_it_is_being_loaded_prints_nothing(tmp_path: Path, module: 
     assert (done.returncode, done.stdout + done.stderr) == (status, "")
 
 
+@pytest.mark.slow
 def test_a_dead_worker_ends_it_with_a_reason(start: Callable[..., Demo]) -> None:
     demo = start()
     found = re.search(r"\(pid (\d+)\)", demo.output())

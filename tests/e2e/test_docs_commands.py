@@ -15,7 +15,7 @@ from typing import Final
 import pytest
 from support import doc_pages as pages
 from support.caller import Caller
-from support.doc_commands import TOOLS, WAYS, Run, Serve, Slow, TestedBy, way
+from support.doc_commands import REPEATED, TOOLS, WAYS, Run, Serve, Slow, TestedBy, way
 from support.doc_harness import EMAIL, DocHarness
 from support.doc_pages import ROOT, Block
 
@@ -60,6 +60,7 @@ def runnable() -> Iterator[object]:
         here = [command for command in commands if isinstance(way(plain(command)), Run | Serve)]
         if here:
             marks = [pytest.mark.tools] if any(TOOLS.search(command) for command in here) else []
+            marks += [pytest.mark.slow] if all(REPEATED.search(command) for command in here) else []
             yield pytest.param(page, here, id=name, marks=marks)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -41,20 +41,21 @@ CONNECTIONS: Final = 60
 GROWTH: Final = 10.0  # MB, of 60 connections; without the bounds each attack takes several times as much
 LONG: Final = GetVarifyReq(email="x" * (MESSAGE_LIMIT - 100)).SerializeToString()
 
-# What each of the connections sends.
-ATTACKS: Final = {
-    "watchers": OPENING + b"".join(call(i, WATCH, b"") for i in streams(400)),
-    "reflection": OPENING + b"".join(begin(i, REFLECT) + frame(FrameType.DATA, i, message(b"")) for i in streams(400)),
-    "calls whose message never comes": OPENING + b"".join(begin(i, ASK) for i in streams(4000)),
-    "half-sent messages": OPENING
+# What each of the connections sends. Made only when it is sent, as every process of xdist loads this.
+ATTACKS: Final[dict[str, Callable[[], bytes]]] = {
+    "watchers": lambda: OPENING + b"".join(call(i, WATCH, b"") for i in streams(400)),
+    "reflection": lambda: OPENING
+    + b"".join(begin(i, REFLECT) + frame(FrameType.DATA, i, message(b"")) for i in streams(400)),
+    "calls whose message never comes": lambda: OPENING + b"".join(begin(i, ASK) for i in streams(4000)),
+    "half-sent messages": lambda: OPENING
     + b"".join(begin(i, ASK) + frame(FrameType.DATA, i, message(b"x" * 8000, claimed=16000)) for i in streams(100)),
-    "answers that nobody takes": NO_WINDOW + b"".join(call(i, ASK, LONG) for i in streams(60)),
-    "headers without an end": OPENING
+    "answers that nobody takes": lambda: NO_WINDOW + b"".join(call(i, ASK, LONG) for i in streams(60)),
+    "headers without an end": lambda: OPENING
     + frame(FrameType.HEADERS, 1, head(ASK))
     + frame(FrameType.CONTINUATION, 1, header("x", "v" * 16000)) * 60,
-    "headers that unpack to megabytes": OPENING
+    "headers that unpack to megabytes": lambda: OPENING
     + frame(FrameType.HEADERS, 1, head(ASK, header("x", "v" * 3900, indexed=True)) + b"\xbe" * 12000, Flag.END_HEADERS),
-    "many headers": OPENING
+    "many headers": lambda: OPENING
     + b"".join(begin(i, ASK, *[header(f"x-{n}", "v" * 100) for n in range(120)]) for i in streams(50)),
 }  # fmt: skip
 # What each sends again and again; it must be hung up on.
@@ -106,7 +107,7 @@ def test_hostile_connections_take_little_memory_and_others_are_served(api: ApiPr
     assert api.call("nobody").error == 3
     before = megabytes(api)
     most = before
-    with Crowd(api.grpc_port, CONNECTIONS, ATTACKS[name]) as crowd:
+    with Crowd(api.grpc_port, CONNECTIONS, ATTACKS[name]()) as crowd:
         for _ in range(5):
             assert api.call("nobody", timeout=60).error == 3
             crowd.read()
@@ -122,7 +123,7 @@ def test_600_hostile_connections_take_40_megabytes_at_most(redis_server: RedisSe
     with ApiProcess({"VERIFY_REDIS_URL": redis_server.url()}) as api, ThreadPoolExecutor(50) as callers:
         assert api.call("nobody").error == 3
         before = most = megabytes(api)
-        with Crowd(api.grpc_port, 600, ATTACKS[name]) as crowd:
+        with Crowd(api.grpc_port, 600, ATTACKS[name]()) as crowd:
             answers = []
             for _ in range(40):
                 answers += [callers.submit(api.call, "nobody") for _ in range(10)]

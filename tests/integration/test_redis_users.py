@@ -29,7 +29,10 @@ from producer.settings import load
 
 USERS: Final = ROOT / "deploy" / "redis-users.acl"
 # The embedded Valkey, and Redis where it is installed.
-BINARIES: Final = [str(get_binary_path()), *filter(None, [shutil.which("redis-server")])]
+BINARIES: Final = [
+    pytest.param(str(get_binary_path()), id="valkey"),
+    *(pytest.param(path, id="redis", marks=pytest.mark.tools) for path in [shutil.which("redis-server")] if path),
+]
 ADMIN: Final = "admin"  # the tests' own user and its password
 LUA: Final = {
     "worker": [*(ROOT / "worker").rglob("*.lua"), *(ROOT / "producer").rglob("*.lua")],
@@ -125,7 +128,7 @@ class Users:
         return done.stdout
 
 
-@pytest.fixture(scope="module", params=BINARIES, ids=lambda binary: Path(binary).name)
+@pytest.fixture(scope="module", params=BINARIES)
 def users(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Users]:
     folder = tmp_path_factory.mktemp("users") / "made"
     subprocess.run(["sh", str(USERS.with_suffix(".sh")), str(folder)], check=True)
@@ -154,7 +157,7 @@ def nothing_is_refused(request: pytest.FixtureRequest) -> Iterator[None]:
         assert set(request.getfixturevalue("users").refused()) == set()
 
 
-@pytest.mark.parametrize("binary", BINARIES, ids=lambda binary: Path(binary).name)
+@pytest.mark.parametrize("binary", BINARIES)
 def test_the_file_as_it_ships_starts_no_server(binary: str) -> None:
     command = [binary, "--port", str(free_port()), "--save", "", "--aclfile", str(USERS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

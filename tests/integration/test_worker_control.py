@@ -113,8 +113,7 @@ def test_cancel_consumer_and_add_consumer(rig: Rig, app: Celery) -> None:
     assert [queue["name"] for queue in ask(rig, app, "active_queues")] == ["verification"]
 
 
-def test_the_command_line_inspects_and_controls(rig: Rig) -> None:
-    assert "pong" in celery(rig, "inspect", "ping")
+def test_the_command_line_inspects(rig: Rig) -> None:
     assert "OK" in celery(rig, "inspect", "active")
 
 
@@ -124,6 +123,7 @@ def test_a_request_can_be_made_on_the_command_line(rig: Rig) -> None:
     assert rig.caller.reply(request_id) == {"email": email, "error": 0}
 
 
+@pytest.mark.slow
 def test_the_command_line_cancels_and_adds_a_consumer(rig: Rig) -> None:
     celery(rig, "control", "cancel_consumer", "verification")
     celery(rig, "control", "add_consumer", "verification")

@@ -227,20 +227,17 @@ def test_the_metrics_server_survives_idle_and_broken_clients(rig: Rig) -> None:
 
 
 def test_a_worker_whose_metrics_port_is_taken_goes_on_without(new_rig: Callable[..., Rig]) -> None:
-    rig = new_rig()
-    first = rig.add_worker(wait=False)
-    url = first.metrics_url
-    first.wait_for_log(" ready.")
-    rig.settings["VERIFY_METRICS_BIND"] = url.removeprefix("http://").removesuffix("/metrics")
-    second = rig.add_worker()
-    [line] = [line for line in second.log.splitlines() if "VERIFY_METRICS_BIND" in line]
-    assert f"cannot listen on {rig.settings['VERIFY_METRICS_BIND']}" in line
-    assert "goes on without metrics" in line
-    assert "metrics are at" not in second.log
-    first.stop()
-    email = address()
-    assert rig.caller.ask(email)["error"] == 0
-    assert len(rig.mails_to(email)) == 1
+    with socket.create_server((HOST, 0)) as taken:
+        bind = f"{HOST}:{taken.getsockname()[1]}"
+        rig = new_rig(metrics_bind=bind)
+        worker = rig.add_worker()
+        [line] = [line for line in worker.log.splitlines() if "VERIFY_METRICS_BIND" in line]
+        assert f"cannot listen on {bind}" in line
+        assert "goes on without metrics" in line
+        assert "metrics are at" not in worker.log
+        email = address()
+        assert rig.caller.ask(email)["error"] == 0
+        assert len(rig.mails_to(email)) == 1
 
 
 def test_a_dead_workers_requests_are_counted_as_redelivered(new_rig: Callable[..., Rig]) -> None:

@@ -17,14 +17,6 @@ N = 50
 OLD_CODE = "3F7A"
 
 
-def test_a_worker_at_info_logs_each_request(new_rig: Callable[..., Rig]) -> None:
-    rig = new_rig(log_level="INFO")
-    rig.add_worker()
-    request_id = rig.caller.request(email := address())
-    assert rig.caller.reply(request_id) == {"email": email, "error": 0}
-    rig.worker.wait_for_log(request_id)
-
-
 def code(rig: Rig, email: str) -> str:
     """The code that GateServer reads."""
     found = rig.codes.get(f"code_{email}")
@@ -93,9 +85,7 @@ def test_a_failure_for_now_wakes_one_waiting_request_and_a_final_one_answers_all
     assert len(rig.dotted_to(email)) == mails
 
 
-def test_a_waiting_request_is_answered_6_at_its_own_deadline(new_rig: Callable[..., Rig]) -> None:
-    rig = new_rig()
-    rig.add_worker()
+def test_a_waiting_request_is_answered_6_at_its_own_deadline(rig: Rig) -> None:
     email = address()
     hold, first = held(rig, email, "250 ok")
     expires = (datetime.now(UTC) + timedelta(seconds=1)).isoformat()
@@ -105,15 +95,15 @@ def test_a_waiting_request_is_answered_6_at_its_own_deadline(new_rig: Callable[.
     assert rig.caller.reply(first)["error"] == 0
 
 
-def test_two_workers_on_one_queue_send_each_request_once(new_rig: Callable[..., Rig]) -> None:
-    rig = new_rig(relay_connections=4)
-    rig.add_worker()
-    rig.add_worker()
+def test_two_workers_on_one_queue_send_each_request_once_and_log_it_at_info(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(relay_connections=4, log_level="INFO")
+    rig.add_workers(2)
     emails = [address() for _ in range(200)]
     same = address()
     ids = rig.caller.push(*(message({"email": each}) for email in emails for each in (email, same)))
     assert rig.caller.replies(ids) == [0] * len(ids)
     assert sorted(mail.recipient for mail in rig.relay.mails) == sorted([*emails, same])
+    eventually(lambda: all(each in rig.workers[0].log + rig.workers[1].log for each in ids))
 
 
 def test_two_producers_on_one_queue_get_their_own_replies(rig: Rig) -> None:

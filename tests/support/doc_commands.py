@@ -53,6 +53,12 @@ TOOLS: Final = re.compile(
     r"(?:^|[\s(])(?:curl|node|npm|java|go|php|g\+\+|redis-cli|docker|kubectl|\./ask)\s|bench\b|make lock"
 )
 
+# Commands that start what other tests start, too. Their blocks run among the tests marked `slow`.
+REPEATED: Final = re.compile(
+    r"examples/ask|app flower$|inspect ping$|hatchling|^VERIFY_CONFIG=\S+ \S+/(celery|python) .*(worker|serve)$"
+    r"|^\.venv/bin/celery -A worker\.app worker$"
+)
+
 ASKED: Final = ("worker", "api")
 SUCCESS: Final = r'"error"\s*: ?0\b'
 COLLECTED: Final = {"PYTEST_ADDOPTS": "--collect-only -q"}
