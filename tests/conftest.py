@@ -18,7 +18,7 @@ from support.redis_server import RedisServer
 from support.rig import Rig
 
 # The same examples every time, none of them too slow for a busy machine; `--hypothesis-profile=explore` looks further.
-settings.register_profile("steady", derandomize=True, deadline=None)
+settings.register_profile("steady", derandomize=True, deadline=None, max_examples=50)
 settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile("steady")
 

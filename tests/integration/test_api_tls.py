@@ -172,7 +172,7 @@ class TestServing:
             assert unreachable(lambda: files.https(api, known))
             assert unreachable(lambda: files.grpc(api, known))
 
-    @pytest.mark.parametrize("mutual", [False, True])
+    @pytest.mark.parametrize("mutual", [pytest.param(False, marks=pytest.mark.slow), True])
     def test_the_containers_health_check_speaks_tls(self, plain: dict[str, str], tmp_path: Path, mutual: bool) -> None:
         files = Files(tmp_path, mutual=mutual)
         command = [sys.executable, "-ISB", str(ROOT / "deploy/health.py")]
@@ -239,6 +239,7 @@ class TestBadFiles:
         said = f"VERIFY_TLS_KEY: '{files.key}' is not the key of the certificate in VERIFY_TLS_CERT '{files.cert}'"
         assert self.problem(files.settings) == said
 
+    @pytest.mark.slow
     def test_a_bad_file_stops_the_process_at_start(self, tmp_path: Path) -> None:
         missing = str(tmp_path / "none.pem")
         api = ApiProcess({"VERIFY_TLS_CERT": missing, "VERIFY_TLS_KEY": missing})

@@ -111,7 +111,7 @@ def test_redis_down_is_reported_with_its_url_without_the_password(tmp_path: Path
         assert "refused the login" not in done.stdout
 
 
-@pytest.mark.parametrize("email", ["", os.fsdecode(b"[bold]\xff@example.com")])
+@pytest.mark.parametrize("email", [pytest.param("", marks=pytest.mark.slow), os.fsdecode(b"[bold]\xff@example.com")])
 def test_an_invalid_address_is_reported_without_redis(tmp_path: Path, email: str) -> None:
     done = run("send", email, directory=tmp_path, VERIFY_REDIS_URL=NOBODY)
     assert done.returncode == 1
@@ -142,7 +142,9 @@ def test_settings_shows_what_is_in_force_without_secrets(tmp_path: Path) -> None
     assert not any(secret in plain.stdout + as_json.stdout for secret in ("s3cret", KEY))
 
 
-@pytest.mark.parametrize("words", [("send", A), ("settings",)], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "words", [("send", A), pytest.param(("settings",), marks=pytest.mark.slow)], ids=lambda words: words[0]
+)
 def test_a_bad_setting_is_one_line(tmp_path: Path, words: tuple[str, ...]) -> None:
     done = run(*words, directory=tmp_path, VERIFY_CODE_TTL="soon")
     assert (done.returncode, done.stdout) == (2, "")
@@ -150,7 +152,14 @@ def test_a_bad_setting_is_one_line(tmp_path: Path, words: tuple[str, ...]) -> No
 
 
 @pytest.mark.parametrize(
-    "words", [("send",), ("send", A, "--purpose", "Not One"), ("send", A, "--client", "c" * 65), ("dance",)]
+    "words",
+    [
+        ("send", A, "--client", "c" * 65),
+        *(
+            pytest.param(words, marks=pytest.mark.slow)
+            for words in (("send",), ("send", A, "--purpose", "Not One"), ("dance",))
+        ),
+    ],
 )
 def test_wrong_usage_is_status_2(tmp_path: Path, words: tuple[str, ...]) -> None:
     done = run(*words, directory=tmp_path, VERIFY_REDIS_URL=NOBODY)
@@ -158,7 +167,7 @@ def test_wrong_usage_is_status_2(tmp_path: Path, words: tuple[str, ...]) -> None
     assert "Usage: python -m producer" in done.stderr
 
 
-@pytest.mark.parametrize("words", [("--help",), ("send", "--help")])
+@pytest.mark.parametrize("words", [("--help",), pytest.param(("send", "--help"), marks=pytest.mark.slow)])
 def test_help_names_settings_codes_and_exit_status(tmp_path: Path, words: tuple[str, ...]) -> None:
     done = run(*words, directory=tmp_path, VERIFY_CODE_TTL="soon")
     assert done.returncode == 0
@@ -182,7 +191,7 @@ def test_ctrl_c_is_quiet(redis_server: RedisServer, tmp_path: Path) -> None:
     assert process.returncode == 130
 
 
-@pytest.mark.parametrize("missing", ["typer", "rich"])
+@pytest.mark.parametrize("missing", ["typer", pytest.param("rich", marks=pytest.mark.slow)])
 def test_a_missing_extra_is_named(tmp_path: Path, missing: str) -> None:
     program = f"import sys; sys.modules[{missing!r}] = None; from producer.__main__ import main; main()"
     done = run(directory=tmp_path, program=("-c", program))

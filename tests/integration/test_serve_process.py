@@ -23,7 +23,10 @@ from support.process import ROOT, eventually
 from support.redis_server import RedisServer
 from support.rig import Rig, code_in
 
+from producer.api.binding import listen
 from producer.api.proto import GetVarifyReq
+from producer.errors import BadSetting
+from producer.setting_types import Bind
 
 A = "a@example.com"
 ASK = "/get_varifycode"
@@ -93,19 +96,22 @@ class TestStarting:
         assert KEY not in line
 
     def test_a_busy_port_is_one_line(self, taken: int) -> None:
-        for protocol in ("HTTP", "GRPC"):
-            line = refused(**{f"VERIFY_{protocol}_BIND": f"127.0.0.1:{taken}"})
-            assert line == f"VERIFY_{protocol}_BIND: cannot listen on 127.0.0.1:{taken} (Address already in use)"
+        line = refused(VERIFY_GRPC_BIND=f"127.0.0.1:{taken}")
+        assert line == f"VERIFY_GRPC_BIND: cannot listen on 127.0.0.1:{taken} (Address already in use)"
 
     def test_a_place_that_is_not_ours_is_one_line(self) -> None:
         line = refused(VERIFY_HTTP_BIND="192.0.2.1:80", VERIFY_ALLOW_PLAINTEXT="1")
         assert line.startswith("VERIFY_HTTP_BIND: cannot listen on 192.0.2.1:80 (")
-        assert "has no address" in refused(VERIFY_GRPC_BIND="no-such-host.invalid:1")
+        with pytest.raises(BadSetting, match="has no address"):
+            listen(Bind("no-such-host.invalid", 1), "a test")
 
     def test_a_bad_setting_is_one_line(self) -> None:
         assert refused("--http-bind", "8081") == "VERIFY_HTTP_BIND: '8081' is not allowed; allowed: host:port"
 
-    @pytest.mark.parametrize("missing", ["fastapi", "grpc", "uvicorn", "prometheus_client"])
+    @pytest.mark.parametrize(
+        "missing",
+        ["grpc", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fastapi", "uvicorn", "prometheus_client"))],
+    )
     def test_a_missing_extra_is_named(self, tmp_path: Path, missing: str) -> None:
         (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError('none', name={missing!r})")
         assert refused(PYTHONPATH=f"{tmp_path}:{ROOT}") == f"The API needs {missing}: pip install 'verifyserver[api]'"
@@ -115,15 +121,15 @@ class TestStarting:
         with ApiProcess({**settings, **open_to_all}, "--http-bind", "0.0.0.0:0") as api:
             assert api.get_code("nobody")["error"] == api.call("nobody").error == 3
 
-    def test_localhost_is_all_its_addresses(self, settings: dict[str, str]) -> None:
-        with ApiProcess({**settings, "VERIFY_HTTP_BIND": "localhost:0", "VERIFY_GRPC_BIND": "localhost:0"}) as api:
+    def test_without_uvloop_it_serves_at_all_addresses_of_localhost(
+        self, settings: dict[str, str], redis_server: RedisServer, tmp_path: Path
+    ) -> None:
+        (tmp_path / "uvloop.py").write_text("raise ModuleNotFoundError('none', name='uvloop')")
+        settings |= {"VERIFY_HTTP_BIND": "localhost:0", "VERIFY_GRPC_BIND": "localhost:0"}
+        with FakeWorker(redis_server), ApiProcess({**settings, "PYTHONPATH": f"{tmp_path}:{ROOT}"}) as api:
             for found in {info[4][0] for info in socket.getaddrinfo("localhost", 1, type=socket.SOCK_STREAM)}:
                 socket.create_connection((str(found), api.http_port), 5).close()
                 socket.create_connection((str(found), api.grpc_port), 5).close()
-
-    def test_it_works_without_uvloop(self, settings: dict[str, str], redis_server: RedisServer, tmp_path: Path) -> None:
-        (tmp_path / "uvloop.py").write_text("raise ModuleNotFoundError('none', name='uvloop')")
-        with FakeWorker(redis_server), ApiProcess({**settings, "PYTHONPATH": f"{tmp_path}:{ROOT}"}) as api:
             assert api.get_code(A)["error"] == api.call(A).error == 0
             api.signal(signal.SIGTERM)
             assert api.wait() == 0
@@ -186,7 +192,7 @@ class TestRedisTrouble:
 
 
 class TestStopping:
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
     def test_what_was_accepted_is_answered(
         self, settings: dict[str, str], redis_server: RedisServer, number: signal.Signals
     ) -> None:

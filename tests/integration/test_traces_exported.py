@@ -117,7 +117,9 @@ def test_a_process_that_ends_exports_its_last_spans(new_rig: Callable[..., Rig])
         assert len(collector.spans()) == 6
 
 
-@pytest.mark.parametrize("silent", [False, True], ids=["away", "silent"])
+@pytest.mark.parametrize(
+    "silent", [pytest.param(False, id="away"), pytest.param(True, id="silent", marks=pytest.mark.slow)]
+)
 def test_without_a_collector_requests_are_served_and_processes_end_in_time(
     new_rig: Callable[..., Rig], *, silent: bool
 ) -> None:
@@ -179,15 +181,17 @@ class TestStarting:
                 {"OTEL_TRACES_EXPORTER": "jaeger"},
                 "OTEL_TRACES_EXPORTER: 'jaeger' is not allowed; allowed: otlp, console or none",
             ),
-            (
+            pytest.param(
                 "api",
                 {**ON, "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
                 "OTEL_EXPORTER_OTLP_PROTOCOL: 'grpc' is not allowed; allowed: http/protobuf",
+                marks=pytest.mark.slow,
             ),
-            (
+            pytest.param(
                 "worker",
                 {**ON, "OTEL_BSP_MAX_QUEUE_SIZE": "0"},
                 f"{REFUSED}max_queue_size must be a positive integer.",
+                marks=pytest.mark.slow,
             ),
             (
                 "api",
@@ -201,7 +205,8 @@ class TestStarting:
         assert failed_start(process, **environment) == (2, [line])
 
     @pytest.mark.parametrize(
-        ("process", "missing"), [("worker", "opentelemetry.sdk"), ("api", "opentelemetry.exporter")]
+        ("process", "missing"),
+        [("worker", "opentelemetry.sdk"), pytest.param("api", "opentelemetry.exporter", marks=pytest.mark.slow)],
     )
     def test_a_missing_package_is_one_line(self, process: str, missing: str, tmp_path: Path) -> None:
         (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{missing!r}] = None\n")
@@ -218,7 +223,7 @@ atexit.register(lambda: open(f"{os.path.dirname(__file__)}/{os.getpid()}.json", 
 """
 
 
-@pytest.mark.parametrize("value", [None, " None "])
+@pytest.mark.parametrize("value", [pytest.param(None, marks=pytest.mark.slow), " None "])
 def test_without_tracing_nothing_of_it_is_loaded_and_messages_carry_no_context(
     new_rig: Callable[..., Rig], tmp_path: Path, value: str | None
 ) -> None:
@@ -277,7 +282,9 @@ with VerificationClient() as client:
 """
 
 
-@pytest.mark.parametrize(("kind", "switch"), [("own", ""), ("api", "otlp"), ("none", "otlp")])
+@pytest.mark.parametrize(
+    ("kind", "switch"), [("own", ""), pytest.param("api", "otlp", marks=pytest.mark.slow), ("none", "otlp")]
+)
 def test_a_client_joins_the_applications_tracing_and_sets_up_none(
     new_rig: Callable[..., Rig], kind: str, switch: str
 ) -> None:

@@ -142,7 +142,7 @@ def test_an_unknown_outcome_twice_is_answered_6_and_not_sent_again(give_up_rig: 
     assert len(give_up_rig.dotted_to(email)) == 2
 
 
-@pytest.mark.parametrize("step", ["banner", "rcpt"])
+@pytest.mark.parametrize("step", [pytest.param("banner", marks=pytest.mark.slow), "rcpt"])
 def test_a_relay_that_answers_a_byte_a_second_is_given_up_for_the_next(new_rig: Callable[..., Rig], step: str) -> None:
     slow = ScriptedServer({step: Slowly("250 " + "x" * 99, 1)})
     with running(ScriptedServer()) as second:
@@ -161,6 +161,7 @@ def test_a_request_is_given_up_at_its_deadline_and_answered_6(new_rig: Callable[
     assert rig.caller.ask(email) == {"email": email, "error": 6}
 
 
+@pytest.mark.slow
 def test_a_relay_that_comes_up_late_gets_the_mail(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig()
     with running(ScriptedServer()) as late:
