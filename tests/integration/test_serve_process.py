@@ -23,9 +23,8 @@ from support.process import ROOT, eventually
 from support.redis_server import RedisServer
 from support.rig import Rig, code_in
 
-from producer.api.binding import listen
+from producer.api.binding import CannotListen, listen
 from producer.api.proto import GetVarifyReq
-from producer.errors import BadSetting
 from producer.setting_types import Bind
 
 A = "a@example.com"
@@ -102,7 +101,7 @@ class TestStarting:
     def test_a_place_that_is_not_ours_is_one_line(self) -> None:
         line = refused(VERIFY_HTTP_BIND="192.0.2.1:80", VERIFY_ALLOW_PLAINTEXT="1")
         assert line.startswith("VERIFY_HTTP_BIND: cannot listen on 192.0.2.1:80 (")
-        with pytest.raises(BadSetting, match="has no address"):
+        with pytest.raises(CannotListen, match="has no address"):
             listen(Bind("no-such-host.invalid", 1), "a test")
 
     def test_a_bad_setting_is_one_line(self) -> None:
