@@ -78,7 +78,7 @@ def test_requests_that_wait_for_their_eta_or_a_retry_need_no_worker(new_rig: New
     later["headers"]["eta"] = datetime.now(UTC).isoformat()
     rig.broker.hset("verification.parked", field, b"0 " + json.dumps(later).encode())
     rig.relay.scripts.clear()
-    rig.broker.zadd("verification.parked.due", {field: 0, retried: 0})
+    rig.broker.zadd("verification.parked.due", dict.fromkeys((field, retried.encode()), 0))
     rig.add_worker()
     assert rig.caller.reply(request_id) == {"email": email, "error": 0}
     assert rig.caller.reply(retried) == {"email": deferred, "error": 0}
