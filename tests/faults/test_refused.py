@@ -17,7 +17,7 @@ def some(*quick: str, slow: tuple[str, ...]) -> list[object]:
     return [*quick, *(pytest.param(value, marks=pytest.mark.slow) for value in slow)]
 
 
-@pytest.mark.parametrize("command", some("zadd", "hdel", slow=("hset", "ltrim", "zrem", "rpush", "lpush")))
+@pytest.mark.parametrize("command", some("zadd", slow=("hdel", "hset", "ltrim", "zrem", "rpush", "lpush")))
 def test_a_command_that_is_refused_for_a_while_loses_no_request(new_rig: NewRig, command: str) -> None:
     rig = new_rig(give_up_after=60)
     again = address()
@@ -101,20 +101,21 @@ def test_a_frozen_worker_does_not_answer_for_the_one_that_sent(new_rig: NewRig) 
     assert rig.caller.reply(request_id)["error"] == 0
 
 
-@pytest.mark.parametrize("eta", ["9999-12-31T23:59:59-14:00", "0001-01-01T00:00:00+14:00"])
-def test_an_eta_out_of_range_stops_neither_the_worker_nor_its_batch(new_rig: NewRig, eta: str) -> None:
+def test_an_eta_out_of_range_stops_neither_the_worker_nor_its_batch(new_rig: NewRig) -> None:
     rig = new_rig(workers=0)
-    ids = rig.caller.push(*(message({"email": address()}) for _ in range(5)))
-    rig.caller.push(message({"email": address()}, headers={"eta": eta}))
+    ids = []
+    for eta in ("9999-12-31T23:59:59-14:00", "0001-01-01T00:00:00+14:00"):
+        ids += rig.caller.push(*(message({"email": address()}) for _ in range(5)))
+        rig.caller.push(message({"email": address()}, headers={"eta": eta}))
     ids += rig.caller.push(*(message({"email": address()}) for _ in range(5)))
     rig.add_worker()
-    assert rig.caller.replies(ids) == [0] * 10
-    eventually(lambda: rig.broker.llen("verification.dead") == 1)
+    assert rig.caller.replies(ids) == [0] * 15
+    eventually(lambda: rig.broker.llen("verification.dead") == 2)
 
 
-@pytest.mark.parametrize("priority", [3, 6, 9])
-def test_a_request_with_a_priority_is_served(new_rig: NewRig, priority: int) -> None:
+def test_a_request_with_a_priority_is_served(new_rig: NewRig) -> None:
     rig = new_rig()
-    asked = message({"email": address()})
-    rig.broker.lpush(f"{QUEUE}\x06\x16{priority}", json.dumps(asked))
-    assert rig.caller.reply(asked["headers"]["id"])["error"] == 0
+    for priority in (3, 6, 9):
+        asked = message({"email": address()})
+        rig.broker.lpush(f"{QUEUE}\x06\x16{priority}", json.dumps(asked))
+        assert rig.caller.reply(asked["headers"]["id"])["error"] == 0

@@ -40,14 +40,15 @@ def test_workers_started_without_a_name_get_names_of_their_own(rig: Rig, start: 
     assert all(f"worker-{worker.process.pid}@" in said[-1] for worker in workers)
 
 
-def test_a_name_given_is_kept(start: Start) -> None:
-    assert "mine@here ready." in start("-n", "mine@here").log
-
-
 def test_a_worker_of_other_queues_says_that_it_serves_no_requests(start: Start) -> None:
     said = "queue verification is not among -Q one,other: this worker serves no verification requests"
     assert said in start("-Q", "one,other").log
-    assert "serves no verification requests" not in start("-Q", "one,verification").log
+
+
+def test_a_worker_of_other_queues_and_ours_says_nothing_and_keeps_its_name(start: Start) -> None:
+    log = start("-Q", "one,verification", "-n", "mine@here").log
+    assert "mine@here ready." in log
+    assert "serves no verification requests" not in log
 
 
 def test_an_embedded_beat_leaves_no_file(rig: Rig, start: Start) -> None:
