@@ -1,6 +1,8 @@
 // Asks the HTTP API for a code, with nothing but Go, and prints the reply.
 //
 //	go run ask.go a@example.com
+//
+// API_KEY is a key of the API, where it asks for one.
 package main
 
 import (
@@ -24,7 +26,15 @@ func ask(api, email string) (given reply, err error) {
 		return given, err
 	}
 	client := http.Client{Timeout: 10 * time.Second} // the API answers within VERIFY_REPLY_TIMEOUT (5 s)
-	answer, err := client.Post(api+"/get_varifycode", "application/json", bytes.NewReader(body))
+	request, err := http.NewRequest("POST", api+"/get_varifycode", bytes.NewReader(body))
+	if err != nil {
+		return given, err
+	}
+	request.Header.Set("Content-Type", "application/json")
+	if key := os.Getenv("API_KEY"); key != "" {
+		request.Header.Set("Authorization", "Bearer "+key)
+	}
+	answer, err := client.Do(request)
 	if err != nil {
 		return given, err
 	}

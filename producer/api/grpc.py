@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Final, NoReturn
 
 import grpc
+from google.protobuf import text_format
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError
@@ -27,6 +28,7 @@ from producer.contract import CLIENT_HEADER, LONGEST_CLIENT, is_client
 # Calls that stay open, to watch our health or for reflection: over all connections, and on one.
 STREAMS: Final = 1000
 STREAMS_EACH: Final = 4
+REFLECTION_V1: Final = "grpc.reflection.v1.ServerReflection"  # which newer clients ask first
 LONGEST_SERVICE: Final = 256  # characters of a service's name that somebody watches
 REFLECTION_TIMEOUT: Final = 30.0  # seconds
 
@@ -42,7 +44,7 @@ class GrpcServer:
         self._api = api
         self._keys = KeyCheck(api.settings.api_keys) if api.settings.api_keys else None
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stub is older
-        services = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        services = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1)
         self._reflection: Any = reflection.aio.ReflectionServicer(services, pool=_reflected())  # type: ignore[attr-defined]
         self._streams: Counter[Connection] = Counter()
         self._total = 0  # of them
@@ -51,6 +53,7 @@ class GrpcServer:
             f"/{health.SERVICE_NAME}/Check": self._check,
             f"/{health.SERVICE_NAME}/Watch": self._watch,
             f"/{reflection.SERVICE_NAME}/ServerReflectionInfo": self._reflect,
+            f"/{REFLECTION_V1}/ServerReflectionInfo": self._reflect,  # the same, but for its name
         }
         self._server = Http2Server(self._methods, self._admit, _HEADERS)
 
@@ -181,7 +184,9 @@ def _parsed(kind: Any, raw: bytes | None) -> Any:
 def _reflected() -> DescriptorPool:
     """A pool with all our services: ours is not in protobuf's default pool, the standard ones are only there."""
     pool = DescriptorPool()
-    files = (health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR)
-    for file in (file_descriptor(), *(FileDescriptorProto.FromString(each.serialized_pb) for each in files)):
+    modules = (health_pb2, reflection_pb2)
+    standard = [FileDescriptorProto.FromString(each.DESCRIPTOR.serialized_pb) for each in modules]
+    v1 = text_format.Parse(str(standard[1]).replace("v1alpha", "v1"), FileDescriptorProto())
+    for file in (file_descriptor(), *standard, v1):
         pool.Add(file)
     return pool

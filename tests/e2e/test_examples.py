@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from support.api_process import ApiProcess
+from support.api_process import KEY, KEYS, ApiProcess
 from support.caller import address
 from support.examples_run import BUILD_TIMEOUT, EXAMPLES, build, copied, fenced, lines_at_top, shell
 from support.redis_server import RedisServer
@@ -40,8 +40,8 @@ def at_redis(server: RedisServer) -> Mapping[str, str]:
 
 def at_api(api: ApiProcess) -> Mapping[str, str]:
     """The environment of an example that uses the API. Java reads its arguments in the locale's encoding."""
-    http, grpc = f"http://127.0.0.1:{api.http_port}", f"127.0.0.1:{api.grpc_port}"
-    return {"HTTP_API": http, "GRPC_API": grpc, "VERIFY_REPLY_TIMEOUT": str(REPLY_TIMEOUT), "LC_ALL": "C.UTF-8"}
+    where = {"HTTP_API": f"http://127.0.0.1:{api.http_port}", "GRPC_API": f"127.0.0.1:{api.grpc_port}"}
+    return {**where, "API_KEY": KEY, "VERIFY_REPLY_TIMEOUT": str(REPLY_TIMEOUT), "LC_ALL": "C.UTF-8"}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,8 @@ def rig() -> Iterator[Rig]:
 
 @pytest.fixture(scope="module")
 def api(rig: Rig) -> Iterator[ApiProcess]:
-    with ApiProcess(rig.settings) as api:
+    """It asks for a key."""
+    with ApiProcess({**rig.settings, "VERIFY_API_KEYS": KEYS}) as api:
         yield api
 
 

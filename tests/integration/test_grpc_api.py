@@ -13,7 +13,7 @@ import grpc
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 from support.api_process import ApiProcess
 from support.fake_worker import FakeWorker
 from support.process import ROOT, eventually
@@ -166,15 +166,21 @@ class TestStandardServices:
             said = stub.Check(health_pb2.HealthCheckRequest(service=service))
             assert said.status == health_pb2.HealthCheckResponse.SERVING
 
-    def test_reflection_describes_all(self, api: ApiProcess) -> None:
-        stub = reflection_pb2_grpc.ServerReflectionStub(api.channel)
+    @pytest.mark.parametrize("version", ["v1", "v1alpha"])
+    def test_reflection_describes_all(self, api: ApiProcess, version: str) -> None:
+        reflections = [f"grpc.reflection.{each}.ServerReflection" for each in ("v1", "v1alpha")]
+        ask = api.channel.stream_stream(
+            f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+            reflection_pb2.ServerReflectionRequest.SerializeToString,
+            reflection_pb2.ServerReflectionResponse.FromString,
+        )
         requests = [reflection_pb2.ServerReflectionRequest(list_services="")]
-        [listed] = stub.ServerReflectionInfo(iter(requests))
+        [listed] = ask(iter(requests))
         names = [service.name for service in listed.list_services_response.service]
-        assert names == sorted([SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"])
+        assert names == sorted([SERVICE, "grpc.health.v1.Health", *reflections])
         requests = [reflection_pb2.ServerReflectionRequest(file_containing_symbol=name) for name in names]
         pool = descriptor_pool.DescriptorPool()
-        for answer in stub.ServerReflectionInfo(iter(requests)):
+        for answer in ask(iter(requests)):
             [file] = answer.file_descriptor_response.file_descriptor_proto
             pool.AddSerializedFile(file)
         method = pool.FindServiceByName(SERVICE).methods_by_name[METHOD]

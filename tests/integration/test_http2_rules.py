@@ -9,7 +9,7 @@ from typing import Final
 
 import pytest
 from hpack import Decoder
-from support.http2 import HEAD, NO_WINDOW, OPENING, SETTINGS, Frame, begin, call, frames, head, header, message
+from support.http2 import HEAD, NO_WINDOW, OPENING, SETTINGS, Frame, begin, call, frames, head, header, message, streams
 
 from producer.api.binding import listen
 from producer.api.frames import (
@@ -30,7 +30,17 @@ from producer.api.frames import (
     settings_frame,
     window_frame,
 )
-from producer.api.http2 import MESSAGE_LIMIT, RECEIVED_LIMIT, Call, Http2Server, Refused, Status
+from producer.api.http2 import (
+    CROWDED_SHARE,
+    MAX_CALLS,
+    MESSAGE_LIMIT,
+    RECEIVED_LIMIT,
+    SHARE,
+    Call,
+    Http2Server,
+    Refused,
+    Status,
+)
 from producer.setting_types import Bind
 
 GET: Final = "/echo"
@@ -494,6 +504,75 @@ class TestReceiving:
         await until(lambda: rig.server.serving == 1)
         rig.service.go_on.set()
         assert (await client.trailers(1))["grpc-status"] == "0"
+
+
+class TestShares:
+    """With smaller bounds than the real ones, so that they are reached at once."""
+
+    async def test_a_connection_has_a_hundred_calls(self, rig: Rig) -> None:
+        client = await rig.connect(OPENING + b"".join(call(i, "/slow", b"") for i in streams(MAX_CALLS + 1)))
+        reset = await client.until(FrameType.RST_STREAM)
+        assert reset
+        assert (reset.stream, reset.error) == (2 * MAX_CALLS + 1, ErrorCode.REFUSED_STREAM)
+        await until(lambda: rig.server.serving == MAX_CALLS)
+        rig.service.go_on.set()
+        assert await client.answered(2 * MAX_CALLS + 3)
+
+    async def test_many_calls_beyond_a_hundred_end_the_connection(self, rig: Rig) -> None:
+        client = await rig.connect(OPENING + b"".join(begin(i, GET) for i in streams(MAX_CALLS + 20)))
+        goaway = await client.until(FrameType.GOAWAY)
+        assert goaway
+        assert goaway.error == ErrorCode.ENHANCE_YOUR_CALM
+
+    async def test_few_calls_of_a_connection_await_their_message_once_many_do(
+        self, rig: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("producer.api.http2.CROWDED", 20)
+        heads = b"".join(begin(i, GET) for i in streams(20))
+        await rig.connect(OPENING + heads)
+        await until(lambda: rig.server.awaiting_message == 20)
+        client = await rig.connect(OPENING + b"".join(begin(i, GET) for i in streams(CROWDED_SHARE + 1)))
+        reset = await client.until(FrameType.RST_STREAM)
+        assert reset
+        assert (reset.stream, reset.error) == (2 * CROWDED_SHARE + 1, ErrorCode.REFUSED_STREAM)
+        assert rig.server.awaiting_message == 20 + CROWDED_SHARE
+        client.send(DATA, END)  # a call that is served makes room
+        assert await client.trailers(1)
+        assert await client.answered(2 * CROWDED_SHARE + 3)
+
+    async def test_a_busy_server_serves_few_calls_of_a_connection_and_all_in_turn(
+        self, rig: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("producer.api.http2.BUSY", 10)
+        greedy = await rig.connect(OPENING + b"".join(call(i, "/slow", b"") for i in streams(60)))
+        await until(lambda: rig.server.serving == 10)
+        modest = await rig.connect(OPENING + b"".join(call(i, "/slow", b"") for i in streams(60)))
+        await until(lambda: rig.server.serving == 10 + SHARE)
+        assert await (await rig.connect()).answered(1)  # a third is served at once
+        rig.service.go_on.set()
+        for each in (greedy, modest):
+            assert (await each.trailers(119))["grpc-status"] == "0"
+
+    async def test_long_messages_count_more(self, rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("producer.api.http2.BUSY", 30)
+        await rig.connect(OPENING + b"".join(call(i, "/slow", b"x" * 10_000) for i in streams(20)))
+        await until(lambda: rig.server.serving == 30)
+        await asyncio.sleep(0.05)
+        assert rig.server.serving == 30
+
+    async def test_silent_connections_are_asked_and_then_closed(
+        self, rig: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name, value in {"KEEPALIVE_AFTER": 0.5, "KEEPALIVE_TIMEOUT": 0.5}.items():
+            monkeypatch.setattr(f"producer.api.http2.{name}", value)
+        dead, alive = await rig.connect(), await rig.connect()
+        for _ in range(2):
+            ping = await alive.until(FrameType.PING)
+            assert ping
+            alive.send(frame(FrameType.PING, 0, ping.payload, Flag.ACK))
+        assert await dead.until(FrameType.PING)
+        assert await dead.next() is None
+        assert await alive.answered(1)
 
 
 class TestCancelling:
