@@ -45,9 +45,14 @@ class ApiMetrics(ProcessMetrics):
         self._labels = (*_LABELS, "key") if keys else _LABELS
         self.counts = {(*served, key): Counts() for key in sorted(keys) or [""] for served in _SERVED}
         self.refusals: Counter[int] = Counter()  # HTTP answers with a status other than 200
+        self._evictions: dict[Protocol, int] = {"http": 0, "grpc": 0}
 
     def in_flight(self, protocol: Protocol) -> int:
         return sum(counts.in_flight for (each, *_), counts in self.counts.items() if each == protocol)
+
+    def evicted(self, protocol: Protocol) -> None:
+        """Count a connection that was closed to make room for another."""
+        self._evictions[protocol] += 1
 
     def own_metrics(self) -> Iterator[Metric]:
         answers = {
@@ -61,4 +66,7 @@ class ApiMetrics(ProcessMetrics):
         yield labelled_counter("api_requests", "Answers by error code.", (*self._labels, "error"), answers)
         yield histogram("api_request_seconds", "From a request's arrival to its answer.", self._labels, durations)
         yield labelled_gauge("api_requests_in_flight", "Requests that are being answered.", ("protocol",), in_flight)
+        evictions = {(protocol,): count for protocol, count in self._evictions.items()}
+        text = "Connections that were closed to make room for others."
+        yield labelled_counter("api_evicted_connections", text, ("protocol",), evictions)
         yield labelled_counter("api_refusals", "HTTP answers with a status other than 200.", ("status",), refusals)

@@ -7,6 +7,7 @@ import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final, NoReturn
 
 import grpc
@@ -18,7 +19,7 @@ from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from producer.api.binding import LISTEN_BACKLOG
-from producer.api.http2 import Call, Connection, Http2Server, Refused, Status
+from producer.api.http2 import MAX_CONNECTIONS, Call, Connection, Http2Server, Refused, Status
 from producer.api.keys import KeyCheck, key_name, refusal_of_key
 from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp, file_descriptor
 from producer.api.state import Api
@@ -40,7 +41,8 @@ _OPEN: Final = frozenset({f"/{health.SERVICE_NAME}/Check", f"/{health.SERVICE_NA
 class GrpcServer:
     """One gRPC server on the running loop."""
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: Api, connections: int = MAX_CONNECTIONS) -> None:
+        """`connections`: at most so many."""
         self._api = api
         self._keys = KeyCheck(api.settings.api_keys) if api.settings.api_keys else None
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stub is older
@@ -55,7 +57,8 @@ class GrpcServer:
             f"/{reflection.SERVICE_NAME}/ServerReflectionInfo": self._reflect,
             f"/{REFLECTION_V1}/ServerReflectionInfo": self._reflect,  # the same, but for its name
         }
-        self._server = Http2Server(self._methods, self._admit, _HEADERS)
+        evicted = partial(api.metrics.evicted, "grpc")
+        self._server = Http2Server(self._methods, self._admit, _HEADERS, limit=connections, on_evicted=evicted)
 
     async def start(self, sockets: list[socket.socket], tls: Certificates | None = None) -> None:
         """Serve on these listening sockets."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from producer.tracing.spans import Traces
 
 JSON: Final = "application/json"
+_BETWEEN_METRICS: Final = 0.05  # seconds between two renderings
 _DOCS: Final = ("/docs", "/static-offline-docs/")
 # Paths that need no key: probes have none, and the rest holds nothing secret. One that ends in / stands for all below.
 OPEN: Final = frozenset({"/healthz", "/readyz", "/openapi.json", *_DOCS})
@@ -175,13 +177,14 @@ def _described(text: str, url: str, verb: str, body: type[CodeRequest | CodeChec
 
 def _add_operations(app: FastAPI, api: Api, with_key: list[Any]) -> None:
     tags: list[str | Enum] = ["operations"]
+    page = _MetricsPage(api)
 
     @app.head("/metrics", include_in_schema=False)
     @app.get(
         "/metrics", summary="Prometheus metrics", response_class=PlainTextResponse, tags=tags, dependencies=with_key
     )
     async def metrics() -> Response:
-        return Response(api.metrics.render((await api.readiness.find()).backlog), media_type=CONTENT_TYPE)
+        return Response(await page.next(), media_type=CONTENT_TYPE)
 
     @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", summary="The process is up", response_model=Health, tags=tags)
@@ -204,6 +207,31 @@ def _add_operations(app: FastAPI, api: Api, with_key: list[Any]) -> None:
         problem = {"problem": found.problem} if found.problem else {}
         answer = {"ready": ready, **databases, "workers": found.workers, "leaving": api.leaving, **problem}
         return _json(answer, 200 if ready else 503)
+
+
+class _MetricsPage:
+    """Renders /metrics for all who ask while it waits: a page takes 3 ms, in which nobody else is served."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._next: asyncio.Task[bytes] | None = None
+        self._rendered_at = 0.0  # loop time
+
+    async def next(self) -> bytes:
+        """A page that is rendered from now on."""
+        if self._next is None:
+            self._next = asyncio.create_task(self._render())
+        return await asyncio.shield(self._next)
+
+    async def _render(self) -> bytes:
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(max(0.0, self._rendered_at + _BETWEEN_METRICS - loop.time()))
+        try:
+            found = await self._api.readiness.find()
+        finally:
+            self._next = None
+        self._rendered_at = loop.time()
+        return self._api.metrics.render(found.backlog)
 
 
 class _Locked:

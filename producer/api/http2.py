@@ -260,7 +260,15 @@ Method = Callable[[Call], Awaitable[bytes | None]]
 class Http2Server:
     """Listens, and bounds all connections together."""
 
-    def __init__(self, methods: Mapping[str, Method], admit: Callable[[Call], None], headers: frozenset[str]) -> None:
+    def __init__(
+        self,
+        methods: Mapping[str, Method],
+        admit: Callable[[Call], None],
+        headers: frozenset[str],
+        *,
+        limit: int = MAX_CONNECTIONS,
+        on_evicted: Callable[[], None] = lambda: None,
+    ) -> None:
         """`methods`: what serves a call, by path; what it returns is the answer, unless it has sent messages itself.
 
         `admit` sees each call before its message, and may raise `Refused`; `headers` are those that a call keeps.
@@ -268,6 +276,8 @@ class Http2Server:
         self.methods = methods
         self.admit = admit
         self.headers = frozenset(name.encode() for name in headers)
+        self._limit = limit
+        self._on_evicted = on_evicted
         self.serving = 0  # the weight of all calls that are being served
         self.awaiting_message = 0  # calls whose message has not come
         self.buffer = memoryview(bytearray(_READ))  # of every connection in turn: what is read is copied at once
@@ -320,7 +330,8 @@ class Http2Server:
 
     def opened(self, connection: Connection) -> bool:
         """Whether there is room for it. The oldest that never sent a whole call makes room."""
-        if len(self.connections) >= MAX_CONNECTIONS:
+        if len(self.connections) >= self._limit:
+            self._on_evicted()
             if not self._without_call:
                 return False
             next(iter(self._without_call)).abort()

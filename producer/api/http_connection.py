@@ -10,6 +10,7 @@ import asyncio
 import json
 import ssl
 from collections import deque
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -41,9 +42,15 @@ _UPGRADING: Final = frozenset({b"upgrade", b"connection", b"http2-settings"})
 class HttpConnections:
     """All connections of one HTTP server: a bounded number of them."""
 
-    def __init__(self, limit: int = CONNECTIONS_LIMIT, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        limit: int = CONNECTIONS_LIMIT,
+        tls: ssl.SSLContext | None = None,
+        on_evicted: Callable[[], None] = lambda: None,
+    ) -> None:
         self._limit = limit
         self._tls = tls
+        self._on_evicted = on_evicted
         self._open: set[HttpConnection] = set()
         # Those that never sent a whole request, the oldest first; those that wait for another, the longest idle first.
         self._unfinished: dict[HttpConnection, None] = {}
@@ -68,6 +75,7 @@ class HttpConnections:
             evicted = next(iter(self._unfinished or self._idle or (connection,)))
             self.closed(evicted)
             evicted.hang_up()
+            self._on_evicted()
             if evicted is connection:  # all others are being answered
                 return
         self._open.add(connection)

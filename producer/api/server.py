@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import uvicorn
@@ -16,7 +17,7 @@ import uvicorn
 from producer.api.binding import LISTEN_BACKLOG, is_loopback, listen, require_permission
 from producer.api.grpc import GrpcServer
 from producer.api.http import make_app
-from producer.api.http_connection import HttpConnections
+from producer.api.http_connection import CONNECTIONS_LIMIT, HttpConnections
 from producer.api.state import Api
 from producer.api.tls import Certificates, certificates
 from producer.errors import RedisLoginRefused
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 DRAIN_REPLIES: Final = 7.5  # seconds of a shutdown in which replies may still come; then callers get Timeout
 DRAIN_TOTAL: Final = 9.0  # seconds after which a shutdown ends, whoever is still connected; 10 are promised
+_OTHER_FILES: Final = 100  # that a process opens beside its connections
 _KEEP_ALIVE: Final = 75.0  # seconds of an idle connection; more than nginx's 60, which must be the first to close
 
 
@@ -51,23 +53,24 @@ def serve(settings: Settings) -> None:
     tls = certificates(settings)
     traces = set_up("verifyserver-api")
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))  # its INFO is chatter
-    _raise_file_limit()
+    connections = connections_limit(_raise_file_limit())
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(settings, traces, tls))
+        runner.run(_serve(settings, traces, tls, connections))
 
 
-async def _serve(settings: Settings, traces: Traces | None, tls: Certificates | None) -> None:
+async def _serve(settings: Settings, traces: Traces | None, tls: Certificates | None, connections: int) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stop)
     sockets = listen(settings.http_bind, "VERIFY_HTTP_BIND")
     http_bind = Bind(settings.http_bind.host, sockets[0].getsockname()[1])
     api = Api(settings, traces)
-    grpc = GrpcServer(api)
+    grpc = GrpcServer(api, connections)
+    evicted = partial(api.metrics.evicted, "http")
     http = _HttpServer(
         uvicorn.Config(
             make_app(api, f"{'https' if tls else 'http'}://{_reachable(http_bind)}"),
-            http=HttpConnections(tls=tls.http_context() if tls else None).new,  # type: ignore[arg-type]  # a type, says uvicorn; it only calls it
+            http=HttpConnections(connections, tls.http_context() if tls else None, evicted).new,  # type: ignore[arg-type]  # a type, says uvicorn; it only calls it
             ws="none",
             lifespan="off",
             log_config=None,
@@ -156,10 +159,33 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-def _raise_file_limit() -> None:
-    """Allow as many open files as we may have: a thousand idle clients reach the usual soft limit."""
+def _raise_file_limit() -> int | None:
+    """Allow as many open files as we may have: a thousand idle clients reach the usual soft limit.
+
+    Returns how many that is; None where nobody says.
+    """
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource  # noqa: PLC0415 - not on every platform
 
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return None if hard == resource.RLIM_INFINITY else hard
+    return None
+
+
+def connections_limit(files: int | None) -> int:
+    """How many connections HTTP and gRPC may have each, so that both together leave files for Redis and the rest.
+
+    Without a file for a new connection, none could be closed to make room for it.
+    """
+    if files is None:
+        return CONNECTIONS_LIMIT
+    limit = min(CONNECTIONS_LIMIT, max(1, (files - _OTHER_FILES) // 2))
+    if files >= 2 * CONNECTIONS_LIMIT:
+        return limit
+    logger.warning(
+        "HTTP and gRPC take %d connections each, and not %d, because of the limit of %d open files: raise it to %d"
+        " (ulimit -Hn)",
+        *(limit, CONNECTIONS_LIMIT, files, 2 * CONNECTIONS_LIMIT),
+    )
+    return limit

@@ -209,13 +209,11 @@ class TestTooManyConnections:
     """With room for three."""
 
     @pytest.fixture
-    async def port(self, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
-        monkeypatch.setattr("producer.api.http2.MAX_CONNECTIONS", 3)
-
+    async def port(self) -> AsyncIterator[int]:
         async def echo(call: Call) -> bytes | None:
             return await call.message()
 
-        server = Http2Server({"/echo": echo}, lambda _: None, frozenset())
+        server = Http2Server({"/echo": echo}, lambda _: None, frozenset(), limit=3)
         sockets = listen(Bind("127.0.0.1", 0), "a test")
         await server.start(sockets, None, 10)
         yield sockets[0].getsockname()[1]

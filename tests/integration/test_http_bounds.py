@@ -7,7 +7,7 @@ import json
 import socket
 import ssl
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from support.http_attacks import ATTACKS
 from support.process import WAIT_TIMEOUT
 from support.redis_server import RedisServer
 
-from producer.api import tls_connection
+from producer.api import http_connection, tls_connection
 from producer.api.http_connection import HttpConnections
 
 CONNECTIONS = 60
@@ -30,6 +30,7 @@ GROWTH = 12.0  # MB, of which the allocator's own share is a third; without the 
 GET, HOLD = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", b"GET /hold HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 TLS_GROWTH = 9.0  # MB; uvloop's own TLS takes 16
 OVER_TLS = ("pipelined GETs", "slow bodies", "large bodies", "slow bodies")
+LONG = b"GET /long HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process' peak of memory")
 
 
@@ -113,7 +114,11 @@ class TestRefused:
 
 
 async def app(scope: Any, _receive: Any, send: Any) -> None:
-    """Answers at once, but for /hold."""
+    """Answers at once, but for /hold; at length for /long."""
+    if scope["path"] == "/long":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(400):
+            await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
     if scope["path"] == "/hold":
         await asyncio.sleep(WAIT_TIMEOUT)
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
@@ -121,10 +126,12 @@ async def app(scope: Any, _receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def server(limit: int, tls: ssl.SSLContext | None = None) -> AsyncIterator[int]:
+async def server(
+    limit: int, tls: ssl.SSLContext | None = None, on_evicted: Callable[[], None] = lambda: None
+) -> AsyncIterator[int]:
     """A server that takes so many connections; its port."""
     listener = socket.create_server(("127.0.0.1", 0))
-    connections: Any = HttpConnections(limit, tls)
+    connections: Any = HttpConnections(limit, tls, on_evicted)
     server = uvicorn.Server(
         uvicorn.Config(app, http=connections.new, lifespan="off", log_config=None, timeout_graceful_shutdown=0)
     )
@@ -172,7 +179,8 @@ async def connect(port: int, data: bytes, tls: ssl.SSLContext | None = None) -> 
 @pytest.mark.anyio
 class TestTooManyConnections:
     async def test_the_oldest_that_sent_no_whole_request_goes_first(self) -> None:
-        async with server(limit=5) as port:
+        evictions: list[bool] = []
+        async with server(limit=5, on_evicted=lambda: evictions.append(True)) as port:
             held, old, half, silent, late = [await connect(port, each) for each in (HOLD, GET, b"GET / H", b"", GET)]
             alive = [held, old, half, silent, late]
             for gone in (half, silent, old, late):
@@ -181,6 +189,7 @@ class TestTooManyConnections:
                 assert await gone.is_closed()
                 assert all(each.is_open for each in alive)
             assert await (await connect(port, b"")).is_closed()  # all others wait for an answer
+            assert len(evictions) == 5
             for each in (*alive, old, half, silent, late):
                 each.writer.close()
 
@@ -193,6 +202,23 @@ class TestTooManyConnections:
             assert first.is_open
             for each in (first, second, third):
                 each.writer.close()
+
+
+@pytest.mark.anyio
+class TestUnreadAnswers:
+    async def test_a_client_that_reads_nothing_is_cut_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(http_connection, "READ_TIMEOUT", 0.3)
+        async with server(limit=9) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
+            writer.write(LONG)  # more than the buffers on the way hold
+            writer.write(GET)
+            await asyncio.sleep(1)
+            received = 0
+            with suppress(ConnectionError):
+                while data := await asyncio.wait_for(reader.read(2**20), WAIT_TIMEOUT):
+                    received += len(data)
+            assert received < 400 * 65536
+            writer.close()
 
 
 @pytest.fixture(scope="module")
