@@ -137,6 +137,7 @@ def test_once_shows_every_step(start: Callable[..., Demo]) -> None:
     nothing_is_left(demo)
 
 
+@pytest.mark.slow
 def test_a_given_redis_is_used_as_it_is_and_busy_ports_are_no_obstacle(
     start: Callable[..., Demo], redis_server: RedisServer
 ) -> None:

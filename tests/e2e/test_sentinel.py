@@ -83,6 +83,7 @@ def test_http_and_grpc_serve(everything: Everything) -> None:
         assert "hush" not in api.log
 
 
+@pytest.mark.slow
 def test_the_command_lines_work_and_show_no_password(everything: Everything) -> None:
     sent = everything.run("producer", "send", "cli@example.com")
     assert (sent.returncode, sent.stderr) == (0, "")

@@ -28,6 +28,7 @@ def test_a_mutated_message_is_answered_or_dead_lettered(new_rig: NewRig, count: 
     assert min(target.answered, target.dead) > count / 10
 
 
+@pytest.mark.slow
 def test_a_reused_id_with_another_address_is_dead_lettered(new_rig: NewRig) -> None:
     rig = new_rig()
     email, other = address(), address("other")
@@ -55,6 +56,7 @@ def test_a_message_that_is_queued_twice_sends_one_mail(new_rig: NewRig) -> None:
     assert set(finding.errors.values()) == {0}
 
 
+@pytest.mark.slow
 def test_many_requests_for_one_address_yield_one_code_and_one_mail(new_rig: NewRig) -> None:
     rig = new_rig(workers=2, max_sends_per_hour=1000)
     email = address()

@@ -80,7 +80,8 @@ def test_connections_that_redis_closes_are_opened_again_and_no_request_suffers(n
     assert rig.worker.alive
 
 
-@pytest.mark.parametrize("mode", ["ALL", pytest.param("WRITE", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ALL", "WRITE"])
 def test_a_paused_redis_delays_requests_and_loses_none(new_rig: NewRig, mode: str) -> None:
     rig = new_rig()
     ids = rig.caller.request_all(*(address() for _ in range(20)))

@@ -104,6 +104,7 @@ class TestStarting:
         with pytest.raises(CannotListen, match="has no address"):
             listen(Bind("no-such-host.invalid", 1), "a test")
 
+    @pytest.mark.slow
     def test_a_bad_setting_is_one_line(self) -> None:
         assert refused("--http-bind", "8081") == "VERIFY_HTTP_BIND: '8081' is not allowed; allowed: host:port"
 
@@ -115,6 +116,7 @@ class TestStarting:
         (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError('none', name={missing!r})")
         assert refused(PYTHONPATH=f"{tmp_path}:{ROOT}") == f"The API needs {missing}: pip install 'verifyserver[api]'"
 
+    @pytest.mark.slow
     def test_what_is_allowed_to_listen_beyond_loopback_does(self, settings: dict[str, str]) -> None:
         open_to_all = {"VERIFY_GRPC_BIND": "0.0.0.0:0", "VERIFY_ALLOW_PLAINTEXT": "1"}
         with ApiProcess({**settings, **open_to_all}, "--http-bind", "0.0.0.0:0") as api:
