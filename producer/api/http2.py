@@ -49,6 +49,7 @@ from producer.api.frames import (
     unpadded,
     window_frame,
 )
+from producer.api.tls_connection import TlsConnection
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ HEAD_LIMIT: Final = 8 * 1024  # a call's headers, packed or not
 MESSAGE_LIMIT: Final = 16 * 1024  # one message
 RECEIVED_LIMIT: Final = 40 * 1024  # messages that have come in part, or that no call has read yet
 UNSENT_LIMIT: Final = 17 * 1024  # answers that the client has no window for, or does not read
-HANDSHAKE_TIMEOUT: Final = 10.0  # TLS, and then the preface
+PREFACE_TIMEOUT: Final = 10.0
 MESSAGE_TIMEOUT: Final = 5.0  # from a call's head to its message
 SEND_TIMEOUT: Final = 10.0
 KEEPALIVE_AFTER: Final = 30.0  # of silence; then a ping is sent
@@ -292,12 +293,15 @@ class Http2Server:
 
     async def start(self, sockets: list[socket.socket], tls: ssl.SSLContext | None, backlog: int) -> None:
         """Serve on these listening sockets."""
-        timeout = HANDSHAKE_TIMEOUT if tls else None
+
+        def new() -> asyncio.BufferedProtocol:
+            connection = Connection(self)
+            if tls is None:
+                return connection
+            return TlsConnection(connection, tls, connection.accepted, connection.forget_all)
+
         for each in sockets:
-            server = await self._loop.create_server(
-                lambda: Connection(self), sock=each, ssl=tls, backlog=backlog, ssl_handshake_timeout=timeout
-            )
-            self._servers.append(server)
+            self._servers.append(await self._loop.create_server(new, sock=each, backlog=backlog))
         self._check_timer = self._loop.call_later(_CHECK_EVERY, self._check_timeouts)
 
     async def stop(self, grace: float) -> None:
@@ -385,6 +389,7 @@ class Connection(asyncio.BufferedProtocol):
         "_blocked_since",
         "_credit",
         "_ended_early",
+        "_established",
         "_header_reader",
         "_incomplete",
         "_last_stream",
@@ -414,7 +419,8 @@ class Connection(asyncio.BufferedProtocol):
         self.serving = 0  # the weight of the calls that are being served
         self.buffered = 0  # of all calls
         self.leaving = False  # calls that begin from now on are refused
-        self._transport: asyncio.Transport
+        self._transport: asyncio.Transport = None  # type: ignore[assignment]  # until it is accepted
+        self._established = False  # a TLS handshake, if there is one, has ended
         self._credit = float(CREDIT)
         self._answered = False  # one of its calls was
         self._paused = False  # not read, because it must wait for room or for its turn
@@ -441,17 +447,25 @@ class Connection(asyncio.BufferedProtocol):
 
     # asyncio's protocol
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # it listens on TCP
+    def accepted(self, transport: asyncio.Transport) -> None:
+        """Count it, or hang up where there is no room. A TLS handshake comes later, on this transport."""
         self._transport = transport
         if not self.server.opened(self):
             transport.abort()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # it listens on TCP
+        if self._transport is None:
+            self.accepted(transport)
+        self._transport = transport
+        if transport.is_closing():
             return
+        self._established, self._received_at = True, self.server.now()
         self.peer = (transport.get_extra_info("peername") or (None,))[0]
         transport.set_write_buffer_limits(UNSENT_LIMIT // 2)
         transport.write(_OUR_SETTINGS)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
-        self._forget_all()
+        self.forget_all()
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's signature
         return self.server.buffer
@@ -486,7 +500,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def announce_shutdown(self) -> None:
         """Tell the client to begin no more calls. Those that are under way to us are served (6.8)."""
-        if not self._transport.is_closing() and not self.leaving:
+        if not self._established:
+            self.abort()
+        elif not self._transport.is_closing() and not self.leaving:
             self._transport.write(
                 goaway_frame(MAX_STREAM, ErrorCode.NO_ERROR) + frame(FrameType.PING, 0, _SHUTDOWN_PING)
             )
@@ -505,7 +521,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def abort(self) -> None:
         """Close at once."""
-        self._forget_all()
+        self.forget_all()
         self._transport.abort()
 
     def check_timeouts(self, now: float) -> None:
@@ -519,7 +535,7 @@ class Connection(asyncio.BufferedProtocol):
             self.refuse(call, Refused(Status.DEADLINE_EXCEEDED, f"no message within {MESSAGE_TIMEOUT:g} s"))
         silent = now - self._received_at
         if not self._preface_received:
-            if silent > HANDSHAKE_TIMEOUT:
+            if silent > PREFACE_TIMEOUT:
                 self.abort()
         elif self._blocked_since is not None and now - self._blocked_since > SEND_TIMEOUT:
             self.abort()
@@ -986,7 +1002,8 @@ class Connection(asyncio.BufferedProtocol):
     def _is_ended_early(self, stream: int) -> bool:
         return self._ended_early is not None and stream in self._ended_early
 
-    def _forget_all(self) -> None:
+    def forget_all(self) -> None:
+        """Drop the connection's calls, and the connection: it is lost."""
         self.server.closed(self)
         self.leaving = True
         for call in list(self.calls.values()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Final
 
 import grpc
 import pytest
+import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.api_process import ApiProcess
 from support.http2 import NO_WINDOW, OPENING, Crowd, begin, call, frames, head, header, message, streams
@@ -242,3 +244,28 @@ class TestTooManyConnections:
         with pytest.raises((EOFError, ConnectionError)):
             await self.connect(port)
         assert await self.echoed(proved, 3)
+
+
+async def test_a_tls_connection_counts_before_its_handshake() -> None:
+    authority = trustme.CA()
+    here, there = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    authority.issue_cert("127.0.0.1").configure_cert(here)
+    authority.configure_trust(there)
+
+    async def echo(call: Call) -> bytes | None:
+        return await call.message()
+
+    server = Http2Server({"/echo": echo}, lambda _: None, frozenset(), limit=3)
+    sockets = listen(Bind("127.0.0.1", 0), "a test")
+    await server.start(sockets, here, 10)
+    port = sockets[0].getsockname()[1]
+    silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=there)
+    writer.write(OPENING + call(1, "/echo", b"ping!"))
+    assert await reader.readuntil(b"grpc-status\x010")
+    assert await silent[0][0].read() == b""  # it was the oldest
+    assert len(server.connections) == 3
+    await server.stop(60)
+    assert [await each.read() for each, _ in silent[1:]] == [b"", b""]
+    for _, each in (*silent, (reader, writer)):
+        each.close()
