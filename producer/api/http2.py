@@ -81,7 +81,7 @@ CREDIT_EARNED: Final = 20  # by each call that is answered, and in each second
 FRAME_COST: Final = 1  # of a frame that carries no call
 RESET_COST: Final = 5  # of a call that is cancelled within a second, or malformed. A client may cancel all that it has
 EXCESS_COST: Final = 100  # of a call beyond a bound: a client that keeps the rules makes none
-# A connection's turn to begin calls ends after a time, so that all others have theirs.
+# A connection's turn ends after a time, so that all others have theirs.
 ROUND: Final = 0.05  # seconds in which every connection should have had its turn
 TRUSTED_TURN: Final = 0.005  # seconds of a turn of one that got answers and has spent little credit
 
@@ -581,8 +581,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _serve_frames(self, data: bytes) -> int:
         """Serve the whole frames until the connection must wait; the number of bytes that they have."""
-        at = 0 if self._preface_received else self._take_preface(data)
-        turn_ends: float | None = None
+        begins = at = 0 if self._preface_received else self._take_preface(data)
+        turn_ends = self._turn_ends()
         while self._preface_received and len(data) - at >= FRAME_HEADER:
             length = int.from_bytes(data[at : at + 3], "big")
             if length > MAX_FRAME:
@@ -591,10 +591,13 @@ class Connection(asyncio.BufferedProtocol):
             if end > len(data):
                 break
             kind = data[at + 3]
-            if kind == FrameType.HEADERS:
-                turn_ends = turn_ends or self._turn_ends()
-                if self._must_wait(turn_ends):
-                    break
+            if kind == FrameType.HEADERS and not self.server.has_room(self):
+                self._pause()  # nothing behind the call is read, not even a ping
+                break
+            if at > begins and perf_counter() > turn_ends:
+                self._pause()
+                asyncio.get_running_loop().call_soon(self.resume)
+                break
             stream = int.from_bytes(data[at + 5 : at + 9], "big") & MAX_STREAM
             self._serve_frame(kind, data[at + 4], stream, data[at + FRAME_HEADER : end])
             at = end
@@ -614,16 +617,9 @@ class Connection(asyncio.BufferedProtocol):
         # Not the loop's clock: uvloop's stands still until all that has come is served.
         return perf_counter() + (TRUSTED_TURN if trusted else ROUND / len(self.server.connections))
 
-    def _must_wait(self, turn_ends: float) -> bool:
-        """Whether the next call must wait. If so, nothing more is read, not even a ping behind it."""
-        has_room = self.server.has_room(self)
-        if has_room and perf_counter() <= turn_ends:
-            return False
+    def _pause(self) -> None:
         self._paused = True
         self._transport.pause_reading()
-        if has_room:
-            asyncio.get_running_loop().call_soon(self.resume)
-        return True
 
     def _serve_frame(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         if self._block_stream and (kind != FrameType.CONTINUATION or stream != self._block_stream):

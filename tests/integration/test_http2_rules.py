@@ -574,6 +574,24 @@ class TestShares:
         assert await dead.next() is None
         assert await alive.answered(1)
 
+    async def test_a_flood_of_pings_leaves_others_their_turn(self, rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("producer.api.http2.ROUND", 0.0)  # each connection's turn is one frame
+        flood, modest = await rig.connect(), await rig.connect()
+        order: list[str] = []
+
+        async def pinged() -> None:
+            for _ in range(400):
+                assert await flood.until(FrameType.PING)
+                order.append("ping")
+
+        async def asked() -> None:
+            assert await modest.answered(1)
+            order.append("answer")
+
+        flood.send(frame(FrameType.PING, 0, b"12345678") * 400)
+        await asyncio.gather(pinged(), asked())
+        assert order.index("answer") < 200
+
 
 class TestCancelling:
     async def test_it_reaches_the_method(self, rig: Rig) -> None:
