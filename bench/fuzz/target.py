@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class Finding:
         return f"{self.kind} input {self.number} of seed {self.seed}: {self.what}"
 
 
-class Target:
+class Target(ABC):
     """One kind of input and the process that gets it."""
 
     kind: str
@@ -47,17 +48,17 @@ class Target:
         """The input of this number; each has random numbers of its own, so that it can be made again alone."""
         return self.mutated(random.Random(f"{self.kind} {self.seed} {number}"))
 
+    @abstractmethod
     def mutated(self, chance: random.Random) -> bytes:
         """A well-formed input that was broken."""
-        raise NotImplementedError
 
+    @abstractmethod
     def send(self, inputs: Sequence[bytes]) -> Iterable[tuple[int, str]]:
         """Send a batch; what went wrong, by the place in the batch, -1 if that is not known."""
-        raise NotImplementedError
 
+    @abstractmethod
     def honest(self) -> bool:
         """Whether an honest request is served."""
-        raise NotImplementedError
 
     def secrets(self) -> Iterable[str]:
         """What else must not be in a log: codes."""
