@@ -12,6 +12,7 @@ from producer.errors import VerifyError
 from producer.setting_types import Bind
 from producer.settings import Settings
 
+CONNECTIONS_LIMIT = 10_000  # of each protocol; beyond it, the oldest that never sent a whole request is closed
 LISTEN_BACKLOG = 2048  # connections that may wait to be accepted; the kernel's own limit is often 4096
 RECEIVE_BUFFER = 32 * 1024  # bytes that the kernel keeps for a connection that is not read; it takes twice as much
 

@@ -18,13 +18,14 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from producer.api.binding import LISTEN_BACKLOG
-from producer.api.http2 import MAX_CONNECTIONS, Call, Connection, Http2Server, Refused, Status
+from producer.api.binding import CONNECTIONS_LIMIT, LISTEN_BACKLOG
+from producer.api.http2 import Call, Connection, Http2Server, Refused, Status
 from producer.api.keys import KeyCheck, key_name, refusal_of_key
+from producer.api.models import client_in
 from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp, file_descriptor
 from producer.api.state import Api
 from producer.api.tls import Certificates
-from producer.contract import CLIENT_HEADER, LONGEST_CLIENT, is_client
+from producer.contract import CLIENT_HEADER
 
 # Calls that stay open, to watch our health or for reflection: over all connections, and on one.
 STREAMS: Final = 1000
@@ -41,7 +42,7 @@ _OPEN: Final = frozenset({f"/{health.SERVICE_NAME}/Check", f"/{health.SERVICE_NA
 class GrpcServer:
     """One gRPC server on the running loop."""
 
-    def __init__(self, api: Api, connections: int = MAX_CONNECTIONS) -> None:
+    def __init__(self, api: Api, connections: int = CONNECTIONS_LIMIT) -> None:
         """`connections`: at most so many."""
         self._api = api
         self._keys = KeyCheck(api.settings.api_keys) if api.settings.api_keys else None
@@ -168,12 +169,10 @@ class _Context:
 
 
 def _client(call: Call) -> str | None:
-    """The caller's word for its end user. Refuses the call if it is too long, or if there are two."""
-    given = call.values(CLIENT_HEADER)
-    if len(given) > 1 or not all(map(is_client, given)):
-        what = f"{CLIENT_HEADER} must come once, with at most {LONGEST_CLIENT} characters"
-        raise Refused(Status.INVALID_ARGUMENT, what)
-    return given[0] if given else None
+    try:
+        return client_in(call.values(CLIENT_HEADER))
+    except ValueError as exc:
+        raise Refused(Status.INVALID_ARGUMENT, f"{CLIENT_HEADER} {exc}") from None
 
 
 def _parsed(kind: Any, raw: bytes | None) -> Any:

@@ -29,12 +29,13 @@ from producer.api.models import (
     ReadinessAnswer,
     Refusal,
     RequestAnswer,
+    client_in,
     error_table,
 )
 from producer.api.origin import OriginCheck
 from producer.api.state import Api
 from producer.audit import Audit
-from producer.contract import CLIENT_HEADER, LONGEST_CLIENT, ErrorCode, is_client
+from producer.contract import CLIENT_HEADER, ErrorCode
 from producer.metrics import CONTENT_TYPE
 from producer.settings import Settings
 
@@ -161,11 +162,11 @@ def _client(asked: CodeRequest, request: Request) -> str | None:
     """The field, or else the header. Raises `RequestValidationError`."""
     if asked.client is not None:
         return asked.client
-    given = request.headers.getlist(CLIENT_HEADER)
-    if len(given) > 1 or not all(map(is_client, given)):
-        why = f"must come once, with at most {LONGEST_CLIENT} characters"
-        raise RequestValidationError([{"loc": ("header", CLIENT_HEADER), "type": "value_error", "msg": why}])
-    return given[0] if given else None
+    try:
+        return client_in(request.headers.getlist(CLIENT_HEADER))
+    except ValueError as exc:
+        error = {"loc": ("header", CLIENT_HEADER), "type": "value_error", "msg": str(exc)}
+        raise RequestValidationError([error]) from None
 
 
 def _described(text: str, url: str, verb: str, body: type[CodeRequest | CodeCheck]) -> str:

@@ -20,6 +20,7 @@ from enum import IntEnum
 from time import perf_counter
 from typing import ClassVar, Final
 
+from producer.api.binding import CONNECTIONS_LIMIT
 from producer.api.frames import (
     DEFAULT_WINDOW,
     EMPTY_TABLE,
@@ -55,8 +56,7 @@ logger = logging.getLogger(__name__)
 
 # The bounds. Sizes are in bytes, times in seconds.
 
-# Of the server:
-MAX_CONNECTIONS: Final = 10_000  # beyond it, the oldest that never sent a whole call is closed
+# Of the server, beside CONNECTIONS_LIMIT:
 # While BUSY calls are served at once, of which a long message counts as several, a connection that has SHARE of them is
 # not read until one ends.
 BUSY: Final = 1000
@@ -267,7 +267,7 @@ class Http2Server:
         admit: Callable[[Call], None],
         headers: frozenset[str],
         *,
-        limit: int = MAX_CONNECTIONS,
+        limit: int = CONNECTIONS_LIMIT,
         on_evicted: Callable[[], None] = lambda: None,
     ) -> None:
         """`methods`: what serves a call, by path; what it returns is the answer, unless it has sent messages itself.

@@ -17,6 +17,7 @@ from typing import Any, Final
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from producer.api.binding import CONNECTIONS_LIMIT
 from producer.api.tls_connection import TlsConnection
 from producer.contract import ErrorCode
 
@@ -31,7 +32,6 @@ LINES_LIMIT: Final = 250  # of a chunked body: sizes, data and trailers
 # Bytes of body that are read and dropped after an early answer: many clients read it only once they have sent all.
 SURPLUS_LIMIT: Final = 16 * 1024 * 1024
 _REFUSED_LIMIT: Final = 256 * 1024  # the same, after what is no request of ours
-CONNECTIONS_LIMIT: Final = 10_000
 _READ_SIZE: Final = 16 * 1024  # bytes that one connection reads at a time, and so the most that it keeps unparsed
 _WRITE_BUFFER: Final = 4 * 1024  # bytes of answers that may wait for their client before the next part is held back
 _PIPELINES: Final = 8  # pipelined requests that are begun in one turn of the event loop

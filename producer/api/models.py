@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
@@ -25,6 +26,13 @@ def _require_client(value: object) -> str | None:
     if not is_client(value):
         raise ValueError(f"must be a string of at most {LONGEST_CLIENT} characters")
     return cast("str | None", value)
+
+
+def client_in(header: Sequence[str]) -> str | None:
+    """The caller's word for its end user, from the values of CLIENT_HEADER. Raises `ValueError`."""
+    if len(header) > 1 or not all(map(is_client, header)):
+        raise ValueError(f"must come once, with at most {LONGEST_CLIENT} characters")
+    return header[0] if header else None
 
 
 # pydantic's own `str` refuses half a surrogate pair, which JSON can carry and which must come back as given.

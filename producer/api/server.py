@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Final
 
 import uvicorn
 
-from producer.api.binding import LISTEN_BACKLOG, is_loopback, listen, require_permission
+from producer.api.binding import CONNECTIONS_LIMIT, LISTEN_BACKLOG, is_loopback, listen, require_permission
 from producer.api.grpc import GrpcServer
 from producer.api.http import make_app
-from producer.api.http_connection import CONNECTIONS_LIMIT, HttpConnections
+from producer.api.http_connection import HttpConnections
 from producer.api.state import Api
 from producer.api.tls import Certificates, certificates
 from producer.errors import RedisLoginRefused

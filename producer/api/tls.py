@@ -45,7 +45,7 @@ class Certificates:
         def hand_on(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
             connection.context = self._current()[protocol]
 
-        context = _server_context(self._files, protocol)
+        context = self._loaded[protocol]
         context.sni_callback = hand_on  # called for a client that sends no name, too
         return context
 
