@@ -8,6 +8,7 @@ KEYS 1 queue        list
      5 workers      zset   worker by its last sign of life (s, this server's time)
      6 unhealthy    zset   likewise, workers that have no healthy relay
 ARGV 1 silence      s      after which a worker counts as gone
+     2 largest      bytes  a larger message is not read
 
 Returns {queued, delayed, suspects, dead letters, workers alive, age of the queue's oldest request (ms), workers alive
 without a healthy relay}. The age is that of the oldest message that carries `enqueued_at`; -1 if none of the LOOKED_AT
@@ -22,7 +23,7 @@ for i = 1, LOOKED_AT do
     local message = redis.call('LINDEX', KEYS[1], -i)
     -- A text search: the message may be anything, and this need not be exact. One that is too long to be served, which
     -- a worker will dead-letter, ends it: reading 16 of them would hold up the server.
-    local long = message and #message > 65536
+    local long = message and #message > tonumber(ARGV[2])
     enqueued_at = message and not long and tonumber(string.match(message, '"enqueued_at"%s*:%s*([%d.]+)'))
     if enqueued_at or not message or long then
         break

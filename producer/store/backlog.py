@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from producer.contract import DEAD_LETTERS
+from producer.contract import DEAD_LETTERS, LARGEST_MESSAGE
 from producer.redis.scripts import Command, Script
 
 _LUA = Path(__file__).parent
@@ -35,7 +35,7 @@ class Backlog(NamedTuple):
 def backlog(queue: str) -> Command:
     """Ask for the backlog; read the answer with `read_backlog`."""
     workers = (queue + WORKERS, queue + UNHEALTHY_WORKERS)
-    return _BACKLOG([queue, queue + DELAYED, queue + SUSPECTS, DEAD_LETTERS, *workers], [SILENCE])
+    return _BACKLOG([queue, queue + DELAYED, queue + SUSPECTS, DEAD_LETTERS, *workers], [SILENCE, LARGEST_MESSAGE])
 
 
 def read_backlog(answer: Sequence[Any]) -> Backlog:

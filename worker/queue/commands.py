@@ -18,9 +18,10 @@ from producer.store.backlog import DELAYED, SUSPECTS, UNHEALTHY_WORKERS, WORKERS
 from worker.queue.message import POISON_DEATHS, SUSPECT_DEATHS, DeadLetterCode, DeadLetterReason, Reserved
 
 _LUA = Path(__file__).parent
-_RESERVE, _MAINTAIN, _ACK, _DELAY, _SCHEDULE, _WAKE, _DEAD_LETTER, _RELEASE = (
-    Script(_LUA / f"{name}.lua")
-    for name in ("reserve", "maintain", "ack", "delay", "schedule", "wake", "dead_letter", "release")
+_RESERVE, _ACK, _WAKE = (Script(_LUA / f"{name}.lua") for name in ("reserve", "ack", "wake"))
+_MAINTAIN, _DELAY, _SCHEDULE, _DEAD_LETTER, _RELEASE = (
+    Script(_LUA / "unacked.lua", _LUA / f"{name}.lua")
+    for name in ("maintain", "delay", "schedule", "dead_letter", "release")
 )
 
 UNACKED: Final = "unacked"  # kombu's name, as is the next

@@ -17,7 +17,7 @@ if not entry then
     return 0
 end
 local time = redis.call('TIME')
-local message = string.match(entry, '^%[(.*),%s*"[^"]*",%s*"[^"]*"%]$')
+local message = message_of(entry)
 local letter = { code = ARGV[2], reason = ARGV[3], at = time[1] + time[2] / 1000000, message = message }
 if ARGV[2] == ARGV[4] then
     local left = cjson.decode(message)

@@ -19,7 +19,7 @@ local entry = redis.call('HGET', KEYS[1], ARGV[1])
 if not entry then
     return 0
 end
-local message = string.match(entry, '^%[(.*),%s*"[^"]*",%s*"[^"]*"%]$')
+local message = message_of(entry)
 if redis.call('EXISTS', KEYS[6]) == 1 then
     redis.call('RPUSH', KEYS[5], message)
     redis.call('DEL', KEYS[6])

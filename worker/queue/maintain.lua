@@ -45,7 +45,7 @@ if visibility > 0 then
     local stale = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', seconds - visibility, 'LIMIT', 0, most)
     for i = #stale, 1, -1 do
         local entry = redis.call('HGET', KEYS[2], stale[i])
-        local message, queue = string.match(entry or '', '^%[(.*),%s*"[^"]*",%s*"([^"]*)"%]$')
+        local message, queue = message_of(entry or '')
         -- All queues of a database share kombu's keys: leave another queue's messages alone.
         if queue == KEYS[3] then
             local deaths = 1

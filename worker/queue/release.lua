@@ -12,7 +12,7 @@ local back = 0
 for i = #ARGV, 1, -1 do
     local entry = redis.call('HGET', KEYS[1], ARGV[i])
     if entry then
-        redis.call('RPUSH', KEYS[3], string.match(entry, '^%[(.*),%s*"[^"]*",%s*"[^"]*"%]$'))
+        redis.call('RPUSH', KEYS[3], (message_of(entry)))
         local removed = redis.pcall('HDEL', KEYS[1], ARGV[i])
         if type(removed) == 'table' and removed.err then
             redis.pcall('RPOP', KEYS[3])

@@ -19,7 +19,7 @@ for i = 1, #ARGV, 2 do
     local tag, due = ARGV[i], tonumber(ARGV[i + 1])
     local entry = redis.call('HGET', KEYS[1], tag)
     if entry and due > now then
-        local message = string.match(entry, '^%[(.*),%s*"[^"]*",%s*"[^"]*"%]$')
+        local message = message_of(entry)
         local at = string.format('%.0f', due)
         redis.call('ZADD', KEYS[3], at, tag)
         redis.call('HSET', KEYS[4], tag, at .. ' ' .. message)
