@@ -50,6 +50,8 @@ class Events:
 
     def received(self, jobs: list[Job]) -> None:
         """Requests were taken and are served at once. Ids are masked: a caller may use an address as one."""
+        if (dispatcher := self._enabled()) is None:
+            return
         events: list[dict[str, Any]] = []
         for job in jobs:
             uid = mask_text(job.request_id)
@@ -57,10 +59,12 @@ class Events:
             known = {"root_id": uid, "name": TASK, "args": "()", "kwargs": kwargs, "retries": 0}
             events.append({"type": "task-received", "uuid": uid, **known})
             events.append({"type": "task-started", "uuid": uid})
-        self._collect(events)
+        self._collect(dispatcher, events)
 
     def done(self, finished: Iterable[tuple[Job, ErrorCode | None]]) -> None:
         """Requests were settled; None: without a reply."""
+        if (dispatcher := self._enabled()) is None:
+            return
         now = asyncio.get_running_loop().time()
         events: list[dict[str, Any]] = []
         for job, error in finished:
@@ -74,7 +78,7 @@ class Events:
                 # Where an id had a SUCCESS before, monitors keep it: Celery ranks states.
                 kind = "task-rejected" if job.dead_lettered else "task-retried"
                 events.append({"type": kind, "uuid": uid, "exception": "not yet answered"})
-        self._collect(events)
+        self._collect(dispatcher, events)
 
     def flush(self) -> None:
         # Dropped if it cannot be written: no request may fail because of an event.
@@ -118,11 +122,15 @@ class Events:
         }
         return ("PUBLISH", channel, orjson.dumps(message))
 
-    def _collect(self, events: list[dict[str, Any]]) -> None:
-        """Complete and keep these events, if task events are enabled now."""
+    def _enabled(self) -> Any:
+        """The dispatcher, if task events are enabled now; else None."""
         dispatcher = self._dispatcher
         if dispatcher is None or not dispatcher.enabled or (dispatcher.groups and "task" not in dispatcher.groups):
-            return
+            return None
+        return dispatcher
+
+    def _collect(self, dispatcher: Any, events: list[dict[str, Any]]) -> None:
+        """Complete and keep these events."""
         with dispatcher.clock.mutex:  # as `LamportClock.forward`, several steps at once
             first = dispatcher.clock.value + 1
             dispatcher.clock.value += len(events)
