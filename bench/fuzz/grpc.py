@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import grpc
@@ -13,7 +11,7 @@ from support.http2 import OPENING, call, header
 
 from bench.fuzz.http import exchange
 from bench.fuzz.mutate import VALUES, Mutator
-from bench.fuzz.target import Target
+from bench.fuzz.target import SocketTarget
 from producer.api.frames import (
     PREFACE,
     ErrorCode,
@@ -28,7 +26,6 @@ from producer.api.frames import (
 )
 from producer.api.proto import METHOD, SERVICE, GetVarifyReq, GetVarifyRsp
 
-_AT_ONCE: Final = 8  # connections, or calls
 _TIMEOUT: Final = 60.0  # seconds
 _PATHS: Final = (
     f"/{SERVICE}/{METHOD}",
@@ -72,7 +69,7 @@ def _conversations(message: bytes) -> list[bytes]:
     return [*calls, PREFACE + settings + calls[0][len(OPENING) :], *(calls[0] + each for each in others)]
 
 
-class GrpcTarget(Target):
+class GrpcTarget(SocketTarget):
     """The gRPC API. Its process needs an answering worker."""
 
     kind = "grpc"
@@ -96,13 +93,6 @@ class GrpcTarget(Target):
         if chance.random() < 0.2:  # the preface stays, what follows is anything
             return _FRAMES + whole[: len(OPENING)] + chance.randbytes(chance.randrange(200))
         return _FRAMES + mutator.garbled(whole, [*frames, *_PROTO_TOKENS], self._conversations)
-
-    def send(self, inputs: Sequence[bytes]) -> Iterable[tuple[int, str]]:
-        """Each in a call or on a connection of its own, a few at once."""
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for at, what in enumerate(pool.map(self._try, inputs)):
-                if what:
-                    yield at, what
 
     def honest(self) -> bool:
         """A call is answered with success."""

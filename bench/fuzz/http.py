@@ -6,14 +6,13 @@ import json
 import random
 import re
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from support.api_process import ApiProcess
 
 from bench.fuzz.mutate import JSON_TOKENS, Mutator
-from bench.fuzz.target import Target
+from bench.fuzz.target import SocketTarget
 
 CODE: Final = "918273645546"  # what the checks guess
 _VERBS: Final = ("/get_varifycode", "/get_verifycode", "/check_varifycode", "/check_verifycode")
@@ -48,7 +47,6 @@ _TOKENS: Final = (
     *(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00", b"http://example.com/"),
 )
 _TIMEOUT: Final = 60.0  # seconds
-_AT_ONCE: Final = 8  # connections
 _NO_ERRORS: Final = frozenset({501, 505})  # the client's fault, though they begin with a 5
 _READY: Final = 503  # /readyz where no worker runs
 
@@ -71,7 +69,7 @@ def _seeds() -> list[bytes]:
     return [*seeds, seeds[0] + seeds[2], seeds[8] * 20, _post(_VERBS[0], body, b"Expect: 100-continue\r\n")]
 
 
-class HttpTarget(Target):
+class HttpTarget(SocketTarget):
     """The HTTP API. Its process needs an answering worker."""
 
     kind = "http"
@@ -91,13 +89,6 @@ class HttpTarget(Target):
         else:
             body = mutator.garbled(json.dumps(_BODY).encode(), JSON_TOKENS)
         return _post(chance.choice(_VERBS), body, chance.choice(_HEADERS) if chance.random() < 0.2 else b"")
-
-    def send(self, inputs: Sequence[bytes]) -> Iterable[tuple[int, str]]:
-        """Each on a connection of its own, a few at once."""
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for at, what in enumerate(pool.map(self._try, inputs)):
-                if what:
-                    yield at, what
 
     def honest(self) -> bool:
         """A request by HTTP is answered with success."""

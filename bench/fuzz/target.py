@@ -7,6 +7,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,6 +16,7 @@ from support.api_process import LOUD
 from support.process import Process
 
 BATCH: Final = 500  # inputs between two looks at the process
+_AT_ONCE: Final = 8  # inputs
 GROWTH: Final = 40.0  # MB that a process may grow after the first batch
 _ADDRESS: Final = re.compile(r"[\w.]{2,}@[\w-]+\.\w")
 
@@ -96,6 +98,20 @@ class Target(ABC):
         found = [f"in the log: {_around(text, sign)}" for sign in LOUD if sign in text]
         found += [f"an address in the log: {each}" for each in set(_ADDRESS.findall(text))]
         return found + ["a code in the log" for each in self.secrets() if each in text]
+
+
+class SocketTarget(Target):
+    """One whose inputs each have a connection, or a call, of their own; a few are sent at once."""
+
+    def send(self, inputs: Sequence[bytes]) -> Iterable[tuple[int, str]]:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for at, what in enumerate(pool.map(self._try, inputs)):
+                if what:
+                    yield at, what
+
+    @abstractmethod
+    def _try(self, data: bytes) -> str | None:
+        """Send one input; what went wrong."""
 
 
 def _around(text: str, sign: str) -> str:

@@ -163,14 +163,7 @@ def test_a_client_may_cancel_all_its_calls(api: ApiProcess) -> None:
         crowd.send(b"".join(begin(i, ASK) for i in streams(MAX_CALLS)))
         crowd.send(b"".join(reset_frame(i, ErrorCode.CANCEL) for i in streams(MAX_CALLS)))
         crowd.send(call(2 * MAX_CALLS + 1, ASK, b""))
-        data = b""
-
-        def answered() -> bool:
-            nonlocal data
-            data += crowd.read()[0]
-            return b"grpc-status" in data
-
-        eventually(answered)
+        crowd.wait_for(b"grpc-status")
 
 
 def test_a_connection_watches_our_health_four_times(api: ApiProcess) -> None:
@@ -196,14 +189,7 @@ def test_a_connection_watches_our_health_four_times(api: ApiProcess) -> None:
 @pytest.mark.slow
 def test_what_never_comes_is_waited_for_in_vain(api: ApiProcess) -> None:
     with Crowd(api.grpc_port, 1, PREFACE[:10]) as silent, Crowd(api.grpc_port, 1, OPENING + begin(1, ASK)) as waiting:
-        data = b""
-
-        def answered() -> bool:
-            nonlocal data
-            data += waiting.read()[0]
-            return b"no message within 5 s" in data
-
-        eventually(answered)
+        waiting.wait_for(b"no message within 5 s")
         ended(silent)
 
 

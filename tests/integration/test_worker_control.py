@@ -13,16 +13,14 @@ import pytest
 from celery import Celery
 from support.caller import TASK, address, message
 from support.process import WAIT_TIMEOUT, eventually
-from support.rig import Rig
+from support.rig import Rig, operator_app
 from support.smtp_server import Held
 
 
 @pytest.fixture(scope="module")
 def app(rig: Rig) -> Iterator[Celery]:
-    app = Celery("operator", set_as_current=False)
-    app.config_from_object({"broker_url": rig.url("broker"), "broker_transport": "kombu.transport.redis:Transport"})
-    yield app
-    app.close()
+    with operator_app(rig) as app:
+        yield app
 
 
 def ask(rig: Rig, app: Celery, question: str, *args: Any) -> Any:

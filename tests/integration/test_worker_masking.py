@@ -11,7 +11,7 @@ import pytest
 from celery import Celery
 from support.caller import QUEUE, message
 from support.process import eventually
-from support.rig import Rig
+from support.rig import Rig, operator_app
 from support.smtp_server import Held, ScriptedServer
 from typer.testing import CliRunner
 
@@ -38,10 +38,8 @@ def rig() -> Iterator[Rig]:
 
 @pytest.fixture(scope="module")
 def app(rig: Rig) -> Iterator[Celery]:
-    app = Celery("operator", set_as_current=False)
-    app.config_from_object({"broker_url": rig.url("broker"), "broker_transport": "kombu.transport.redis:Transport"})
-    yield app
-    app.close()
+    with operator_app(rig) as app:
+        yield app
 
 
 def inspected(rig: Rig, app: Celery, question: str, *args: Any) -> Any:

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import Final, NamedTuple, Self
 
 from producer.api.frames import PREFACE, Flag, FrameType, Setting, field, frame, settings_frame
+from support.process import eventually
 
 SETTINGS: Final = settings_frame({})
 OPENING: Final = PREFACE + SETTINGS  # what a client sends first
@@ -114,6 +115,17 @@ class Crowd:
                 connection.close()
             found.append(data)
         return found
+
+    def wait_for(self, text: bytes) -> None:
+        """Wait until this has come on the first connection."""
+        data = b""
+
+        def came() -> bool:
+            nonlocal data
+            data += self.read()[0]
+            return text in data
+
+        eventually(came)
 
     def close(self) -> None:
         self._stack.close()

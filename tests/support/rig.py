@@ -14,13 +14,14 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from email.message import EmailMessage
 from typing import Any, Final, Self, cast
 
 import redis
+from celery import Celery
 
 from support.caller import META, QUEUE, Caller, Listener, address, connect
 from support.process import START_TIMEOUT, WAIT_TIMEOUT, eventually
@@ -451,6 +452,14 @@ class Rig:
 
 
 NewRig = Callable[..., Rig]  # the fixture `new_rig`
+
+
+@contextmanager
+def operator_app(rig: Rig) -> Iterator[Celery]:
+    """An operator's Celery app, for inspect and control."""
+    with Celery("operator", set_as_current=False) as app:
+        app.config_from_object({"broker_url": rig.url("broker"), "broker_transport": "kombu.transport.redis:Transport"})
+        yield app
 
 
 def _argument_in(envelope: dict[str, Any], name: str) -> Any:
