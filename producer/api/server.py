@@ -149,7 +149,7 @@ def _on_signal(number: signal.Signals, stop: asyncio.Event) -> None:
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's loop if it is installed: the gRPC API serves 1.3 times as many requests on it."""
+    """uvloop's loop if it is installed: an HTTP check takes half the CPU on it, a gRPC call as much as on asyncio's."""
     if sys.platform == "win32":
         return None
     try:
