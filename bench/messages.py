@@ -8,7 +8,7 @@ import uuid
 from binascii import b2a_base64
 from typing import Final
 
-from producer.contract import TASK, VerifyRequest
+from producer.contract import TASK, VerifyRequest, stamp
 
 # The smallest message that the contract allows.
 _FOREIGN: Final = (
@@ -37,11 +37,8 @@ def foreign(start: int, stop: int, queue: str) -> list[bytes]:
 
 def ours(start: int, stop: int, queue: str) -> list[bytes]:
     """The same, as our producers write them."""
-    now = time.time()
-    return [
-        VerifyRequest(address(number)).message(str(uuid.uuid4()), queue=queue, enqueued_at=now)
-        for number in range(start, stop)
-    ]
+    requests = map(VerifyRequest, map(address, range(start, stop)))
+    return stamp((request.message(str(uuid.uuid4()), queue=queue) for request in requests), time.time())
 
 
 def _uuids(count: int) -> list[bytes]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Final
 
 from producer.contract import ErrorCode
 from producer.errors import RedisUnavailable
+from producer.redis.clock import ASK
 from producer.redis.connection import raise_errors
 from worker.databases import Database
 from worker.fetcher import Fetcher
@@ -77,7 +79,9 @@ class Maintenance:
         since = now if self._in_contact_since is None else self._in_contact_since
         restore = now - since >= RESTORE_AFTER
         command = self._queue.maintain(self._fetcher.tags(), restore=restore, relay_healthy=self._relay_healthy())
-        [answer] = await self._broker.run([command])
+        asked = time.monotonic()
+        answer, said = await self._broker.run([command, ASK])
+        self._counters.clock.read(said, asked)
         raise_errors([answer])
         if self._in_contact_since is None:
             logger.info("connected to the broker database")

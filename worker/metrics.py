@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -14,6 +13,7 @@ from producer.audit import Audit
 from producer.contract import ErrorCode
 from producer.errors import RedisUnavailable
 from producer.metrics import Histogram, ProcessMetrics, counter, gauge, histogram, labelled_counter, labelled_gauge
+from producer.redis.clock import RedisClock
 from producer.redis.connection import ServerError
 from producer.store.backlog import backlog, read_backlog
 from producer.store.codes import BUCKETS, COOLDOWN_HIT, SUPPRESSED_HIT
@@ -33,6 +33,7 @@ class Counters:
         self.taken = 0  # requests taken from the queue; one that is retried counts each time
         self.through_celery = 0  # of these, those that Celery ran
         self.replies = dict.fromkeys((error for error in ErrorCode if error < 1000), 0)
+        self.clock = RedisClock()  # the broker's
         self.until_reply = Histogram(BOUNDS)  # from `enqueued_at`
         self.until_accepted = Histogram(BOUNDS)
         self.retries = 0
@@ -46,23 +47,22 @@ class Counters:
 
     def replied(self, error: ErrorCode, enqueued_at: float | None) -> None:
         self.replies[error] += 1
-        _observe_age(self.until_reply, enqueued_at)
+        self._observe_age(self.until_reply, enqueued_at)
 
     def accepted(self, enqueued_at: float | None) -> None:
         """A relay accepted the mail of a request."""
         self.mails += 1
-        _observe_age(self.until_accepted, enqueued_at)
+        self._observe_age(self.until_accepted, enqueued_at)
 
     def dead_lettered(self, reason: DeadLetterReason) -> None:
         self.dead[reason.code] += 1
         self.last_dead_letter = reason.text
 
-
-def _observe_age(ages: Histogram, enqueued_at: float | None) -> None:
-    """Count the seconds since `enqueued_at` (Unix time), if the message had one."""
-    if enqueued_at is not None:
-        # Another host's clock may be ahead of ours, and a message may contain any number.
-        ages.observe(min(max(0.0, time.time() - enqueued_at), BOUNDS[-1]))
+    def _observe_age(self, ages: Histogram, enqueued_at: float | None) -> None:
+        """Count the seconds since `enqueued_at`, if the message had one, by the clock that our clients go by."""
+        if enqueued_at is not None and (now := self.clock.now()) is not None:
+            # A caller may have a clock of its own, and a message may contain any number.
+            ages.observe(min(max(0.0, now - enqueued_at), BOUNDS[-1]))
 
 
 class WorkerMetrics(ProcessMetrics):

@@ -6,13 +6,22 @@ There is no timer, so a lone request never waits, and a crowd shares the cost. E
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
+from producer.contract import stamp
 from producer.core.deadlines import Deadlines
 from producer.errors import QueueFull, RedisUnavailable, VerifyError
-from producer.redis.connection import REDIS_TIMEOUT, RedisConnections, check_version, raise_errors
+from producer.redis.clock import ASK, RedisClock
+from producer.redis.connection import (
+    REDIS_TIMEOUT,
+    RedisConnection,
+    RedisConnections,
+    raise_errors,
+    require_version,
+)
 from producer.redis.protocol import TOO_LATE
 from producer.store import backlog
 
@@ -29,7 +38,8 @@ class Publisher:
         """`limit`: while more requests than this wait in the queue, nothing is added to it."""
         self._queue = queue
         self._limit = limit
-        self._connection = redis.connection(url, on_open=check_version)
+        self._connection = redis.connection(url, on_open=self._greet)
+        self._clock = RedisClock()
         self._waiting: dict[Outcome, Message] = {}
         self._deadlines = Deadlines(REDIS_TIMEOUT, lambda outcome: outcome.set_exception(RedisUnavailable(TOO_LATE)))
         self._pusher: asyncio.Task[None] | None = None
@@ -40,7 +50,7 @@ class Publisher:
         self._deadlines.watch(outcome)
 
     def post(self, message: bytes, outcome: Outcome, on_confirmed: Callable[[], None]) -> None:
-        """Send the message with the next push, unless `outcome` is done by then.
+        """Send the message with the next push, stamped with Redis' time, unless `outcome` is done by then.
 
         Calls `on_confirmed` once Redis has the message, unless `outcome` is done before. If Redis does not confirm,
         `outcome` fails with `RedisUnavailable` (Redis may have the message even so, once or twice), `QueueFull` or
@@ -113,12 +123,25 @@ class Publisher:
             return []
         messages = [batch[outcome][0] for outcome in wanted]
         try:
-            replies = await self._connection.run([backlog.push(self._queue, messages, limit=self._limit)])
+            await self._connection.open()
+            asked, question = time.monotonic(), [ASK] if self._clock.stale else []
+            if (now := self._clock.now()) is not None:
+                messages = stamp(messages, now)
+            push = backlog.push(self._queue, messages, limit=self._limit)
+            pushed, *time_said = await self._connection.run([push, *question])
         except RedisUnavailable:
             if not again:
                 raise
             # Perhaps only this connection was lost. A message that arrives twice has the same id, so it stays one
             # request.
             return await self._push(batch, again=False)
-        [pushed] = raise_errors(replies)
+        if time_said:
+            self._clock.read(time_said[0], asked)
+        raise_errors([pushed])
         return [] if self._limit is None else wanted[pushed:]
+
+    async def _greet(self, connection: RedisConnection) -> None:
+        asked = time.monotonic()
+        info, now = await connection.run([("INFO", "server"), ASK])
+        require_version(info)
+        self._clock.read(now, asked)

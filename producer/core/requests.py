@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -12,6 +11,7 @@ from producer.contract import (
     LARGEST_MESSAGE,
     LONGEST_CLIENT,
     LONGEST_ID,
+    LONGEST_STAMP,
     ErrorCode,
     VerifyRequest,
     is_client,
@@ -54,7 +54,7 @@ def require_request_id(value: object) -> None:
 
 
 def encode(request: VerifyRequest, request_id: str, queue: str, trace: Mapping[str, str] | None) -> bytes:
-    """The message for `queue`, stamped with the time.
+    """The message for `queue`, which gets its time when it is sent.
 
     Raises `TypeError` for values that JSON cannot hold, `ValueError` for an email that is too long to be an address, or
     for a message that is too long for any worker.
@@ -66,7 +66,7 @@ def encode(request: VerifyRequest, request_id: str, queue: str, trace: Mapping[s
             json.dumps([request.email, request.purpose], allow_nan=False)
         except (TypeError, ValueError, RecursionError):
             raise TypeError("email and purpose must be JSON values; an email is a string") from None
-    message = request.message(request_id, queue=queue, enqueued_at=time.time(), trace=trace)
-    if len(message) > LARGEST_MESSAGE:
-        raise ValueError(f"the request makes a message of {len(message)} bytes; {LARGEST_MESSAGE} are allowed")
+    message = request.message(request_id, queue=queue, trace=trace)
+    if (size := len(message) + LONGEST_STAMP) > LARGEST_MESSAGE:
+        raise ValueError(f"the request makes a message of {size} bytes; {LARGEST_MESSAGE} are allowed")
     return message

@@ -167,6 +167,10 @@ class RedisConnection:
         """Whether a connection is open now."""
         return self._protocol is not None and self._protocol.open
 
+    async def open(self) -> None:
+        """Open the connection unless it is open."""
+        await self._open()
+
     async def run(self, batch: Batch, *, database: int | None = None) -> list[Any]:
         """Send all commands of a batch in one write; their replies in order."""
         [replies] = await self.run_all([(self.database if database is None else database, batch)])

@@ -1,13 +1,18 @@
-"""A worker on a host with a wrong clock: only Redis' clock counts."""
+"""Workers and callers on hosts with wrong clocks: only Redis' clock counts."""
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
+from support.api_process import ApiProcess
 from support.caller import address
-from support.process import ROOT, eventually
+from support.process import ROOT, eventually, own_environment
 from support.rig import NewRig
 from support.smtp_server import Held
 
@@ -33,12 +38,32 @@ datetime.datetime = datetime_
 """
 
 
+def shifted(folder: Path, seconds: int) -> dict[str, str]:
+    """The environment of a process whose wall clock is off by so many seconds."""
+    (folder / "sitecustomize.py").write_text(SHIFT)
+    return {"PYTHONPATH": f"{folder}:{ROOT}", "SHIFT": str(seconds)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [600, -600])
+def test_a_caller_with_a_wrong_clock_is_served_as_well_as_any(new_rig: NewRig, tmp_path: Path, seconds: int) -> None:
+    rig = new_rig()
+    wrong = own_environment({**rig.settings, **shifted(tmp_path, seconds)})
+    for _ in range(5):
+        send = [sys.executable, "-m", "producer", "send", address()]
+        done = subprocess.run(send, env=wrong, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    with ApiProcess({**rig.settings, **shifted(tmp_path, seconds)}) as api:
+        for _ in range(5):
+            assert api.http.post("/get_varifycode", json={"email": address()}).json()["error"] == 0
+    assert len(rig.relay.mails) == 10
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [30, -30, DAY, -DAY])
 def test_a_worker_with_a_wrong_clock_serves_as_well_as_any(new_rig: NewRig, tmp_path: Path, seconds: int) -> None:
-    (tmp_path / "sitecustomize.py").write_text(SHIFT)
     rig = new_rig(workers=0)
-    wrong = rig.add_worker(environment={"PYTHONPATH": f"{tmp_path}:{ROOT}", "SHIFT": str(seconds)}, wait=False)
+    wrong = rig.add_worker(environment=shifted(tmp_path, seconds), wait=False)
     right = rig.add_worker()
     wrong.wait_for_log(" ready.")
     held = Held("250 2.0.0 ok")
@@ -62,7 +87,13 @@ def test_a_worker_with_a_wrong_clock_serves_as_well_as_any(new_rig: NewRig, tmp_
     assert rig.caller.replies(ids) == [0] * 20
     # Each also serves alone, and the right one takes over what the wrong one held when it died.
     right.pause()
-    assert rig.caller.ask(address())["error"] == 0
+    assert rig.caller.replies(rig.caller.request_all(address(), headers={"enqueued_at": time.time()})) == [0]
+    page = httpx.get(wrong.metrics_url, timeout=60).text
+    [count, total] = (
+        float(re.findall(rf"^verify_worker_accepted_seconds_{name} (\S+)", page, re.MULTILINE)[0])
+        for name in ("count", "sum")
+    )
+    assert 0 < total < 20 * count  # it measures ages by Redis' clock, too
     email = address("killed")
     stuck = Held("250 2.1.5 ok")
     rig.script(email, rcpt=[stuck])

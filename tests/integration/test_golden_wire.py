@@ -19,7 +19,7 @@ from support.rig import Rig, code_in
 
 from producer.aio import AsyncVerificationClient
 from producer.client import VerificationClient
-from producer.contract import ErrorCode, Reply, VerifyRequest, read_reply
+from producer.contract import ErrorCode, Reply, VerifyRequest, read_reply, stamp
 from producer.settings import Settings
 
 MESSAGES: Final = golden.files("push")
@@ -124,7 +124,7 @@ REQUESTS: Final = {
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_our_message_equals_the_golden_message(name: str) -> None:
-    message = REQUESTS[name].message("an id", enqueued_at=time.time())
+    [message] = stamp([REQUESTS[name].message("an id")], time.time())
     Blanks("a@example.com", "an id").assert_equal(MESSAGES[name]["push"], json.loads(message))
 
 

@@ -19,7 +19,7 @@ from support.smtp_server import Held
 
 from producer.address import MAX_GIVEN
 from producer.aio import AsyncVerificationClient
-from producer.contract import LARGEST_MESSAGE, LONGEST_CLIENT, LONGEST_ID, LONGEST_LOCALE, VerifyRequest
+from producer.contract import LARGEST_MESSAGE, LONGEST_CLIENT, LONGEST_ID, LONGEST_LOCALE, VerifyRequest, stamp
 
 DEAD = "verification.dead"
 LARGE = 300_000  # bytes
@@ -218,5 +218,5 @@ def test_the_largest_message_of_our_clients_is_as_large_as_the_docs_say() -> Non
     wide = "\U0001f600"
     request = VerifyRequest(email, "p" * 32, wide * LONGEST_LOCALE, wide * LONGEST_CLIENT)
     trace = {"traceparent": "0" * 55, "tracestate": "s" * 512}
-    raw = request.message(wide * (LONGEST_ID // 4), queue=QUEUE, enqueued_at=time.time(), trace=trace)
+    [raw] = stamp([request.message(wide * (LONGEST_ID // 4), queue=QUEUE, trace=trace)], time.time())
     assert 6000 < len(raw) <= 6200

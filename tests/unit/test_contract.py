@@ -100,13 +100,12 @@ JSON = st.recursive(
     locale=st.none() | st.text(),
     request_id=st.text(),
     queue=st.text(),
-    enqueued_at=st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(0, 2**40),
 )
 def test_the_message_equals_json_dumps_of_the_envelope(
-    email: Any, purpose: Any, locale: str | None, request_id: str, queue: str, enqueued_at: float | None
+    email: Any, purpose: Any, locale: str | None, request_id: str, queue: str
 ) -> None:
     """Whatever the address is, it arrives unchanged. Defaults are left out, so that an old worker understands."""
-    raw = VerifyRequest(email, purpose, locale).message(request_id, queue=queue, enqueued_at=enqueued_at)
+    raw = VerifyRequest(email, purpose, locale).message(request_id, queue=queue)
     kwargs = {"email": email}
     if purpose != "default":
         kwargs["purpose"] = purpose
@@ -117,10 +116,10 @@ def test_the_message_equals_json_dumps_of_the_envelope(
     headers |= {"argsrepr": "()", "kwargsrepr": "{}"}
     tag = json.loads(raw)["properties"]["delivery_tag"]
     envelope = {
+        "headers": headers,
         "body": base64.b64encode(json.dumps([[], kwargs, embed]).encode()).decode(),
         "content-encoding": "utf-8",
         "content-type": "application/json",
-        "headers": headers if enqueued_at is None else {**headers, "enqueued_at": enqueued_at},
         "properties": {
             "correlation_id": request_id,
             "delivery_mode": 2,
@@ -131,6 +130,23 @@ def test_the_message_equals_json_dumps_of_the_envelope(
         },
     }
     assert raw == json.dumps(envelope).encode()
+
+
+@given(
+    email=st.text() | st.just('"headers": {'),
+    request_id=st.text() | st.just('"headers": {'),
+    trace=st.none() | st.just({"traceparent": '"headers": {'}),
+    seconds=st.floats(0, 9_999_999_999),
+)
+def test_a_stamp_adds_the_time_and_nothing_else(
+    email: str, request_id: str, trace: dict[str, str] | None, seconds: float
+) -> None:
+    raw = VerifyRequest(email).message(request_id, trace=trace)
+    [stamped] = contract.stamp([raw], seconds)
+    envelope = json.loads(raw)
+    envelope["headers"]["enqueued_at"] = round(seconds, 6)
+    assert json.loads(stamped) == envelope
+    assert len(raw) < len(stamped) <= len(raw) + contract.LONGEST_STAMP
 
 
 def test_new_uuid_makes_version_4_uuids_of_every_variant() -> None:
@@ -213,9 +229,7 @@ def test_a_trace_context_adds_two_headers_and_nothing_else() -> None:
     trace = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "tracestate": 'k="%(id)s",other=%s'}
 
     def made(trace: dict[str, str] | None) -> dict[str, Any]:
-        envelope: dict[str, Any] = json.loads(
-            VerifyRequest("a@example.com").message("id", enqueued_at=1.5, trace=trace)
-        )
+        envelope: dict[str, Any] = json.loads(VerifyRequest("a@example.com").message("id", trace=trace))
         envelope["properties"].pop("delivery_tag")
         return envelope
 
