@@ -1,4 +1,5 @@
-"""The callers of a soak, at a steady rate: blocking client, asyncio client, raw LPUSH and a stock Celery app."""
+"""The callers of a soak that push to Redis themselves, at a steady rate: blocking client, asyncio client, raw LPUSH and
+a stock Celery app."""
 
 from __future__ import annotations
 
@@ -28,7 +29,22 @@ HOST: Final = "soak.example"
 POPULAR: Final = 12  # addresses that several callers ask for again and again
 POPULAR_FOR: Final = 120.0  # seconds until other addresses take their place: well within the life of a code
 AGAIN: Final = 0.2  # seconds between two attempts of one push
+BEHIND: Final = 5.0  # seconds of waiting that a caller makes up for
 _FAILED: Final = (redis.RedisError, RedisUnavailable, OperationalError, OSError)
+
+
+class Pace:
+    """One caller's rate: `pause` seconds between two requests on average. What it has missed it makes up for."""
+
+    def __init__(self, chance: random.Random, pause: float) -> None:
+        self._chance, self._pause = chance, pause
+        self._next = time.monotonic()
+
+    def seconds(self) -> float:
+        """How long to wait until the next request."""
+        now = time.monotonic()
+        self._next = max(self._next + self._chance.uniform(0.5, 1.5) * self._pause, now - BEHIND)
+        return max(0.0, self._next - now)
 
 
 class Callers:
@@ -78,8 +94,11 @@ class Callers:
         era = int((time.monotonic() - self.ledger.began) / POPULAR_FOR)
         return f"popular.{self._seed}.{era}.{chance.randrange(POPULAR)}@{HOST}"
 
-    def _paced(self, chance: random.Random, name: str) -> bool:
-        return not self._stopping.wait(chance.uniform(0.5, 1.5) * self._pause[name])
+    def _pace(self, chance: random.Random, name: str) -> Pace:
+        return Pace(chance, self._pause[name])
+
+    def _waits(self, pace: Pace) -> bool:
+        return not self._stopping.wait(pace.seconds())
 
     def push_until_acknowledged(self, record: Record, push: Callable[[], object]) -> None:
         """Push under one id until Redis acknowledges it, for a minute at most."""
@@ -99,13 +118,13 @@ class Callers:
         """Record the answer that a waiting caller got."""
         self.slowest = max(self.slowest, time.monotonic() - record.at)
         record.answer = error
-        # After error 1, Redis may have the request or not.
-        record.acknowledged = error != 1
+        # After error 1, Redis may have the request or not; it may have been asked again since.
+        record.acknowledged = record.acknowledged or error != 1
 
     def _blocking(self, number: int) -> None:
         chance = random.Random(f"{self._seed} blocking {number}")
-        client = self._client
-        while self._paced(chance, "blocking"):
+        client, pace = self._client, self._pace(chance, "blocking")
+        while self._waits(pace):
             if chance.random() < 0.5:
                 record = self.ledger.asking(self.address("blocking"), "VerificationClient.request")
                 self.answered(record, client.request(record.email).error)
@@ -121,8 +140,9 @@ class Callers:
 
     async def _one_of_many(self, client: AsyncVerificationClient, number: int) -> None:
         chance = random.Random(f"{self._seed} asyncio {number}")
+        pace = self._pace(chance, "asyncio")
         while not self._stopping.is_set():
-            await asyncio.sleep(chance.uniform(0.5, 1.5) * self._pause["asyncio"])
+            await asyncio.sleep(pace.seconds())
             record = self.ledger.asking(self.address("asyncio"), "AsyncVerificationClient.request")
             self.answered(record, (await client.request(record.email)).error)
 
@@ -132,8 +152,9 @@ class Callers:
 
     def _raw(self) -> None:
         chance = random.Random(f"{self._seed} raw")
+        pace = self._pace(chance, "raw")
         with self.raw_client() as client:
-            while self._paced(chance, "raw"):
+            while self._waits(pace):
                 envelope = message({"email": self._some_address(chance, "raw")})
                 self.push_raw(client, envelope)
 
@@ -141,6 +162,10 @@ class Callers:
         """LPUSH messages of one request, in one command."""
         email = json.loads(base64.b64decode(envelopes[0]["body"]))[1]["email"]
         record = self.ledger.asking(email, "LPUSH", envelopes[0]["headers"]["id"])
+        self.push_envelopes(client, record, *envelopes)
+
+    def push_envelopes(self, client: redis.Redis, record: Record, *envelopes: dict[str, Any]) -> None:
+        """LPUSH messages of a request that is recorded already, in one command."""
         self.push_until_acknowledged(record, lambda: client.lpush(QUEUE, *(json.dumps(each) for each in envelopes)))
 
     def _celery(self) -> None:
@@ -149,7 +174,8 @@ class Callers:
         app = Celery("stock", broker=broker.url)
         sockets = {"socket_timeout": 2, "socket_connect_timeout": 1, "retry_on_timeout": False, **broker.options}
         app.conf.update(broker_transport_options=sockets, task_publish_retry=False, broker_connection_timeout=1)
-        while self._paced(chance, "celery"):
+        pace = self._pace(chance, "celery")
+        while self._waits(pace):
             known = str(uuid.uuid4())
             record = self.ledger.asking(self._some_address(chance, "celery"), "Celery.send_task", known)
             self.push_until_acknowledged(record, lambda r=record, i=known: self._send_task(app, r.email, i))  # type: ignore[misc]  # bound at once

@@ -5,32 +5,41 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import subprocess
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import redis
+from support.api_process import ApiProcess
 from support.caller import QUEUE, message
 from support.malformed import malformed_messages
-from support.rig import Rig
+from support.process import START_TIMEOUT, Process
+from support.redis_server import RedisServer
+from support.rig import DATABASES, Calling, Rig, code_in
 from support.smtp_server import Act, Drop, Last, Mail, ScriptedServer, Silence, Slowly
 from support.tcp_proxy import HOLE, MUTE, PASS, STALL, TRICKLE, TcpProxy
-from support.worker_process import WorkerProcess
+from support.worker_process import STOP_WITHIN, WorkerProcess
 
 from bench.soak.callers import Callers
-from bench.soak.ledger import Ledger, Scanner
+from bench.soak.ledger import Breach, Ledger, Scanner
 
 WORKERS: Final = 3
+LEASE: Final = 3.0  # seconds that a worker may send without renewal: VERIFY_VISIBILITY_TIMEOUT
 MINUTE: Final = 60.0  # seconds
 CALM: Final = 12.0  # seconds of each minute in which no fault begins, to measure how fast replies are
 EVERY: Final = (1.0, 4.0)  # seconds between two faults
 LINGERS: Final = 2.0  # seconds after Redis' return until a worker has surely written what it sent meanwhile
-EXIT_WITHIN: Final = 15.0  # seconds after SIGTERM
+EXIT_WITHIN: Final = STOP_WITHIN + 30.0  # seconds after SIGTERM: the promised ones, and room for a busy machine
+READY_WITHIN: Final = START_TIMEOUT  # seconds for which a started process is waited for
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +54,34 @@ class Kind:
 
 
 _WORKERS = tuple(f"worker {i}" for i in range(WORKERS))
-_BEHIND_PROXIES = _WORKERS[1:]  # the first one connects to Redis without a proxy
+_APIS = ("api 0", "api 1")
+STEADY: Final = ("worker 1", "api 0")  # never ended, so that their memory can be followed
+_LINKED = (*_WORKERS, "api 0")  # cut off from Redis alone
+_SERVER = ("Redis",)  # one of the servers, if there are several
 _RELAYS = ("relay 0", "relay 0", "relay 1", "relays 0 and 1")
 KINDS: Final = (
     Kind("worker: kill -9", _WORKERS, (0.2, 2), True, 4),
     Kind("worker: SIGSTOP past its lease", _WORKERS, (4, 6), True),
     Kind("worker: SIGTERM", _WORKERS, (0, 0), False, 3),
-    Kind("Redis: kill -9", ("Redis",), (0.2, 3), True, 3),
-    Kind("Redis: SIGSTOP", ("Redis",), (1, 5), True),
-    Kind("Redis: CLIENT KILL", ("Redis",), (0, 0), False, 3),
-    Kind("network to Redis: reset", _BEHIND_PROXIES, (0, 0), False),
-    Kind("network to Redis: stall", _BEHIND_PROXIES, (1, 4), True),
-    Kind("network to Redis: half open", _BEHIND_PROXIES, (1, 4), True),
-    Kind("network to Redis: half open, one way", _BEHIND_PROXIES, (1, 3), True),
-    Kind("network to Redis: trickle", _BEHIND_PROXIES, (1, 4), True),
+    Kind("Redis: kill -9", _SERVER, (0.2, 3), True, 3),
+    Kind("Redis: SIGSTOP", _SERVER, (1, 5), True),
+    Kind("Redis: CLIENT KILL", _SERVER, (0, 0), False, 3),
+    Kind("network to Redis: reset", _LINKED, (0, 0), False),
+    Kind("network to Redis: stall", _LINKED, (1, 4), True),
+    Kind("network to Redis: half open", _LINKED, (1, 4), True),
+    Kind("network to Redis: half open, one way", _LINKED, (1, 3), True),
+    Kind("network to Redis: trickle", _LINKED, (1, 4), True),
+    *(
+        Kind(f"Redis refuses writes: {why}{cut}", _SERVER, (3, 10), True, 1)
+        for why in ("maxmemory", "MISCONF", "READONLY", "NOREPLICAS")
+        for cut in ("", ", connections cut")
+    ),
+    Kind("Redis, codes alone: cut off", ("all links",), (3, 8), True),
+    Kind("worker cut off around its final dot: successor cut off", ("all links",), (0, 0), True),
+    Kind("worker cut off around its final dot: successor killed", ("all links",), (0, 0), True),
+    Kind("workers: rolling restart", ("workers",), (0, 0), False, 1),
+    Kind("API: SIGTERM", ("api 1",), (0, 0), False, 2),
+    Kind("API: kill -9", ("api 1",), (0.2, 2), False, 1),
     Kind("network to relay: reset", _RELAYS, (0, 0), True),
     Kind("network to relay: stall", _RELAYS, (1, 6), True),
     Kind("network to relay: half open", _RELAYS, (1, 4), True),
@@ -92,6 +115,14 @@ _LONG: Final = (
 )
 LONG_FAULTS_END: Final = 560.0  # seconds: after all of them, and calm
 _BY_NAME: Final = {kind.name: kind for kind in KINDS}
+_ENDS: Final = {"worker: kill -9", "worker: SIGTERM"}
+_ONE_SERVER_LACKS: Final = {"Redis, codes alone: cut off"}
+_REFUSE: Final[dict[str, dict[str, str]]] = {  # by CONFIG SET
+    "maxmemory": {"maxmemory": "1"},
+    "MISCONF": {"save": "3600 1000000"},  # only where saves are configured does a failed one stop writes
+    "NOREPLICAS": {"min-replicas-to-write": "1"},
+}
+_ALLOW: Final = {"maxmemory": "0", "save": "", "min-replicas-to-write": "0"}
 _MODES: Final = {"stall": STALL, "half open": HOLE, "half open, one way": MUTE, "trickle": TRICKLE}
 _SCRIPTS: Final[dict[str, dict[str, Act]]] = {
     "421": {"banner": Last("421 4.7.0 later"), "mail": Last("421 4.7.0 later")},
@@ -116,19 +147,31 @@ class PlannedFault:
     dice: int
 
 
-def schedule(seed: int, seconds: float) -> list[PlannedFault]:
+def _kind(name: str) -> str:
+    """`worker` of `worker 1`."""
+    return name.partition(" ")[0]
+
+
+def server_names(servers: int) -> tuple[str, ...]:
+    """The Redis servers of a run with one or three of them."""
+    return _SERVER if servers == 1 else DATABASES
+
+
+def schedule(seed: int, seconds: float, servers: int) -> list[PlannedFault]:
     """The faults of a run. The same seed gives the same faults; a longer run begins like a shorter one."""
     chance = random.Random(seed)
+    kinds = [kind for kind in KINDS if servers > 1 or kind.name not in _ONE_SERVER_LACKS]
+    weights = [kind.weight for kind in kinds]
     planned: list[PlannedFault] = []
     at = 3.0
     while True:
         at += chance.uniform(*EVERY)
         if at % MINUTE > MINUTE - CALM:
             at += MINUTE - at % MINUTE
-        kind = chance.choices(KINDS, [kind.weight for kind in KINDS])[0]
-        fault = PlannedFault(
-            at, kind.name, chance.choice(kind.where), chance.uniform(*kind.seconds), chance.getrandbits(32)
-        )
+        kind = chance.choices(kinds, weights)[0]
+        where = server_names(servers) if kind.where == _SERVER else kind.where
+        where = tuple(each for each in where if kind.name not in _ENDS or each not in STEADY)
+        fault = PlannedFault(at, kind.name, chance.choice(where), chance.uniform(*kind.seconds), chance.getrandbits(32))
         if at > seconds:
             return planned
         planned.append(fault)
@@ -160,12 +203,42 @@ class Relay(ScriptedServer):
         self.dotted = Unkept(self._whole)
         self.mails = Unkept(ledger.accepted)
         self.commands = Unkept()
+        self.watched: dict[str, Callable[[int], object]] = {}  # by recipient: what is told the code of its mails
 
     def _whole(self, mail: Mail) -> None:
         # Called when the final dot has come, right before the reply is chosen.
-        act = self.script.get("dot", "250")
+        act = self.scripts.get(mail.recipient, self.script).get("dot", "250")
         if not (isinstance(act, str) and act.startswith("4")):
             self._ledger.whole(mail)
+        if watch := self.watched.get(mail.recipient):
+            watch(int(code_in(mail)))
+
+
+class Link:
+    """One process' connections to Redis: a proxy in front of each server. A fault holds the lock of what it breaks."""
+
+    def __init__(self, servers: Mapping[str, RedisServer], stack: ExitStack) -> None:
+        self.proxies = {name: stack.enter_context(TcpProxy(server.port)) for name, server in servers.items()}
+        self.lock = threading.Lock()
+
+    def settings(self) -> dict[str, str]:
+        """The URLs of the three databases through the proxies."""
+        if len(self.proxies) == 1:
+            return {"VERIFY_REDIS_URL": self.proxies["Redis"].url()}
+        urls = {which: self.proxies[which].url(number) for number, which in enumerate(DATABASES)}
+        return {f"VERIFY_{which.upper()}_URL": url for which, url in urls.items()}
+
+    def break_(self, mode: str, names: Iterable[str] | None = None) -> None:
+        """Put the proxies, or those in front of these servers, into a mode."""
+        for name in self.proxies if names is None else names:
+            self.proxies[name].mode = mode
+
+    def heal(self, *, reset: bool) -> None:
+        """Let everything pass again. `reset`: end the open connections, whose data is lost in part."""
+        for proxy in self.proxies.values():
+            if proxy.mode != PASS and reset:
+                proxy.reset()
+            proxy.mode = PASS
 
 
 class FaultRunner:
@@ -179,88 +252,123 @@ class FaultRunner:
         scanner: Scanner,
         callers: Callers,
         relays: list[tuple[Relay, TcpProxy]],
+        servers: Mapping[str, RedisServer],
         logs: Path | None,
     ) -> None:
+        """`servers`: by name; those of `server_names`."""
         self._rig, self._ledger, self._scanner, self._callers = rig, ledger, scanner, callers
-        self._relays, self._logs = relays, logs
-        self._proxies: dict[str, TcpProxy] = {}
+        self._relays, self._servers, self._logs = relays, servers, logs
+        self._links: dict[str, Link] = {}
         self.workers: dict[str, WorkerProcess] = {}
-        self._read: dict[WorkerProcess, int] = {}
+        self.apis: dict[str, ApiProcess] = {}
+        self._read: dict[Process, int] = {}
+        self._ordered: set[Process] = set()  # that were told to end
         self.done: Counter[str] = Counter()
-        parts = (*_WORKERS, "Redis", "relays", "queue")
+        parts = (*_WORKERS, *_APIS, *servers, "relays", "queue", "all links", "workers")
         self._threads = {part: ThreadPoolExecutor(1, part) for part in parts}
         self._queue = callers.raw_client()
         self._futures: list[Future[None]] = []
+        self._looks: dict[str, Future[None]] = {}
         self.binds: dict[str, str] = {}  # where a worker serves its metrics; else on any free port
-        self.peak_rss = 0  # KiB
-        self.started = 0
+        self.consume: Callable[[str, int], object] = lambda _email, _code: None  # an end user's check of a code
+        self.started: Counter[str] = Counter()  # processes, by the first word of their names
+        self.peak_rss: Counter[str] = Counter()  # KiB, likewise
+        self.rss: dict[str, list[tuple[float, int]]] = {name: [] for name in STEADY}  # seconds since the start, KiB
+        self.slowest_exit = 0.0  # seconds from a SIGTERM to the end
 
-    # Workers
+    # Processes
 
-    def start_workers(self, proxies: list[TcpProxy]) -> None:
-        """All of them; the first one without a proxy."""
-        self._proxies = dict(zip(_BEHIND_PROXIES, proxies, strict=True))
-        for future in [self._threads[name].submit(self._start, name) for name in _WORKERS]:
-            future.result(60)
+    def start_processes(self, stack: ExitStack, *, apis: bool) -> None:
+        """All workers and, if wanted, the API processes, each through proxies of its own, which `stack` ends."""
+        names = (*_WORKERS, *(_APIS if apis else ()))
+        self._links = {name: Link(self._servers, stack) for name in names}
+        for future in [self._threads[name].submit(self._start, name) for name in names]:
+            future.result(2 * START_TIMEOUT)
 
     def _start(self, name: str) -> None:
-        proxy = self._proxies.get(name)
-        url = proxy.url() if proxy else self._rig.server.url()
-        bind = self.binds.get(name, self._rig.settings["VERIFY_METRICS_BIND"])
-        settings = {**self._rig.settings, "VERIFY_REDIS_URL": url, "VERIFY_METRICS_BIND": bind}
-        worker = WorkerProcess(settings, log_level="DEBUG")
-        self.workers[name] = worker
-        self._read[worker] = 0
-        self.started += 1
-        worker.start(wait=False)
+        settings = {**self._rig.settings, **self._links[name].settings()}
+        self.started[_kind(name)] += 1
+        if name in _APIS:
+            self._start_api(name, settings)
+            return
+        settings["VERIFY_METRICS_BIND"] = self.binds.get(name, self._rig.settings["VERIFY_METRICS_BIND"])
+        process = WorkerProcess(settings, log_level="DEBUG")
+        self._read[process] = 0
+        self.workers[name] = process
+        process.start(wait=False)
         # It is not ready while Redis is unreachable, and that is no violation.
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline and b" ready." not in worker.log_path.read_bytes():
-            if not worker.alive:
-                self._ledger.violated(f"{name} ended at its start:\n{worker.log[-3000:]}")
-                return
-            time.sleep(0.05)
+        deadline = time.monotonic() + READY_WITHIN
+        while time.monotonic() < deadline and b" ready." not in process.log_path.read_bytes():
+            if not process.alive:
+                return  # `look` reports it, unless it was told to
+            time.sleep(0.1)
+
+    def _start_api(self, name: str, settings: dict[str, str]) -> None:
+        process = ApiProcess(settings)
+        self._read[process] = 0
+        try:
+            process.start()
+        except AssertionError:
+            self._ended(name, process, "at its start")
+        self.apis[name] = process
+
+    def _ended(self, name: str, process: Process, when: str) -> None:
+        breach = Breach.API if name in _APIS else Breach.WORKER
+        code = process.process.returncode
+        self._ledger.violated(f"{name} ended {when} by itself ({code}):\n{process.log[-3000:]}", breach=breach)
 
     def _retire(self, name: str) -> None:
-        """Read the rest of the log of a worker that has ended, and drop it."""
-        worker = self.workers.pop(name)
-        self._look_through(worker, last=True)
+        """Read the rest of the log of a process that has ended, and drop it."""
+        process: Process = self.workers.pop(name) if name in self.workers else self.apis[name]
+        self._look_through(process, last=True)
         if self._logs is not None:
             target = self._logs / f"{time.monotonic() - self._ledger.began:07.1f}-{name.replace(' ', '')}.log"
-            target.write_bytes(worker.log_path.read_bytes())
-        del self._read[worker]
-        worker.close()
+            target.write_bytes(process.log_path.read_bytes())
+        del self._read[process]
+        self._ordered.discard(process)
+        process.close()
 
-    def _look_through(self, worker: WorkerProcess, *, last: bool = False) -> None:
-        with worker.log_path.open("rb") as log:
-            log.seek(self._read[worker])
+    def _look_through(self, process: Process, *, last: bool = False) -> None:
+        with process.log_path.open("rb") as log:
+            log.seek(self._read[process])
             while text := log.read(2**20):
                 if not (last and len(text) < 2**20):
                     text = text[: text.rfind(b"\n") + 1]  # whole lines
                 if not text:
                     break
-                self._scanner.scan(text, worker.name)
-                self._read[worker] += len(text)
-                log.seek(self._read[worker])
+                self._scanner.scan(text, process.log_path.stem)
+                self._read[process] += len(text)
+                log.seek(self._read[process])
 
-    def look(self) -> None:
-        """Read logs and memory, and check that every worker runs that should. Called now and then."""
-        for name, worker in list(self.workers.items()):
-            self._threads[name].submit(self._look_at, name, worker).result(60)
+    def look(self, within: float | None = None) -> None:
+        """Read logs and memory, and check that every process runs that should. Called now and then.
 
-    def _look_at(self, name: str, worker: WorkerProcess) -> None:
-        if self.workers.get(name) is not worker:
+        `within`: return when it is done, which takes at most so many seconds.
+        """
+        for name in (*self.workers, *self.apis):
+            if name not in self._looks or self._looks[name].done():
+                self._looks[name] = self._threads[name].submit(self._look_at, name)
+        for look in list(self._looks.values()):
+            if within is not None or look.done():
+                look.result(within)
+
+    def _look_at(self, name: str) -> None:
+        process = self.workers.get(name) or self.apis.get(name)
+        if process is None or process in self._ordered:
             return
-        if not worker.alive:
-            self._ledger.violated(f"{name} ended by itself ({worker.process.returncode}):\n{worker.log[-3000:]}")
+        if not process.alive:
+            self._ended(name, process, "under way")
             self._retire(name)
             self._start(name)
             return
         with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{worker.process.pid}/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    self.peak_rss = max(self.peak_rss, int(line.split()[1]))
-        self._look_through(worker)
+            status = Path(f"/proc/{process.process.pid}/status").read_text()
+            peak, now = (int(found) for found in re.findall(r"^Vm(?:HWM|RSS):\s+(\d+)", status, re.MULTILINE))
+            kind = _kind(name)
+            self.peak_rss[kind] = max(self.peak_rss[kind], peak)
+            if name in self.rss:
+                self.rss[name].append((time.monotonic() - self._ledger.began, now))
+        self._look_through(process)
 
     # The schedule
 
@@ -272,26 +380,44 @@ class FaultRunner:
 
     def _run(self, fault: PlannedFault) -> None:
         kind = _BY_NAME[fault.kind]
-        window = self._ledger.begin(kind.name, fault.where, doubts=kind.doubts)
         group, _, what = kind.name.partition(": ")
-        try:
-            self._do(fault, group, what)
-            self.done[kind.name] += 1
-        except Exception as exc:  # noqa: BLE001 - whatever it is, the soak goes on, and fails at its end
-            self._ledger.violated(f"the fault {kind.name} could not be done: {exc!r}")
-        finally:
-            if group in {"Redis", "network to Redis"} and kind.doubts:
-                time.sleep(LINGERS)
-            self._ledger.end(window)
+        with self._locked(group, fault.where):
+            window = self._ledger.begin(kind.name, fault.where, doubts=kind.doubts and fault.where not in _APIS)
+            try:
+                self._do(fault, group, what)
+                self.done[kind.name] += 1
+            except Exception as exc:  # noqa: BLE001 - whatever it is, the soak goes on, and fails at its end
+                self._ledger.violated(f"the fault {kind.name} could not be done: {exc!r}")
+            finally:
+                if "Redis" in group and kind.doubts:
+                    time.sleep(LINGERS)
+                self._ledger.end(window)
+
+    @contextlib.contextmanager
+    def _locked(self, group: str, where: str) -> Iterator[None]:
+        """Hold the locks of the links that a fault breaks."""
+        names = sorted(self._links) if where == "all links" else [where] if group == "network to Redis" else []
+        with ExitStack() as stack:
+            for name in names:
+                stack.enter_context(self._links[name].lock)
+            yield
 
     def _do(self, fault: PlannedFault, group: str, what: str) -> None:
         match group:
-            case "worker":
-                self._worker(fault, what)
+            case "worker" | "API":
+                self._end_one(fault, what)
+            case "workers":
+                self._restart_in_turn()
             case "Redis":
                 self._redis(fault, what)
+            case "Redis refuses writes":
+                self._refuse_writes(fault, what)
+            case "Redis, codes alone":
+                self._cut_codes_off(fault)
+            case "worker cut off around its final dot":
+                self._cut_off_at_dot(fault, what)
             case "network to Redis":
-                self._network([self._proxies[fault.where]], fault, what)
+                self._cut_link(self._links[fault.where], fault, what)
             case "network to relay":
                 self._network([proxy for _, proxy in self._chosen(fault)], fault, what)
             case "relay":
@@ -299,31 +425,49 @@ class FaultRunner:
             case _:
                 self._messages(fault)
 
-    def _worker(self, fault: PlannedFault, what: str) -> None:
-        worker = self.workers[fault.where]
-        if not worker.alive:  # `look` reports it
-            return
+    def _end_one(self, fault: PlannedFault, what: str) -> None:
+        process = self.workers.get(fault.where) or self.apis[fault.where]
         if what.startswith("SIGSTOP"):
-            worker.pause()
-            time.sleep(fault.seconds)
-            worker.resume()
+            if process.alive:
+                process.pause()
+                time.sleep(fault.seconds)
+                process.resume()
             return
-        if what == "SIGTERM":
-            worker.terminate()
+        self._replace(fault.where, process, killed=what != "SIGTERM", away=fault.seconds)
+
+    def _replace(self, name: str, process: Process, *, killed: bool = False, away: float = 0.0) -> None:
+        """End a process and start another one; to be called on the thread of its name."""
+        if (self.workers.get(name) or self.apis.get(name)) is not process:
+            return
+        if not process.alive and process not in self._ordered:  # `look` reports it
+            return
+        self._ordered.add(process)
+        if killed:
+            process.kill()
+        elif process.alive:
+            began = time.monotonic()
+            process.terminate()
             try:
-                worker.wait(EXIT_WITHIN + 0.5)
+                process.wait(EXIT_WITHIN)
+                self.slowest_exit = max(self.slowest_exit, time.monotonic() - began)
             except subprocess.TimeoutExpired:
-                log = worker.log[-3000:]
-                self._ledger.violated(f"{fault.where} was not gone {EXIT_WITHIN} s after SIGTERM:\n{log}")
-                worker.kill()
-        else:
-            worker.kill()
-        time.sleep(fault.seconds)
-        self._retire(fault.where)
-        self._start(fault.where)
+                self._ledger.violated(f"{name} was not gone {EXIT_WITHIN} s after SIGTERM:\n{process.log[-3000:]}")
+                process.kill()
+        time.sleep(away)
+        self._retire(name)
+        self._start(name)
+
+    def _restart_in_turn(self) -> None:
+        """Restart one worker after the other, each when the one before is ready."""
+        for name in _WORKERS:
+            if name not in STEADY:
+                self._threads[name].submit(self._restart, name).result(4 * START_TIMEOUT)
+
+    def _restart(self, name: str) -> None:
+        self._replace(name, self.workers[name])
 
     def _redis(self, fault: PlannedFault, what: str) -> None:
-        server = self._rig.server
+        server = self._servers[fault.where]
         if what == "kill -9":
             server.kill()
             time.sleep(fault.seconds)
@@ -338,6 +482,107 @@ class FaultRunner:
                 clients = [each["id"] for each in client.client_list()]
                 for each in chance.sample(clients, min(len(clients), chance.randint(1, 8))):
                     client.client_kill_filter(_id=each, skipme=True)
+
+    def _refuse_writes(self, fault: PlannedFault, what: str) -> None:
+        server = self._servers[fault.where]
+        why, cut, _ = what.partition(", connections cut")
+        with server.client(socket_timeout=30) as client:
+            for name, value in _REFUSE.get(why, {}).items():
+                client.config_set(name, value)
+            in_the_way = server.directory / "dump.rdb"
+            if why == "READONLY":
+                client.replicaof("127.0.0.1", 1)  # nobody listens there: it keeps its data
+            elif why == "MISCONF":
+                (in_the_way / "not empty").mkdir(parents=True)
+                client.bgsave()
+            try:
+                if cut:
+                    for kind in ("normal", "pubsub"):
+                        client.client_kill_filter(_type=kind, skipme=True)
+                time.sleep(fault.seconds)
+            finally:
+                if why == "READONLY":
+                    client.replicaof("NO", "ONE")
+                for name in _REFUSE.get(why, {}):
+                    client.config_set(name, _ALLOW[name])
+                if why == "MISCONF":
+                    (in_the_way / "not empty").rmdir()
+                    in_the_way.rmdir()
+
+    def _cut_codes_off(self, fault: PlannedFault) -> None:
+        """No worker and no API reaches the codes; broker and results answer."""
+        for link in self._links.values():
+            link.break_(HOLE, ("codes",))
+        time.sleep(fault.seconds)
+        for link in self._links.values():
+            link.heal(reset=True)
+
+    def _cut_off_at_dot(self, fault: PlannedFault, what: str) -> None:
+        """Cut all workers off for longer than their leases while a mail's final dot is written or answered, and once
+        more at the next mail of the same request, or kill them then. An end user may consume the code between."""
+        chance = random.Random(fault.dice)
+        email = self._callers.address("doubted")
+        first, second = threading.Event(), threading.Event()
+        mailed: list[int] = []
+
+        def cut_off() -> None:
+            self._cut_workers_off(kill=False)
+            first.set()
+
+        def cut_off_or_kill() -> None:
+            self._cut_workers_off(kill=what == "successor killed")
+            second.set()
+
+        again = Calling("250 2.0.0 ok", cut_off_or_kill)
+        steps: dict[str, Act | list[Act]] = {"dot": [Calling("250 2.0.0 ok", cut_off), again]}
+        if chance.random() < 0.6:  # before the content instead: nothing that the worker writes to Redis then arrives
+            steps = {"data": [Calling("354 go ahead", cut_off)], "dot": ["250 2.0.0 ok", again]}
+        for relay, _ in self._relays:
+            relay.scripts[email], relay.watched[email] = steps, mailed.append
+        try:
+            self._callers.push_raw(self._queue, message({"email": email}))
+            if first.wait(10):
+                time.sleep(0.5)
+                if mailed and chance.random() < 0.5:
+                    self.consume(email, mailed[0])
+                time.sleep(LEASE + 1)
+                self._heal_workers()
+                if second.wait(LEASE + 3):
+                    self._replace_killed()
+                    time.sleep(LEASE + 1)
+        finally:
+            self._heal_workers()
+            for relay, _ in self._relays:
+                relay.scripts.pop(email, None)
+                relay.watched.pop(email, None)
+
+    def _cut_workers_off(self, *, kill: bool) -> None:
+        """Cut every worker off from Redis; or kill those that may be, and cut off the other."""
+        for name, worker in list(self.workers.items()):
+            if not kill or name in STEADY:
+                self._links[name].break_(HOLE)
+            elif worker.alive and worker not in self._ordered:
+                self._ordered.add(worker)
+                worker.kill()
+
+    def _replace_killed(self) -> None:
+        for name, worker in list(self.workers.items()):
+            if worker in self._ordered and not worker.alive:
+                replace = partial(self._replace, name, worker, killed=True)
+                self._futures.append(self._threads[name].submit(replace))
+
+    def _heal_workers(self) -> None:
+        for name in _WORKERS:
+            self._links[name].heal(reset=True)
+
+    def _cut_link(self, link: Link, fault: PlannedFault, what: str) -> None:
+        if what == "reset":
+            for proxy in link.proxies.values():
+                proxy.reset()
+            return
+        link.break_(_MODES[what])
+        time.sleep(fault.seconds)
+        link.heal(reset=what != STALL)  # a stall only delays
 
     def _network(self, proxies: list[TcpProxy], fault: PlannedFault, what: str) -> None:
         for proxy in proxies:
@@ -399,6 +644,8 @@ class FaultRunner:
         except redis.ConnectionError as exc:
             # Only a refused connection is certain; otherwise they may be on the queue.
             self._ledger.expect_dead(0, 0 if "refused" in str(exc) else len(messages))
+        except redis.ResponseError:
+            pass  # refused: none of them is on the queue
         except redis.RedisError:
             self._ledger.expect_dead(0, len(messages))
         else:
@@ -406,16 +653,17 @@ class FaultRunner:
 
     def wait(self) -> None:
         """Return when every fault has ended."""
-        for future in self._futures:
-            future.result(90)
+        while self._futures:
+            self._futures.pop(0).result(600)
 
     def close(self) -> None:
-        """End the workers, and read the rest of their logs."""
-        for name, worker in list(self.workers.items()):
-            if worker.alive:
-                worker.resume()
-                worker.kill()
+        """End the processes, and read the rest of their logs."""
+        for name, process in [*self.workers.items(), *self.apis.items()]:
+            if process.alive:
+                process.resume()
+                process.kill()
             self._retire(name)
+        self.apis.clear()
         for threads in self._threads.values():
             threads.shutdown(wait=False, cancel_futures=True)
         self._queue.close()

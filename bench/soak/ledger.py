@@ -1,6 +1,6 @@
 """What a soak asked, sent and answered, request by request, and whether the promises held.
 
-It takes some hundred bytes a request: mails, replies and logs are read once, as they come, and not kept.
+It takes about a kilobyte a request: mails, replies and logs are read once, as they come, and not kept.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import random
 import re
 import threading
 import time
+from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from enum import StrEnum
 from itertools import islice
 from typing import Final
 
@@ -28,8 +30,25 @@ BATCH: Final = 500  # keys of one MGET
 CALM: Final = 3.0  # seconds after a fault that still count as part of it
 DECODED: Final = 32_768  # bytes of each part of a log that are also decoded as base64
 BEFORE: Final = 1.0  # seconds before a mail came whole in which a fault may concern it
-AFTER: Final = 2.0  # and after it: by then its acceptance is recorded, if nothing is broken
+AFTER: Final = 5.0  # and after it: by then its acceptance is recorded, if nothing is broken; a busy machine needs some
+ON_THE_WIRE: Final = 15.0  # seconds that a send takes at most: so long, a code may be consumed while it is mailed again
+TOLD: Final = 20  # violations of one kind of which the whole story is kept
 _NEVER: Final = float("inf")
+
+
+class Breach(StrEnum):
+    """What a violation broke, as the report counts it."""
+
+    LOST = "requests lost"
+    NOT_PERMITTED = "second mails, not permitted"
+    THIRD = "third mails"
+    OTHER_CODE = "second mails with another code"
+    CONSUMED = "codes that worked twice, or were mailed again once consumed"
+    STUCK = "replies of 1 that stayed"
+    UNEXPLAINED = "other answers without a reason"
+    WORKER = "workers that ended by themselves"
+    API = "APIs that ended by themselves, or refused a request without an order to end"
+    OTHER = "anything else"
 
 
 @dataclass(slots=True)
@@ -63,6 +82,9 @@ class Record:
     answer: int | None = None  # what the caller was answered
     error: int | None = None  # what was published or stored
     answered_at: float = 0.0
+    ones: int = 0  # replies of 1 after which it was asked again
+    again_at: float = 0.0  # when it was asked again last
+    logged_ones: int = 0  # how many a worker's log tells of
     mails: list[Sent] = field(default_factory=list)
 
 
@@ -78,13 +100,24 @@ class Ledger:
         self.latencies: list[float] = []
         self.mails = 0
         self.doubles: Counter[str] = Counter()
+        self.breaches: Counter[Breach] = Counter()
+        self.refused: Counter[str] = Counter()  # requests that an API which was told to end refused, or cut off
+        self.checks: Counter[str] = Counter()  # checks of codes, by answer
+        self.unheard = 0  # replies of 1 that only a worker's log tells of
+        # What a mail or a reply of 1 leads to: an end user who checks the code, a caller who asks again.
+        self.on_mail: Callable[[str, int], object] = lambda _email, _code: None
+        self.on_redis_err: Callable[[Record], object] = lambda _record: None
         self.dead_least = self.dead_most = 0
-        self._active = 0
+        self._open: list[Window] = []
         self._last_start = self._last_end = -_NEVER
         self._by_id: dict[str, Record] = {}
         self._by_reference: dict[str, Record] = {}
         self._by_email: dict[str, Record] = {}
-        self._codes: defaultdict[str, set[int]] = defaultdict(set)
+        self._codes: dict[str, tuple[int, ...]] = {}  # by address: those that were mailed
+        self._claimed: defaultdict[str, set[int]] = defaultdict(set)  # by address: those that are checked, or were
+        self._consumed: dict[tuple[str, int], float] = {}  # when
+        self._starts: list[float] = []  # of the windows
+        self._longest = 0.0  # seconds of a window
         self._accepted: set[str] = set()
         self._early: dict[str, list[tuple[Mail, float]]] = {}  # by address: mails whose request's id is not known yet
         self._lock = threading.RLock()
@@ -97,7 +130,8 @@ class Ledger:
         with self._lock:
             window = Window(kind, where, doubts, time.monotonic())
             self.windows.append(window)
-            self._active += 1
+            self._starts.append(window.start)
+            self._open.append(window)
             self._last_start = window.start
         return window
 
@@ -105,12 +139,31 @@ class Ledger:
         """Record that it is over."""
         with self._lock:
             window.end = self._last_end = time.monotonic()
-            self._active -= 1
+            self._longest = max(self._longest, window.end - window.start)
+            self._open.remove(window)
 
-    def violated(self, what: str, record: Record | None = None) -> None:
+    def stalled(self, since: float) -> None:
+        """Record that the machine ran nothing from `since` until now: a lease may have run out."""
+        with self._lock:
+            window = Window("machine: stalled", "", True, since, time.monotonic())
+            at = bisect_left(self._starts, since)
+            self.windows.insert(at, window)
+            self._starts.insert(at, since)
+            self._longest = max(self._longest, window.end - window.start)
+            self._last_end = max(self._last_end, window.end)
+
+    def ordered(self, where: str, since: float) -> bool:
+        """Whether a fault ended this process, or was under way there, since then."""
+        return any(
+            each.where == where and "API" in each.kind for each in self._windows_between(since, time.monotonic())
+        )
+
+    def violated(self, what: str, record: Record | None = None, *, breach: Breach = Breach.OTHER) -> None:
         """Record a broken promise."""
         with self._lock:
-            self.violations.append(what + (f"\n{self.story(record)}" if record else ""))
+            self.breaches[breach] += 1
+            told = record is not None and self.breaches[breach] <= TOLD
+            self.violations.append(what + (f"\n{self.story(record)}" if record and told else ""))
 
     # Requests
 
@@ -140,9 +193,7 @@ class Ledger:
         now = time.monotonic()
         with self._lock:
             self.mails += 1
-            self._codes[mail.recipient].add(code)
-            if len(self._codes[mail.recipient]) == 2:
-                self.violated(f"two codes for {mail.recipient} within one life")
+            self._judge_code(mail.recipient, code, now)
             record = self._by_reference.get(reference_in(mail))
             if record is not None:
                 if record.email != mail.recipient:
@@ -152,6 +203,37 @@ class Ledger:
                 self._early.setdefault(mail.recipient, []).append((mail, now))
             else:
                 self.violated(f"a mail to {mail.recipient} that nobody asked for")
+        self.on_mail(mail.recipient, code)
+
+    def _judge_code(self, email: str, code: int, now: float) -> None:
+        codes = self._codes.get(email, ())
+        if code not in codes:
+            self._codes[email] = codes = (*codes, code)
+            if len(codes) > 1 + len(self._claimed.get(email, ())):  # a new code follows a consumed one
+                self.violated(f"two codes for {email} within one life", breach=Breach.OTHER_CODE)
+        elif now - self._consumed.get((email, code), now) > ON_THE_WIRE:
+            self.violated(f"a consumed code was mailed again to {email}", breach=Breach.CONSUMED)
+
+    # Checks
+
+    def claim(self, email: str, code: int) -> bool:
+        """Whether the caller may check this code; from now on nobody else may, and it may be consumed."""
+        with self._lock:
+            if code in self._claimed[email]:
+                return False
+            self._claimed[email].add(code)
+            return True
+
+    def checked(self, email: str, code: int, error: int, *, first: bool) -> None:
+        """Record a check of a mailed code. `first`: no earlier check can have consumed it."""
+        with self._lock:
+            self.checks[str(error)] += 1
+            if error == 0:
+                if (email, code) in self._consumed:
+                    self.violated(f"a code of {email} worked twice", breach=Breach.CONSUMED)
+                self._consumed[email, code] = time.monotonic()
+            elif error != 1 and first:
+                self.violated(f"a check of the right code of {email} was answered {error}", self._by_email.get(email))
 
     def accepted(self, mail: Mail) -> None:
         """Record that the relay is about to answer 250."""
@@ -174,6 +256,11 @@ class Ledger:
                 self._know(record, request_id)
             if meta["status"] != "SUCCESS" or email != record.email:
                 self.violated(f"a reply with status {meta['status']} and address {email}", record)
+            if stored and error == 1:
+                self.violated("a reply of 1 is stored", record, breach=Breach.STUCK)
+            if record.error == 1 or error == 1:
+                self._replied_one(record, error, now)
+                return
             if record.error is not None:
                 if record.error != error:
                     self.violated(f"a second reply, with error {error}", record)
@@ -181,9 +268,48 @@ class Ledger:
             record.error, record.answered_at = error, now
             if error == 0 and record.email not in self._accepted:
                 self.violated("Success without a mail that a relay accepted", record)
-            calm = self._active == 0 and max(self._last_start, self._last_end) < record.at - CALM
+            calm = not self._open and max(self._last_start, self._last_end) < record.at - CALM
             if calm and not stored:
                 self.latencies.append(now - record.at)
+
+    def _replied_one(self, record: Record, error: int, now: float) -> None:
+        """Take a reply of 1, or one that follows it. A reply of 1 is not final: asked again, the request is served."""
+        if error != 1:  # redelivered, because the worker could not ack the message that it answered
+            record.error, record.answered_at = error, now
+            return
+        if record.error is not None:
+            if record.error != 1 and not self._redis_failed(record.at, now):
+                self.violated(f"a reply of 1 after one of {record.error}", record)
+            return
+        record.error, record.answered_at = 1, now
+        if record.ones and not self._redis_failed(record.again_at, now):
+            self.violated("asked again after a reply of 1, and answered 1 for no reason", record, breach=Breach.STUCK)
+            return
+        self.on_redis_err(record)
+
+    def _redis_failed(self, start: float, end: float) -> bool:
+        return any("Redis" in each for each in self._between(start, end, doubts=False))
+
+    def ask_again(self, record: Record) -> bool:
+        """Record that a caller is about to ask once more under the id of a request; False if it was served since."""
+        with self._lock:
+            if record.error != 1:
+                return False
+            record.ones += 1
+            record.error, record.again_at = None, time.monotonic()
+            return True
+
+    def logged_redis_err(self, request_id: str) -> None:
+        """Record that a worker's log tells of a reply of 1: nobody may have heard it, and it is not stored."""
+        with self._lock:
+            record = self._by_id.get(request_id)
+            if record is None:
+                return
+            record.logged_ones += 1
+            if record.error is None and record.logged_ones > record.ones:
+                self.unheard += 1
+                record.error, record.answered_at = 1, time.monotonic()
+                self.on_redis_err(record)
 
     def read_stored(self, results: redis.Redis, keys: Iterable[str]) -> None:
         """Record the replies that are stored under these keys."""
@@ -221,7 +347,7 @@ class Ledger:
         for record in self.records:
             if record.error is None:
                 if record.acknowledged:
-                    self.violated("lost: acknowledged, and never answered", record)
+                    self.violated("lost: acknowledged, and never answered", record, breach=Breach.LOST)
                 elif record.mails:
                     self.violated("a mail, and no reply", record)
             elif record.answer not in {None, record.error, 1, 6}:
@@ -233,10 +359,10 @@ class Ledger:
 
     def _check_error(self, record: Record) -> None:
         """Check that something happened that explains the answer."""
+        if record.error == 0:
+            return
         meanwhile = set(self._between(record.at, record.answered_at, doubts=False))
         match record.error:
-            case 0:
-                explained = True
             case 1:
                 explained = any("Redis" in each for each in meanwhile)
             case 4:
@@ -249,27 +375,34 @@ class Ledger:
             case _:
                 explained = False
         if not explained:
-            self.violated(f"answered {record.error} for no reason", record)
+            self.violated(f"answered {record.error} for no reason", record, breach=Breach.UNEXPLAINED)
 
     def _check_mails(self, record: Record) -> None:
         if len({mail.code for mail in record.mails}) > 1:
-            self.violated("two codes under one id", record)
+            self.violated("two codes under one id", record, breach=Breach.OTHER_CODE)
         # A second mail is permitted if a fault kept the acceptance of the first from being known or recorded.
         first = record.mails[0].at
         doubts = any(self._between(first - BEFORE, first + AFTER, doubts=True))
         if len(record.mails) > 2:
-            self.violated(f"{len(record.mails)} mails", record)
+            self.violated(f"{len(record.mails)} mails", record, breach=Breach.THIRD)
         elif len(record.mails) == 2:
             self.doubles["permitted" if doubts else "not permitted"] += 1
             if not doubts:
-                self.violated("2 mails, and no fault that permits it", record)
+                self.violated("2 mails, and no fault that permits it", record, breach=Breach.NOT_PERMITTED)
         elif record.error not in {0, 6, None} and not doubts:
             self.violated(f"answered {record.error}, and a mail went out", record)
 
     def _between(self, start: float, end: float, *, doubts: bool) -> Iterator[str]:
-        for window in self.windows:
-            if window.start <= end and window.end >= start and (window.doubts or not doubts):
+        for window in self._windows_between(start, end):
+            if window.doubts or not doubts:
                 yield f"{window.kind} {window.where}".strip()
+
+    def _windows_between(self, start: float, end: float) -> list[Window]:
+        with self._lock:
+            # Those that are over began within the longest one's time; the others are the last ones.
+            longest = max([self._longest, *(time.monotonic() - each.start for each in self._open)])
+            first, last = bisect_left(self._starts, start - longest), bisect_left(self._starts, end + 1e-9)
+            return [window for window in self.windows[first:last] if window.end >= start]
 
     def story(self, record: Record) -> str:
         """What happened to a request, for people to read."""
@@ -282,14 +415,13 @@ class Ledger:
         end = max([record.answered_at or time.monotonic(), *(mail.at for mail in record.mails)])
         faults = [
             f"{window.kind} {window.where} {window.start - zero:.1f}-{window.end - zero:.1f} s"
-            for window in self.windows
-            if window.start <= end and window.end >= record.at
+            for window in self._windows_between(record.at, end)
         ]
         return "\n".join([*lines, "      meanwhile: " + ("; ".join(faults[:12]) or "nothing")])
 
     def codes(self) -> set[int]:
         """All codes that were mailed."""
-        return set().union(*self._codes.values()) if self._codes else set()
+        return {code for codes in self._codes.values() for code in codes}
 
     def outcomes(self) -> Counter[str]:
         """How many requests ended how."""
@@ -304,6 +436,8 @@ class Scanner(logging.Handler):
     """Searches workers' logs, events and, as a log handler, clients' logs for codes and addresses."""
 
     SIGNS: Final = (b"AttributeError", b"unexpected error", b"never retrieved", b"Unrecoverable")
+    _REDIS_ERR: Final = re.compile(rb"^.*\bRedisErr\b.*$", re.MULTILINE)
+    _ID: Final = re.compile(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
     _ADDRESS: Final = re.compile(rb"(?:[\w.+-]+@soak\.example|poison@example\.com)\b[^\n]*")
 
     def __init__(self, ledger: Ledger) -> None:
@@ -319,6 +453,10 @@ class Scanner(logging.Handler):
         for found in re.findall(rb"\d{12,}", text):
             self._digits.update(int(found[i : i + 12]) for i in range(len(found) - 11))
         self._scan_for_addresses(text, where)
+        if b"RedisErr" in text:
+            for line in self._REDIS_ERR.findall(text):
+                if b"request answered" in line and (found := self._ID.search(line)):
+                    self._ledger.logged_redis_err(found[0].decode())
         for sign in self.SIGNS:
             if (at := text.find(sign)) >= 0:
                 self._ledger.violated(f"{sign.decode()} in {where}:\n{text[max(0, at - 1500) : at + 1500].decode()}")
