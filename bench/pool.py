@@ -47,7 +47,7 @@ async def send(settings: Settings, mails: int) -> None:
             locale=None,
         )
         envelope = Envelope(sender, recipient, needs_smtputf8=False, content=content)
-        relay.send(Mail(envelope, math.inf, lambda go: go(True), sent))
+        relay.send(Mail(envelope, math.inf, lambda go: go(True), lambda: True, sent))
 
     def sent(error: Exception | None) -> None:
         nonlocal under_way

@@ -7,7 +7,6 @@ loop and takes requests in batches.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import secrets
@@ -91,7 +90,8 @@ class Service:
         self._sender = sender
         self._code_digits = code_digits
         self._leased: dict[str, Job] = {}  # by tag
-        self._announcements: list[tuple[Job, Callable[[bool], None]]] = []  # of this turn of the loop
+        self._asked: list[tuple[Job, Callable[[bool], None]]] = []  # in this turn of the loop
+        self._announcing: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._drained: asyncio.Future[None] | None = None
 
@@ -157,11 +157,13 @@ class Service:
         except Exception as exc:  # noqa: BLE001 - whatever it is, the request gets an answer
             self._sent(job, send, exc)
             return
+        loop = asyncio.get_running_loop()
         self._channel.send(
             Mail(
                 Envelope(self._sender, mailbox, job.mailbox.needs_smtputf8, content),
-                asyncio.get_running_loop().time() + send.remaining,  # nothing is sent past the request's deadline
+                loop.time() + send.remaining,  # nothing is sent past the request's deadline
                 lambda go: self._before_data(job, go),
+                lambda: loop.time() < job.lease_until,
                 lambda error: self._sent(job, send, error),
                 job.trace,
             )
@@ -196,22 +198,30 @@ class Service:
 
     def _before_data(self, job: Job, go: Callable[[bool], None]) -> None:
         """Ask whether a mail's content may be written; all that ask in this turn of the loop are answered together."""
-        self._announcements.append((job, go))
-        if len(self._announcements) == 1:
-            asyncio.get_running_loop().call_soon(self._announce_data)
+        self._asked.append((job, go))
+        if len(self._asked) == 1:
+            task = asyncio.create_task(self._announce_data())
+            self._announcing.add(task)
+            task.add_done_callback(self._announcing.discard)
 
-    def _announce_data(self) -> None:
-        """Announce the mails whose leases we still hold; where one has expired, another worker may be sending."""
-        announcements, self._announcements = self._announcements, []
-        now = asyncio.get_running_loop().time()
-        held = [job.claim for job, _ in announcements if now < job.lease_until]
-        announced = False
-        if held:
-            with contextlib.suppress(StoreUnavailable):
-                self._store.announce_data(held)
-                announced = True
-        for job, go in announcements:
-            go(announced and now < job.lease_until)
+    async def _announce_data(self) -> None:
+        """Announce mails, and let the contents of those follow whose leases the store confirms.
+
+        Once it has, whoever takes over such a request knows that its mail may have been accepted. Without its word
+        nothing leaves: another worker may be sending.
+        """
+        asked, self._asked = self._asked, []
+        answers: Sequence[bool | StoreError] = [False] * len(asked)
+        try:
+            answers = await self._store.announce_data([job.claim for job, _ in asked])
+        except StoreUnavailable as exc:
+            logger.warning("mails are not sent yet, as the code store cannot be used: %s", exc)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, these mails must not wait for their deadlines
+            logger.error("unexpected error in the service", extra={"kind": type(exc).__name__})
+        for (_, go), answer in zip(asked, answers, strict=True):
+            if isinstance(answer, StoreError):
+                logger.error("the code store refused to note that a mail is sent", extra={"kind": answer.kind})
+            go(answer is True)
 
     async def renew_leases(self) -> None:
         """Extend the leases of all sends under way. One that the store does not confirm expires by itself."""

@@ -241,10 +241,10 @@ class CodeStore(Protocol):
     def settle(self, outcomes: Sequence[Outcome]) -> Awaitable[Sequence[Settled | StoreError]]:
         """Record how sends ended and free their leases."""
 
-    def announce_data(self, claims: Sequence[Claim]) -> None:
-        """Record, before anything asked later, that final dots are about to be written. Does not wait.
+    def announce_data(self, claims: Sequence[Claim]) -> Awaitable[Sequence[bool | StoreError]]:
+        """Record that mails are about to be sent; whether each lease was still held. Only where it was may one leave.
 
-        From then on acceptance is unknown until the outcome is settled. Raises `StoreUnavailable` if that is known now.
+        From then on acceptance is unknown until the outcome is settled.
         """
 
     def renew(self, claims: Sequence[Claim]) -> Awaitable[Sequence[bool]]:

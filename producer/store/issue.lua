@@ -48,7 +48,7 @@ Returns a list with an entry for each request:
 Fields of the record:
      who, first (ms), token ('': nobody holds the lease), until (end of the lease, ms), tries
      charged (see buckets.lua), mark (fingerprint of the code that was issued)
-     dot (1: the present send announced its final dot), doubts (earlier sends that may have been accepted)
+     dot (1: the present send was announced: its mail may leave), doubts (earlier sends that may have been accepted)
      error (present: answered)
 Times are this server's. A code, cooldown, sending, bucket or suppressed key of another type than string counts as missing
 and is overwritten when it is written next.

@@ -31,7 +31,7 @@ from producer.store.codes import (
 _LUA = Path(__file__).parent
 _BUCKETS, _LENGTHS = _LUA / "buckets.lua", _LUA / "lengths.lua"
 _ISSUE, _SETTLE = Script(EACH, _BUCKETS, _LENGTHS, _LUA / "issue.lua"), Script(EACH, _BUCKETS, _LUA / "settle.lua")
-_ANNOUNCE_DATA = Script(EACH, _LUA / "announce_data.lua")
+ANNOUNCE_DATA = Script(EACH, _LUA / "announce_data.lua")
 _RENEW, _CHECK = Script(_LUA / "renew.lua"), Script(_LENGTHS, _LUA / "check.lua")
 
 # Side keys; none begins with `code_`, which GateServer builds from user text. All have a TTL.
@@ -65,8 +65,7 @@ class RedisCodeStore:
         self._settle_args: tuple[Arg, ...] = (
             *(policy.cooldown, policy.remember),
             *(REQUEST, COOLDOWN, SENDING, JOINED),
-            *(int(ErrorCode.SUCCESS), int(ErrorCode.TIMEOUT)),
-            *(int(ErrorCode.INVALID_ADDRESS), int(ErrorCode.MAIL_REJECTED)),
+            *(int(ErrorCode.SUCCESS), int(ErrorCode.INVALID_ADDRESS), int(ErrorCode.MAIL_REJECTED)),
             *(policy.suppression, policy.longest_suppression),
         )
 
@@ -95,10 +94,10 @@ class RedisCodeStore:
             args += (claim.token, result if isinstance(result, str) else int(result), refusal)
         return self._step(_SETTLE(keys, args), lambda answer: _each(_read_settle, answer, len(outcomes)))
 
-    def announce_data(self, claims: Sequence[Claim]) -> None:
+    def announce_data(self, claims: Sequence[Claim]) -> Step[list[bool | StoreError]]:
         keys = [REQUEST + claim.request_id for claim in claims]
-        command = _ANNOUNCE_DATA(keys, [claim.token for claim in claims])
-        self.connection.post([command], database=self._database)
+        command = ANNOUNCE_DATA(keys, [claim.token for claim in claims])
+        return self._step(command, lambda answer: _each(_is_held, answer, len(claims)))
 
     def renew(self, claims: Sequence[Claim]) -> Step[list[bool]]:
         keys = [key for claim in claims for key in (REQUEST + claim.request_id, SENDING + claim.code_key)]
@@ -147,6 +146,10 @@ def _read_issue(entry: Any) -> Issue:
         case b"conflict":
             return Conflict()
     return Wait(entry[1] / 1000, joined=entry[0] == b"join")
+
+
+def _is_held(entry: Any) -> bool:
+    return bool(entry == 1)
 
 
 def _read_settle(entry: Any) -> Settled:

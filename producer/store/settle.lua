@@ -13,11 +13,10 @@ ARGV 1  cooldown          ms      0: off
      5  sending prefix    string  + code key: string
      6  joined prefix     string  + code key: set
      7  success           int     error code: a relay accepted the mail
-     8  timeout           int     error code: unknown
-     9  invalid address   int     error code that is final for the mailbox
-     10 mail rejected     int     likewise
-     11 first period      ms      that an address is suppressed after its mailbox was refused
-     12 longest period    ms      each further refusal after the end doubles the period up to this one
+     8  invalid address   int     error code that is final for the mailbox
+     9  mail rejected     int     likewise
+     10 first period      ms      that an address is suppressed after its mailbox was refused
+     11 longest period    ms      each further refusal after the end doubles the period up to this one
      then three for each:
      token                string
      result               string  'failed' (no relay accepted it, try again) | 'unknown' (one may have; try again)
@@ -34,8 +33,8 @@ its reason is 'refused'. A suppression with another reason is neither deleted no
 ]]
 local cooldown, remember = tonumber(ARGV[1]), ARGV[2]
 local id_at = #ARGV[3] + 1
-local SUCCESS, TIMEOUT, INVALID_ADDRESS, MAIL_REJECTED = ARGV[7], ARGV[8], ARGV[9], ARGV[10]
-local first_period, longest_period = tonumber(ARGV[11]), tonumber(ARGV[12])
+local SUCCESS, INVALID_ADDRESS, MAIL_REJECTED = ARGV[7], ARGV[8], ARGV[9]
+local first_period, longest_period = tonumber(ARGV[10]), tonumber(ARGV[11])
 
 -- `found`: what the key holds.
 local function suppress(key, reason, found)
@@ -58,7 +57,7 @@ end
 return each(#KEYS / 4, function(i)
     local record_key, code_key, address_key = KEYS[4 * i - 3], KEYS[4 * i - 2], KEYS[4 * i - 1]
     local suppressed_key = KEYS[4 * i]
-    local token, result, refusal = ARGV[3 * i + 10], ARGV[3 * i + 11], ARGV[3 * i + 12]
+    local token, result, refusal = ARGV[3 * i + 9], ARGV[3 * i + 10], ARGV[3 * i + 11]
 
     local record = call('HMGET', record_key, 'token', 'error', 'who', 'charged', 'mark', 'doubts', 'dot', 'tries')
     if record[1] ~= token or record[2] then
@@ -73,7 +72,8 @@ return each(#KEYS / 4, function(i)
     -- Refund only what certainly no relay accepted: neither this send, nor an earlier one of the same request.
     local doubts = tonumber(record[6]) or 0
     local accepted = result == SUCCESS
-    local perhaps = result == 'unknown' or (result == TIMEOUT and record[7] == '1') or doubts > 0
+    local refused = result == 'failed' or result == INVALID_ADDRESS or result == MAIL_REJECTED
+    local perhaps = doubts > 0 or result == 'unknown' or (record[7] == '1' and not refused)
     if (record[4] or '') ~= '' and not accepted and not perhaps and refusal ~= 'respelled' then
         refund(record[4], address_key)
         call('HSET', record_key, 'charged', '')

@@ -227,12 +227,24 @@ def test_a_mail_that_may_have_been_accepted_is_neither_refunded_nor_charged_twic
     assert driver.answer_of(claim_of("two")) is ErrorCode.TOO_MANY_REQUESTS
 
 
-def test_a_request_given_up_after_its_final_dot_is_not_refunded(driver: Driver) -> None:
+@pytest.mark.parametrize(
+    ("error", "refunded"),
+    [
+        (ErrorCode.TIMEOUT, False),
+        (ErrorCode.EXCEPTION, False),  # nobody knows how far the send had come
+        (ErrorCode.MAIL_REJECTED, True),
+        (ErrorCode.INVALID_ADDRESS, True),
+    ],
+)
+def test_an_announced_mail_is_refunded_only_if_it_was_refused(error: ErrorCode, refunded: bool, driver: Driver) -> None:
     driver.set_policy(address=Bucket(180_000, 1), cooldown=0)
     driver.send(claim_of("one"))
-    driver.announce_data(claim_of("one"))
-    driver.settle(claim_of("one"), ErrorCode.TIMEOUT)
-    assert driver.answer_of(claim_of("two")) is ErrorCode.TOO_MANY_REQUESTS
+    assert driver.announce_data(claim_of("one")) is True
+    driver.settle(claim_of("one"), error)
+    if refunded:
+        driver.send(claim_of("two"))
+    else:
+        assert driver.answer_of(claim_of("two")) is ErrorCode.TOO_MANY_REQUESTS
 
 
 def test_a_request_whose_worker_died_before_its_mail_left_is_refunded(driver: Driver) -> None:
@@ -681,10 +693,10 @@ def test_a_holder_that_lost_its_lease_changes_nothing(result: Result, driver: Dr
     driver.lapse()
     driver.send(claim_of("one", token="b"))
     before = driver.snapshot()
-    driver.announce_data(stale)
+    assert driver.announce_data(stale) is False
     assert driver.snapshot() == before
     driver.settle_late(stale, result)
-    driver.announce_data(claim_of("never"))
+    assert driver.announce_data(claim_of("never")) is False
     driver.settle_late(claim_of("never"), result)
 
 

@@ -144,9 +144,7 @@ class CodeStoreMachine(RuleBasedStateMachine):
     @rule(request_id=IDS, token=TOKENS)
     def announce_data(self, request_id: str, token: str) -> None:
         claim = self.claim(request_id, token)
-        self.driver.store.announce_data([claim])
-        self.take(self.driver.store.renew([]))
-        self.memory.announce_data([claim])
+        assert self.take(self.driver.store.announce_data([claim])) == [self.memory.announce_one(claim)]
 
     @rule(request_id=IDS, token=TOKENS)
     def renew(self, request_id: str, token: str) -> None:

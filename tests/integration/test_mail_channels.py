@@ -15,7 +15,7 @@ from support.smtp_server import Act, Drop, ScriptedServer, Silence
 from producer.setting_types import RELAY_PORTS
 from worker.bootstrap import CHANNELS
 from worker.mail.channel import RelayChannel
-from worker.mail.errors import MailError, RelayUnavailable, SendAborted, SendCancelled
+from worker.mail.errors import MailError, RecipientRejected, RelayUnavailable, SendAborted, SendCancelled
 
 SCRIPTS: dict[str, dict[str, Act | list[Act]]] = {
     "accept": {},
@@ -96,10 +96,31 @@ async def test_the_content_leaves_only_if_it_is_wanted(opened: Opened) -> None:
 
 
 @every_channel
-async def test_before_data_is_not_called_for_a_refused_mail(opened: Opened) -> None:
+async def test_the_content_leaves_only_if_that_is_still_permitted(opened: Opened) -> None:
     async with opened() as harness:
+        assert type(await outcome(harness.channel, ENVELOPE, still=lambda: False)) is SendAborted
+        assert not harness.accepted()
+        assert await outcome(harness.channel, ENVELOPE) is None
+
+
+@every_channel
+@pytest.mark.parametrize("answer", [True, False])
+async def test_an_answer_that_comes_after_the_mail_was_refused_changes_nothing(opened: Opened, answer: bool) -> None:
+    async with opened() as harness:
+        asked: list[Callable[[bool], None]] = []
         harness.behave("reject")
-        assert await outcome(harness.channel, ENVELOPE, wanted=[].pop) is not None
+        assert type(await outcome(harness.channel, ENVELOPE, before_data=asked.append)) is RecipientRejected
+        harness.behave("accept")
+        sending = asyncio.create_task(outcome(harness.channel, ENVELOPE, before_data=asked.append))
+        refused = len(asked)
+        await until(lambda: len(asked) > refused)
+        for go in asked[:refused]:
+            go(answer)
+        await asyncio.sleep(0.05)
+        assert not sending.done()
+        assert not harness.accepted()
+        asked[-1](True)
+        assert await sending is None
 
 
 @every_channel

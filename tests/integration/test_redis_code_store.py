@@ -333,7 +333,7 @@ def test_a_mistyped_record_affects_only_its_own_request(driver: RedisDriver) -> 
     before, broken, after = driver.issue_all(*three)
     assert [type(before), broken, type(after)] == [Send, StoreError("WRONGTYPE"), Send]
     assert not driver.client.exists("code_1@example.com")
-    driver.store.announce_data(three)
+    assert driver.wait(driver.store.announce_data(three)) == [True, StoreError("WRONGTYPE"), True]
     settled = driver.settle_all(*(Outcome(claim, ErrorCode.TIMEOUT) for claim in three))
     held = Settled(held=True, wake=[])
     assert settled == [held, StoreError("WRONGTYPE"), held]

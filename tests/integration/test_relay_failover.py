@@ -105,7 +105,7 @@ async def test_relays_are_tried_in_order_until_one_decides(
 async def test_a_mail_that_may_have_been_accepted_goes_to_no_other_relay(act: Act) -> None:
     async with failover_of({"dot": act}, {}) as (failover, [_, second]):
         answers = [True]
-        error = await outcome(failover, wanted=answers.pop)
+        error = await outcome(failover, still=answers.pop)
         assert type(error) is AcceptanceUnknown
         assert second.connections == 0
         assert not answers
@@ -375,6 +375,15 @@ async def test_a_relay_that_answers_is_healthy(act: str) -> None:
         assert await outcome(failover) is not None
         assert failover.healthy
         assert await outcome(failover) is None
+
+
+async def test_a_send_that_was_aborted_before_the_relay_answered_says_nothing_of_it() -> None:
+    clock = Clock()
+    async with failover_of({"banner": [Drop()], "mail": [Silence()]}, clock=clock) as (failover, _):
+        assert type(await outcome(failover)) is MessageDeferred
+        clock.now += 1
+        assert type(await outcome(failover, wanted=lambda: False)) is SendAborted
+        assert not failover.healthy
 
 
 async def test_a_probe_that_is_cancelled_lets_the_next_one_try() -> None:

@@ -135,7 +135,7 @@ async def test_a_send_whose_deadline_passes_frees_its_connection(step: str) -> N
     async with rig({step: [Silence()]}, connections=1) as (server, pool):
         soon = asyncio.get_running_loop().time() + 0.2
         answers = [True]
-        late = asyncio.create_task(outcome(pool, deadline=soon, wanted=answers.pop))
+        late = asyncio.create_task(outcome(pool, deadline=soon, still=answers.pop))
         await asyncio.sleep(0)
         waiting = asyncio.create_task(send(pool, "bob"))
         assert type(await late) is (SendCancelled if answers else AcceptanceUnknown)
@@ -258,7 +258,7 @@ async def test_close_ends_what_is_on_its_way() -> None:
 async def test_close_cancels_a_send_whose_handshake_has_not_begun() -> None:
     async with rig() as (_, pool):
         errors: list[Exception | None] = []
-        pool.send(Mail(ENVELOPE, math.inf, lambda go: go(True), errors.append))
+        pool.send(Mail(ENVELOPE, math.inf, lambda go: go(True), lambda: True, errors.append))
         await pool.close()
         await asyncio.sleep(0)
         assert [type(error) for error in errors] == [SendCancelled]

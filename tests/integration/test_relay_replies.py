@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
-from support.relays import ENVELOPE, FOREVER, outcome, pool_of, rig, send
-from support.smtp_server import Act, Drop, Last, ScriptedServer, Silence, Slowly
+from support.relays import ENVELOPE, FOREVER, outcome, pool_of, rig, send, until
+from support.smtp_server import Act, Drop, Held, Last, ScriptedServer, Silence, Slowly
 
 from worker.mail.errors import (
     AcceptanceUnknown,
@@ -65,7 +66,7 @@ async def test_every_kind_of_reply_at_every_step(
 ) -> None:
     async with rig({step: [act]}, offers=offers) as (server, pool):
         answers = [True]
-        error = await outcome(pool, wanted=answers.pop)
+        error = await outcome(pool, still=answers.pop)
         assert type(error) is kind
         assert "alice" not in str(error)
         before = len(server.mails)
@@ -82,7 +83,7 @@ async def test_every_kind_of_reply_at_every_step(
 async def test_one_deadline_covers_the_whole_send(act: Act, step: str, offers: tuple[str, ...]) -> None:
     async with rig({step: [act]}, offers=offers, connect_timeout=0.2, send_timeout=0.2) as (_, pool):
         answers = [True]
-        assert type(await outcome(pool, wanted=answers.pop)) is (RelayUnavailable if answers else AcceptanceUnknown)
+        assert type(await outcome(pool, still=answers.pop)) is (RelayUnavailable if answers else AcceptanceUnknown)
         pool._connect_timeout = pool._send_timeout = FOREVER
         assert await send(pool) is None
 
@@ -110,7 +111,7 @@ async def test_data_accepted_after_a_refusal_sends_nothing(
 ) -> None:
     async with rig(script) as (server, pool):
         answers = [True]
-        assert type(await outcome(pool, wanted=answers.pop)) is kind
+        assert type(await outcome(pool, still=answers.pop)) is kind
         assert answers
         assert await send(pool) is None
         assert [mail.content for mail in server.mails] == [ENVELOPE.content]
@@ -144,6 +145,70 @@ async def test_an_aborted_send_writes_no_content_and_drops_the_connection(offers
         assert await send(pool) is None
         assert len(server.mails) == 1
         assert server.connections == 2
+
+
+@PIPELINING
+async def test_the_caller_is_asked_while_the_relay_answers_data(offers: tuple[str, ...]) -> None:
+    held = Held("354 go ahead")
+    asked: list[Callable[[bool], None]] = []
+    async with rig({"data": [held]}, offers=offers) as (server, pool):
+        sending = asyncio.create_task(outcome(pool, before_data=asked.append))
+        await until(held.reached.is_set)
+        assert len(asked) == 1
+        asked[0](True)
+        await asyncio.sleep(0.05)
+        assert not sending.done()
+        held.release.set()
+        assert await sending is None
+        assert len(server.mails) == 1
+
+
+@PIPELINING
+async def test_the_content_waits_for_the_callers_answer(offers: tuple[str, ...]) -> None:
+    asked: list[Callable[[bool], None]] = []
+    async with rig(offers=offers) as (server, pool):
+        sending = asyncio.create_task(outcome(pool, before_data=asked.append))
+        await until(lambda: "DATA" in server.commands)
+        await asyncio.sleep(0.1)
+        assert (server.dotted, sending.done()) == ([], False)
+        asked[0](True)
+        assert await sending is None
+
+
+@PIPELINING
+async def test_a_caller_that_does_not_answer_costs_the_mail_and_not_the_relay(offers: tuple[str, ...]) -> None:
+    async with rig(offers=offers, send_timeout=0.3) as (server, pool):
+        assert type(await outcome(pool, before_data=lambda _: None)) is SendAborted
+        assert not server.dotted
+        pool._send_timeout = FOREVER
+        assert await send(pool) is None
+
+
+async def test_a_refusal_counts_even_if_the_caller_then_says_no() -> None:
+    held = Held("554 5.5.1 no recipients")
+    asked: list[Callable[[bool], None]] = []
+    async with rig({"rcpt": ["550 5.1.1 gone"], "data": [held]}) as (_, pool):
+        sending = asyncio.create_task(outcome(pool, before_data=asked.append))
+        await until(held.reached.is_set)
+        await asyncio.sleep(0.1)
+        asked[0](False)
+        assert type(await sending) is RecipientRejected
+        held.release.set()
+
+
+async def test_a_mail_that_met_a_stale_connection_asks_again() -> None:
+    asked: list[Callable[[bool], None]] = []
+    async with rig() as (server, pool):
+        assert await send(pool) is None
+        server.script = {"mail": [Drop()]}
+        sending = asyncio.create_task(outcome(pool, before_data=asked.append))
+        await until(lambda: len(asked) == 2 and server.commands[-1] == "DATA")
+        asked[0](True)
+        await asyncio.sleep(0.05)
+        assert len(server.dotted) == 1
+        asked[1](True)
+        assert await sending is None
+        assert len(server.mails) == 2
 
 
 async def test_pipelined_commands_leave_in_one_write() -> None:

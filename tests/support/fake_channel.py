@@ -71,7 +71,9 @@ class FakeChannel:
             self._finish(mail, ERRORS[self.behaviour]())
 
     def _take(self, mail: Mail, *, wanted: bool) -> None:
-        if not wanted:
+        if mail not in self._pending:
+            return
+        if not (wanted and mail.still_permitted()):
             self._finish(mail, SendAborted())
         elif self.behaviour == "lost":
             self._finish(mail, AcceptanceUnknown())

@@ -14,6 +14,7 @@ from producer.store.codes import (
     CLIENT_BUCKET,
     COOLDOWN_HIT,
     DAY,
+    FAILED,
     REFUSED,
     RESPELLED,
     SUPPRESSED_HIT,
@@ -113,10 +114,8 @@ class MemoryCodeStore:
     async def settle(self, outcomes: Sequence[Outcome]) -> list[Settled]:
         return [self.settle_one(outcome) for outcome in outcomes]
 
-    def announce_data(self, claims: Sequence[Claim]) -> None:
-        for claim in claims:
-            if (record := self._held(claim)) is not None:
-                record.dot = True
+    async def announce_data(self, claims: Sequence[Claim]) -> list[bool]:
+        return [self.announce_one(claim) for claim in claims]
 
     async def renew(self, claims: Sequence[Claim]) -> list[bool]:
         return [self.renew_one(claim) for claim in claims]
@@ -216,7 +215,8 @@ class MemoryCodeStore:
             return Settled(held=False, wake=[])
         error = result if isinstance(result, ErrorCode) else None
         accepted = error is ErrorCode.SUCCESS
-        perhaps = result == UNKNOWN or record.doubts > 0 or (error is ErrorCode.TIMEOUT and record.dot)
+        refused = result == FAILED or error in FINAL_FOR_MAILBOX
+        perhaps = result == UNKNOWN or record.doubts > 0 or (record.dot and not refused)
         if not accepted and not perhaps and refusal != RESPELLED:
             self._refund(record)
         record.token, record.dot, record.error = "", False, error
@@ -256,6 +256,12 @@ class MemoryCodeStore:
             doubled = min(2 * last, self.policy.longest_suppression)
             period = doubled if known == reason else self.policy.suppression
             self.state.suppressed[canonical] = (reason, self._now + period, period)
+
+    def announce_one(self, claim: Claim) -> bool:
+        record = self._held(claim)
+        if record is not None:
+            record.dot = True
+        return record is not None
 
     def renew_one(self, claim: Claim) -> bool:
         record = self._held(claim)

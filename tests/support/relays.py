@@ -82,10 +82,16 @@ async def outcome(
     *,
     deadline: float = math.inf,
     wanted: Callable[[], bool] = lambda: True,
+    before_data: Callable[[Callable[[bool], None]], None] | None = None,
+    still: Callable[[], bool] = lambda: True,
 ) -> MailError | None:
-    """Send `envelope` by `deadline` (loop time); the outcome. Raises any error that is no `MailError`."""
+    """Send `envelope` by `deadline` (loop time); the outcome. Raises any error that is no `MailError`.
+
+    `wanted`: answers `before_data` at once, unless that is given; `still`: the mail's `still_permitted`.
+    """
     done: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
-    through.send(Mail(envelope, deadline, lambda go: go(wanted()), done.set_result))
+    ask = before_data or (lambda go: go(wanted()))
+    through.send(Mail(envelope, deadline, ask, still, done.set_result))
     error = await done
     if error is None or isinstance(error, MailError):
         return error

@@ -158,11 +158,10 @@ class Driver(ABC):
         self.settle(claim)
         return code
 
-    def announce_data(self, claim: Claim) -> None:
-        async def announce() -> None:
-            self.store.announce_data([claim])
-
-        self.wait(announce())
+    def announce_data(self, claim: Claim) -> bool | StoreError:
+        """Whether the mail may leave."""
+        [answer] = self.wait(self.store.announce_data([claim]))
+        return answer
 
     def renew(self, *claims: Claim) -> list[bool]:
         return [*self.wait(self.store.renew(claims))]
@@ -254,7 +253,6 @@ class RedisDriver(Driver):
         self.without_ttl: set[str] = set()  # keys that a test itself wrote so
         self._passed = 0  # ms
         super().__init__()
-        super().wait(self.connection.run([("PING",)]))  # `announce_data` needs an open connection
 
     def _open(self, policy: CodePolicy) -> None:
         self.store = RedisCodeStore(self.connection, policy)
@@ -294,7 +292,6 @@ class RedisDriver(Driver):
 
     def wait(self, step: Awaitable[T]) -> T:
         result = super().wait(step)
-        super().wait(self.connection.run([("PING",)]))  # what was only posted is executed by now
         keys = list(self.client.scan_iter(count=1000))
         with self.client.pipeline(transaction=False) as pipe:
             for key in keys:

@@ -14,7 +14,7 @@ from support.store_driver import POLICY, claim_of
 from producer.contract import ErrorCode, VerifyRequest
 from producer.errors import StoreUnavailable
 from producer.setting_types import Sender
-from producer.store.codes import COOLDOWN_HIT, REFUSED, RESPELLED, Outcome
+from producer.store.codes import COOLDOWN_HIT, REFUSED, RESPELLED, Claim, Outcome, StoreError
 from worker.job import Job
 from worker.mail.errors import AcceptanceUnknown, MailError, MessageDeferred, Smtputf8Unsupported, Step, classify
 from worker.mail.message import Mail
@@ -214,31 +214,53 @@ def _unavailable(*_: object, **__: object) -> Any:
     raise StoreUnavailable
 
 
-async def test_content_is_written_only_under_a_lease_and_after_its_announcement(
+async def test_content_is_written_only_once_the_store_has_confirmed_the_lease(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mails = await harness.serve("anna", "bob")
+    mails = await harness.serve("anna", "bob", "carl")
     allowed: list[bool] = []
     announced: list[list[str]] = []
-    monkeypatch.setattr(
-        harness.store, "announce_data", lambda claims: announced.append([claim.request_id for claim in claims])
-    )
+    answer = asyncio.get_running_loop().create_future()
+
+    async def announce_data(claims: list[Claim]) -> list[bool | StoreError]:
+        announced.append([claim.request_id for claim in claims])
+        return await answer  # type: ignore[no-any-return]  # a future of what this returns
+
+    monkeypatch.setattr(harness.store, "announce_data", announce_data)
     for mail in mails:
         mail.before_data(allowed.append)
-    assert allowed == []
-    await asyncio.sleep(0)
-    assert (announced, allowed) == ([["anna", "bob"]], [True, True])
+    await asyncio.sleep(0.01)
+    assert (announced, allowed) == ([["anna", "bob", "carl"]], [])
+    answer.set_result([True, False, StoreError("OOM")])
+    await asyncio.sleep(0.01)
+    assert (len(announced), allowed) == (1, [True, False, False])
 
-    monkeypatch.setattr(harness.store, "announce_data", _unavailable)
-    mails[0].before_data(allowed.append)
-    await asyncio.sleep(0)
-    assert allowed == [True, True, False]
 
-    monkeypatch.undo()
-    harness.service._leased["tag-bob"].lease_until = 0.0
-    mails[1].before_data(allowed.append)
-    await asyncio.sleep(0)
-    assert allowed == [True, True, False, False]
+@pytest.mark.parametrize("error", [StoreUnavailable, LookupError])
+async def test_no_content_is_written_if_its_announcement_fails(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    [mail] = await harness.serve("anna")
+    allowed: list[bool] = []
+
+    async def fail(_claims: list[Claim]) -> list[bool]:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.store, "announce_data", fail)
+        mail.before_data(allowed.append)
+        await asyncio.sleep(0.01)
+    assert allowed == [False]
+    mail.before_data(allowed.append)
+    await asyncio.sleep(0.01)
+    assert allowed == [False, True]
+
+
+async def test_content_is_written_only_while_the_lease_has_not_expired(harness: Harness) -> None:
+    [mail] = await harness.serve("anna")
+    assert mail.still_permitted()
+    harness.service._leased["tag-anna"].lease_until = 0.0
+    assert not mail.still_permitted()
 
 
 async def test_a_renewed_lease_is_extended_and_a_lost_one_is_not(harness: Harness) -> None:

@@ -58,7 +58,7 @@ _OUTCOMES: Final[dict[type[Exception], str]] = {
 # No other relay is tried after these.
 _FINAL: Final = (RecipientRejected, AcceptanceUnknown, SendAborted, SendCancelled)
 # A relay that answers so is at work.
-_ANSWERS: Final = (RecipientRejected, MessageRejected, Smtputf8Unsupported, SendAborted)
+_ANSWERS: Final = (RecipientRejected, MessageRejected, Smtputf8Unsupported)
 _CONNECTING: Final = frozenset({Step.CONNECT, Step.BANNER, Step.EHLO, Step.STARTTLS, Step.AUTH})
 
 logger = logging.getLogger(__name__)

@@ -53,9 +53,12 @@ class Mail:
 
     envelope: Envelope
     deadline: float  # loop time by which `done` is called
-    # Called when everything but the content has been sent, with a function to call once and soon with whether the
-    # content may follow. So the answers for many mails can be batched.
+    # Called when the last command before the content leaves, with a function to call once and soon with whether the
+    # content may follow. So the answers for many mails can be batched, and come while the relay answers. Called again
+    # for each further attempt; an answer to an earlier one is ignored.
     before_data: Callable[[Callable[[bool], None]], None]
+    # Asked right before the content is written, after a positive answer: whether that still holds.
+    still_permitted: Callable[[], bool]
     # Called once with the outcome: None (accepted), a `MailError`, or what `before_data` raised
     done: Callable[[Exception | None], None]
     observer: AttemptObserver | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from functools import partial
 from typing import TYPE_CHECKING, Final, cast
 
 from worker.mail.errors import RelayUnavailable, SendAborted, Smtputf8Unsupported, Step, classify
@@ -59,7 +60,7 @@ class SmtpConnection(asyncio.BufferedProtocol):
         self._refusal: Exception | None = None  # of the first refused command
         self._lone_dot = False  # RCPT was refused after DATA had been pipelined: if need be, end DATA with a lone dot
         self._needs_reset = False
-        self._asked = False  # `before_data` has been called and not yet answered
+        self._permitted = False  # `before_data` has been answered: the content may follow
         # One timer for all deadlines: it is checked against `_deadline` when it fires, so no send resets it.
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -104,7 +105,7 @@ class SmtpConnection(asyncio.BufferedProtocol):
             error = StaleConnection(step=Step.MAIL) if self.closed else Smtputf8Unsupported(step=Step.MAIL)
             self.loop.call_soon(self._on_done, self, mail, error)
             return
-        self._mail, self._refusal, self._lone_dot, self._asked = mail, None, False, False
+        self._mail, self._refusal, self._lone_dot, self._permitted = mail, None, False, False
         parameters = b" SMTPUTF8" if envelope.needs_smtputf8 else b""
         if b"8BITMIME" in self.extensions and not envelope.content.isascii():
             parameters += b" BODY=8BITMIME"
@@ -118,6 +119,7 @@ class SmtpConnection(asyncio.BufferedProtocol):
         if b"PIPELINING" in self.extensions:
             self._commands = []
             self._write(b"".join(commands))
+            self._ask_before_data(mail)
         else:
             self._commands = commands
             self._write(commands.pop(0))
@@ -145,6 +147,8 @@ class SmtpConnection(asyncio.BufferedProtocol):
                     self._end(self._refusal)
                 else:
                     self._write(self._commands.pop(0))
+                    if not self._commands:
+                        self._ask_before_data(self._mail)
 
     def _on_data_response(self, response: Response) -> None:
         first_digit = response.code // 100
@@ -173,29 +177,35 @@ class SmtpConnection(asyncio.BufferedProtocol):
             self._refusal = error
             self._lone_dot = step is Step.RCPT
 
-    def _ask_before_data(self) -> None:
-        mail = self._mail
-        if self._reader.pending or mail is None or self._asked:
-            self._fail()
-            return
-        self._asked = True
+    def _ask_before_data(self, mail: Mail) -> None:
+        """Ask while the last command before the content is on its way: the relay and the caller answer meanwhile."""
         try:
-            mail.before_data(self._write_content)
+            mail.before_data(partial(self._on_permission, mail))
         except Exception as exc:  # noqa: BLE001 the caller's own error goes back to the caller
             self._end(exc, drop=True)
 
-    def _write_content(self, wanted: bool) -> None:
-        """Write the content and the final dot if `wanted`, unless the transaction has ended meanwhile."""
-        mail = self._mail
-        if mail is None or self._step is not None or not self._asked:
+    def _on_permission(self, mail: Mail, permitted: bool) -> None:
+        """Take the answer to `before_data`, unless the transaction that asked has ended meanwhile."""
+        if mail is not self._mail:
             return
-        self._asked = False
-        if wanted:
+        if not permitted:
+            self._end_unsent()
+        else:
+            self._permitted = True
+            if self._step is None:
+                self._write_content(mail)
+
+    def _write_content(self, mail: Mail) -> None:
+        """Write the content and the final dot: 354 and the permission have come."""
+        if mail.still_permitted():
             self._step = Step.CONTENT
             self._write(mail.envelope.content + b".\r\n")
         else:
-            self._end(SendAborted(step=Step.CONTENT), drop=True)
-            self._report()
+            self._end_unsent()
+
+    def _end_unsent(self) -> None:
+        """End the transaction without its content, which takes the connection with it; reported once that is lost."""
+        self._end(self._refusal or SendAborted(step=self._step or Step.CONTENT), drop=True)
 
     def _end(self, error: Exception | None, *, drop: bool = False) -> None:
         """End the transaction, and with `drop` the connection."""
@@ -235,6 +245,8 @@ class SmtpConnection(asyncio.BufferedProtocol):
         if self.loop.time() < self._deadline:
             self.arm(self._deadline)
         elif self._mail is not None or self.closed:
+            if self._mail is not None and self._step is None:
+                self._end_unsent()  # it is not the relay that has not answered
             self._fail()
             self._report()
         else:
@@ -283,7 +295,10 @@ class SmtpConnection(asyncio.BufferedProtocol):
         if self._reader.broken:
             self._fail()
         elif self._mail is not None and self._step is None:
-            self._ask_before_data()
+            if self._reader.pending:
+                self._fail()
+            elif self._permitted:
+                self._write_content(self._mail)
         self._report()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 asyncio's signature
