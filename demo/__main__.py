@@ -34,7 +34,7 @@ from producer.settings import PREFIX, Settings, load
 COOLDOWN = "2"  # seconds; 10, the default, is long to watch
 REPLY_TIMEOUT = "30"  # seconds; long, as the machine may be busy
 LOOK = 0.25  # seconds between two looks at the mailbox, the processes and the parent
-TAKEN = ("REDIS_URL", "LOCALE", "MAIL_FROM")  # the settings that the demo takes from its environment
+TAKEN = ("REDIS_URL", "REDIS_PASSWORD", "LOCALE", "MAIL_FROM")  # the settings that the demo takes from its environment
 _INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -93,6 +93,8 @@ class Demo:
         screen.title("VerifyServer demo")
         self._children: list[Child] = []
         if not given:
+            # Its own Redis has no password.
+            self._env |= {f"{PREFIX}REDIS_PASSWORD": "", f"{PREFIX}REDIS_PASSWORD_FILE": ""}
             server, self._env[f"{PREFIX}REDIS_URL"] = embedded_redis.start(self._directory)
             stack.callback(server.stop)
             self._children.append(server)

@@ -27,8 +27,9 @@ from producer.store.backlog import Backlog, backlog, read_backlog
 INTERRUPTED: Final = 130  # exit status of a program that Ctrl-C ended
 
 _REDIS_SETTINGS: Final = (
-    "VERIFY_REDIS_URL (default redis://127.0.0.1:6379), VERIFY_CODES_URL, VERIFY_BROKER_URL, VERIFY_RESULTS_URL,"
-    " VERIFY_QUEUE, VERIFY_REPLY_TIMEOUT (seconds), VERIFY_CONFIG (a config.json of the Node server)"
+    "VERIFY_REDIS_URL (default redis://127.0.0.1:6379), VERIFY_REDIS_PASSWORD, VERIFY_CODES_URL, VERIFY_BROKER_URL,"
+    " VERIFY_RESULTS_URL, VERIFY_QUEUE, VERIFY_REPLY_TIMEOUT (seconds), VERIFY_CONFIG (a config.json of the Node"
+    " server)"
 )
 _SETTINGS_END: Final = "Each also as NAME_FILE for a secret file. `python -m producer settings` shows all settings."
 EPILOG: Final = (

@@ -27,7 +27,7 @@ class RedisUnavailable(StoreUnavailable):
 
 
 class RedisLoginRefused(RedisUnavailable):
-    """Redis refused the login: check the user and password in VERIFY_REDIS_URL."""
+    """Redis refused the login: check its user and password."""
 
 
 class ServerTooOld(VerifyError):

@@ -53,6 +53,16 @@ def with_database(url: str, number: int) -> str:
     return urlunsplit((parts.scheme, parts.netloc, f"/{number}", parts.query, ""))
 
 
+def with_password(url: str, password: str) -> str:
+    """`url` with this password for the Redis server, in place of the one it may have; sentinels keep theirs."""
+    if is_sentinel(url):
+        return str(replace(SentinelURL.parse(url), password=password))
+    parts = urlsplit(url)
+    userinfo, _, host = parts.netloc.rpartition("@")
+    user = userinfo.partition(":")[0]
+    return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}"))
+
+
 @dataclass(frozen=True, slots=True)
 class SentinelURL:
     """`redis+sentinel://user:password@host:port,host:port/service/database`."""
@@ -207,6 +217,11 @@ def _redis_url(value: str) -> str:
     return value
 
 
+def _password(value: str) -> str:
+    value.encode()  # what is not UTF-8 in the environment is a surrogate here: a ValueError
+    return value
+
+
 def _base_redis_url(value: str) -> str:
     value = _redis_url(value)
     database = SentinelURL.parse(value).database if is_sentinel(value) else urlsplit(value).path not in {"", "/", "/0"}
@@ -301,6 +316,7 @@ def _read_by(read: Callable[[str], object]) -> BeforeValidator:
 _Secret: Final = Field(repr=False)
 RedisURL = Annotated[str, AfterValidator(_redis_url), PlainSerializer(mask_url), _Secret]
 BaseRedisURL = Annotated[str, AfterValidator(_base_redis_url), PlainSerializer(mask_url), _Secret]
+Password = Annotated[str, AfterValidator(_password), PlainSerializer(lambda secret: MASK if secret else ""), _Secret]
 RelayURLs = Annotated[
     tuple[RelayURL, ...],
     _read_by(_relays),

@@ -27,6 +27,7 @@ from producer.setting_types import (
     FilePath,
     Flag,
     From,
+    Password,
     RedisURL,
     RelayURL,
     RelayURLs,
@@ -34,6 +35,7 @@ from producer.setting_types import (
     Sender,
     WebURL,
     with_database,
+    with_password,
 )
 
 PREFIX: Final = "VERIFY_"
@@ -86,6 +88,7 @@ class Settings(BaseSettings):
     )
 
     redis_url: BaseRedisURL = _setting("redis://127.0.0.1:6379", f"{_REDIS}, no database but 0")
+    redis_password: Password = _setting("", "any text in UTF-8; it takes the place of the password in the URLs")
     codes_url: RedisURL = _setting("", f"{_REDIS}, and /database")
     broker_url: RedisURL = _setting("", f"{_REDIS}, and /database")
     results_url: RedisURL = _setting("", f"{_REDIS}, and /database")
@@ -152,10 +155,12 @@ class Settings(BaseSettings):
         return {name: value for name, value in values.items() if value != ""}
 
     def model_post_init(self, _context: object) -> None:
-        """Derive those of the three database URLs that are not given from the base URL."""
+        """Derive the database URLs that are not given from the base URL, and put the password into all of them."""
+        urls = {"redis_url": self.redis_url}
         for name, number in _DATABASES.items():
-            if not getattr(self, name):
-                object.__setattr__(self, name, with_database(self.redis_url, number))
+            urls[name] = getattr(self, name) or with_database(self.redis_url, number)
+        for name, url in urls.items():
+            object.__setattr__(self, name, with_password(url, self.redis_password) if self.redis_password else url)
 
     def shown(self) -> dict[str, str]:
         """Every setting by its environment name, as it may be shown: secrets are masked."""
@@ -246,11 +251,13 @@ def _given(variables: Mapping[str, str]) -> dict[str, str]:
 
 def _read(path: str, name: str) -> str:
     try:
-        text = Path(path).read_text(encoding=_TEXT).strip()
+        text = Path(path).read_text(encoding=_TEXT)
     except (OSError, UnicodeDecodeError) as exc:
         raise BadSetting(
             f"{name}_FILE: {path!r} cannot be read ({_reason(exc)}); allowed: a readable text file"
         ) from None
+    # Spaces may be part of a password; the line break at the end, which editors add, is not.
+    text = text.rstrip("\r\n") if name == f"{PREFIX}REDIS_PASSWORD" else text.strip()
     if not text and name != f"{PREFIX}CONFIG":
         raise _not_allowed(name, text)
     return text

@@ -21,6 +21,7 @@ from producer.api.http_connection import HttpConnections
 from producer.api.state import Api
 from producer.api.tls import Certificates, certificates
 from producer.errors import RedisLoginRefused
+from producer.redis.protocol import LOGIN_SETTINGS
 from producer.setting_types import Bind
 from producer.settings import Settings
 from producer.tracing.setup import LAST_EXPORT, set_up
@@ -131,7 +132,7 @@ async def _report_readiness(api: Api) -> None:
     found = await api.readiness.find()
     if found.problem:
         refused = all(isinstance(error, RedisLoginRefused) for error in found.errors.values())
-        what = "the user and password in VERIFY_REDIS_URL" if refused else "VERIFY_REDIS_URL"
+        what = LOGIN_SETTINGS if refused else "VERIFY_REDIS_URL"
         logger.warning("%s: check %s; until then requests are answered RedisErr", found.problem, what)
     elif not found.workers:
         logger.warning("no worker is alive; requests wait in the queue until one is (celery -A worker.app worker)")

@@ -15,6 +15,7 @@ from producer.redis.scripts import Command
 
 BUFFER = 65536  # bytes
 ANSWER_TIMEOUT = 1.5  # seconds a write waits for its replies before the connection counts as dead
+LOGIN_SETTINGS = "the user and password in VERIFY_REDIS_URL, and VERIFY_REDIS_PASSWORD"
 TOO_LATE = "Redis did not answer in time"
 _PUSHED = ([b"message"], [b"pmessage"])
 
@@ -138,14 +139,14 @@ def kind_of(error: Exception) -> str:
     return str(error).partition(" ")[0]
 
 
-def refused(error: Exception, who: str = "Redis", settings: str = "the user and password") -> RedisUnavailable:
+def refused(error: Exception, who: str = "Redis", settings: str = LOGIN_SETTINGS) -> RedisUnavailable:
     """The exception for an error reply: `RedisLoginRefused` if the server does not accept this user.
 
-    `who` refused, and `settings` in VERIFY_REDIS_URL are to be checked then.
+    `who` refused, and `settings` are to be checked then.
     """
     kind = kind_of(error)
     if kind in {"WRONGPASS", "NOAUTH"}:
-        return RedisLoginRefused(f"{who} refused the login ({kind}): check {settings} in VERIFY_REDIS_URL")
+        return RedisLoginRefused(f"{who} refused the login ({kind}): check {settings}")
     if kind == "NOPERM":
         return RedisLoginRefused(f"{who} denied a command to its user ({kind}): check that user's ACL")
     return RedisUnavailable(f"{who} answered an error ({kind})")

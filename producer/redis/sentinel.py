@@ -196,7 +196,7 @@ class _Sentinel:
         questions = [("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name), ("SENTINEL", "MASTER", name)]
         address, state = await self.protocol.ask(pack(questions))
         if isinstance(address, hiredis.ReplyError):
-            raise refused(address, "a sentinel", "sentinel_username and sentinel_password")
+            raise refused(address, "a sentinel", "sentinel_username and sentinel_password in VERIFY_REDIS_URL")
         if address is None:
             raise RedisUnavailable(f"the sentinels watch no {name!r}")
         try:

@@ -93,7 +93,7 @@ class Compose(containers.Host):
             except redis.RedisError:
                 return False
 
-    def redis(self, password: str | None = PASSWORDS["REDIS_PASSWORD"]) -> redis.Redis:
+    def redis(self, password: str | None = PASSWORDS["VERIFY_REDIS_PASSWORD"]) -> redis.Redis:
         """A client of its Redis."""
         return redis.Redis(
             "127.0.0.1", self.ports["redis"], password=password, socket_timeout=20, retry=Retry(NoBackoff(), 0)

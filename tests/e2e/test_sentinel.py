@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Final
+from urllib.parse import quote
 
 import pytest
 from celery import Celery
@@ -51,7 +52,8 @@ def everything() -> Iterator[Everything]:
     watched = SentinelServers(password=PASSWORD, sentinel_password=SENTINELS_PASSWORD, down_after=30)
     with watched, running(ScriptedServer()) as relay:
         settings = {
-            "VERIFY_REDIS_URL": watched.url(),
+            "VERIFY_REDIS_URL": watched.url().replace(quote(PASSWORD, safe=""), "the-setting-wins"),
+            "VERIFY_REDIS_PASSWORD": PASSWORD,
             "VERIFY_RELAYS": f"smtp://127.0.0.1:{relay.port}",
             "VERIFY_LOCALE": "en",
             "VERIFY_METRICS_BIND": "127.0.0.1:0",

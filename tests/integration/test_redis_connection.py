@@ -21,6 +21,7 @@ from producer.redis.connection import (
     raise_errors,
     require_version,
 )
+from producer.redis.protocol import LOGIN_SETTINGS
 from producer.redis.scripts import Script
 
 pytestmark = pytest.mark.usefixtures("redis")  # each test begins with empty databases
@@ -278,7 +279,7 @@ async def test_a_refused_login_is_an_error_of_its_own_without_the_password(
     server = new_redis_server(password="right-secret")
     with pytest.raises(RedisLoginRefused) as caught:
         await connections.connection(f"redis://{user}127.0.0.1:{server.port}").run([("PING",)])
-    assert str(caught.value) == (f"Redis refused the login ({kind}): check the user and password in VERIFY_REDIS_URL")
+    assert str(caught.value) == f"Redis refused the login ({kind}): check {LOGIN_SETTINGS}"
 
 
 async def test_messages_go_to_on_push_and_list_replies_do_not(

@@ -97,12 +97,20 @@ REFUSED: Final = [
 class Users:
     """A server with the users, a rig whose worker is one of them, and the log of what the server refused."""
 
-    def __init__(self, server: RedisServer, rig: Rig, passwords: dict[str, str]) -> None:
-        self.rig, self._server, self._passwords = rig, server, passwords
+    def __init__(self, server: RedisServer, rig: Rig, folder: Path) -> None:
+        """`folder`: what redis-users.sh wrote."""
+        self.rig, self._server, self._folder = rig, server, folder
 
     def url(self, user: str) -> str:
         """The server's URL for this user."""
-        return f"redis://{user}:{self._passwords[user]}@127.0.0.1:{self._server.port}"
+        return f"redis://{user}:{(self._folder / f'{user}.password').read_text()}@127.0.0.1:{self._server.port}"
+
+    def login(self, user: str) -> dict[str, str]:
+        """The two settings that make a program this user."""
+        return {
+            "VERIFY_REDIS_URL": f"redis://{user}@127.0.0.1:{self._server.port}",
+            "VERIFY_REDIS_PASSWORD_FILE": str(self._folder / f"{user}.password"),
+        }
 
     def client(self, user: str, database: int = 0) -> redis.Redis:
         """A client that is logged in as this user."""
@@ -110,7 +118,7 @@ class Users:
 
     def settings(self, user: str) -> dict[str, str]:
         """The rig's, for a process that is this user."""
-        return {**self.rig.settings, "VERIFY_REDIS_URL": self.url(user)}
+        return {**self.rig.settings, **self.login(user)}
 
     def refused(self) -> list[str]:
         """Who was refused what since the last call."""
@@ -132,13 +140,12 @@ class Users:
 def users(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Users]:
     folder = tmp_path_factory.mktemp("users") / "made"
     subprocess.run(["sh", str(USERS.with_suffix(".sh")), str(folder)], check=True)
-    passwords = {path.stem: path.read_text() for path in folder.glob("*.password")}
     made = folder / USERS.name
     made.write_text(f"{made.read_text()}user {ADMIN} on >{ADMIN} ~* &* +@all\n")
     server = RedisServer(user=ADMIN, password=ADMIN, options=("--aclfile", str(made)), binary=request.param)
     with server, Rig(server=server, visibility_timeout=VISIBILITY, resend_cooldown=0) as rig:
-        users = Users(server, rig, passwords)
-        rig.settings["VERIFY_REDIS_URL"] = users.url("worker")
+        users = Users(server, rig, folder)
+        rig.settings |= users.login("worker")
         rig.add_worker()
         yield users
 
@@ -290,7 +297,7 @@ def test_an_operator_erases_an_address(users: Users) -> None:
 
 
 def test_flower_shows_workers_tasks_and_the_queue(users: Users) -> None:
-    environment = {**users.rig.worker.environment, "VERIFY_REDIS_URL": users.url("flower")}
+    environment = {**users.rig.worker.environment, **users.login("flower")}
     with FlowerProcess(environment) as flower:
         worker = users.rig.worker.name
         eventually(lambda: "stats" in flower.api("/api/workers").get(worker, {}))

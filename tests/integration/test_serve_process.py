@@ -168,7 +168,12 @@ class TestRedisTrouble:
     def test_a_refused_login_is_told_apart_in_readyz(self, new_redis_server: NewServer) -> None:
         server = new_redis_server(password="right")
         with ApiProcess({"VERIFY_REDIS_URL": server.url().replace("right", "wrong")}) as api:
-            eventually(lambda: "codes): check the user and password in VERIFY_REDIS_URL; until" in api.log)
+            eventually(
+                lambda: (
+                    "codes): check the user and password in VERIFY_REDIS_URL, and VERIFY_REDIS_PASSWORD; until"
+                    in api.log
+                )
+            )
             answer = api.http.get("/readyz")
             assert answer.status_code == 503
             assert answer.json()["problem"] == "Redis refused the login (broker, results, codes)"

@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple
 import yaml
 from dotenv import dotenv_values
 
+from support.passwords import ALL
 from support.process import HOST, START_TIMEOUT, eventually
 
 ROOT: Final = Path(__file__).parents[2]
@@ -24,7 +25,7 @@ COMPOSE: Final = ROOT / "docker-compose.yml"
 DOCKERFILE: Final = ROOT / "Dockerfile"
 EXAMPLE: Final = ROOT / ".env.example"
 HOME: Final = "/opt/verifyserver"  # in the image
-PASSWORDS: Final = {"REDIS_PASSWORD": "r3disPassw0rd", "FLOWER_PASSWORD": "fl0werPassw0rd"}
+PASSWORDS: Final = {"VERIFY_REDIS_PASSWORD": ALL, "FLOWER_PASSWORD": "fl0werPassw0rd"}
 _VARIABLE: Final = re.compile(r"\$(?:\$|\{(\w+)(?:(:[-?])([^}]*))?\})")
 
 

@@ -73,6 +73,9 @@ NAMES: Final = "tests/unit/test_far_commands.py"
 MANIFESTS: Final = "tests/unit/test_kubernetes.py"
 PODS: Final = "tests/e2e/test_pods.py"
 TLS: Final = "tests/integration/test_api_tls.py"
+WORKER_USER: Final = (
+    "VERIFY_REDIS_URL=redis://worker@127.0.0.1:6379 VERIFY_REDIS_PASSWORD_FILE=redis-users/worker.password"
+)
 USERS: Final = "tests/integration/test_redis_users.py"
 TLS_API: Final = "https://verify.example.com:8081"
 IMAGE: Final = "tests/e2e/test_containers.py::test_the_image_has_no_development_packages"
@@ -146,10 +149,7 @@ WAYS: Final[dict[str, Way]] = {
     "sh deploy/redis-users.sh redis-users": TestedBy(
         f"{USERS}::test_passwords_are_random_and_only_their_owner_reads_them"
     ),
-    """printf 'redis://worker:%s@127.0.0.1:6379' "$(cat redis-users/worker.password)" > redis-users/worker.url""": (
-        TestedBy(f"{USERS}::test_a_code_is_sent_and_checked_over_the_api")
-    ),
-    "VERIFY_REDIS_URL_FILE=redis-users/worker.url .venv/bin/celery -A worker.app worker": TestedBy(
+    f"{WORKER_USER} .venv/bin/celery -A worker.app worker": TestedBy(
         f"{USERS}::test_a_code_is_sent_and_checked_over_the_api"
     ),
     # asking

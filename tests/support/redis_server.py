@@ -38,6 +38,10 @@ class RedisServer(Process):
             *options,
         ]
 
+    def address(self) -> str:
+        """Its URL without user and password."""
+        return f"redis://{HOST}:{self.port}"
+
     def url(self, database: int | None = None) -> str:
         """The server's URL, with a database if one is named."""
         who = f"{self.user}:{quote(self.password, safe='')}@" if self.password else ""

@@ -10,6 +10,7 @@ import tomllib
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from support import containers
@@ -33,14 +34,14 @@ def test_it_is_valid_by_the_compose_specification() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("missing", ["REDIS_PASSWORD", "FLOWER_PASSWORD"])
+@pytest.mark.parametrize("missing", ["VERIFY_REDIS_PASSWORD", "FLOWER_PASSWORD"])
 def test_without_a_password_nothing_starts(missing: str) -> None:
     with pytest.raises(VariableMissing, match=missing):
         compose({**example(), **containers.PASSWORDS, missing: ""})
 
 
 def test_every_setting_reaches_the_services_that_use_it() -> None:
-    found = services({**MARKS, **containers.PASSWORDS})
+    found = services({**containers.PASSWORDS, **MARKS})
     given = {name: found[name]["environment"] for name in OURS}
     for setting, mark in MARKS.items():
         who = {name for name in OURS if given[name].get(setting) == mark}
@@ -70,7 +71,8 @@ def test_every_variable_is_in_the_example() -> None:
 def test_the_example_makes_valid_settings(name: str) -> None:
     given = {**containers.environment(), **services()[name]["environment"]}
     in_force = load(given, dotenv=None)
-    assert in_force.broker_url == f"redis://:{containers.PASSWORDS['REDIS_PASSWORD']}@redis:6379/1"
+    assert in_force.redis_password == containers.PASSWORDS["VERIFY_REDIS_PASSWORD"]
+    assert in_force.broker_url == f"redis://:{quote(in_force.redis_password, safe='')}@redis:6379/1"
     assert {bind.host for bind in (in_force.http_bind, in_force.grpc_bind, in_force.metrics_bind)} == {"0.0.0.0"}  # noqa: S104
     if name == "worker":
         assert [relay.masked() for relay in in_force.relays] == ["smtp://mailpit:1025"]
@@ -96,6 +98,19 @@ def test_each_service(name: str) -> None:
     assert "mem_limit" in service
     assert re.fullmatch(r"[\w/]+:v?\d+\.\d+[\w.-]*", service["image"])
     assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+
+
+def test_one_service_builds_the_image_and_no_service_pulls_it() -> None:
+    found = services()
+    assert {name for name in OURS if "build" in found[name]} == {"worker"}
+    assert {found[name]["image"] for name in OURS} == {found["worker"]["image"]}
+    assert {name for name in OURS if found[name]["pull_policy"] == "never"} == OURS - {"worker"}
+
+
+def test_there_are_two_workers_unless_the_environment_says_otherwise() -> None:
+    given = {**example(), **containers.PASSWORDS}
+    assert services({**given, "WORKERS": ""})["worker"]["scale"] == "2"
+    assert services({**given, "WORKERS": "5"})["worker"]["scale"] == "5"
 
 
 def test_the_worker_can_be_scaled() -> None:
@@ -168,7 +183,7 @@ def test_files_mounted_for_monitoring_exist_and_are_read_only() -> None:
 def test_no_password_is_in_a_command_line() -> None:
     for service in services().values():
         for password in containers.PASSWORDS.values():
-            assert password not in json.dumps([service.get("command"), service["healthcheck"]])
+            assert not any(password in word for word in (*service.get("command", ()), *service["healthcheck"]["test"]))
 
 
 def test_the_image_is_lean_and_not_root() -> None:

@@ -15,7 +15,7 @@ EXAMPLE = ROOT / ".env.example"
 NAMES = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {f"{PREFIX}CONFIG"}
 # What docker-compose.yml asks for besides; tests/unit/test_compose_file.py holds it to that.
 COMPOSE = {
-    *("REDIS_PASSWORD", "REDIS_PORT", "FLOWER_USER", "FLOWER_PASSWORD"),
+    *("WORKERS", "REDIS_PORT", "FLOWER_USER", "FLOWER_PASSWORD"),
     *("GRAFANA_PASSWORD", "METRICS_KEY"),  # of the profile `observe`
 }
 # OpenTelemetry's, with the defaults of its specification.
@@ -41,7 +41,7 @@ def test_it_holds_the_defaults(tmp_path: Path) -> None:
 
 def test_only_derived_and_secret_values_are_empty() -> None:
     urls, tls = ("CODES_URL", "BROKER_URL", "RESULTS_URL"), ("TLS_CERT", "TLS_KEY", "TLS_CLIENT_CA")
-    names = (*urls, *tls, "API_KEYS", "DEMO_INBOX", "DEMO_FLOWER", "CONFIG")
+    names = (*urls, *tls, "REDIS_PASSWORD", "API_KEYS", "DEMO_INBOX", "DEMO_FLOWER", "CONFIG")
     derived = {f"{PREFIX}{name}" for name in names}
-    given = {"REDIS_PASSWORD", "FLOWER_PASSWORD", "GRAFANA_PASSWORD", "METRICS_KEY"}
+    given = {"FLOWER_PASSWORD", "GRAFANA_PASSWORD", "METRICS_KEY"}
     assert {name for name, value in VALUES.items() if not value} == derived | given

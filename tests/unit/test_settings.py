@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 
 import pytest
 from pydantic import ValidationError
+from redis.connection import parse_url
+from support.passwords import PASSWORDS
 
 from producer import settings
 from producer.errors import BadSetting
@@ -23,10 +25,11 @@ QUOTED = "pa55%3Aw%40rd%2F"
 
 # As `shown` shows them: the default, of the contract's table, and another value.
 VALUES = {
-    "VERIFY_REDIS_URL": ("redis://127.0.0.1:6379", "rediss://redis.internal:6380"),
-    "VERIFY_CODES_URL": ("redis://127.0.0.1:6379/0", "redis://codes:1/7"),
-    "VERIFY_BROKER_URL": ("redis://127.0.0.1:6379/1", "redis://broker:2/8"),
-    "VERIFY_RESULTS_URL": ("redis://127.0.0.1:6379/2", "redis://results:3/9"),
+    "VERIFY_REDIS_URL": ("redis://127.0.0.1:6379", "rediss://***@redis.internal:6380"),
+    "VERIFY_REDIS_PASSWORD": ("", "***"),
+    "VERIFY_CODES_URL": ("redis://127.0.0.1:6379/0", "redis://***@codes:1/7"),
+    "VERIFY_BROKER_URL": ("redis://127.0.0.1:6379/1", "redis://***@broker:2/8"),
+    "VERIFY_RESULTS_URL": ("redis://127.0.0.1:6379/2", "redis://***@results:3/9"),
     "VERIFY_QUEUE": ("verification", "other.queue"),
     "VERIFY_VISIBILITY_TIMEOUT": ("15", "30"),
     "VERIFY_REPLY_TIMEOUT": ("5", "2.5"),
@@ -102,6 +105,7 @@ BAD_VALUES = {
         *("redis+sentinel://one:port/service", "redis+sentinel://one/service/1", "redis+sentinel://one/service?db=1"),
         "redis+sentinel://one/service#fragment",
     ],
+    "REDIS_PASSWORD": ["not UTF-8: \udcff"],
     "CODES_URL": ["redis+sentinel://one/service/first", "redis://host/first", "redis://host/1?db=3"],
     "BROKER_URL": ["sentinel://one/service", "amqp://host"],
     "RESULTS_URL": ["host"],
@@ -160,7 +164,7 @@ BAD_VALUES = {
     "DEMO_FLOWER": ["javascript:alert(1)", "http://"],
 }
 BAD = [(name, value) for name, values in BAD_VALUES.items() for value in values]
-SECRET_SETTINGS = {"REDIS_URL", "CODES_URL", "BROKER_URL", "RESULTS_URL", "RELAYS", "API_KEYS"}
+SECRET_SETTINGS = {"REDIS_URL", "REDIS_PASSWORD", "CODES_URL", "BROKER_URL", "RESULTS_URL", "RELAYS", "API_KEYS"}
 
 
 @pytest.mark.parametrize(("name", "value"), BAD)
@@ -295,6 +299,34 @@ def test_a_sentinel_url_is_shown_with_all_hosts_and_no_secret() -> None:
     shown = "redis+sentinel://***@one:1,[::1]:2/service"
     assert found["VERIFY_REDIS_URL"] == f"{shown}?sentinel_password=***"
     assert found["VERIFY_RESULTS_URL"] == f"{shown}/2?sentinel_password=***"
+
+
+@pytest.mark.parametrize("password", PASSWORDS)
+def test_the_password_replaces_those_of_all_urls(password: str) -> None:
+    sentinel = "redis+sentinel://anna:old@one,two/service/4?sentinel_password=own"
+    found = load(REDIS_PASSWORD=password, REDIS_URL="redis://h", CODES_URL="rediss://anna:old@h/3", BROKER_URL=sentinel)
+    for url, user in ((found.redis_url, None), (found.codes_url, "anna"), (found.results_url, None)):
+        read = parse_url(url)  # type: ignore[no-untyped-call]  # redis-py's
+        assert (read["password"], read["host"]) == (password, "h")
+        assert (read.get("username") or None) == user
+    broker = SentinelURL.parse(found.broker_url)
+    assert (broker.user, broker.password, broker.sentinel_password) == ("anna", password, "own")
+    shown = found.shown()
+    assert shown["VERIFY_REDIS_PASSWORD"] == "***"
+    assert shown["VERIFY_CODES_URL"] == "rediss://***@h/3"
+    assert password not in repr(found)
+
+
+def test_a_password_file_keeps_its_spaces_and_loses_its_line_break(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text(" pa55 \r\n")
+    found = load(REDIS_PASSWORD_FILE=str(tmp_path / "password"))
+    assert found.broker_url == "redis://:%20pa55%20@127.0.0.1:6379/1"
+
+
+def test_the_password_replaces_the_old_configs(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"redis": {"host": "h", "passwd": "old"}}))
+    found = load(CONFIG=str(tmp_path / "config.json"), REDIS_PASSWORD="new")
+    assert found.codes_url == "redis://:new@h:6379/0"
 
 
 def test_one_of_the_three_can_be_elsewhere() -> None:

@@ -88,7 +88,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]  # Celery ships no type
         def waiting(exc: Exception, interval: float) -> None:
             why = f"waiting for Redis at {where} ({type(exc).__name__}): check VERIFY_REDIS_URL or VERIFY_BROKER_URL"
             if isinstance(exc, AuthenticationError):
-                advice = "check user and password in VERIFY_BROKER_URL or VERIFY_REDIS_URL"
+                advice = "check user and password in VERIFY_BROKER_URL or VERIFY_REDIS_URL, and VERIFY_REDIS_PASSWORD"
                 why = f"Redis at {where} refused the login ({exc.status_code}): {advice}"
             logger.error("%s, next try in %.1f s", why, interval)
 
