@@ -123,7 +123,7 @@ class Eraser:
         delayed = self._queue + DELAYED
         keys = [delayed, self._queue + DUE, self._queue + READY]
         for name, entry in self._broker.hscan_iter(delayed, count=PAGE):
-            message = entry.partition(b" ")[2]
+            message = entry.partition(b" ")[2] or entry  # another release may have written it otherwise
             if self._concerns(message) and forget(keys, [name, entry]):
                 removed += 1
                 self._answer(message)
@@ -136,9 +136,10 @@ class Eraser:
             count = 0
             for _, entry in self._broker.hscan_iter(UNACKED, count=PAGE):
                 found = _HELD_ENTRY.fullmatch(entry)
-                if found and found[2] == self._queue.encode() and self._concerns(found[1]):
+                message, queue = found.groups() if found else (entry, self._queue.encode())
+                if queue == self._queue.encode() and self._concerns(message):
                     count += 1
-                    if (job := _job(found[1])) is not None:
+                    if (job := _job(message)) is not None:
                         self._held.add(job.request_id)
             if not count or time.monotonic() >= until:
                 return count

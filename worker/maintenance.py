@@ -50,6 +50,7 @@ class Maintenance:
         self._relay_healthy = relay_healthy
         self._in_contact_since: float | None = None  # loop time; None: Redis is unreachable
         self._reported = counters.dead.copy()
+        self._left_to_others = False  # whether it was logged that entries of another release are left
         self._running: asyncio.Task[None]
 
     def start(self) -> None:
@@ -97,6 +98,9 @@ class Maintenance:
                 "dead letters were removed: %d older than %d days, %d beyond the newest %d",
                 *(result.dead_too_old, DEAD_AGE // 86_400, result.dead_too_many, DEAD_KEPT),
             )
+        if result.left and not self._left_to_others:
+            self._left_to_others = True
+            logger.warning("another release wrote entries that this one cannot read; they are left to its workers")
         for poison in result.poison:
             self._dead_letter_poison(poison)
         self._fetcher.on_maintained(result)

@@ -27,6 +27,7 @@ from producer.store.codes import (
     Refusal,
     Send,
     StoreError,
+    UnknownVersion,
     Wait,
 )
 from worker.job import Job
@@ -92,6 +93,7 @@ class Service:
         self._leased: dict[str, Job] = {}  # by tag
         self._asked: list[tuple[Job, Callable[[bool], None]]] = []  # in this turn of the loop
         self._announcing: set[asyncio.Task[None]] = set()
+        self._left_to_others = False  # whether it was logged that a request of another release was left
         self._stopping = False
         self._drained: asyncio.Future[None] | None = None
 
@@ -137,11 +139,19 @@ class Service:
                 elif why in BUCKETS:
                     self._counters.audit.bucket_empty(BUCKETS[why], job.request.email)
                 self._settler.answer(job, error, mark=False)
-            case Wait(seconds, joined):
-                self._counters.joins += joined
-                self._settler.wait(job, seconds)
+            case Wait() | UnknownVersion():
+                self._wait(job, issue)
             case Conflict():
                 self._settler.dead_letter(job, ID_CONFLICT)
+
+    def _wait(self, job: Job, wait: Wait | UnknownVersion) -> None:
+        """Another holder decides about the request."""
+        if isinstance(wait, Wait):
+            self._counters.joins += wait.joined
+        elif not self._left_to_others:
+            self._left_to_others = True
+            logger.warning("another release has begun a request; such requests are left to its workers")
+        self._settler.wait(job, wait.seconds)
 
     def _send(self, job: Job, send: Send) -> None:
         assert job.mailbox is not None  # noqa: S101 - the store issues nothing for an invalid address

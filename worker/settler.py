@@ -293,6 +293,7 @@ class Settler:
                     item.error = error
                 case Conflict():  # of a question: the id is another request's, whose answer this is not
                     item.drop_reply()
+                # Of a question, UnknownVersion leaves the answer: the first one that is stored stands.
             item.mark = None
 
     def _may_follow(self, item: Settlement) -> bool:

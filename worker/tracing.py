@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
-from producer.store.codes import Answered, Conflict, Send, Wait
+from producer.store.codes import Answered, Conflict, Send, UnknownVersion, Wait
 from worker.mail.errors import MailError
 
 if TYPE_CHECKING:
@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ISSUED: Final = {Send: "send", Answered: "answered", Wait: "wait", Conflict: "conflict"}
+_ISSUED: Final = {
+    Send: "send",
+    Answered: "answered",
+    Wait: "wait",
+    Conflict: "conflict",
+    UnknownVersion: "unknown_version",
+}
 
 
 class Trace:

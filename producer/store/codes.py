@@ -27,6 +27,10 @@ BUCKETS: Final = {
     TOTAL_BUCKET: "total",
 }
 
+# Raise it when a request record changes its fields or what they mean, `who` included, and read the one before for one
+# release: docs/upgrading.md. Workers of two releases share the records.
+RECORD_VERSION: Final = 1
+
 HOUR: Final = 3_600_000  # ms
 DAY: Final = 24 * HOUR
 
@@ -113,7 +117,7 @@ class Claim(NamedTuple):
     token: str
     code_key: str
     canonical: str
-    who: str  # hash of address and purpose: the same request id must come with the same
+    who: str  # RECORD_VERSION and a hash of address and purpose: the same request id must come with the same
     purpose: str
     client: str = ""  # hash of the caller's word for its end user, if it gave one
 
@@ -133,7 +137,7 @@ class Claim(NamedTuple):
             pair = f"{len(purpose)} {purpose}{email}".encode("utf-8", "surrogatepass")
         else:
             pair = json.dumps([email, purpose], sort_keys=True).encode()  # never begins with a digit
-        who = blake2b(pair, digest_size=16).hexdigest()
+        who = f"{RECORD_VERSION}:{blake2b(pair, digest_size=16).hexdigest()}"
         # 12 bytes keep the fields of a record short enough for Redis' compact encoding.
         word = blake2b(client.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest() if client else ""
         return cls(request_id, token, key, canonical, who, known_purpose, word)
@@ -177,7 +181,13 @@ class Conflict:
     """The request id belongs to another address or purpose."""
 
 
-Issue = Send | Answered | Wait | Conflict
+class UnknownVersion(NamedTuple):
+    """Another release wrote what the store knows of the request: leave it to others, and ask again after `seconds`."""
+
+    seconds: float
+
+
+Issue = Send | Answered | Wait | Conflict | UnknownVersion
 
 FAILED: Final = "failed"  # no relay accepted the mail: the buckets are refunded, the request may try again
 UNKNOWN: Final = "unknown"  # a relay may have accepted the mail: the request may try once more

@@ -1,6 +1,6 @@
 --[[
 issue: may these requests send now, and which code? One atomic step for each, in their order; begins with each.lua,
-buckets.lua and lengths.lua.
+buckets.lua, lengths.lua and record.lua.
 
 KEYS 5i-4 request record  hash    what is remembered of the request id
      5i-3 code            string  the code itself; GateServer reads it
@@ -28,7 +28,8 @@ ARGV 1  lease             ms
      19 to 22             string  each bucket, in the order of buckets.lua: interval (ms, in which one send comes back)
                                   and burst (the size of the bucket), with a space between; '': not configured
      then seven for each request:
-     who                  string  hash of address and purpose: the same id must come with the same
+     who                  string  the record's version, a colon, and a hash of address and purpose: the same id must come
+                                  with the same
      token                string  names this holder of the lease
      error                int     the final answer if it is certain already, else ''
      enqueued at          ms      if '' or in the future, the age counts from the first time the request was seen
@@ -43,9 +44,11 @@ Returns a list with an entry for each request:
       | {'wait', ms}               another holder is sending the same id
       | {'join', ms}               another request's mail to the same code key is being sent
       | {'conflict'}               the id belongs to another address or purpose; nothing was changed
+      | {'unknown', ms}            the record has another version; nothing was changed, and another worker may know it. From
+                                   its deadline on, such a request is answered; that is not stored
       | an error                   of this request alone; what was written for it before stays
 
-Fields of the record:
+Fields of the record; who reads or writes them otherwise raises the version (see record.lua):
      who, first (ms), token ('': nobody holds the lease), until (end of the lease, ms), tries
      charged (see buckets.lua), mark (fingerprint of the code that was issued)
      dot (1: the present send was announced: its mail may leave), doubts (earlier sends that may have been accepted)
@@ -53,6 +56,8 @@ Fields of the record:
 Times are this server's. A code, cooldown, sending, bucket or suppressed key of another type than string counts as missing
 and is overwritten when it is written next.
 ]]
+local LEFT = 1000 -- ms for which a request is left to other workers
+
 local sha1hex = redis.sha1hex
 local time = call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -90,14 +95,22 @@ return each(#KEYS / 5, function(i)
     for n = 1, #flat, 2 do
         record[flat[n]] = flat[n + 1]
     end
+    local first = record.first or seen
+    -- A time in the future must not postpone the deadline at each retry, so it counts as the first time seen.
+    local born = math.min(tonumber(ARGV[at + 3]) or now, tonumber(first) or now)
+    local deadline = math.min(born + give_up_after, tonumber(ARGV[at + 4]) or math.huge)
     if record.who and record.who ~= who then
-        return { 'conflict' }
+        if same_version(record.who, who) then
+            return { 'conflict' }
+        elseif now >= deadline then
+            return { 'answered', TIMEOUT }
+        end
+        return { 'unknown', math.min(LEFT, deadline - now) }
     end
     if record.error then
         return { 'answered', tonumber(record.error) }
     end
 
-    local first = record.first or seen
     local doubts = (tonumber(record.doubts) or 0) + (tonumber(record.dot) or 0)
     local function answer(error, why)
         if (record.charged or '') ~= '' and doubts == 0 then
@@ -118,9 +131,6 @@ return each(#KEYS / 5, function(i)
         return { 'wait', record['until'] - now }
     end
 
-    -- A time in the future must not postpone the deadline at each retry, so it counts as the first time seen.
-    local born = math.min(tonumber(ARGV[at + 3]) or now, tonumber(first))
-    local deadline = math.min(born + give_up_after, tonumber(ARGV[at + 4]) or math.huge)
     if now >= deadline then
         return answer(TIMEOUT)
     end

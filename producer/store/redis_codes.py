@@ -25,12 +25,14 @@ from producer.store.codes import (
     Send,
     Settled,
     StoreError,
+    UnknownVersion,
     Wait,
 )
 
 _LUA = Path(__file__).parent
-_BUCKETS, _LENGTHS = _LUA / "buckets.lua", _LUA / "lengths.lua"
-_ISSUE, _SETTLE = Script(EACH, _BUCKETS, _LENGTHS, _LUA / "issue.lua"), Script(EACH, _BUCKETS, _LUA / "settle.lua")
+_BUCKETS, _LENGTHS, _RECORD = (_LUA / f"{name}.lua" for name in ("buckets", "lengths", "record"))
+_ISSUE = Script(EACH, _BUCKETS, _LENGTHS, _RECORD, _LUA / "issue.lua")
+_SETTLE = Script(EACH, _BUCKETS, _RECORD, _LUA / "settle.lua")
 ANNOUNCE_DATA = Script(EACH, _LUA / "announce_data.lua")
 _RENEW, _CHECK = Script(_LUA / "renew.lua"), Script(_LENGTHS, _LUA / "check.lua")
 
@@ -145,6 +147,8 @@ def _read_issue(entry: Any) -> Issue:
             return Answered(known_error(entry[1]), entry[2].decode() if len(entry) > 2 else "")
         case b"conflict":
             return Conflict()
+        case b"unknown":
+            return UnknownVersion(entry[1] / 1000)
     return Wait(entry[1] / 1000, joined=entry[0] == b"join")
 
 

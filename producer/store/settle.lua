@@ -1,6 +1,6 @@
 --[[
-settle: records how sends ended; one atomic step for each, in their order; begins with each.lua and buckets.lua. Compares
-the lease's token first: a holder that lost its lease changes nothing.
+settle: records how sends ended; one atomic step for each, in their order; begins with each.lua, buckets.lua and
+record.lua. Compares the lease's token first: a holder that lost its lease changes nothing.
 
 KEYS 4i-3 request record  hash    see issue.lua
      4i-2 code            string
@@ -25,7 +25,8 @@ ARGV 1  cooldown          ms      0: off
 
 Returns a list with an entry for each: {1 if this holder had the lease else 0, id to wake ...}, or an error of this one
 alone. If the mail was accepted and its code is still live, or if the mailbox is refused for good, every joined request
-gets the same answer in its record; otherwise one of them may send.
+gets the same answer in its record; otherwise one of them may send. A joined request whose record has another version is only
+woken.
 
 The suppressed key outlives its end by its period, and by at least the life of a record, so that a mailbox which is refused again
 is known. It lives no longer, or strangers could fill the server with mailboxes that do not exist. An accepted mail deletes it if
@@ -111,9 +112,11 @@ return each(#KEYS / 4, function(i)
         local joined = call('SMEMBERS', joined_key)
         for _, id in ipairs(joined) do
             local key = ARGV[3] .. id
-            call('HSET', key, 'who', record[3], 'token', '')
-            call('HSETNX', key, 'error', result)
-            call('PEXPIRE', key, remember)
+            local who, error = unpack(call('HMGET', key, 'who', 'error'))
+            if not who or same_version(who, record[3]) then
+                call('HSET', key, 'who', record[3], 'token', '', 'error', error or result)
+                call('PEXPIRE', key, remember)
+            end
             wake[#wake + 1] = id
         end
         if #joined > 0 then

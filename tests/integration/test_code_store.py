@@ -35,6 +35,7 @@ from producer.store.codes import (
     Result,
     Send,
     Settled,
+    UnknownVersion,
     Wait,
 )
 from producer.store.guessing import Attacker, chance_a_day
@@ -775,6 +776,49 @@ def test_an_id_with_another_address_or_purpose_is_a_conflict(other: tuple[str, s
     claim = claim_of("one", other[0], purpose=other[1])
     assert driver.issue(claim) == driver.issue(claim, error=ErrorCode.EXCEPTION) == Conflict()
     assert driver.snapshot() == before
+
+
+def newer(claim: Claim) -> Claim:
+    """The claim as a release with another version of the record makes it."""
+    return claim._replace(who=claim.who.replace("1:", "2:", 1))
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_record_of_another_version_is_left_to_the_release_that_knows_it(answered: bool, driver: Driver) -> None:
+    driver.send(newer(claim_of("one")))
+    if answered:
+        driver.settle(newer(claim_of("one")))
+    before = driver.snapshot()
+    assert driver.issue(claim_of("one")) == UnknownVersion(1.0)
+    assert driver.issue(claim_of("one"), error=ErrorCode.EXCEPTION) == UnknownVersion(1.0)
+    assert driver.snapshot() == before
+    if not answered:
+        driver.settle(newer(claim_of("one")))
+    assert driver.answer_of(newer(claim_of("one"))) is ErrorCode.SUCCESS
+
+
+def test_a_request_of_an_unknown_version_is_timed_out_at_its_deadline(driver: Driver) -> None:
+    driver.send(newer(claim_of("one")))
+    driver.pass_time(POLICY.give_up_after - 300)
+    left = driver.issue(claim_of("one"))
+    assert isinstance(left, UnknownVersion)
+    assert 0 < left.seconds <= 0.3
+    driver.pass_time(300)
+    before = driver.snapshot()
+    assert driver.issue(claim_of("one")) == Answered(ErrorCode.TIMEOUT)
+    assert driver.snapshot() == before
+
+
+@pytest.mark.parametrize("result", [ErrorCode.SUCCESS, ErrorCode.MAIL_REJECTED, FAILED])
+def test_a_joined_record_of_another_version_is_woken_and_not_written(result: Result, driver: Driver) -> None:
+    driver.send(claim_of("one"))
+    assert isinstance(driver.issue(newer(claim_of("two"))), Wait)
+    assert driver.settle(claim_of("one"), result) == ["two"]
+    assert driver.issue(claim_of("two")) == UnknownVersion(1.0)
+    if result is ErrorCode.SUCCESS:
+        assert driver.issue(newer(claim_of("two"))) == HIT
+    else:
+        assert isinstance(driver.issue(newer(claim_of("two"))), Send)
 
 
 @pytest.mark.parametrize("error", list(ErrorCode)[:7])

@@ -137,7 +137,7 @@ def test_requests_that_wait_are_removed_and_answered_6(new_rig: NewRig, erase: E
     rig.broker.lpush(f"{QUEUE}.suspects", json.dumps(suspect))
     for each, key in ((delayed, "due"), (joined, "ready")):
         request_id = each["headers"]["id"]
-        rig.broker.hset(f"{QUEUE}.parked", request_id, f"0 {json.dumps(each)}")
+        rig.broker.hset(f"{QUEUE}.parked", request_id, f"1:0 {json.dumps(each)}")
         rig.broker.zadd(f"{QUEUE}.parked.{key}", {request_id: time.time() * 2000})
     asked = [*waiting[::2], low, suspect, delayed, joined]
 

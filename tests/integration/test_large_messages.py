@@ -62,7 +62,7 @@ def among_the_suspects(rig: Rig, raw: bytes) -> None:
 
 def delayed(rig: Rig, raw: bytes) -> None:
     with rig.broker.pipeline() as pipe:
-        pipe.hset(f"{QUEUE}.parked", "some-id", b"0 " + raw)
+        pipe.hset(f"{QUEUE}.parked", "some-id", b"1:0 " + raw)
         pipe.zadd(f"{QUEUE}.parked.due", {"some-id": 0})
         pipe.execute()
 

@@ -156,7 +156,7 @@ async def test_requests_that_wait_for_a_send_are_woken_though_the_connection_is_
     [found] = await harness.store.issue([IssueRequest(joining, "654321")])
     assert isinstance(found, Wait)
     assert found.joined
-    delayed = ("HSET", "verification.parked", "two", "1 message")
+    delayed = ("HSET", "verification.parked", "two", "1:1 message")
     await harness.databases.broker.run([delayed, ("ZADD", "verification.parked.due", 1e13, "two")])
     run_batch = harness.databases.broker.run
     lost: list[Any] = []

@@ -76,7 +76,7 @@ def test_requests_that_wait_for_their_eta_or_a_retry_need_no_worker(new_rig: New
     [(field, waiting)] = parked.items()
     assert json.loads(waiting.split(b" ", 1)[1]) == later
     later["headers"]["eta"] = datetime.now(UTC).isoformat()
-    rig.broker.hset("verification.parked", field, b"0 " + json.dumps(later).encode())
+    rig.broker.hset("verification.parked", field, b"1:0 " + json.dumps(later).encode())
     rig.relay.scripts.clear()
     rig.broker.zadd("verification.parked.due", dict.fromkeys((field, retried.encode()), 0))
     rig.add_worker()

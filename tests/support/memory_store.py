@@ -31,6 +31,7 @@ from producer.store.codes import (
     Outcome,
     Send,
     Settled,
+    UnknownVersion,
     Wait,
 )
 
@@ -133,12 +134,15 @@ class MemoryCodeStore:
         if request.expires_at is not None:
             deadline = min(deadline, request.expires_at * 1000)
         return (
-            self._known(claim, record, request.error)
+            self._known(claim, record, request.error, deadline)
             or self._hindered(claim, record, deadline)
             or self._send(claim, record, request.candidate, deadline)
         )
 
-    def _known(self, claim: Claim, record: Record, error: ErrorCode | None) -> Issue | None:
+    def _known(self, claim: Claim, record: Record, error: ErrorCode | None, deadline: float) -> Issue | None:
+        if _version(record.who) != _version(claim.who):
+            left = deadline - self._now
+            return UnknownVersion(min(1000.0, left) / 1000) if left > 0 else Answered(ErrorCode.TIMEOUT)
         if record.who != claim.who:
             return Conflict()
         if record.error is not None:
@@ -237,6 +241,8 @@ class MemoryCodeStore:
             state.joined.pop(key, None)
             for request_id in waiting:
                 joined = state.records.setdefault(request_id, Record(claim.who, self._now))
+                if _version(joined.who) != _version(claim.who):
+                    continue
                 joined.error = error if joined.error is None else joined.error
                 joined.token = ""
                 joined.end = self._now + self.policy.remember
@@ -333,6 +339,10 @@ class MemoryCodeStore:
     def _remember(self, claim: Claim, record: Record) -> None:
         record.end = self._now + self.policy.remember
         self.state.records[claim.request_id] = record
+
+
+def _version(who: str) -> str:
+    return who.partition(":")[0]
 
 
 def _canonical(email: str) -> str:

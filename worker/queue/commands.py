@@ -18,10 +18,12 @@ from producer.store.backlog import DELAYED, SUSPECTS, UNHEALTHY_WORKERS, WORKERS
 from worker.queue.message import POISON_DEATHS, SUSPECT_DEATHS, DeadLetterCode, DeadLetterReason, Reserved
 
 _LUA = Path(__file__).parent
-_RESERVE, _ACK, _WAKE = (Script(_LUA / f"{name}.lua") for name in ("reserve", "ack", "wake"))
-_MAINTAIN, _DELAY, _SCHEDULE, _DEAD_LETTER, _RELEASE = (
-    Script(_LUA / "unacked.lua", _LUA / f"{name}.lua")
-    for name in ("maintain", "delay", "schedule", "dead_letter", "release")
+_UNACKED, _DELAYED = _LUA / "unacked.lua", _LUA / "delayed.lua"
+_ACK = Script(_LUA / "ack.lua")
+_RESERVE, _WAKE = (Script(_DELAYED, _LUA / f"{name}.lua") for name in ("reserve", "wake"))
+_DEAD_LETTER, _RELEASE = (Script(_UNACKED, _LUA / f"{name}.lua") for name in ("dead_letter", "release"))
+_MAINTAIN, _DELAY, _SCHEDULE = (
+    Script(_UNACKED, _DELAYED, _LUA / f"{name}.lua") for name in ("maintain", "delay", "schedule")
 )
 
 UNACKED: Final = "unacked"  # kombu's name, as is the next
@@ -54,6 +56,7 @@ class MaintenanceResult(NamedTuple):
     restored: int  # messages of dead workers
     dead_too_old: int  # dead letters that this call has removed
     dead_too_many: int  # likewise
+    left: int  # entries that another release wrote and this one cannot read: they are left to its workers
     poison: list[Reserved]  # reserved by this call: each must be answered and dead-lettered
 
 
@@ -75,7 +78,7 @@ class RequestQueue:
 
     def reserve(self, count: int, *, held: int) -> Command:
         """Take up to `count` messages. `held`: how many this worker holds. Read the answer with `read_reserve`."""
-        keys = [self.name, self._ready, self._delayed, self._suspects, UNACKED, INDEX, DEAD_LETTERS]
+        keys = [self.name, self._ready, self._delayed, self._suspects, UNACKED, INDEX, DEAD_LETTERS, self._due]
         keys += [f"{self.name}{PRIORITY_SEPARATOR}{step}" for step in PRIORITY_STEPS]
         codes = (DeadLetterCode.UNKNOWN_TASK, DeadLetterCode.ENVELOPE)
         return _RESERVE(keys, [count, self._prefix(), TASK, self.name, held, *codes, LARGEST_MESSAGE])
@@ -118,8 +121,8 @@ class RequestQueue:
 
     @staticmethod
     def read_maintain(answer: list[Any]) -> MaintenanceResult:
-        ready, suspects, restored, too_old, too_many, *poison = answer
-        return MaintenanceResult(ready, suspects, restored, too_old, too_many, _pairs(poison))
+        ready, suspects, restored, too_old, too_many, left, *poison = answer
+        return MaintenanceResult(ready, suspects, restored, too_old, too_many, left, _pairs(poison))
 
     @staticmethod
     def ack(tags: list[str]) -> Command:

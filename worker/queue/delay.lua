@@ -4,7 +4,7 @@ delay: hold a reserved request back until it is due or woken.
 KEYS 1 unacked     hash
      2 index       zset
      3 due         zset   id by due time (ms)
-     4 delayed     hash   id -> birth (ms), a space, message
+     4 delayed     hash   entry by id, see delayed.lua
      5 queue       list
      6 woken       string exists: what the request waits for has happened already, so it goes back to the queue
 ARGV 1 tag
@@ -29,7 +29,7 @@ else
     local birth = math.max(math.min(tonumber(ARGV[4]) or now, now), 0)
     -- Both can be repeated.
     redis.call('ZADD', KEYS[3], string.format('%.0f', now + ARGV[3]), ARGV[2])
-    redis.call('HSET', KEYS[4], ARGV[2], string.format('%.0f ', birth) .. message)
+    redis.call('HSET', KEYS[4], ARGV[2], delayed_entry(birth, message))
 end
 redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('ZREM', KEYS[2], ARGV[1])

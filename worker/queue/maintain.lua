@@ -1,7 +1,8 @@
 --[[
 maintain: what a living worker does every second. It renews its reservations; messages that no worker renewed for the whole
 visibility timeout go back to the queue; delayed requests that are due become ready; dead letters that are too old or too
-many go; and it leaves a sign of life.
+many go; and it leaves a sign of life. An entry that another release wrote and this one cannot read is left for others; it is
+looked at again in the next round, after all others.
 
 KEYS 1 index       zset
      2 unacked     hash
@@ -9,7 +10,7 @@ KEYS 1 index       zset
      4 suspects    list   suspected poison messages
      5 due         zset   delayed requests: id by due time (ms)
      6 ready       zset   id by birth (ms)
-     7 delayed     hash   id -> birth (ms), a space, message
+     7 delayed     hash   entry by id, see delayed.lua
      8 workers     zset   worker by its last sign of life (s)
      9 unhealthy   zset   the same, of workers without a healthy relay
      10 dead       list   dead letters, the newest first
@@ -27,8 +28,9 @@ ARGV 1 visibility  s      the timeout; 0: restore nothing
      12 dead kept  int     dead letters to keep, at most
      13 ...                tags that the worker holds
 
-Returns {ready, suspects, restored, dead letters too old, dead letters too many, tag, message ...}: this call has reserved
-these messages because each has killed so many workers as `poison` says; they must be answered and dead-lettered.
+Returns {ready, suspects, restored, dead letters too old, dead letters too many, entries left for others, tag, message ...}: this
+call has reserved these messages because each has killed so many workers as `poison` says; they must be answered and
+dead-lettered.
 ]]
 local LOOKED_AT = 100 -- dead letters in one call
 
@@ -39,7 +41,7 @@ for i = 13, #ARGV do
     redis.call('ZADD', KEYS[1], 'XX', seconds, ARGV[i])
 end
 
-local result = { 0, 0, 0, 0, 0 }
+local result = { 0, 0, 0, 0, 0, 0 }
 local visibility, most = tonumber(ARGV[1]), tonumber(ARGV[2])
 if visibility > 0 then
     local stale = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', seconds - visibility, 'LIMIT', 0, most)
@@ -47,7 +49,10 @@ if visibility > 0 then
         local entry = redis.call('HGET', KEYS[2], stale[i])
         local message, queue = message_of(entry or '')
         -- All queues of a database share kombu's keys: leave another queue's messages alone.
-        if queue == KEYS[3] then
+        if entry and not message then
+            redis.call('ZADD', KEYS[1], 'XX', seconds - visibility, stale[i])
+            result[6] = result[6] + 1
+        elseif queue == KEYS[3] then
             local deaths = 1
             -- A message that is too large is not decoded: it goes back to the queue, where it is dead-lettered.
             if #message <= tonumber(ARGV[10]) then
@@ -71,7 +76,7 @@ if visibility > 0 then
             end
             result[3] = result[3] + 1
         end
-        if queue == nil or queue == KEYS[3] then
+        if not entry or queue == KEYS[3] then
             redis.call('ZREM', KEYS[1], stale[i])
             redis.call('HDEL', KEYS[2], stale[i])
         end
@@ -80,10 +85,16 @@ end
 
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', now, 'LIMIT', 0, most)) do
     local entry = redis.call('HGET', KEYS[7], id)
-    if entry then
-        redis.call('ZADD', KEYS[6], string.match(entry, '^%d+'), id)
+    local since = entry and read_delayed(entry)
+    if entry and not since then
+        redis.call('ZADD', KEYS[5], now, id)
+        result[6] = result[6] + 1
+    else
+        if since then
+            redis.call('ZADD', KEYS[6], since, id)
+        end
+        redis.call('ZREM', KEYS[5], id)
     end
-    redis.call('ZREM', KEYS[5], id)
 end
 -- A dead letter without a time, which no worker wrote, is removed with the next newer one that has a time and is too old. Errors
 -- are ignored: the key may hold another type.

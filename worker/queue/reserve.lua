@@ -4,16 +4,17 @@ malformed, to the dead letters. Of a message that is too large, only the beginni
 the worker that gets it answers the caller and dead-letters it. Delayed requests that are due come first, the oldest of them
 first; then the right ends of the lists. While more messages wait than are taken, every fourth one taken is the queue's newest:
 its caller still waits for the reply, while callers behind a long backlog have been answered 6 by the time the worker comes to
-them.
+them. A delayed request whose entry this release cannot read is left for others: it becomes due again in a second.
 
 KEYS 1 queue       list   producers LPUSH to it
      2 ready       zset   delayed requests that are due: id by birth (ms)
-     3 delayed     hash   id -> birth (ms), a space, message
+     3 delayed     hash   entry by id, see delayed.lua
      4 suspects    list   suspected poison messages (their worker died twice); only a worker that holds nothing takes one
      5 unacked     hash   tag -> [message, exchange, routing key], as kombu writes it
      6 index       zset   tag by time (s, this server's)
      7 dead        list   dead letters, JSON
-     8 ...         list   messages of Celery clients with a lower priority
+     8 due         zset   delayed requests: id by due time (ms)
+     9 ...         list   messages of Celery clients with a lower priority
 ARGV 1 count       int    messages to take, at most
      2 tag prefix  string unique to this call
      3 task        string the only task that is known
@@ -35,6 +36,7 @@ local score = string.format('%.6f', seconds) -- once: Lua would format a number 
 local count, prefix, held = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[5])
 local UNKNOWN_TASK, ENVELOPE, LARGEST = ARGV[6], ARGV[7], tonumber(ARGV[8])
 local KEPT, SEARCHED = 1024, 8192 -- bytes of a message that is too large: how many are kept; how many are searched at each end
+local LEFT = 1 -- seconds for which a delayed request is left to other workers
 local AT_ONCE = 4 -- messages read by one command: they are copied several times, and each may be of any length
 local suspects = redis.call('LLEN', KEYS[4])
 
@@ -198,16 +200,25 @@ if redis.call('LLEN', KEYS[1]) > count then
 end
 local due = room > 0 and redis.call('ZRANGE', KEYS[2], 0, room - 1) or {}
 if #due > 0 then
-    local messages, places, was_cut = read(#due, function(from, to)
+    local known, left = {}, {}
+    local messages, _, was_cut = read(#due, function(from, to)
         local found = redis.call('HMGET', KEYS[3], unpack(due, from, to))
         for i, entry in ipairs(found) do
-            found[i] = entry and (string.match(entry, '^%d+ (.*)$') or entry)
+            local _, message = read_delayed(entry or '')
+            local ids = entry and not message and left or known
+            ids[#ids + 1] = due[from + i - 1]
+            found[i] = message or false
         end
         return found
     end)
-    local error = move(messages, {
-        { 'HDEL', KEYS[3], unpack(due, 1, places) },
-        { 'ZREM', KEYS[2], unpack(due, 1, places) },
+    for _, id in ipairs(left) do
+        if not refused(redis.pcall('ZADD', KEYS[8], string.format('%.0f', (seconds + LEFT) * 1000), id)) then
+            redis.pcall('ZREM', KEYS[2], id)
+        end
+    end
+    local error = #known > 0 and move(messages, {
+        { 'HDEL', KEYS[3], unpack(known) },
+        { 'ZREM', KEYS[2], unpack(known) },
     })
     if error or was_cut then
         return answer(error)
@@ -215,7 +226,7 @@ if #due > 0 then
     room = room - #messages
 end
 for i = 1, #KEYS do
-    if (i == 1 or i > 7) and room > 0 then
+    if (i == 1 or i > 8) and room > 0 then
         local found = redis.call('LLEN', KEYS[i])
         if found > 0 then
             local places, was_cut, error = take_oldest(KEYS[i], math.min(found, room))

@@ -5,7 +5,7 @@ KEYS 1 unacked     hash
      2 index       zset
      3 due         zset   as in delay.lua; these requests stand there by their tag and not by their id, so that a message
                           with another request's id cannot replace that request
-     4 delayed     hash   tag -> due time (ms), a space, message
+     4 delayed     hash   entry by tag, see delayed.lua
 ARGV 2i-1 tag
      2i   due             ms, Unix time
 
@@ -20,9 +20,8 @@ for i = 1, #ARGV, 2 do
     local entry = redis.call('HGET', KEYS[1], tag)
     if entry and due > now then
         local message = message_of(entry)
-        local at = string.format('%.0f', due)
-        redis.call('ZADD', KEYS[3], at, tag)
-        redis.call('HSET', KEYS[4], tag, at .. ' ' .. message)
+        redis.call('ZADD', KEYS[3], string.format('%.0f', due), tag)
+        redis.call('HSET', KEYS[4], tag, delayed_entry(due, message))
         redis.call('HDEL', KEYS[1], tag)
         redis.call('ZREM', KEYS[2], tag)
         entry = false
