@@ -91,11 +91,14 @@ class Settlement:
 _REPLY = Script(EACH, Path(__file__).parent / "queue" / "reply.lua")
 
 
-def store_replies(answered: Iterable[tuple[Job, ErrorCode]]) -> Command:
-    """Store and publish replies. The answer has for each 1 if it is the first reply to its id, else 0, or an error."""
+def store_replies(answered: Iterable[tuple[Job, ErrorCode]], *, final: bool = True) -> Command:
+    """Store and publish replies. The answer has for each 1 if it is the first reply to its id, else 0, or an error.
+
+    Those that are not `final` are only published.
+    """
     now = datetime.now(UTC).isoformat()
     pairs = [(reply_key(job.request_id), reply_payload(job, error, now)) for job, error in answered]
-    return _REPLY([key for key, _ in pairs], [REPLY_TTL, *(payload for _, payload in pairs)])
+    return _REPLY([key for key, _ in pairs], [REPLY_TTL if final else "", *(payload for _, payload in pairs)])
 
 
 def reply_payload(job: Job, error: ErrorCode, date_done: str) -> bytes:
@@ -122,7 +125,8 @@ class Settler:
     """Takes each request's outcome and makes it known.
 
     A step that Redis does not take is repeated. A reply that cannot be stored does not hold up other requests: its
-    request is delayed for a second, and whoever gets it then finds in the code store what was done.
+    request is delayed for a second, and whoever gets it then finds in the code store what was done. A reply of
+    REDIS_ERR is not final: it is published, and nothing remembers it, so that the same id asked again is served.
     """
 
     def __init__(self, store: CodeStore, databases: Databases, queue: RequestQueue, counters: Counters) -> None:
@@ -149,7 +153,11 @@ class Settler:
 
         `mark`: the code store does not know it yet. `refusal`: how a relay refused the mailbox for good, if one did.
         """
-        self._add(Settlement(job, error, error if mark else None, refusal, reply=True, ack=not job.through_celery))
+        item = Settlement(job, error, error if mark else None, refusal, reply=True, ack=not job.through_celery)
+        if item.ack and error is ErrorCode.REDIS_ERR:
+            # Not by `ack_if_stored`, as this reply is stored nowhere.
+            item.ack, item.move = False, self._queue.ack([job.tag])
+        self._add(item)
 
     def retry(self, job: Job, delay: float, *, unknown: bool) -> None:
         """Schedule the next try in `delay` seconds. `unknown`: a relay may have accepted the mail."""
@@ -230,7 +238,7 @@ class Settler:
                 logger.error("unexpected error after settling", extra={"kind": type(exc).__name__})
 
     def _postpone_late(self, left: list[Settlement]) -> None:
-        """Delay requests whose reply could not be stored in time. The code store has their answers for later."""
+        """Delay requests whose reply could not be stored in time. The code store has their final answers for later."""
         now = asyncio.get_running_loop().time()
         for item in left:
             if item.reply and item.until < now:
@@ -302,15 +310,22 @@ class Settler:
 
     def _replies(self, batch: list[Settlement]) -> _Work | None:
         items = [item for item in batch if item.reply and (item.marked or self._may_follow(item))]
-        answered = [(item.job, item.error) for item in items if item.error is not None]
+        final = [item for item in items if item.error is not ErrorCode.REDIS_ERR]
+        passing = [item for item in items if item.error is ErrorCode.REDIS_ERR] if len(final) < len(items) else []
+        groups = [group for group in (final, passing) if group]
+        commands = [
+            store_replies(((item.job, item.error) for item in group if item.error is not None), final=group is final)
+            for group in groups
+        ]
 
         def apply(answers: list[Any]) -> None:
-            stored = entries(answers[0], len(items))
-            _warn_of(stored)
-            for item, entry in zip(items, stored, strict=True):
-                item.reply = isinstance(entry, ServerError)
+            for group, answer in zip(groups, answers, strict=True):
+                stored = entries(answer, len(group))
+                _warn_of(stored)
+                for item, entry in zip(group, stored, strict=True):
+                    item.reply = isinstance(entry, ServerError)
 
-        return (_step(self._databases.results, [store_replies(answered)]), apply) if items else None
+        return (_step(self._databases.results, commands), apply) if items else None
 
     def _moves(self, batch: list[Settlement]) -> _Work | None:
         items = [item for item in batch if (item.marked and not item.reply) or self._may_follow(item)]

@@ -206,6 +206,24 @@ async def test_a_store_that_cannot_be_asked_is_answered_only_where_a_reply_can_b
     assert error is (None if harness.store.connection else ErrorCode.REDIS_ERR)
 
 
+@settler_test
+async def test_a_reply_of_1_is_published_and_not_remembered(harness: Harness, redis_server: RedisServer) -> None:
+    refused, sent = await harness.sending("one"), await harness.sending("two")
+    with redis_server.client().pubsub() as heard:  # type: ignore[no-untyped-call]
+        heard.psubscribe(reply_key("*"))
+        assert heard.get_message(timeout=30)
+        harness.settler.answer(refused, ErrorCode.REDIS_ERR, mark=False)
+        harness.settler.answer(sent, ErrorCode.SUCCESS, mark=True)
+        await harness.finish()
+        published = [heard.get_message(timeout=30) for _ in range(2)]
+    told = {each["channel"].decode(): read_reply(each["data"]).error for each in published if each}
+    assert told == {reply_key("one"): ErrorCode.REDIS_ERR, reply_key("two"): ErrorCode.SUCCESS}
+    assert await harness.databases.results.run([("EXISTS", reply_key("one"))]) == [0]
+    assert await harness.replies("two") == [ErrorCode.SUCCESS]
+    assert await harness.unacked() == 0
+    assert {job.request_id: error for job, error in harness.settled}["one"] is ErrorCode.REDIS_ERR
+
+
 # --- the commands ---
 
 
@@ -243,6 +261,18 @@ def test_each_reply_is_stored_and_published_and_the_first_one_stays(
         (reply_key(name), stored[name]) for name in ("one", "two", "three", "one")
     ]
     assert all(3500 < redis.ttl(reply_key(name)) <= 3600 for name in stored)
+
+
+def test_a_reply_that_is_not_final_gives_way_to_a_stored_one(redis: redis_py.Redis, redis_server: RedisServer) -> None:
+    execute(redis_server, (0, store_replies([(new_job("one"), ErrorCode.SUCCESS)])))
+    passing = store_replies([(new_job(name), ErrorCode.REDIS_ERR) for name in ("one", "two")], final=False)
+    with redis.pubsub() as heard:  # type: ignore[no-untyped-call]
+        heard.psubscribe(reply_key("*"))
+        assert heard.get_message(timeout=30)
+        assert execute(redis_server, (0, passing)) == [[0, 0]]
+        published = [heard.get_message(timeout=30) for _ in range(2)]
+    assert [read_reply(each["data"]).error for each in published if each] == [ErrorCode.SUCCESS, ErrorCode.REDIS_ERR]
+    assert not redis.exists(reply_key("two"))
 
 
 def test_a_full_server_refuses_each_reply_of_a_batch(new_redis_server: Callable[..., RedisServer]) -> None:
