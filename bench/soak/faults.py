@@ -241,6 +241,62 @@ class Link:
             proxy.mode = PASS
 
 
+class LostHolders:
+    """Loses the holder of a request while its final dot is written or answered, and its successor at the next mail.
+
+    Only one worker at a time reaches Redis until then, so that it is known which has the request. An end user may
+    consume the code between.
+    """
+
+    def __init__(
+        self, links: Mapping[str, Link], kill: Callable[[str], None] | None, chance: random.Random, email: str
+    ) -> None:
+        """`kill`: kills the successor, which is cut off otherwise."""
+        self._links, self._kill, self.email = links, kill, email
+        holder, successor, third = chance.sample(_WORKERS, 3)
+        if successor in STEADY:  # it is never killed
+            holder, successor = successor, holder
+        self._holder, self._successor, self._third = holder, successor, third
+        self._first, self._second = threading.Event(), threading.Event()
+        self.mailed: list[int] = []  # codes
+        self._consumes = chance.random() < 0.5
+        again = Calling("250 2.0.0 ok", self._lose_successor)
+        self.steps: dict[str, Act | list[Act]] = {"dot": [Calling("250 2.0.0 ok", self._lose_holder), again]}
+        if chance.random() < 0.6:  # before the content instead: nothing that the worker writes to Redis then arrives
+            self.steps = {"data": [Calling("354 go ahead", self._lose_holder)], "dot": ["250 2.0.0 ok", again]}
+
+    def run(self, push: Callable[[], None], consume: Callable[[str, int], object]) -> None:
+        """Push the request, and return when a third holder has had time to find it."""
+        try:
+            for name in (self._successor, self._third):
+                self._links[name].break_(HOLE)
+            push()
+            if self._first.wait(10):
+                time.sleep(0.5)
+                if self.mailed and self._consumes:
+                    consume(self.email, self.mailed[0])
+                # What a lost holder had comes back after the visibility timeout, which is as long as the lease.
+                if self._second.wait(2 * LEASE + 4):
+                    time.sleep(2 * LEASE)
+        finally:
+            for name in _WORKERS:
+                self._links[name].heal(reset=True)
+
+    def _lose_holder(self) -> None:
+        self._links[self._holder].break_(HOLE)
+        self._links[self._successor].heal(reset=True)
+        self._first.set()
+
+    def _lose_successor(self) -> None:
+        if self._kill is not None:
+            self._kill(self._successor)
+        else:
+            self._links[self._successor].break_(HOLE)
+        for name in (self._holder, self._third):
+            self._links[name].heal(reset=True)
+        self._second.set()
+
+
 class FaultRunner:
     """Makes the faults of a schedule. Those of one part come in order, on a thread of its own that lives to the end: a
     worker ends with the thread that started it."""
@@ -518,52 +574,25 @@ class FaultRunner:
             link.heal(reset=True)
 
     def _cut_off_at_dot(self, fault: PlannedFault, what: str) -> None:
-        """Cut all workers off for longer than their leases while a mail's final dot is written or answered, and once
-        more at the next mail of the same request, or kill them then. An end user may consume the code between."""
-        chance = random.Random(fault.dice)
-        email = self._callers.address("doubted")
-        first, second = threading.Event(), threading.Event()
-        mailed: list[int] = []
-
-        def cut_off() -> None:
-            self._cut_workers_off(kill=False)
-            first.set()
-
-        def cut_off_or_kill() -> None:
-            self._cut_workers_off(kill=what == "successor killed")
-            second.set()
-
-        again = Calling("250 2.0.0 ok", cut_off_or_kill)
-        steps: dict[str, Act | list[Act]] = {"dot": [Calling("250 2.0.0 ok", cut_off), again]}
-        if chance.random() < 0.6:  # before the content instead: nothing that the worker writes to Redis then arrives
-            steps = {"data": [Calling("354 go ahead", cut_off)], "dot": ["250 2.0.0 ok", again]}
+        """See `LostHolders`."""
+        kill = self._kill if what == "successor killed" else None
+        holders = LostHolders(self._links, kill, random.Random(fault.dice), self._callers.address("doubted"))
         for relay, _ in self._relays:
-            relay.scripts[email], relay.watched[email] = steps, mailed.append
+            relay.scripts[holders.email], relay.watched[holders.email] = holders.steps, holders.mailed.append
         try:
-            self._callers.push_raw(self._queue, message({"email": email}))
-            if first.wait(10):
-                time.sleep(0.5)
-                if mailed and chance.random() < 0.5:
-                    self.consume(email, mailed[0])
-                time.sleep(LEASE + 1)
-                self._heal_workers()
-                if second.wait(LEASE + 3):
-                    self._replace_killed()
-                    time.sleep(LEASE + 1)
+            envelope = message({"email": holders.email})
+            holders.run(lambda: self._callers.push_raw(self._queue, envelope), self.consume)
         finally:
-            self._heal_workers()
             for relay, _ in self._relays:
-                relay.scripts.pop(email, None)
-                relay.watched.pop(email, None)
+                relay.scripts.pop(holders.email, None)
+                relay.watched.pop(holders.email, None)
+            self._replace_killed()
 
-    def _cut_workers_off(self, *, kill: bool) -> None:
-        """Cut every worker off from Redis; or kill those that may be, and cut off the other."""
-        for name, worker in list(self.workers.items()):
-            if not kill or name in STEADY:
-                self._links[name].break_(HOLE)
-            elif worker.alive and worker not in self._ordered:
-                self._ordered.add(worker)
-                worker.kill()
+    def _kill(self, name: str) -> None:
+        worker = self.workers[name]
+        if worker.alive and worker not in self._ordered:
+            self._ordered.add(worker)
+            worker.kill()
 
     def _replace_killed(self) -> None:
         for name, worker in list(self.workers.items()):

@@ -43,6 +43,7 @@ class Breach(StrEnum):
     NOT_PERMITTED = "second mails, not permitted"
     THIRD = "third mails"
     OTHER_CODE = "second mails with another code"
+    TWO_CODES = "addresses with two codes at a time"
     CONSUMED = "codes that worked twice, or were mailed again once consumed"
     STUCK = "replies of 1 that stayed"
     UNEXPLAINED = "other answers without a reason"
@@ -210,7 +211,7 @@ class Ledger:
         if code not in codes:
             self._codes[email] = codes = (*codes, code)
             if len(codes) > 1 + len(self._claimed.get(email, ())):  # a new code follows a consumed one
-                self.violated(f"two codes for {email} within one life", breach=Breach.OTHER_CODE)
+                self.violated(f"two codes for {email} within one life", breach=Breach.TWO_CODES)
         elif now - self._consumed.get((email, code), now) > ON_THE_WIRE:
             self.violated(f"a consumed code was mailed again to {email}", breach=Breach.CONSUMED)
 
