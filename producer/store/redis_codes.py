@@ -34,7 +34,7 @@ _BUCKETS, _LENGTHS, _RECORD = (_LUA / f"{name}.lua" for name in ("buckets", "len
 _ISSUE = Script(EACH, _BUCKETS, _LENGTHS, _RECORD, _LUA / "issue.lua")
 _SETTLE = Script(EACH, _BUCKETS, _RECORD, _LUA / "settle.lua")
 ANNOUNCE_DATA = Script(EACH, _LUA / "announce_data.lua")
-_RENEW, _CHECK = Script(_LUA / "renew.lua"), Script(_LENGTHS, _LUA / "check.lua")
+_RENEW, _CHECK = Script(EACH, _LUA / "renew.lua"), Script(_LENGTHS, _LUA / "check.lua")
 
 # Side keys; none begins with `code_`, which GateServer builds from user text. All have a TTL.
 ATTEMPTS, COOLDOWN, SENDING, JOINED = "attempts:", "cooldown:", "sending:", "joined:"  # + code key

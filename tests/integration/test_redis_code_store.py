@@ -341,6 +341,25 @@ def test_a_mistyped_record_affects_only_its_own_request(driver: RedisDriver) -> 
     assert driver.client.exists(BUCKET + "0@example.com", BUCKET + "2@example.com") == 2
 
 
+def test_a_mistyped_record_does_not_cost_the_others_their_leases(driver: RedisDriver) -> None:
+    three = claims(3)
+    for claim in three:
+        driver.send(claim)
+    driver.client.delete("request:id-1")
+    driver.client.set("request:id-1", "not a record", px=60_000)
+    assert driver.renew(*three) == [True, False, True]
+
+
+def test_a_full_server_lets_what_was_issued_be_sent(own_driver: RedisDriver) -> None:
+    own_driver.set_policy(cooldown=0)
+    two = claims(2)
+    for claim in two:
+        own_driver.send(claim)
+    own_driver.client.config_set("maxmemory", 1)
+    assert own_driver.renew(*two) == [True, True]
+    assert own_driver.wait(own_driver.store.announce_data(two)) == [True, True]
+
+
 def test_mistyped_joins_leave_what_was_written_before(driver: RedisDriver) -> None:
     driver.client.set(JOINED + KEY, "no set", px=60_000)
     other = claim_of("three", "b@example.com")
