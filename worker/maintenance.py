@@ -66,6 +66,7 @@ class Maintenance:
         while True:
             began = loop.time()
             self._report_dead_letters()
+            self._settler.free_leases()
             try:
                 await asyncio.gather(self._service.renew_leases(), self._round(began))
             except RedisUnavailable as exc:

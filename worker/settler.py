@@ -29,6 +29,7 @@ from producer.store.codes import (
     FAILED,
     UNKNOWN,
     Answered,
+    Claim,
     CodeStore,
     Conflict,
     IssueRequest,
@@ -141,6 +142,8 @@ class Settler:
         self._pending: list[Settlement] = []
         self._in_trip = 0  # how many requests the present round trip settles
         self._to_wake: list[str] = []
+        self._perhaps_leased: list[tuple[float, Claim]] = []  # until (loop time), by an `issue` that was not answered
+        self._freeing: asyncio.Task[None] | None = None
         self._flushing: asyncio.Task[None] | None = None
 
     @property
@@ -175,7 +178,18 @@ class Settler:
             # executed all the same, its lease and its charge are given back.
             self.retry(job, 0.0, unknown=False)
         else:
+            self._perhaps_leased.append((asyncio.get_running_loop().time() + self._store.lease, job.claim))
             self.answer(job, ErrorCode.REDIS_ERR, mark=False)
+
+    def free_leases(self) -> None:
+        """Free what `issue` may have taken for requests that were answered REDIS_ERR; called every second.
+
+        Otherwise the same ids asked again would wait for these leases to expire.
+        """
+        now = asyncio.get_running_loop().time()
+        self._perhaps_leased = [(until, claim) for until, claim in self._perhaps_leased if until > now]
+        if self._perhaps_leased and (self._freeing is None or self._freeing.done()):
+            self._freeing = asyncio.create_task(self._free_leases())
 
     def dead_letter(self, job: Job, reason: DeadLetterReason, *, answer: ErrorCode | None = None) -> None:
         """Dead-letter the message. With `answer`, give its request that answer first, unless it has one."""
@@ -195,6 +209,18 @@ class Settler:
             self._flushing.cancel()
             await asyncio.wait([self._flushing])
 
+    async def _free_leases(self) -> None:
+        leased, self._perhaps_leased = self._perhaps_leased[:MAX_MOVES], self._perhaps_leased[MAX_MOVES:]
+        try:
+            results = await self._store.settle([Outcome(claim, FAILED) for _, claim in leased])
+        except StoreUnavailable:
+            self._perhaps_leased += leased
+            return
+        for (_, claim), result in zip(leased, results, strict=True):
+            if isinstance(result, Settled) and result.held:
+                self._to_wake += [claim.request_id, *result.wake]
+        self._start_flushing()
+
     def _delay(self, job: Job, seconds: float) -> Command:
         return self._queue.delay_request(job.tag, job.request_id, seconds, job.enqueued_at)
 
@@ -204,6 +230,9 @@ class Settler:
         if item.job.trace is not None:
             item.job.trace.settling()
         self.on_outcome()
+        self._start_flushing()
+
+    def _start_flushing(self) -> None:
         if self._flushing is None:
             self._flushing = asyncio.create_task(self._flush())
 

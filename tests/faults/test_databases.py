@@ -61,6 +61,22 @@ def test_a_request_that_was_answered_1_is_served_when_it_is_asked_again(new_rig:
     assert all(len(mails) == 1 for mails in finding.mails.values())
 
 
+@pytest.mark.slow
+def test_a_request_asked_again_does_not_wait_for_a_lease_that_nobody_holds(new_rig: NewRig) -> None:
+    rig = new_rig(own=["codes"], visibility_timeout=300)
+    assert rig.caller.ask(address())["error"] == 0
+    rig.servers["codes"].pause()
+    asked = rig.caller.request(address())
+    assert rig.caller.reply(asked)["error"] == 1
+    rig.servers["codes"].resume()
+    # Now Redis executes what it was asked while it stood still, and takes the lease.
+    eventually(lambda: rig.codes.exists(f"request:{asked}"))
+    rig.caller.push(rig.caller.pushed[-1])
+    eventually(lambda: rig.caller.answered([asked]) == 1)
+    assert rig.caller.reply(asked)["error"] == 0
+    rig.audit()
+
+
 def test_celery_callers_hear_1_and_may_ask_again_with_the_same_id(new_rig: NewRig) -> None:
     rig = new_rig(own=["codes"], aof="always")
     rig.servers["codes"].kill()

@@ -18,7 +18,7 @@ from producer.errors import RedisUnavailable
 from producer.redis.connection import RedisConnections, ServerError
 from producer.redis.scripts import Command
 from producer.settings import load
-from producer.store.codes import Answered, CodeStore, IssueRequest, Wait
+from producer.store.codes import Answered, CodeStore, IssueRequest, Send, Wait
 from producer.store.redis_codes import RedisCodeStore
 from worker.databases import Databases
 from worker.job import Finished, Job
@@ -200,10 +200,19 @@ async def test_a_subscriber_that_raises_keeps_no_request(harness: Harness) -> No
 
 @settler_test
 async def test_a_store_that_cannot_be_asked_is_answered_only_where_a_reply_can_be_stored(harness: Harness) -> None:
-    harness.settler.store_unavailable(await harness.sending("one"))
+    job = await harness.sending("one")
+    harness.settler.store_unavailable(job)
     await harness.finish()
     [(_, error)] = harness.settled
     assert error is (None if harness.store.connection else ErrorCode.REDIS_ERR)
+    # The question may have been executed all the same: the lease is given back.
+    harness.settler.free_leases()
+    await asyncio.sleep(0.05)
+    await harness.finish()
+    again = new_job("one", "one@example.com")
+    again.tag = "another"
+    again.validate()
+    assert isinstance((await harness.store.issue([IssueRequest(again.claim, "123456")]))[0], Send)
 
 
 @settler_test
