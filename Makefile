@@ -11,7 +11,7 @@ PYTEST_ARGS ?= -n 4 --dist worksteal
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all faults soak picture bench lint docs lock audit
+.PHONY: help setup demo test test-all faults soak upgrade picture bench lint docs lock audit
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -59,6 +59,10 @@ faults: setup ## the whole fault suite: real processes are killed, frozen and cu
 MINUTES ?= 10
 soak: setup ## random faults under steady load, then a report: make soak MINUTES=10 SEED=1
 	$(BIN)/python -m bench.soak run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+upgrade: setup ## two releases side by side under load, then a report: make upgrade OLD=v0.1.0
+	@$(if $(OLD),,$(error Name a tag or commit: make upgrade OLD=v0.1.0))$(BIN)/python -m bench.upgrade $(OLD) \
+	  $(if $(SEED),--seed $(SEED)) $(if $(STAGE),--stage $(STAGE))
 
 picture: setup ## draw docs/dashboard.png from a soak of long faults; needs Debian's prometheus
 	$(BIN)/python -m bench.soak picture docs/dashboard.png $(SECONDS)

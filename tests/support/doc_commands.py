@@ -99,6 +99,7 @@ WAYS: Final[dict[str, Way]] = {
     "make faults": Slow(r"tests collected", variables=COLLECTED),
     "make soak MINUTES=10": Slow(r"Lost: 0\. Violations: 0\.", "MINUTES=0.3"),
     "make soak MINUTES=60 SEED=12": Slow(r"Lost: 0\. Violations: 0\.", "MINUTES=0.3"),
+    "make upgrade OLD=v0.1.0": Slow(r"every promise held", "OLD=HEAD STAGE=6"),
     "make picture": Slow(r"Lost: 0\. Violations: 0\.", "SECONDS=50"),
     "make lock": Slow(""),
     **{
