@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import random
@@ -33,7 +34,7 @@ from bench.soak.callers import Callers
 from bench.soak.ledger import Breach, Ledger, Scanner
 
 WORKERS: Final = 3
-LEASE: Final = 3.0  # seconds that a worker may send without renewal: VERIFY_VISIBILITY_TIMEOUT
+LEASE: Final = 5.0  # seconds that a worker may send without renewal: VERIFY_VISIBILITY_TIMEOUT
 MINUTE: Final = 60.0  # seconds
 CALM: Final = 12.0  # seconds of each minute in which no fault begins, to measure how fast replies are
 EVERY: Final = (1.0, 4.0)  # seconds between two faults
@@ -61,7 +62,7 @@ _SERVER = ("Redis",)  # one of the servers, if there are several
 _RELAYS = ("relay 0", "relay 0", "relay 1", "relays 0 and 1")
 KINDS: Final = (
     Kind("worker: kill -9", _WORKERS, (0.2, 2), True, 4),
-    Kind("worker: SIGSTOP past its lease", _WORKERS, (4, 6), True),
+    Kind("worker: SIGSTOP past its lease", _WORKERS, (LEASE + 1, LEASE + 3), True),
     Kind("worker: SIGTERM", _WORKERS, (0, 0), False, 3),
     Kind("Redis: kill -9", _SERVER, (0.2, 3), True, 3),
     Kind("Redis: SIGSTOP", _SERVER, (1, 5), True),
@@ -202,7 +203,8 @@ class Relay(ScriptedServer):
         self._ledger = ledger
         self.dotted = Unkept(self._whole)
         self.mails = Unkept(ledger.accepted)
-        self.commands = Unkept()
+        self.commands = Unkept(lambda _line: self._last.pop(asyncio.current_task(), None))
+        self._last: dict[asyncio.Task[Any] | None, Mail] = {}  # by connection: the mail that was the last thing on it
         self.watched: dict[str, Callable[[int], object]] = {}  # by recipient: what is told the code of its mails
 
     def _whole(self, mail: Mail) -> None:
@@ -210,8 +212,14 @@ class Relay(ScriptedServer):
         act = self.scripts.get(mail.recipient, self.script).get("dot", "250")
         if not (isinstance(act, str) and act.startswith("4")):
             self._ledger.whole(mail)
+        self._last[asyncio.current_task()] = mail
         if watch := self.watched.get(mail.recipient):
             watch(int(code_in(mail)))
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await super()._serve(reader, writer)
+        if mail := self._last.pop(asyncio.current_task(), None):
+            self._ledger.hung_up(mail)
 
 
 class Link:

@@ -31,7 +31,7 @@ CALM: Final = 3.0  # seconds after a fault that still count as part of it
 DECODED: Final = 32_768  # bytes of each part of a log that are also decoded as base64
 BEFORE: Final = 1.0  # seconds before a mail came whole in which a fault may concern it
 AFTER: Final = 5.0  # and after it: by then its acceptance is recorded, if nothing is broken; a busy machine needs some
-ON_THE_WIRE: Final = 15.0  # seconds that a send takes at most: so long, a code may be consumed while it is mailed again
+ON_THE_WIRE: Final = 30.0  # seconds that a send takes at most: so long, a code may be consumed while it is mailed again
 TOLD: Final = 20  # violations of one kind of which the whole story is kept
 _NEVER: Final = float("inf")
 
@@ -85,6 +85,7 @@ class Record:
     answered_at: float = 0.0
     ones: int = 0  # replies of 1 after which it was asked again
     again_at: float = 0.0  # when it was asked again last
+    hung_up: bool = False  # the connection of the first mail ended after its final dot, before anything else was said
     logged_ones: int = 0  # how many a worker's log tells of
     mails: list[Sent] = field(default_factory=list)
 
@@ -104,6 +105,7 @@ class Ledger:
         self.breaches: Counter[Breach] = Counter()
         self.refused: Counter[str] = Counter()  # requests that an API which was told to end refused, or cut off
         self.checks: Counter[str] = Counter()  # checks of codes, by answer
+        self.unanswered_dots = 0  # permitted second mails for which the connection's end is the only reason
         self.unheard = 0  # replies of 1 that only a worker's log tells of
         # What a mail or a reply of 1 leads to: an end user who checks the code, a caller who asks again.
         self.on_mail: Callable[[str, int], object] = lambda _email, _code: None
@@ -121,6 +123,7 @@ class Ledger:
         self._longest = 0.0  # seconds of a window
         self._accepted: set[str] = set()
         self._early: dict[str, list[tuple[Mail, float]]] = {}  # by address: mails whose request's id is not known yet
+        self._hung_up_early: set[str] = set()
         self._lock = threading.RLock()
         self.began = time.monotonic()
 
@@ -187,6 +190,7 @@ class Ledger:
             if reference_in(mail) != reference(request_id):
                 self.violated(f"a mail to {mail.recipient} that nobody asked for", record)
             record.mails.append(Sent(at, int(code_in(mail))))
+        record.hung_up = record.email in self._hung_up_early
 
     def whole(self, mail: Mail) -> None:
         """Record a mail that came whole and was not refused."""
@@ -235,6 +239,15 @@ class Ledger:
                 self._consumed[email, code] = time.monotonic()
             elif error != 1 and first:
                 self.violated(f"a check of the right code of {email} was answered {error}", self._by_email.get(email))
+
+    def hung_up(self, mail: Mail) -> None:
+        """Record that a connection ended after the final dot of this mail: its sender may not know the answer."""
+        with self._lock:
+            record = self._by_reference.get(reference_in(mail))
+            if record is not None:
+                record.hung_up = record.hung_up or len(record.mails) == 1
+            elif mail.recipient in self._early:
+                self._hung_up_early.add(mail.recipient)
 
     def accepted(self, mail: Mail) -> None:
         """Record that the relay is about to answer 250."""
@@ -370,7 +383,8 @@ class Ledger:
                 explained = record.email.startswith("popular.")
             case 6:
                 late = record.answered_at - record.at > self._give_up_after - 1
-                explained = late or any(self._between(record.at, record.answered_at, doubts=True))
+                doubted = record.hung_up or any(self._between(record.at, record.answered_at, doubts=True))
+                explained = late or doubted
             case 2:
                 explained = sum("worker" in each for each in meanwhile) >= 1
             case _:
@@ -383,11 +397,13 @@ class Ledger:
             self.violated("two codes under one id", record, breach=Breach.OTHER_CODE)
         # A second mail is permitted if a fault kept the acceptance of the first from being known or recorded.
         first = record.mails[0].at
-        doubts = any(self._between(first - BEFORE, first + AFTER, doubts=True))
+        faults = any(self._between(first - BEFORE, first + AFTER, doubts=True))
+        doubts = faults or record.hung_up
         if len(record.mails) > 2:
             self.violated(f"{len(record.mails)} mails", record, breach=Breach.THIRD)
         elif len(record.mails) == 2:
             self.doubles["permitted" if doubts else "not permitted"] += 1
+            self.unanswered_dots += doubts and not faults
             if not doubts:
                 self.violated("2 mails, and no fault that permits it", record, breach=Breach.NOT_PERMITTED)
         elif record.error not in {0, 6, None} and not doubts:

@@ -30,12 +30,13 @@ def asked(ledger: Ledger, email: str = "a@soak.example") -> Record:
     return record
 
 
-def mailed(ledger: Ledger, record: Record, code: int = CODE) -> None:
+def mailed(ledger: Ledger, record: Record, code: int = CODE) -> Mail:
     assert record.request_id is not None
     content = f"\r\nMessage-ID: <{reference(record.request_id)}@example.com>\r\n\r\n{code}=\r\n"
     mail = Mail("no-reply@example.com", record.email, content.encode())
     ledger.whole(mail)
     ledger.accepted(mail)
+    return mail
 
 
 def replied(ledger: Ledger, record: Record, error: int, *, stored: bool = False) -> None:
@@ -57,6 +58,13 @@ def sent_twice_after_a_fault(ledger: Ledger) -> None:
     record = asked(ledger)
     fault(ledger)
     mailed(ledger, record)
+    mailed(ledger, record)
+    replied(ledger, record, 0)
+
+
+def sent_twice_after_a_connection_ended_at_the_dot(ledger: Ledger) -> None:
+    record = asked(ledger)
+    ledger.hung_up(mailed(ledger, record))
     mailed(ledger, record)
     replied(ledger, record, 0)
 
@@ -94,6 +102,7 @@ def reply_of_1_that_only_a_log_tells_of(ledger: Ledger) -> None:
     [
         served,
         sent_twice_after_a_fault,
+        sent_twice_after_a_connection_ended_at_the_dot,
         served_after_a_reply_of_1,
         another_code_after_a_check,
         reply_of_1_that_only_a_log_tells_of,
