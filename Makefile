@@ -11,7 +11,7 @@ PYTEST_ARGS ?= -n 4 --dist worksteal
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all faults soak upgrade picture bench lint docs lock audit
+.PHONY: help setup demo test test-all faults crash-map soak upgrade picture bench lint docs lock audit
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -55,6 +55,9 @@ test-all: setup ## the same, and the tests that need other programs; installs th
 
 faults: setup ## the whole fault suite: real processes are killed, frozen and cut off
 	$(BIN)/python -m pytest tests/faults -m "slow or not slow"
+
+crash-map: setup ## break a process at every step of a request, in every way, and draw docs/crash-map.svg; half an hour
+	$(BIN)/python -m bench.crash_map run --picture docs/crash-map.svg $(ONLY)
 
 MINUTES ?= 10
 soak: setup ## random faults under steady load, then a report: make soak MINUTES=10 SEED=1
