@@ -666,9 +666,11 @@ class FaultRunner:
                 if again:
                     self._queue.lpush(QUEUE, *(json.dumps(each) for each in again))
         else:
+            old = self._ledger.some_answered(count, chance)
+            for record in old:
+                self._ledger.reuse(record)
             reused = [
-                message({"email": self._callers.address("reused")}, request_id=record.request_id)
-                for record in self._ledger.some_answered(count, chance)
+                message({"email": self._callers.address("reused")}, request_id=record.request_id) for record in old
             ]
             self._push_malformed([json.dumps(each).encode() for each in reused])
 

@@ -103,6 +103,7 @@ class Ledger:
         self.mails = 0
         self.doubles: Counter[str] = Counter()
         self.breaches: Counter[Breach] = Counter()
+        self._told: Counter[str] = Counter()  # violations whose story is kept, by kind
         self.refused: Counter[str] = Counter()  # requests that an API which was told to end refused, or cut off
         self.checks: Counter[str] = Counter()  # checks of codes, by answer
         self.unanswered_dots = 0  # permitted second mails for which the connection's end is the only reason
@@ -124,6 +125,7 @@ class Ledger:
         self._accepted: set[str] = set()
         self._early: dict[str, list[tuple[Mail, float]]] = {}  # by address: mails whose request's id is not known yet
         self._hung_up_early: set[str] = set()
+        self._reused: Counter[str] = Counter()  # ids that were pushed with another address
         self._lock = threading.RLock()
         self.began = time.monotonic()
 
@@ -166,8 +168,10 @@ class Ledger:
         """Record a broken promise."""
         with self._lock:
             self.breaches[breach] += 1
-            told = record is not None and self.breaches[breach] <= TOLD
-            self.violations.append(what + (f"\n{self.story(record)}" if record and told else ""))
+            if record is not None:
+                self._told[what] += 1
+                what += f"\n{self.story(record)}" if self._told[what] <= TOLD else ""
+            self.violations.append(what)
 
     # Requests
 
@@ -319,6 +323,9 @@ class Ledger:
             record = self._by_id.get(request_id)
             if record is None:
                 return
+            if self._reused[request_id]:
+                self._reused[request_id] -= 1
+                self.dead_least -= 1
             record.logged_ones += 1
             if record.error is None and record.logged_ones > record.ones:
                 self.unheard += 1
@@ -353,6 +360,12 @@ class Ledger:
         with self._lock:
             self.dead_least += least
             self.dead_most += most
+
+    def reuse(self, record: Record) -> None:
+        """Record that its id is pushed with another address: a dead letter, or answered 1 if the store cannot tell."""
+        assert record.request_id is not None
+        with self._lock:
+            self._reused[record.request_id] += 1
 
     # At the end
 

@@ -186,6 +186,16 @@ def test_each_broken_promise_is_a_violation(ledger: Ledger, story: Callable[[Led
     assert ledger.breaches[breach] == 1, ledger.violations
 
 
+def test_a_reused_id_is_a_dead_letter_unless_the_store_could_not_tell(ledger: Ledger) -> None:
+    served(ledger)
+    record = ledger.records[0]
+    ledger.reuse(record)
+    ledger.expect_dead(1, 1)
+    line = {"event": "request answered", "request_id": record.request_id, "error": "RedisErr"}
+    Scanner(ledger).scan(json.dumps(line).encode(), "w")
+    assert (ledger.dead_least, ledger.dead_most) == (0, 1)
+
+
 def test_a_fault_excuses_only_what_it_may_concern(ledger: Ledger) -> None:
     fault(ledger)
     for window in ledger.windows:
