@@ -45,9 +45,9 @@ SERVE_EPILOG: Final = (
     "Settings, from the environment or .env: VERIFY_HTTP_BIND (default 127.0.0.1:8081), VERIFY_GRPC_BIND"
     " (127.0.0.1:50051), VERIFY_API_KEYS (name:key,name:key; both then ask for one), VERIFY_TLS_CERT, VERIFY_TLS_KEY,"
     " VERIFY_TLS_CLIENT_CA (PEM files; both then speak TLS), VERIFY_ALLOW_PLAINTEXT (1: listen"
-    " beyond loopback without TLS or keys), VERIFY_MAX_QUEUE (100000; beyond it the API answers TooManyRequests),"
-    f" VERIFY_MAX_ATTEMPTS (5), {_REDIS_SETTINGS}. OTEL_TRACES_EXPORTER (otlp or console) turns traces on."
-    f" {_SETTINGS_END}"
+    " beyond loopback without keys, or without TLS and a warning), VERIFY_MAX_QUEUE (100000; beyond it the API answers"
+    f" TooManyRequests), VERIFY_MAX_ATTEMPTS (5), {_REDIS_SETTINGS}. OTEL_TRACES_EXPORTER (otlp or console) turns"
+    f" traces on. {_SETTINGS_END}"
 )
 
 app = typer.Typer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import logging
 import os
 import socket
 from typing import Any
@@ -16,22 +17,34 @@ CONNECTIONS_LIMIT = 10_000  # of each protocol; beyond it, the oldest that never
 LISTEN_BACKLOG = 2048  # connections that may wait to be accepted; the kernel's own limit is often 4096
 RECEIVE_BUFFER = 32 * 1024  # bytes that the kernel keeps for a connection that is not read; it takes twice as much
 
+logger = logging.getLogger(__name__)
+
 
 class CannotListen(VerifyError):
     """The API cannot listen where its settings say."""
 
 
 def require_permission(settings: Settings) -> None:
-    """Raises `CannotListen` if the API would serve other hosts without keys or TLS and no setting allows it."""
+    """Raises `CannotListen` if the API would serve other hosts without keys and no setting allows it.
+
+    With keys and without TLS it only warns: in a container every address is beyond loopback, and a proxy may add TLS.
+    """
     if settings.allow_plaintext:
         return
-    given = {"VERIFY_API_KEYS": settings.api_keys, "VERIFY_TLS_CERT and VERIFY_TLS_KEY": settings.tls_cert}
-    missing = [names for names, value in given.items() if not value]
     for bind, name in ((settings.http_bind, "VERIFY_HTTP_BIND"), (settings.grpc_bind, "VERIFY_GRPC_BIND")):
-        if missing and not is_loopback(bind, name):
+        if is_loopback(bind, name):
+            continue
+        if not settings.api_keys:
             raise CannotListen(
-                f"{name}: {bind} is beyond loopback; set {' and '.join(missing)},"
+                f"{name}: {bind} is beyond loopback; set VERIFY_API_KEYS,"
                 " or VERIFY_ALLOW_PLAINTEXT=1 to listen there without"
+            )
+        if not settings.tls_cert:
+            logger.warning(
+                "%s: keys and codes reach %s unencrypted; set VERIFY_TLS_CERT and VERIFY_TLS_KEY,"
+                " or VERIFY_ALLOW_PLAINTEXT=1 if a proxy in front speaks TLS",
+                name,
+                bind,
             )
 
 

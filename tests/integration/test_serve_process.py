@@ -16,16 +16,17 @@ import grpc
 import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from support.api_process import KEY, KEYS, ApiProcess, answer_of, request_bytes
+from support.api_process import KEY, KEYS, WITH_KEY, ApiProcess, answer_of, request_bytes
 from support.caller import address
 from support.fake_worker import FakeWorker
 from support.process import ROOT, eventually
 from support.redis_server import RedisServer
 from support.rig import Rig, code_in
 
-from producer.api.binding import CannotListen, listen
+from producer.api.binding import CannotListen, listen, require_permission
 from producer.api.proto import GetVarifyReq
 from producer.setting_types import Bind
+from producer.settings import load
 
 A = "a@example.com"
 ASK = "/get_varifycode"
@@ -83,16 +84,22 @@ class TestStarting:
         ):
             assert f"VERIFY_{name}" in done.stdout
 
-    def test_beyond_loopback_it_says_what_to_set(self) -> None:
-        line = refused(VERIFY_HTTP_BIND="0.0.0.0:0")
-        assert "VERIFY_HTTP_BIND: 0.0.0.0:0" in line
-        assert "set VERIFY_API_KEYS and VERIFY_TLS_CERT and VERIFY_TLS_KEY" in line
-        assert "VERIFY_ALLOW_PLAINTEXT=1" in line
-        line = refused(VERIFY_GRPC_BIND="[::]:0", VERIFY_API_KEYS=KEYS)
-        assert "VERIFY_GRPC_BIND: [::]:0" in line
-        assert "set VERIFY_TLS_CERT and VERIFY_TLS_KEY" in line
-        assert "VERIFY_ALLOW_PLAINTEXT=1" in line
-        assert KEY not in line
+    def test_beyond_loopback_it_asks_for_keys(self) -> None:
+        line = refused(VERIFY_GRPC_BIND="0.0.0.0:0", VERIFY_TLS_CERT="cert.pem", VERIFY_TLS_KEY="key.pem")
+        assert line.startswith("VERIFY_GRPC_BIND: 0.0.0.0:0 is beyond loopback; set VERIFY_API_KEYS, or VERIFY_ALLOW")
+
+    def test_beyond_loopback_keys_are_enough_and_plaintext_is_a_warning(
+        self, settings: dict[str, str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        everywhere = {"VERIFY_HTTP_BIND": "0.0.0.0:0", "VERIFY_GRPC_BIND": "0.0.0.0:0", "VERIFY_API_KEYS": KEYS}
+        with ApiProcess({**settings, **everywhere}) as api:
+            assert api.post(ASK, {"email": "nobody"}, headers=WITH_KEY)["error"] == 3
+            assert api.call("nobody", key=KEY).error == 3
+            logged = [json.loads(line) for line in api.log.splitlines()]
+            warned = [each["event"] for each in logged if each["level"] == "warning" and "unencrypted" in each["event"]]
+            assert [text.partition(":")[0] for text in warned] == ["VERIFY_HTTP_BIND", "VERIFY_GRPC_BIND"]
+        require_permission(load({**everywhere, "VERIFY_ALLOW_PLAINTEXT": "1"}, dotenv=None))
+        assert caplog.records == []
 
     def test_a_busy_port_is_one_line(self, taken: int) -> None:
         line = refused(VERIFY_GRPC_BIND=f"127.0.0.1:{taken}")
