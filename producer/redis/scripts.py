@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,14 +11,19 @@ Arg = str | bytes | int | float
 Command = tuple[Arg, ...]
 
 
+_COMMENTS = re.compile(r"^ *--(?:\[\[.*?\]\]|[^\n]*)\n", re.DOTALL | re.MULTILINE)
 EACH = Path(__file__).parent / "each.lua"  # the first file of a script that serves many requests in one call
 
 
 class Script:
-    """One Lua script, from one file or several in a row. A call with keys and arguments returns the command to send."""
+    """One Lua script, from one file or several in a row. A call with keys and arguments returns the command to send.
+
+    Its text goes without the comments: Redis closes a connection whose login it refused when a word of more than 16 kB
+    comes behind it, and a wrong password would look like an outage.
+    """
 
     def __init__(self, *paths: Path) -> None:
-        self.text = "".join(path.read_text(encoding="utf-8") for path in paths)
+        self.text = _COMMENTS.sub("", "".join(path.read_text(encoding="utf-8") for path in paths))
         self.sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
         _BY_SHA[self.sha] = self
 
