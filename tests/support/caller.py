@@ -95,6 +95,8 @@ class Caller:
         self.pushed: list[dict[str, Any]] = []  # the messages that Redis has acknowledged
         self.unsure: set[str] = set()  # ids of messages that may be queued, though Redis has not acknowledged them
         self.listener = Listener(results, f"{META}*")
+        self._not_stored: dict[str, dict[str, Any]] = {}  # published replies of 1
+        self._looked_at = 0  # how much of what was heard has been searched for them
 
     def push(self, *messages: dict[str, Any]) -> list[str]:
         """LPUSH them; their ids."""
@@ -148,13 +150,15 @@ class Caller:
             time.sleep(0.005)
 
     def _not_final(self, request_id: str) -> dict[str, Any] | None:
-        """The last reply of 1 that was published: nothing stores it."""
-        its_own = META + request_id
-        for channel, data in reversed(self.listener.heard):
-            if channel == its_own and data:
-                meta: dict[str, Any] = json.loads(data)
-                return meta if meta["result"]["error"] == 1 else None
-        return None
+        """The last reply of 1 that was published under an id: nothing stores it."""
+        new = self.listener.heard[self._looked_at :]
+        self._looked_at += len(new)
+        for channel, data in new:
+            meta = json.loads(data or b"{}")
+            result = meta.get("result")  # another task's may be anything
+            if isinstance(result, dict) and result.get("error") == 1:
+                self._not_stored[channel.removeprefix(META)] = meta
+        return self._not_stored.get(request_id)
 
     def replies(self, request_ids: Iterable[str], within: float = WAIT_TIMEOUT) -> list[int]:
         """The errors of many."""

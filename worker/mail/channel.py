@@ -13,7 +13,9 @@ class MailChannel(Protocol):
     """Sends mails. Belongs to the loop of its first `send`."""
 
     def send(self, mail: Mail) -> None:
-        """Send the mail and report the outcome by `mail.deadline`; before the content leaves, call `mail.before_data`.
+        """Send the mail and report the outcome by `mail.deadline`.
+
+        The content leaves only once `mail.before_data` was answered with yes, and while `mail.still_permitted` says so.
 
         The outcome is None only if the mail was accepted; otherwise it is a `MailError` of the right kind, or what
         `before_data` raised. An envelope that cannot be sent is a `ValueError`.
