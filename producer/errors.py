@@ -25,6 +25,8 @@ class StoreUnavailable(VerifyError, ConnectionError):
 class RedisUnavailable(StoreUnavailable):
     """Redis cannot be reached, or it answered with an error."""
 
+    kind = ""  # the first word of that error
+
 
 class RedisLoginRefused(RedisUnavailable):
     """Redis refused the login: check its user and password."""

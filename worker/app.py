@@ -26,6 +26,7 @@ from worker.celery_side import (
 from worker.celery_side.bridge import Bridge
 from worker.celery_side.events import CeleryEvents
 from worker.celery_side.flower import QueueLengths
+from worker.contact import BrokerContact
 from worker.mail.render import check_locale
 from worker.tasks import SendCode
 
@@ -39,6 +40,7 @@ class VerifyApp(Celery):  # type: ignore[misc]  # Celery ships no types
 
     events_cls = CeleryEvents
     settings = celeryconfig._settings  # noqa: SLF001 - private, as Flower would show it
+    broker_contact = BrokerContact(settings.broker_url)
     running_bridge: Bridge | None = None  # set while a worker serves
     masks_results = False  # set in Flower's process, which shows results to people
 

@@ -18,6 +18,7 @@ from producer.store.codes import CodePolicy
 from producer.store.redis_codes import RedisCodeStore
 from producer.tracing.setup import LAST_EXPORT, set_up
 from worker.celery_side.events import Events
+from worker.contact import BrokerContact
 from worker.databases import Database, Databases
 from worker.fetcher import CelerySide, Fetcher, Prefetch
 from worker.mail.failover import Failover
@@ -54,8 +55,13 @@ class Worker:
     """Everything that runs on the service's loop."""
 
     def __init__(
-        self, settings: Settings, make_celery_side: Callable[[Events], CelerySide], traces: Traces | None = None
+        self,
+        settings: Settings,
+        make_celery_side: Callable[[Events], CelerySide],
+        traces: Traces | None = None,
+        broker_contact: BrokerContact | None = None,
     ) -> None:
+        """`broker_contact`: what Celery reports to as well."""
         self._redis = RedisConnections()
         self._databases = Databases(settings, self._redis)
         self._channel = Failover([CHANNELS[url.scheme](url, settings) for url in settings.relays])
@@ -93,7 +99,8 @@ class Worker:
         if traces is not None:
             settler.on_settled.append(Recorder(traces, settings.queue).finish)
         parts = (broker, queue, service, settler, counters, self.fetcher)
-        self._maintenance = Maintenance(*parts, lambda: self._channel.healthy)
+        contact = broker_contact or BrokerContact(settings.broker_url)
+        self._maintenance = Maintenance(*parts, lambda: self._channel.healthy, contact)
         self._traces = traces
         metrics = WorkerMetrics(
             counters, self._channel.statuses, lambda: len(self.fetcher.tags()), broker, settings.queue
@@ -146,8 +153,10 @@ class Worker:
             last_spans.join(LAST_EXPORT)
 
 
-async def wire(settings: Settings, make_celery_side: Callable[[Events], CelerySide]) -> Worker:
+async def wire(
+    settings: Settings, make_celery_side: Callable[[Events], CelerySide], broker_contact: BrokerContact
+) -> Worker:
     """Make the worker and start it on the running loop."""
-    worker = Worker(settings, make_celery_side, set_up(SERVICE))
+    worker = Worker(settings, make_celery_side, set_up(SERVICE), broker_contact)
     await worker.start()
     return worker

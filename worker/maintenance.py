@@ -12,6 +12,7 @@ from producer.contract import ErrorCode
 from producer.errors import RedisUnavailable
 from producer.redis.clock import ASK
 from producer.redis.connection import raise_errors
+from worker.contact import SERVICE, BrokerContact
 from worker.databases import Database
 from worker.fetcher import Fetcher
 from worker.metrics import Counters
@@ -39,6 +40,7 @@ class Maintenance:
         counters: Counters,
         fetcher: Fetcher,
         relay_healthy: Callable[[], bool],
+        contact: BrokerContact,
     ) -> None:
         """`relay_healthy`: whether this worker has a healthy relay now."""
         self._broker = broker
@@ -48,6 +50,7 @@ class Maintenance:
         self._counters = counters
         self._fetcher = fetcher
         self._relay_healthy = relay_healthy
+        self._contact = contact
         self._in_contact_since: float | None = None  # loop time; None: Redis is unreachable
         self._reported = counters.dead.copy()
         self._left_to_others = False  # whether it was logged that entries of another release are left
@@ -70,8 +73,7 @@ class Maintenance:
             try:
                 await asyncio.gather(self._service.renew_leases(), self._round(began))
             except RedisUnavailable as exc:
-                if self._in_contact_since is not None:
-                    logger.warning("the broker database cannot be used, waiting for it: %s", exc)
+                self._contact.unavailable(SERVICE, exc)
                 self._in_contact_since = None
             except Exception as exc:  # noqa: BLE001 - no error may end the rounds: leases would lapse
                 logger.error("unexpected error in the maintenance", extra={"kind": type(exc).__name__})
@@ -85,10 +87,12 @@ class Maintenance:
         answer, said = await self._broker.run([command, ASK])
         self._counters.clock.read(said, asked)
         raise_errors([answer])
-        if self._in_contact_since is None:
-            logger.info("connected to the broker database")
         self._in_contact_since = since
         result = self._queue.read_maintain(answer)
+        if result.refusal:
+            self._contact.lost(SERVICE, result.refusal)
+        else:
+            self._contact.found(SERVICE)
         if result.restored:
             self._counters.restored += result.restored
             logger.warning("requests of a dead worker were restored", extra={"count": result.restored})

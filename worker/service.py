@@ -94,6 +94,7 @@ class Service:
         self._asked: list[tuple[Job, Callable[[bool], None]]] = []  # in this turn of the loop
         self._announcing: set[asyncio.Task[None]] = set()
         self._left_to_others = False  # whether it was logged that a request of another release was left
+        self._store_lost = ""  # why, since the store could be used last
         self._stopping = False
         self._drained: asyncio.Future[None] | None = None
 
@@ -108,8 +109,11 @@ class Service:
         issues: Sequence[Issue | StoreError | None] = [None] * len(jobs)
         try:
             issues = await self._store.issue(requests)
+            self._store_lost = ""
         except StoreUnavailable as exc:
-            logger.warning("the code store cannot be used: %s", exc)
+            if str(exc) != self._store_lost:  # not for each batch
+                self._store_lost = str(exc)
+                logger.warning("the code store cannot be used: %s", exc)
         ended = asyncio.get_running_loop().time()
         for job, issue in zip(jobs, issues, strict=True):
             try:

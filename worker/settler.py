@@ -144,6 +144,8 @@ class Settler:
         self._to_wake: list[str] = []
         self._perhaps_leased: list[tuple[float, Claim]] = []  # until (loop time), by an `issue` that was not answered
         self._freeing: asyncio.Task[None] | None = None
+        self._warned: set[str] = set()  # of what, since a trip without a refusal
+        self._refused = False  # whether this trip met a refusal
         self._flushing: asyncio.Task[None] | None = None
 
     @property
@@ -241,6 +243,7 @@ class Settler:
             while self._pending or self._to_wake:
                 batch, self._pending = self._pending[:MAX_MOVES], self._pending[MAX_MOVES:]
                 self._in_trip = len(batch)
+                self._refused = False
                 try:
                     await self._trip(batch)
                 except Exception as exc:  # noqa: BLE001 - whatever it is, the batch must not stay here for ever
@@ -249,6 +252,8 @@ class Settler:
                 left = [item for item in batch if not item.finished]
                 self._postpone_late(left)
                 self._in_trip = 0
+                if not left and not self._refused:
+                    self._warned.clear()
                 if left or self._to_wake:
                     await asyncio.sleep(_PAUSE)
                     self._pending[:0] = left
@@ -271,7 +276,7 @@ class Settler:
         now = asyncio.get_running_loop().time()
         for item in left:
             if item.reply and item.until < now:
-                logger.warning("a reply cannot be stored, it will be tried again")
+                self._warn_once("replies cannot be stored, they will be tried again")
                 item.drop_reply()
                 item.move = self._delay(item.job, _POSTPONED)
 
@@ -301,7 +306,7 @@ class Settler:
                 apply(result)
             if self._to_wake:
                 waking, self._to_wake = self._to_wake, []
-                _warn_of(await self._databases.broker.run([self._queue.wake(waking)]))
+                self._warn_of(await self._databases.broker.run([self._queue.wake(waking)]))
         except StoreUnavailable:
             # Wake them again, or they wait until the lease of a settled send expires. Twice does no harm.
             self._to_wake = waking + self._to_wake
@@ -316,7 +321,7 @@ class Settler:
         return (self._store.issue(requests), partial(self._marked, items)) if items else None
 
     def _marked(self, items: list[Settlement], results: Sequence[Any]) -> None:
-        _warn_of(results)
+        self._warn_of(results)
         for item, result in zip(items, results, strict=True):
             match result:
                 case StoreError():
@@ -350,7 +355,7 @@ class Settler:
         def apply(answers: list[Any]) -> None:
             for group, answer in zip(groups, answers, strict=True):
                 stored = entries(answer, len(group))
-                _warn_of(stored)
+                self._warn_of(stored)
                 for item, entry in zip(group, stored, strict=True):
                     item.reply = isinstance(entry, ServerError)
 
@@ -364,7 +369,7 @@ class Settler:
         commands += [item.move for item in moved if item.move is not None]
 
         def apply(answers: list[Any]) -> None:
-            _warn_of(answers)
+            self._warn_of(answers)
             all_acked = answers.pop(0) == 0 if acked else False
             for item in acked:
                 if all_acked:
@@ -378,6 +383,22 @@ class Settler:
 
         return (_step(self._databases.broker, commands), apply) if commands else None
 
+    def _warn_of(self, results: Iterable[Any]) -> None:
+        """Log the first refusal: what refuses one step usually refuses all of a batch."""
+        for result in results:
+            if isinstance(result, ServerError | StoreError):
+                # A refused mark is tried again with whatever else is; for it alone the caller is not kept waiting.
+                kind = result.kind if isinstance(result, StoreError) else kind_of(result)
+                self._warn_once("Redis refuses a step, it will be tried again", kind)
+                break
+
+    def _warn_once(self, event: str, kind: str = "") -> None:
+        """Not for each try: a trip without a refusal comes first."""
+        self._refused = True
+        if event + kind not in self._warned:
+            self._warned.add(event + kind)
+            logger.warning(event, extra={"kind": kind} if kind else None)
+
     def _ack(self, items: list[Settlement]) -> Command:
         tags = [item.job.tag for item in items]
         if not self._one_write:
@@ -389,13 +410,3 @@ class Settler:
 
 def _step(database: Database, commands: list[Command]) -> Step[list[Any]]:
     return Step(database.connection, database.number, commands, lambda answers: answers)
-
-
-def _warn_of(results: Iterable[Any]) -> None:
-    """Log the first refusal: what refuses one step usually refuses all of a batch."""
-    for result in results:
-        if isinstance(result, ServerError | StoreError):
-            # A refused mark is tried again with whatever else is; for it alone the caller is not kept waiting.
-            kind = result.kind if isinstance(result, StoreError) else kind_of(result)
-            logger.warning("Redis refused a step", extra={"kind": kind})
-            break

@@ -326,7 +326,7 @@ def _unknown_scripts(protocol: Protocol, batch: Batch, replies: list[Any]) -> di
             if kind in UNABLE:
                 # The address may lead to a server that works by now; this connection does not.
                 protocol.transport.abort()
-                raise RedisUnavailable(f"Redis cannot work at the moment ({kind})")
+                raise refused(reply)
             if kind == "NOSCRIPT":  # the server was restarted, or its scripts were flushed
                 unknown[i] = in_full(batch[i])
     return unknown

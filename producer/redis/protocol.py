@@ -145,8 +145,12 @@ def refused(error: Exception, who: str = "Redis", settings: str = LOGIN_SETTINGS
     `who` refused, and `settings` are to be checked then.
     """
     kind = kind_of(error)
+    exc: RedisUnavailable
     if kind in {"WRONGPASS", "NOAUTH"}:
-        return RedisLoginRefused(f"{who} refused the login ({kind}): check {settings}")
-    if kind == "NOPERM":
-        return RedisLoginRefused(f"{who} denied a command to its user ({kind}): check that user's ACL")
-    return RedisUnavailable(f"{who} answered an error ({kind})")
+        exc = RedisLoginRefused(f"{who} refused the login ({kind}): check {settings}")
+    elif kind == "NOPERM":
+        exc = RedisLoginRefused(f"{who} denied a command to its user ({kind}): check that user's ACL")
+    else:
+        exc = RedisUnavailable(f"{who} answered an error ({kind})")
+    exc.kind = kind
+    return exc

@@ -60,7 +60,7 @@ def test_a_worker_that_starts_before_redis_works_once_redis_is_up(new_redis_serv
     server.kill()
     worker = rig.add_worker(wait=False)
     worker.wait_for_log(
-        f"waiting for Redis at redis://127.0.0.1:{server.port}/1 (ConnectionError): check VERIFY_REDIS_URL"
+        f"waiting for Redis at redis://127.0.0.1:{server.port}/1 (ConnectionError): check VERIFY_BROKER_URL"
     )
     server.start()
     assert rig.caller.ask(address())["error"] == 0

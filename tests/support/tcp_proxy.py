@@ -10,9 +10,11 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, Self
 
+import hiredis
+
 from support.process import HOST, WAIT_TIMEOUT
 
-PASS, STALL, HOLE, MUTE = "pass", "stall", "hole", "mute"
+PASS, STALL, HOLE, MUTE, REFUSE = "pass", "stall", "hole", "mute", "refuse"
 TRICKLE, TRICKLE_ANSWERS = "trickle", "trickle_answers"
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
@@ -21,9 +23,7 @@ class TcpProxy:
     """Forwards to a port of this host. Its mode concerns the connections that are open, and later ones.
 
     `mode`: STALL holds data back until the mode changes; HOLE drops it, as a half-open connection does; MUTE drops only
-    what the server sends; TRICKLE forwards a byte every `seconds_a_byte`, TRICKLE_ANSWERS does so with what the server
-    sends.
-    """
+    what the server XX"""
 
     def __init__(self, target: int) -> None:
         self.port = 0
@@ -145,8 +145,14 @@ class TcpProxy:
         client: asyncio.StreamWriter | None = None,
     ) -> None:
         """Forward what `reader` gets; `client`: the one that sends it, if it is no answer."""
+        commands = hiredis.Reader()
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
+                if self.mode == REFUSE and client is not None:
+                    commands.feed(data)
+                    while commands.gets() is not False:
+                        client.write(b"-XYZ never heard of\r\n")
+                    continue
                 while self.mode == STALL:  # noqa: ASYNC110 - another thread decides
                     await asyncio.sleep(0.01)
                 if self.mode in dropped_in or writer in self._muted:

@@ -30,6 +30,7 @@ from producer.errors import VerifyError
 from producer.settings import Settings
 from worker.bootstrap import wire
 from worker.celery_side.events import Events
+from worker.contact import BrokerContact
 from worker.fetcher import Fetcher
 from worker.job import Finished, Job
 from worker.queue.commands import RequestQueue
@@ -110,7 +111,7 @@ class Bridge:
 
     _port: HubPort
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, broker_contact: BrokerContact) -> None:
         """Start the loop and wire the service on it."""
         self.queue = settings.queue
         self._stopped = False
@@ -122,7 +123,7 @@ class Bridge:
         gc.freeze()
         gc.set_threshold(GC_THRESHOLD, *gc.get_threshold()[1:])
         self._thread.start()
-        self._worker = self._call(wire(settings, self._make_port)).result()
+        self._worker = self._call(wire(settings, self._make_port, broker_contact)).result()
 
     def _make_port(self, events: Events) -> HubPort:
         self._port = HubPort(self.queue, events)

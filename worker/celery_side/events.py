@@ -149,6 +149,15 @@ class Events:
 class Dispatcher(EventDispatcher):  # type: ignore[misc]  # Celery ships no types
     """Celery's, for its own events and those of the requests that it runs; shows no address whole."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """As Celery's, but drops an event that cannot be published, as we do: Celery keeps any number of them."""
+        super().__init__(*args, **{**options, "buffer_while_offline": False})
+
+    def _publish(self, *args: Any, **options: Any) -> None:
+        # A retry would hold up Celery's thread until Redis is back.
+        with contextlib.suppress(*self.connection.connection_errors):
+            super()._publish(*args, **{**options, "retry": False})
+
     def send(self, type: str, *args: Any, **fields: Any) -> Any:  # noqa: A002 - Celery's name
         """As Celery's."""
         masked = {name: mask_text(value) if isinstance(value, str) else value for name, value in fields.items()}

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from kombu.exceptions import OperationalError
 from kombu.transport import TRANSPORT_ALIASES, redis, virtual
+from redis.exceptions import RedisError
 
 from producer.setting_types import is_sentinel
 from worker.celery_side.bridge import Bridge
@@ -65,6 +67,14 @@ class Channel(redis.Channel):
             self.bridge = bridge  # kept here: a channel outlives its transport
             bridge.consume(on=True)
 
+    def close(self) -> None:
+        """As kombu's, which leaves its connections open if Redis refuses to delete what was bound."""
+        try:
+            super().close()
+        except RedisError:
+            self.auto_delete_queues.clear()  # the bindings expire
+            super().close()
+
     def basic_cancel(self, consumer_tag: str) -> None:
         """As kombu's. A channel that closes with its connection stops no fetcher, which has its own connection."""
         if self.bridge is None or self._tag_to_queue.get(consumer_tag) != self.bridge.queue:
@@ -80,6 +90,9 @@ class Channel(redis.Channel):
 class Transport(redis.Transport):
     """kombu's own transport, unless it is given a bridge before the worker consumes from it."""
 
+    # Whatever Redis answers, the connection counts as lost and is made anew. kombu has most error replies among the
+    # errors of a channel, after which Celery's worker ends.
+    connection_errors = (*redis.Transport.connection_errors, RedisError, OperationalError)
     Channel = Channel
     bridge: Bridge | None = None
 

@@ -57,6 +57,7 @@ class MaintenanceResult(NamedTuple):
     dead_too_old: int  # dead letters that this call has removed
     dead_too_many: int  # likewise
     left: int  # entries that another release wrote and this one cannot read: they are left to its workers
+    refusal: str  # the first word of the error if the sign of life was refused, else ""
     poison: list[Reserved]  # reserved by this call: each must be answered and dead-lettered
 
 
@@ -121,8 +122,8 @@ class RequestQueue:
 
     @staticmethod
     def read_maintain(answer: list[Any]) -> MaintenanceResult:
-        ready, suspects, restored, too_old, too_many, left, *poison = answer
-        return MaintenanceResult(ready, suspects, restored, too_old, too_many, left, _pairs(poison))
+        ready, suspects, restored, too_old, too_many, left, refusal, *poison = answer
+        return MaintenanceResult(ready, suspects, restored, too_old, too_many, left, refusal.decode(), _pairs(poison))
 
     @staticmethod
     def ack(tags: list[str]) -> Command:

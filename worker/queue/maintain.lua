@@ -28,9 +28,9 @@ ARGV 1 visibility  s      the timeout; 0: restore nothing
      12 dead kept  int     dead letters to keep, at most
      13 ...                tags that the worker holds
 
-Returns {ready, suspects, restored, dead letters too old, dead letters too many, entries left for others, tag, message ...}: this
-call has reserved these messages because each has killed so many workers as `poison` says; they must be answered and
-dead-lettered.
+Returns {ready, suspects, restored, dead letters too old, dead letters too many, entries left for others, refusal, tag,
+message ...}. `refusal`: the first word of the error if the sign of life was refused, else ''. This call has reserved the
+messages because each has killed so many workers as `poison` says; they must be answered and dead-lettered.
 ]]
 local LOOKED_AT = 100 -- dead letters in one call
 
@@ -41,7 +41,7 @@ for i = 13, #ARGV do
     redis.call('ZADD', KEYS[1], 'XX', seconds, ARGV[i])
 end
 
-local result = { 0, 0, 0, 0, 0, 0 }
+local result = { 0, 0, 0, 0, 0, 0, '' }
 local visibility, most = tonumber(ARGV[1]), tonumber(ARGV[2])
 if visibility > 0 then
     local stale = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', seconds - visibility, 'LIMIT', 0, most)
@@ -117,8 +117,11 @@ pcall(function()
         result[4] = old
     end
 end)
--- Last, and with its errors ignored: a full server may refuse this, and must not prevent the rest.
-redis.pcall('ZADD', KEYS[8], seconds, ARGV[8])
+-- Last, and an error ends nothing: a full server may refuse this, and must not prevent the rest.
+local alive = redis.pcall('ZADD', KEYS[8], seconds, ARGV[8])
+if type(alive) == 'table' and alive.err then
+    result[7] = string.match(alive.err, '%u%u%u+') or 'ERR'
+end
 if ARGV[9] == '1' then
     redis.pcall('ZREM', KEYS[9], ARGV[8])
 else
