@@ -111,6 +111,35 @@ def test_cancel_consumer_and_add_consumer(rig: Rig, app: Celery) -> None:
     assert [queue["name"] for queue in ask(rig, app, "active_queues")] == ["verification"]
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments", "says"),
+    [
+        ("rate_limit", {"task_name": TASK, "rate_limit": "1/h"}, "rate limits do not apply here"),
+        ("time_limit", {"task_name": TASK, "soft": 1, "hard": 2}, "time limits do not apply here"),
+        ("pool_grow", {"n": 2}, "by no pool"),
+        ("pool_shrink", {"n": 2}, "by no pool"),
+    ],
+)
+def test_a_limit_that_does_not_apply_says_so_and_changes_nothing(
+    rig: Rig, app: Celery, command: str, arguments: dict[str, Any], says: str
+) -> None:
+    pool = ask(rig, app, "stats")["pool"]
+    [answer] = app.control.broadcast(command, arguments, [rig.worker.name], reply=True, timeout=WAIT_TIMEOUT, limit=1)
+    assert says in answer[rig.worker.name]["ok"]
+    assert ask(rig, app, "stats")["pool"] == pool
+    assert rig.caller.ask(address())["error"] == 0
+
+
+@pytest.mark.slow
+def test_the_command_line_tells_which_limits_do_not_apply(rig: Rig) -> None:
+    said = celery(rig, "control", "rate_limit", TASK, "1/h")
+    assert "OK" in said
+    assert "rate limits do not apply here" in said
+    assert "time limits do not apply here" in celery(rig, "control", "time_limit", TASK, "1", "2")
+    assert "by no pool" in celery(rig, "control", "pool_grow", "1")
+    assert "by no pool" in celery(rig, "control", "pool_shrink", "1")
+
+
 def test_the_command_line_inspects(rig: Rig) -> None:
     assert "OK" in celery(rig, "inspect", "active")
 

@@ -1,6 +1,7 @@
-"""`celery inspect` counts what the service holds as active, and shows no argument and no address whole.
+"""`celery inspect` and `celery control`, where Celery's own commands know only requests that went through its pool.
 
-Celery's own commands know only requests that went through its pool. Importing this module replaces them by ours.
+What the service holds counts as active, no argument and no address is shown whole, and limits that do not apply say so.
+Importing this module replaces Celery's commands by ours.
 """
 
 from __future__ import annotations
@@ -60,3 +61,35 @@ def query_task(panel: Any, ids: Any, **_: Any) -> dict[str, Any]:
 def revoked(_panel: Any, **_: Any) -> list[str]:
     """Ids of requests that an operator revoked."""
     return [mask_text(request_id) for request_id in tuple(state.revoked)]
+
+
+# Answered as done, as there is nothing to put right. Celery would say that the new limit is in force, or fail.
+_POOL = "nothing was changed: mails are sent at once on one loop, by no pool; VERIFY_RELAY_CONNECTIONS bounds them"
+
+
+@control.control_command(  # type: ignore[untyped-decorator]
+    args=[("task_name", str), ("rate_limit", str)], signature="<task_name> <rate_limit (e.g., 5/s | 5/m | 5/h)>"
+)
+def rate_limit(_panel: Any, **_: Any) -> dict[str, str]:
+    """Does not apply: requests have limits of their own."""
+    return {"ok": "nothing was changed: rate limits do not apply here; the settings VERIFY_MAX_SENDS_... limit mails"}
+
+
+@control.control_command(  # type: ignore[untyped-decorator]
+    args=[("task_name", str), ("soft", float), ("hard", float)], signature="<task_name> <soft_secs> [hard_secs]"
+)
+def time_limit(_panel: Any, **_: Any) -> dict[str, str]:
+    """Does not apply: each step of a request has a timeout of its own."""
+    return {"ok": "nothing was changed: time limits do not apply here; VERIFY_SEND_TIMEOUT bounds a send"}
+
+
+@control.control_command(args=[("n", int)], signature="[N=1]")  # type: ignore[untyped-decorator]
+def pool_grow(_panel: Any, **_: Any) -> dict[str, str]:
+    """Does not apply: mails are sent by no pool."""
+    return {"ok": _POOL}
+
+
+@control.control_command(args=[("n", int)], signature="[N=1]")  # type: ignore[untyped-decorator]
+def pool_shrink(_panel: Any, **_: Any) -> dict[str, str]:
+    """Does not apply: mails are sent by no pool."""
+    return {"ok": _POOL}
