@@ -29,7 +29,7 @@ HOST: Final = "soak.example"
 POPULAR: Final = 12  # addresses that several callers ask for again and again
 POPULAR_FOR: Final = 120.0  # seconds until other addresses take their place: well within the life of a code
 AGAIN: Final = 0.2  # seconds between two attempts of one push
-BEHIND: Final = 10.0  # seconds of waiting that a caller makes up for
+BEHIND: Final = 30.0  # seconds of waiting that a caller makes up for
 _FAILED: Final = (redis.RedisError, RedisUnavailable, OperationalError, OSError)
 
 

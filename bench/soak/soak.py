@@ -404,7 +404,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=None, help="the schedule of faults; drawn and printed if not given")
-    parser.add_argument("--rate", type=float, default=52.0, help="requests a second")
+    parser.add_argument("--rate", type=float, default=55.0, help="requests a second")
     parser.add_argument(
         "--servers", type=int, choices=(1, 3), default=3, help="Redis servers: one for all, or for each"
     )
