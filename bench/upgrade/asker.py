@@ -12,15 +12,19 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
 
 from producer.aio import AsyncVerificationClient
 from producer.client import VerificationClient
+
+WAITING: Final = 64  # threads that wait for a reply at one time
 
 
 async def serve() -> None:
     """Serve standard input until its end."""
     reader = asyncio.StreamReader()
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(WAITING))
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     with VerificationClient() as blocking:
         async with AsyncVerificationClient() as client, asyncio.TaskGroup() as tasks:

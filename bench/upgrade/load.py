@@ -90,6 +90,8 @@ class Asker:
         self._process.stdin.close()
         try:
             self._process.wait(START_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self._ledger.violated(f"the clients of {self._name} do not end")
         finally:
             self.kill()
 
