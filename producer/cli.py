@@ -20,7 +20,7 @@ from producer.client import VerificationClient
 from producer.contract import DEFAULT_PURPOSE, LONGEST_CLIENT, PURPOSE_PATTERN, ErrorCode, is_client, is_purpose
 from producer.errors import VerifyError
 from producer.redis.connection import REDIS_TIMEOUT, RedisConnections, raise_errors
-from producer.setting_types import mask_url
+from producer.setting_types import Bind, bind_in, mask_url
 from producer.settings import Settings, load_or_exit
 from producer.store.backlog import Backlog, backlog, read_backlog
 
@@ -40,6 +40,8 @@ EPILOG: Final = (
 SERVE_EPILOG: Final = (
     "SIGTERM or Ctrl-C stops the API once it has answered what it accepted, within 10 s; a second one stops it at once."
     " Exit status: 0 after such a stop; 2 on a bad setting, an address where it may not listen, or a busy port.\n\n"
+    "To replace the API without a refused connection, start the new one with the same settings and --share-port, as the"
+    " old one was, and stop the old one once the new one listens.\n\n"
     "HTTP: POST /get_varifycode, POST /check_varifycode, GET /healthz, /readyz, /metrics, /docs. gRPC:"
     " message.VarifyService/GetVarifyCode, health, reflection.\n\n"
     "Settings, from the environment or .env: VERIFY_HTTP_BIND (default 127.0.0.1:8081), VERIFY_GRPC_BIND"
@@ -69,6 +71,13 @@ def _client_word(value: str | None) -> str | None:
     if not is_client(value):
         raise typer.BadParameter(f"at most {LONGEST_CLIENT} characters")
     return value
+
+
+def _bind(value: str) -> Bind:
+    try:
+        return bind_in(value)
+    except ValueError:
+        raise typer.BadParameter(f"{value!r} is not allowed; allowed: host:port") from None
 
 
 Purpose = Annotated[str, typer.Option(callback=_purpose, help="What the code is for. A code is valid for its purpose.")]
@@ -143,6 +152,22 @@ def serve(
         str | None,
         typer.Option(help="Where the gRPC API listens.", metavar="HOST:PORT", show_default="VERIFY_GRPC_BIND"),
     ] = None,
+    share_port: Annotated[
+        bool,
+        typer.Option(
+            "--share-port",
+            help="Listen together with other processes that have this option. So a new one can replace an old one"
+            " without a refused connection, and several can use several cores. Linux only.",
+        ),
+    ] = False,
+    probe_bind: Annotated[
+        Bind | None,
+        typer.Option(
+            help="Where this process alone answers HTTP, too: for probes and metrics.",
+            metavar="HOST:PORT",
+            parser=_bind,
+        ),
+    ] = None,
     log_level: Annotated[
         LogLevel, typer.Option(help="How much to log to stderr. No level logs a code or a whole address.")
     ] = LogLevel.INFO,
@@ -160,7 +185,7 @@ def serve(
         raise typer.Exit(2) from None
     logs.configure(log_level.upper())
     try:
-        server.serve(in_force)
+        server.serve(in_force, share_port=share_port, probe_bind=probe_bind)
     except VerifyError as exc:
         typer.echo(str(exc), err=True)
         raise typer.Exit(2) from None

@@ -257,7 +257,8 @@ def _is_this_host(host: str) -> bool:
         return host == "localhost"
 
 
-def _bind(value: str) -> Bind:
+def bind_in(value: str) -> Bind:
+    """The address that a text names. Raises `ValueError`."""
     parts = _split(f"//{value}")
     if not parts.hostname or parts.port is None or parts.path or "@" in value:
         raise ValueError
@@ -326,7 +327,7 @@ RelayURLs = Annotated[
 ApiKeys = Annotated[
     tuple[ApiKey, ...], _read_by(_keys), PlainSerializer(lambda keys: ",".join(map(str, keys))), _Secret
 ]
-BindTo = Annotated[Bind, _read_by(_bind), PlainSerializer(str)]
+BindTo = Annotated[Bind, _read_by(bind_in), PlainSerializer(str)]
 From = Annotated[Sender, _read_by(_sender), PlainSerializer(str)]
 WebURL = Annotated[str, AfterValidator(_web_url)]
 FilePath = Annotated[str, AfterValidator(_file_path)]

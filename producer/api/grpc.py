@@ -70,6 +70,10 @@ class GrpcServer:
         """Tell clients that watch our health that this server is about to shut down."""
         await self._health.enter_graceful_shutdown()
 
+    def stop_listening(self) -> None:
+        """Accept no new connection."""
+        self._server.stop_listening()
+
     async def stop(self, grace: float) -> None:
         """Accept nothing new, and give calls under way `grace` seconds. A second call can shorten that."""
         await self._server.stop(grace)

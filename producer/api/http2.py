@@ -87,7 +87,7 @@ TRUSTED_TURN: Final = 0.005  # seconds of a turn of one that got answers and has
 
 _READ: Final = 8 * 1024  # bytes at once. With a frame that has come in part, a connection keeps three times as much
 _CHECK_EVERY: Final = 1.0  # seconds between two looks at the timeouts
-_LAST_CALLS: Final = 0.25  # seconds that clients have to learn of a shutdown, while calls that they begin are served
+_LAST_CALLS: Final = 1.0  # seconds that clients have to learn of a shutdown, while calls that they begin are served
 _GRANT: Final = DEFAULT_WINDOW // 4  # bytes after which the client may send as many again
 _MESSAGE_COST: Final = 64  # bytes that a received message takes beyond its own
 _KEEPALIVE_PING: Final = b"are you?"
@@ -304,22 +304,27 @@ class Http2Server:
             self._servers.append(await self._loop.create_server(new, sock=each, backlog=backlog))
         self._check_timer = self._loop.call_later(_CHECK_EVERY, self._check_timeouts)
 
+    def stop_listening(self) -> None:
+        """Accept no new connection."""
+        for server in self._servers:
+            server.close()
+
     async def stop(self, grace: float) -> None:
         """Accept no new connection, serve the calls that have come for at most `grace` seconds, and close (6.8).
 
-        Calls that stay open are cut off. Called again, it can shorten the time.
+        A connection that is in its handshake is told once that has ended. Calls that stay open are cut off. Called
+        again, it can shorten the time.
         """
         deadline = self.now() + grace
         self.stopping = True
-        for server in self._servers:
-            server.close()
+        self.stop_listening()
         for connection in list(self.connections):
             connection.announce_shutdown()
         last_calls = min(deadline, self.now() + _LAST_CALLS)
         await self._wait_until(lambda: all(each.leaving for each in self.connections), last_calls)
         for connection in list(self.connections):
             connection.refuse_new_calls()
-        await self._wait_until(lambda: not self.serving, deadline)
+        await self._wait_until(lambda: not self.serving and not self.awaiting_message, deadline)
         for connection in list(self.connections):
             connection.close()
         await self._wait_until(lambda: not self.connections, min(deadline, self.now() + _CHECK_EVERY))
@@ -463,6 +468,8 @@ class Connection(asyncio.BufferedProtocol):
         self.peer = (transport.get_extra_info("peername") or (None,))[0]
         transport.set_write_buffer_limits(UNSENT_LIMIT // 2)
         transport.write(_OUR_SETTINGS)
+        if self.server.stopping:
+            self.announce_shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         self.forget_all()
@@ -500,9 +507,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def announce_shutdown(self) -> None:
         """Tell the client to begin no more calls. Those that are under way to us are served (6.8)."""
-        if not self._established:
-            self.abort()
-        elif not self._transport.is_closing() and not self.leaving:
+        if self._established and not self._transport.is_closing() and not self.leaving:
             self._transport.write(
                 goaway_frame(MAX_STREAM, ErrorCode.NO_ERROR) + frame(FrameType.PING, 0, _SHUTDOWN_PING)
             )
@@ -510,6 +515,9 @@ class Connection(asyncio.BufferedProtocol):
     def refuse_new_calls(self) -> None:
         """Serve the calls that have begun, and then close."""
         if self.leaving or self._transport.is_closing():
+            return
+        if not self._established:
+            self.abort()
             return
         self.leaving = True
         self._transport.write(goaway_frame(self._last_stream, ErrorCode.NO_ERROR))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
+import time
 from collections import deque
 from collections.abc import Callable
 from http import HTTPStatus
@@ -24,6 +25,8 @@ from producer.contract import ErrorCode
 HEAD_TIMEOUT: Final = 10.0  # seconds for a request's head, and for the first byte on a new connection
 BODY_TIMEOUT: Final = 5.0  # seconds for a request's body; then the answer is 408
 READ_TIMEOUT: Final = 10.0  # seconds in which a client must make room for more of its answer
+# Seconds that clients have to use a connection once more when the API shuts down: the answer says that it was the last.
+LAST_REQUESTS: Final = 1.0
 LINGER: Final = 2.0  # seconds of reading on after an early answer: if we closed at once the client might never see it
 HEAD_LIMIT: Final = 32 * 1024  # bytes
 HEADERS_LIMIT: Final = 100  # in one head, empty lines before it included; each costs some 200 bytes beside its own
@@ -57,6 +60,7 @@ class HttpConnections:
         self._idle: dict[HttpConnection, None] = {}
         self._pipelined: deque[HttpConnection] = deque()  # those whose next request is here already
         self._buffer = memoryview(bytearray(_READ_SIZE))  # for all: what is read is taken out at once
+        self.closing = False  # the next answer on each connection is its last
 
     def __len__(self) -> int:
         return len(self._open)
@@ -108,6 +112,21 @@ class HttpConnections:
         """Forget it."""
         self._open.discard(connection)
         self.requested(connection)
+
+    async def take_last_requests(self) -> None:
+        """From now on each connection gets one more answer, which says so. Wait until none waits for its request.
+
+        To close an idle connection at once would lose the request that its client sends at that moment. One that is
+        still idle after `LAST_REQUESTS` is seldom used.
+        """
+        self.closing = True
+        for connection in self._open:
+            connection.answer_last()
+        deadline = time.monotonic() + LAST_REQUESTS
+        while True:
+            await asyncio.sleep(0.02)  # at first for a connection that was accepted in this turn of the event loop
+            if not (self._unfinished or self._idle) or time.monotonic() > deadline:
+                return
 
 
 class _SmallReads(asyncio.BufferedProtocol):
@@ -178,6 +197,11 @@ class HttpConnection(HttpToolsProtocol):
         """Count it; a TLS handshake comes later."""
         self._socket = socket
         self._connections.opened(self)
+
+    def answer_last(self) -> None:
+        """Close it after the answer to the request that is being served, if there is one."""
+        if not self._answered:
+            self.cycle.keep_alive = False
 
     def hang_up(self) -> None:
         """Close it, whatever it is doing."""
@@ -298,6 +322,8 @@ class HttpConnection(HttpToolsProtocol):
             self._upgrade = True
             return
         super().on_headers_complete()
+        if self._connections.closing:
+            self.answer_last()
         headers, self.headers = self.headers, []  # trailers are no headers
         self._reading, self._framing, self._surplus, self._lines, self._left, self._tail = "body", 0, 0, 0, 0, b""
         for name, value in headers:

@@ -14,10 +14,19 @@ from typing import TYPE_CHECKING, Final
 
 import uvicorn
 
-from producer.api.binding import CONNECTIONS_LIMIT, LISTEN_BACKLOG, is_loopback, listen, require_permission
+from producer.api.binding import (
+    CONNECTIONS_LIMIT,
+    LISTEN_BACKLOG,
+    PROBE_BIND,
+    accept_waiting,
+    is_loopback,
+    listen,
+    require_permission,
+)
 from producer.api.grpc import GrpcServer
 from producer.api.http import make_app
 from producer.api.http_connection import HttpConnections
+from producer.api.shared_port import SharedPorts
 from producer.api.state import Api
 from producer.api.tls import Certificates, certificates
 from producer.errors import RedisLoginRefused
@@ -44,34 +53,47 @@ class _HttpServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    def stop_listening(self) -> None:
+        for each in self.servers:
+            each.close()
 
-def serve(settings: Settings) -> None:
+
+def serve(settings: Settings, *, share_port: bool = False, probe_bind: Bind | None = None) -> None:
     """Serve until SIGTERM or SIGINT, and return once everything that was accepted is answered.
 
-    Raises `CannotListen` or `BadSetting`. A second signal ends the process at once.
+    `share_port`: together with other processes that have it; `probe_bind`: where HTTP listens for this process alone,
+    too. Raises `CannotListen`, `CannotShare` or `BadSetting`. A second signal ends the process at once.
     """
-    require_permission(settings)
+    require_permission(settings, probe_bind)
+    shared = SharedPorts() if share_port else None
     tls = certificates(settings)
     traces = set_up("verifyserver-api")
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))  # its INFO is chatter
     connections = connections_limit(_raise_file_limit())
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(settings, traces, tls, connections))
+        runner.run(_serve(settings, traces, tls, connections, shared, probe_bind))
 
 
-async def _serve(settings: Settings, traces: Traces | None, tls: Certificates | None, connections: int) -> None:
+async def _serve(
+    settings: Settings,
+    traces: Traces | None,
+    tls: Certificates | None,
+    limit: int,
+    shared: SharedPorts | None,
+    probe_bind: Bind | None,
+) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stop)
-    sockets = listen(settings.http_bind, "VERIFY_HTTP_BIND")
+    sockets = listen(settings.http_bind, "VERIFY_HTTP_BIND", shared)
     http_bind = Bind(settings.http_bind.host, sockets[0].getsockname()[1])
     api = Api(settings, traces)
-    grpc = GrpcServer(api, connections)
-    evicted = partial(api.metrics.evicted, "http")
+    grpc = GrpcServer(api, limit)
+    connections = HttpConnections(limit, tls.http_context() if tls else None, partial(api.metrics.evicted, "http"))
     http = _HttpServer(
         uvicorn.Config(
             make_app(api, f"{'https' if tls else 'http'}://{_reachable(http_bind)}"),
-            http=HttpConnections(connections, tls.http_context() if tls else None, evicted).new,  # type: ignore[arg-type]  # a type, says uvicorn; it only calls it
+            http=connections.new,  # type: ignore[arg-type]  # a type, says uvicorn; it only calls it
             ws="none",
             lifespan="off",
             log_config=None,
@@ -84,20 +106,37 @@ async def _serve(settings: Settings, traces: Traces | None, tls: Certificates | 
     )
     http_task: asyncio.Task[None] | None = None
     try:
-        grpc_sockets = listen(settings.grpc_bind, "VERIFY_GRPC_BIND")
+        if probe_bind is not None:
+            probe_sockets = listen(probe_bind, PROBE_BIND)
+            probe_bind = Bind(probe_bind.host, probe_sockets[0].getsockname()[1])
+            sockets += probe_sockets
+        grpc_sockets = listen(settings.grpc_bind, "VERIFY_GRPC_BIND", shared)
         grpc_port = grpc_sockets[0].getsockname()[1]
         await grpc.start(grpc_sockets, tls)
         http_task = asyncio.create_task(http.serve(sockets=sockets))
-        with_tls = "" if tls is None else " with TLS"
-        logger.info("the HTTP API listens on %s%s", http_bind, with_tls)
+        while not http.started and not http_task.done():  # noqa: ASYNC110 - uvicorn has no event for it
+            await asyncio.sleep(0)
+        if shared is not None:
+            shared.serve()
+        how = ("" if tls is None else " with TLS") + ("" if shared is None else ", which it shares")
+        logger.info("the HTTP API listens on %s%s", http_bind, how)
+        if probe_bind is not None:
+            logger.info("this process alone answers HTTP on %s", probe_bind)
         if settings.demo and not is_loopback(settings.http_bind, "VERIFY_HTTP_BIND"):
             logger.warning("VERIFY_DEMO: whoever opens the page at / can read its inbox, with the codes in it")
-        logger.info("the gRPC API listens on %s%s", Bind(settings.grpc_bind.host, grpc_port), with_tls)
+        logger.info("the gRPC API listens on %s%s", Bind(settings.grpc_bind.host, grpc_port), how)
         report, stopping = asyncio.create_task(_report_readiness(api)), asyncio.create_task(stop.wait())
         await asyncio.wait([stopping, http_task], return_when=asyncio.FIRST_COMPLETED)
         report.cancel()
         logger.info("shutting down: accepted requests are still answered")
-        await _drain(api, http, http_task, grpc)
+        api.leaving = True
+        await grpc.announce_shutdown()
+        await accept_waiting([*sockets, *grpc_sockets])
+        http.stop_listening()
+        grpc.stop_listening()
+        if shared is not None:
+            shared.close()
+        await _drain(api, http, http_task, connections, grpc)
     finally:
         for each in sockets:
             each.close()
@@ -108,12 +147,17 @@ async def _serve(settings: Settings, traces: Traces | None, tls: Certificates | 
     logger.info("stopped")
 
 
-async def _drain(api: Api, http: _HttpServer, http_task: asyncio.Task[None], grpc: GrpcServer) -> None:
-    """Accept nothing new, answer what was accepted."""
-    api.leaving = True
-    await grpc.announce_shutdown()
-    http.should_exit = True
-    servers = asyncio.gather(http_task, grpc.stop(DRAIN_TOTAL))
+async def _drain(
+    api: Api, http: _HttpServer, http_task: asyncio.Task[None], connections: HttpConnections, grpc: GrpcServer
+) -> None:
+    """Answer what was accepted, and what clients send before they can know that this process ends."""
+
+    async def drain_http() -> None:
+        await connections.take_last_requests()
+        http.should_exit = True
+        await http_task
+
+    servers = asyncio.gather(drain_http(), grpc.stop(DRAIN_TOTAL))
     done, _ = await asyncio.wait([servers], timeout=DRAIN_REPLIES)
     if not done:
         await api.client.close()  # answers Timeout to whoever still waits

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+import ssl
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 import pytest
+import trustme
 from hpack import Decoder
 from support.http2 import HEAD, NO_WINDOW, OPENING, SETTINGS, Frame, begin, call, frames, head, header, message, streams
 
@@ -162,6 +165,15 @@ class Rig:
         for each in self._clients:
             each.close()
         await self.server.stop(0)
+
+
+@pytest.fixture
+def tls_pair() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """The contexts of a server and of a client that trusts it."""
+    authority, pair = trustme.CA(), (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context())
+    authority.issue_cert("localhost").configure_cert(pair[0])
+    authority.configure_trust(pair[1])
+    return pair
 
 
 @pytest.fixture
@@ -642,6 +654,48 @@ class TestShutdown:
         assert {(await client.trailers(i))["grpc-status"] for i in (1, 3)} == {"0"}
         assert await client.next() is None
         await stopping
+
+    async def test_a_call_whose_message_is_on_its_way_is_served(self, rig: Rig) -> None:
+        client = await rig.connect(OPENING + begin(1, GET))
+        await until(lambda: rig.server.awaiting_message == 1)
+        stopping = asyncio.create_task(rig.server.stop(30))
+        ping = await client.until(FrameType.PING)
+        assert ping
+        client.send(frame(FrameType.PING, 0, ping.payload, Flag.ACK))
+        await client.until(FrameType.GOAWAY)
+        await asyncio.sleep(0.1)  # longer than it looks for calls that are served
+        client.send(DATA + END)
+        assert (await client.trailers(1))["grpc-status"] == "0"
+        await stopping
+
+    async def test_a_client_that_connects_at_that_moment_is_told(self, rig: Rig) -> None:
+        """It waited to be accepted, and the server accepts it to tell it."""
+        rig.server.stopping = True
+        client = await rig.connect()
+        frames = [await client.next() for _ in range(3)]
+        assert [each and each.kind for each in frames] == [FrameType.SETTINGS, FrameType.GOAWAY, FrameType.PING]
+
+    async def test_a_client_in_its_handshake_is_told_once_that_has_ended(
+        self, tls_pair: tuple[ssl.SSLContext, ssl.SSLContext]
+    ) -> None:
+        here, there = tls_pair
+        service = Service()
+        server = Http2Server(service.methods, _admit, frozenset())
+        [listener] = listen(Bind("127.0.0.1", 0), "a test")
+        await server.start([listener], here, 10)
+        with socket.create_connection(listener.getsockname()) as connected:
+            await until(lambda: len(server.connections) == 1)
+            stopping = asyncio.create_task(server.stop(30))
+            await until(lambda: server.stopping)
+            client = Client(*await asyncio.open_connection(sock=connected, ssl=there, server_hostname="localhost"))
+            client.send(OPENING)
+            told = await client.until(FrameType.GOAWAY)
+            assert told
+            assert told.payload == MAX_STREAM.to_bytes(4, "big") + bytes(4)
+            client.send(call(1, GET, b"hello"))
+            assert (await client.trailers(1))["grpc-status"] == "0"
+            await stopping
+            client.close()
 
     async def test_a_client_that_says_nothing_holds_nobody_up(self, rig: Rig) -> None:
         silent = await rig.connect()

@@ -127,11 +127,11 @@ async def app(scope: Any, _receive: Any, send: Any) -> None:
 
 @asynccontextmanager
 async def server(
-    limit: int, tls: ssl.SSLContext | None = None, on_evicted: Callable[[], None] = lambda: None
+    limit: int | HttpConnections, tls: ssl.SSLContext | None = None, on_evicted: Callable[[], None] = lambda: None
 ) -> AsyncIterator[int]:
     """A server that takes so many connections; its port."""
     listener = socket.create_server(("127.0.0.1", 0))
-    connections: Any = HttpConnections(limit, tls, on_evicted)
+    connections: Any = limit if isinstance(limit, HttpConnections) else HttpConnections(limit, tls, on_evicted)
     server = uvicorn.Server(
         uvicorn.Config(app, http=connections.new, lifespan="off", log_config=None, timeout_graceful_shutdown=0)
     )
@@ -285,3 +285,30 @@ class TestTlsMemory:
             ) as attacker:
                 attacker.wait_until_spent()
         assert peak_memory(encrypted.pid) - idle < TLS_GROWTH
+
+
+@pytest.mark.anyio
+class TestShutdown:
+    async def test_the_next_answer_on_each_connection_is_its_last_and_says_so(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(http_connection, "LAST_REQUESTS", WAIT_TIMEOUT)
+        connections = HttpConnections(10)
+        async with server(connections) as port:
+            fresh, idle = await connect(port, b""), await connect(port, GET)
+            waiting = asyncio.create_task(connections.take_last_requests())
+            await asyncio.sleep(0.1)
+            for caller in (fresh, idle):
+                assert not waiting.done()
+                caller.writer.write(GET)
+                assert b"connection: close" in await caller.reader.readuntil(b"ok")
+                assert await caller.is_closed()
+            await waiting  # for no longer than that
+
+    async def test_an_idle_connection_does_not_hold_it_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(http_connection, "LAST_REQUESTS", 0.1)
+        connections = HttpConnections(10)
+        async with server(connections) as port:
+            idle = await connect(port, GET)
+            await asyncio.wait_for(connections.take_last_requests(), WAIT_TIMEOUT)
+        assert await idle.is_closed()

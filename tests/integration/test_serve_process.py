@@ -71,7 +71,10 @@ class TestStarting:
             timeout=120,
             check=True,
         )
-        for word in ("--http-bind", "--grpc-bind", "--log-level", "--help", "Exit status", "/readyz", "reflection"):
+        for word in (
+            *("--http-bind", "--grpc-bind", "--share-port", "--probe-bind", "--log-level", "--help"),
+            *("Exit status", "/readyz", "reflection"),
+        ):
             assert word in done.stdout
         for name in (
             "HTTP_BIND",

@@ -196,6 +196,9 @@ WAYS: Final[dict[str, Way]] = {
         SUCCESS, ("worker",)
     ),
     # operations
+    "systemctl start verify-api@8083 && systemctl stop verify-api@8082": TestedBy(
+        "tests/integration/test_shared_port.py::test_the_unit_starts_what_the_docs_say"
+    ),
     # Flower says that it is ready before its loop runs; a SIGTERM between the two can leave it hanging.
     ".venv/bin/celery -A worker.app flower": Serve(
         "flower", r"Visit me at http://127\.0\.0\.1:\d+", "http://127.0.0.1:5555/healthcheck", needs=("worker",)
@@ -228,6 +231,9 @@ WAYS: Final[dict[str, Way]] = {
     "make bench QUICK=1": Slow(r"import of producer\.client", "BARS=k"),
     'make bench BARS="a c f"': Slow(r"one worker process", "QUICK=1 BARS=f"),
     "make bench BARS=g": Slow(r"32 connections", "QUICK=1"),
+    "python -m bench.restart": TestedBy(
+        "tests/integration/test_shared_port.py::TestReplacing::test_under_load_no_request_is_refused"
+    ),
     ".venv/bin/python -m bench.capacity": Slow(r"(?m)^ *20 +32 +1 ", "--runs 1 --latency 20 --count 300"),
     ".venv/bin/python -m bench.footprint": Slow("answered", "--count 1000"),
     "python -m bench.report RAW": Slow(r"report\.md"),
