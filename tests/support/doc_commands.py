@@ -231,8 +231,8 @@ WAYS: Final[dict[str, Way]] = {
     "make bench QUICK=1": Slow(r"import of producer\.client", "BARS=k"),
     'make bench BARS="a c f"': Slow(r"one worker process", "QUICK=1 BARS=f"),
     "make bench BARS=g": Slow(r"32 connections", "QUICK=1"),
-    "python -m bench.restart": TestedBy(
-        "tests/integration/test_shared_port.py::TestReplacing::test_under_load_no_request_is_refused"
+    ".venv/bin/python -m bench.restart": TestedBy(
+        "tests/integration/test_shared_port.py::test_under_load_no_request_is_refused"
     ),
     ".venv/bin/python -m bench.capacity": Slow(r"(?m)^ *20 +32 +1 ", "--runs 1 --latency 20 --count 300"),
     ".venv/bin/python -m bench.footprint": Slow("answered", "--count 1000"),
