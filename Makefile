@@ -65,7 +65,7 @@ soak: setup ## random faults under steady load, then a report: make soak MINUTES
 
 upgrade: setup ## two releases side by side under load, then a report: make upgrade OLD=v0.1.0
 	@$(if $(OLD),,$(error Name a tag or commit: make upgrade OLD=v0.1.0))$(BIN)/python -m bench.upgrade $(OLD) \
-	  $(if $(SEED),--seed $(SEED)) $(if $(STAGE),--stage $(STAGE))
+	  $(if $(SEED),--seed $(SEED))
 
 picture: setup ## draw docs/dashboard.png from a soak of long faults; needs Debian's prometheus
 	$(BIN)/python -m bench.soak picture docs/dashboard.png $(SECONDS)

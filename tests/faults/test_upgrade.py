@@ -49,6 +49,12 @@ def test_the_clients_of_a_release_ask_in_a_process_of_their_own(rig: Rig) -> Non
 
 
 @pytest.mark.slow
+def test_two_releases_of_one_form_keep_every_promise(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["HEAD", "--seed", "1", "--stage", str(STAGE)]) == 0
+    assert "every promise held" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_a_record_that_changed_without_a_version_is_found(tmp_path: Path) -> None:
     old = unpack("HEAD", tmp_path)
     codes = old.root / "producer" / "store" / "codes.py"
