@@ -34,7 +34,8 @@ NOTICED: Final = 4.0  # seconds after the sentinels' announcement in which our c
 DEMOTED: Final = 90.0  # seconds until the sentinels have made the old primary a replica, on a busy machine too
 BEHIND: Final = 0.5  # seconds
 
-_OTHERS: Final = {"LPUSH", "Celery.send_task"}
+_RAW, _CELERY = "LPUSH", "Celery.send_task"
+_OTHERS: Final = {_RAW, _CELERY}  # callers whose library asks the sentinels only when it connects
 # Violations in the ledger that the loss of a primary's last writes explains.
 _LOST, _REPLIES = "lost: acknowledged, and never answered", "a second reply"
 _CODES: Final = ("two codes for", "two codes under one id")  # the first one was lost with its primary
@@ -48,7 +49,8 @@ class Outcome:
     acknowledged: int = 0
     redis_err: int = 0  # callers that were answered RedisErr
     lost: int = 0  # acknowledged, never answered, and nowhere on the new primary
-    lost_by_others: int = 0  # of these, by callers whose library asks the sentinels only when it connects
+    lost_raw: int = 0  # of these, pushed with plain Redis
+    lost_celery: int = 0  # of these, sent by a stock Celery app
     doubled: int = 0  # requests with two mails
     new_codes: int = 0  # addresses with two codes within one life
     codes_gone: int = 0  # requests answered Success whose code is not in Redis any more
@@ -59,14 +61,15 @@ class Outcome:
     def row(self) -> str:
         """For a table."""
         return (
-            f"| {self.asked} | {self.acknowledged} | {self.redis_err} | {self.lost} | {self.lost_by_others} "
+            f"| {self.asked} | {self.acknowledged} | {self.redis_err} "
+            f"| {self.lost} | {self.lost_raw} | {self.lost_celery} "
             f"| {self.doubled} | {self.codes_gone} | {self.without:.1f} s | {self.longest:.1f} s |"
         )
 
 
 HEAD: Final = (
-    "| asked | acknowledged | told RedisErr | lost | of these by other callers | mailed twice | codes gone "
-    "| without service | longest `request` |\n|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+    "| asked | acknowledged | told RedisErr | lost | of these raw | of these by Celery | mailed twice | codes gone "
+    "| without service | longest `request` |\n|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
 )
 
 
@@ -153,7 +156,8 @@ class Failover:
         found.unexplained += [ledger.story(each) for each in gone if not began - WINDOW < each.mails[-1].at < demoted]
         lost = [record for record in ledger.records if record.acknowledged and record.error is None]
         found.lost = len(lost)
-        found.lost_by_others = sum(record.how in _OTHERS for record in lost)
+        found.lost_raw = sum(record.how == _RAW for record in lost)
+        found.lost_celery = sum(record.how == _CELERY for record in lost)
         found.unexplained += [ledger.story(record) for record in lost if not explained(record)]
         for violation in ledger.violations:
             if violation.startswith(_CODES[0]):

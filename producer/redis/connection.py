@@ -29,6 +29,7 @@ OLDEST = (6, 2)
 # Error replies of a server that is up and cannot work: it loads its files, runs a long script, has become a replica, or
 # has no replica where it must not write without one.
 UNABLE = ("LOADING", "BUSY", "MASTERDOWN", "READONLY", "NOREPLICAS")
+REPLICA = ("MASTERDOWN", "READONLY")  # those of a replica
 
 Batch = Sequence[Command]
 Part = tuple[int, Batch]  # a database's number, and the commands for it
@@ -87,6 +88,7 @@ class _Server:
         self._options = options
         self._tls: ssl.SSLContext | None = None
         self.finder = None if service is None else PrimaryFinder(service, self._dial)
+        self._open: set[Protocol] = set()
 
     async def open(self, database: int, on_push: OnPush | None) -> Protocol:
         """A connection that is ready for commands. Raises `RedisUnavailable` within CONNECT_TIMEOUT seconds."""
@@ -106,12 +108,24 @@ class _Server:
                 # 20 ms, in which the loop stands still.
                 self._tls = self._trust()
                 if self.finder is not None:
-                    return await self.finder.find(connect)
-                return await connect((self._options.get("host", "localhost"), self._options.get("port", 6379)))
+                    protocol = await self.finder.find(connect)
+                else:
+                    protocol = await connect((self._options.get("host", "localhost"), self._options.get("port", 6379)))
         except RedisUnavailable:
             raise
         except (OSError, UnicodeError) as exc:  # UnicodeError: a host name that IDNA cannot encode
             raise RedisUnavailable(f"Redis could not be reached ({type(exc).__name__})") from None
+        self._open.add(protocol)
+        protocol.closed.add_done_callback(lambda _: self._open.discard(protocol))
+        return protocol
+
+    def leave(self) -> None:
+        """Drop all connections: the server has become a replica, and its name may lead to its successor by now.
+
+        One that only listens or waits would not notice.
+        """
+        for protocol in self._open:
+            protocol.transport.abort()
 
     async def _dial(self, address: Address, on_push: OnPush | None) -> Protocol:
         loop = asyncio.get_running_loop()
@@ -184,7 +198,7 @@ class RedisConnection:
         before = self._selected
         found = _split(protocol, parts, before, await protocol.ask(self._pack_all(parts)))
         for (database, batch), replies in zip(parts, found, strict=True):
-            if unknown := _unknown_scripts(protocol, batch, replies):
+            if unknown := _unknown_scripts(self.server, protocol, batch, replies):
                 again = await self.run(list(unknown.values()), database=database)
                 for i, reply in zip(unknown, again, strict=True):
                     replies[i] = reply
@@ -218,7 +232,7 @@ class RedisConnection:
         def repair(replies: list[Any]) -> None:
             with suppress(RedisUnavailable):
                 [found] = _split(protocol, [(number, batch)], before, replies)
-                if unknown := _unknown_scripts(protocol, batch, found):
+                if unknown := _unknown_scripts(self.server, protocol, batch, found):
                     self.post(list(unknown.values()), database=number)
 
         protocol.tell(self._pack_all([(number, batch)]), repair)
@@ -314,7 +328,7 @@ def _split(protocol: Protocol, parts: Sequence[Part], selected: int, replies: li
     return found
 
 
-def _unknown_scripts(protocol: Protocol, batch: Batch, replies: list[Any]) -> dict[int, Command]:
+def _unknown_scripts(server: _Server, protocol: Protocol, batch: Batch, replies: list[Any]) -> dict[int, Command]:
     """The scripts that the server did not know and so did not run, in full, by their place in the batch.
 
     Raises `RedisUnavailable` if the server is unable to work.
@@ -326,6 +340,8 @@ def _unknown_scripts(protocol: Protocol, batch: Batch, replies: list[Any]) -> di
             if kind in UNABLE:
                 # The address may lead to a server that works by now; this connection does not.
                 protocol.transport.abort()
+                if kind in REPLICA:
+                    server.leave()
                 raise refused(reply)
             if kind == "NOSCRIPT":  # the server was restarted, or its scripts were flushed
                 unknown[i] = in_full(batch[i])

@@ -21,17 +21,26 @@ class RedisServer(Process):
     """One server and its files."""
 
     def __init__(
-        self, *, aof: bool = False, user: str = "", password: str = "", options: tuple[str, ...] = (), binary: str = ""
+        self,
+        *,
+        aof: bool = False,
+        user: str = "",
+        password: str = "",
+        options: tuple[str, ...] = (),
+        binary: str = "",
+        host: str = HOST,
+        port: int = 0,
     ) -> None:
         """`user`: one that `options` make, to log in as; else the server gets the password. `options` are further words
         for the server's command line."""
         super().__init__("redis")
         self.user = user
         self.password = password
-        self.port = free_port()
+        self.host = host
+        self.port = port or free_port()
         self.command = [
             binary or os.environ.get("TEST_REDIS_BINARY") or str(get_binary_path()),
-            *("--bind", HOST, "--port", str(self.port), "--dir", str(self.directory), "--save", ""),
+            *("--bind", host, "--port", str(self.port), "--dir", str(self.directory), "--save", ""),
             *("--appendonly", "yes" if aof else "no", "--appendfsync", "everysec"),
             *("--maxmemory-policy", "noeviction"),
             *(("--requirepass", password) if password and not user else ()),
@@ -45,7 +54,7 @@ class RedisServer(Process):
     def url(self, database: int | None = None) -> str:
         """The server's URL, with a database if one is named."""
         who = f"{self.user}:{quote(self.password, safe='')}@" if self.password else ""
-        return f"redis://{who}{HOST}:{self.port}" + ("" if database is None else f"/{database}")
+        return f"redis://{who}{self.host}:{self.port}" + ("" if database is None else f"/{database}")
 
     def client(self, database: int = 0, **options: Any) -> redis.Redis:
         """A plain client that never retries, so that a failure reaches the test."""

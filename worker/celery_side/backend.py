@@ -11,14 +11,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import redis
 from celery.backends.redis import RedisBackend, SentinelBackend
 
 from producer.masking import mask_email
+from worker.celery_side.connections import Connection, SSLConnection
 from worker.celery_side.redis_urls import sentinel_options
 
 
 class ReplyBackend(RedisBackend):  # type: ignore[misc]  # Celery ships no types
     """`celery.backends.redis.RedisBackend`, used to read replies and to count the parts of a chord."""
+
+    def _params_from_url(self, url: str, defaults: Any) -> Any:
+        params = super()._params_from_url(url, defaults)
+        if "host" in params:  # not with sentinels
+            secure = params.get("connection_class") is redis.SSLConnection
+            params["connection_class"] = SSLConnection if secure else Connection
+        return params
 
     def store_result(self, task_id: str, result: Any, state: str, *args: Any, **kwargs: Any) -> Any:
         """Store nothing; returns `result`."""

@@ -179,7 +179,8 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]  # Celery ships no type
 
 def _kind(exc: Exception) -> str:
     """The first word of an error reply, "" if it was none."""
-    if status := getattr(exc, "status_code", None):
-        return str(status)
+    for each in (exc, exc.__cause__):  # kombu wraps some
+        if status := getattr(each, "status_code", None):
+            return str(status)
     found = _KIND.search(str(exc)) if isinstance(exc, ResponseError) else None
     return "" if found is None else found[1]

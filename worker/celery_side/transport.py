@@ -7,14 +7,16 @@ the request queue only switches the fetcher on, and passes Celery the few messag
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, ClassVar
 
 from kombu.exceptions import OperationalError
 from kombu.transport import TRANSPORT_ALIASES, redis, virtual
-from redis.exceptions import RedisError
+from redis.exceptions import ConnectionError, RedisError, ResponseError  # noqa: A004 - the one that kombu expects
 
 from producer.setting_types import is_sentinel
 from worker.celery_side.bridge import Bridge
+from worker.celery_side.connections import Connection, Poller, SSLConnection
 from worker.celery_side.redis_urls import sentinel_options
 
 
@@ -56,6 +58,8 @@ class Channel(redis.Channel):
     """A channel on which kombu does not read the request queue; the fetcher does."""
 
     QoS = QoS
+    connection_class = Connection
+    connection_class_ssl = SSLConnection
     bridge: Bridge | None = None  # of a channel that consumes the request queue
 
     def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **kwargs: Any) -> None:
@@ -86,6 +90,21 @@ class Channel(redis.Channel):
         self._consumers.discard(consumer_tag)
         self._tag_to_queue.pop(consumer_tag, None)
 
+    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
+        params: dict[str, Any] = super()._connparams(asynchronous)
+        if asynchronous:
+            params["connection_class"].polled = True  # kombu has made this class just now
+        return params
+
+    def require_primary(self) -> None:
+        """Raises `redis.ConnectionError` if the subscription's server is a replica, or does not answer."""
+        # Any other refusal is no reason to leave: of memory, of the disk, of the right to do this.
+        with suppress(ResponseError), self.conn_or_acquire() as client:
+            client.srem(self.keyprefix_queue % ("nothing",), "")  # a write that changes nothing
+        # redis-py has tried again, and perhaps on another server.
+        if getattr(self.subclient.connection, "outdated", False):
+            raise ConnectionError("the subscription's server was left")
+
 
 class Transport(redis.Transport):
     """kombu's own transport, unless it is given a bridge before the worker consumes from it."""
@@ -96,6 +115,10 @@ class Transport(redis.Transport):
     Channel = Channel
     bridge: Bridge | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cycle = Poller()  # type: ignore[assignment]  # kombu's own is no FairCycle either
+
 
 class SentinelChannel(Channel, redis.SentinelChannel):
     """The same for a Redis that Sentinel manages.
@@ -105,6 +128,8 @@ class SentinelChannel(Channel, redis.SentinelChannel):
     """
 
     sentinel_kwargs: ClassVar[dict[str, Any]] = {}
+    connection_class = redis.SentinelChannel.connection_class  # type: ignore[assignment]  # it leaves a replica, too
+    connection_class_ssl = redis.SentinelChannel.connection_class_ssl  # type: ignore[assignment]
 
 
 class SentinelTransport(Transport):

@@ -30,7 +30,8 @@ ARGV 1 visibility  s      the timeout; 0: restore nothing
 
 Returns {ready, suspects, restored, dead letters too old, dead letters too many, entries left for others, refusal, tag,
 message ...}. `refusal`: the first word of the error if the sign of life was refused, else ''. This call has reserved the
-messages because each has killed so many workers as `poison` says; they must be answered and dead-lettered.
+messages because each has killed so many workers as `poison` says; they must be answered and dead-lettered. Or the error
+READONLY.
 ]]
 local LOOKED_AT = 100 -- dead letters in one call
 
@@ -117,10 +118,14 @@ pcall(function()
         result[4] = old
     end
 end)
--- Last, and an error ends nothing: a full server may refuse this, and must not prevent the rest.
+-- Last, and an error ends nothing: a full server may refuse this, and must not prevent the rest. But a replica must say what it
+-- is, so that the connection is dropped: a worker that holds nothing and finds an empty queue asks for no other write.
 local alive = redis.pcall('ZADD', KEYS[8], seconds, ARGV[8])
 if type(alive) == 'table' and alive.err then
     result[7] = string.match(alive.err, '%u%u%u+') or 'ERR'
+    if result[7] == 'READONLY' then
+        return redis.error_reply((string.gsub(alive.err, '^%-', '')))
+    end
 end
 if ARGV[9] == '1' then
     redis.pcall('ZREM', KEYS[9], ARGV[8])
