@@ -72,7 +72,7 @@ def replica_without_primary(admin: redis.Redis) -> Iterator[None]:
 
 @contextmanager
 def too_few_replicas(admin: redis.Redis) -> Iterator[None]:
-    admin.config_set("min-replicas-to-write", 1)
+    admin.config_set("min-replicas-to-write", 9)
     yield
     admin.config_set("min-replicas-to-write", 0)
 
@@ -252,7 +252,7 @@ def test_an_error_reply_that_nobody_knows_is_waited_out(rig: Rig, cut: bool) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", [False, True], ids=["open", "cut"])
-@pytest.mark.parametrize("kind", ["OOM", "MISCONF", "NOREPLICAS"])
+@pytest.mark.parametrize("kind", ["OOM", "NOREPLICAS"])  # at MISCONF or READONLY, sentinels name another primary
 def test_a_worker_waits_while_the_primary_of_sentinels_refuses(new_rig: NewRig, kind: str, cut: bool) -> None:
     servers = SentinelServers()
     rig = new_rig(sentinels=servers, log_level="INFO", workers=0)
