@@ -40,8 +40,8 @@ def main() -> int:
     run.add_argument("--broken", choices=list(WAYS), default="", help="break workers on purpose: there must be red")
     run.add_argument("--results", type=Path, help="also write the results to this file (JSON)")
     run.add_argument("--picture", type=Path, help="also draw them (SVG)")
-    draw = commands.add_parser("draw", help="draw results that were written before")
-    draw.add_argument("results", type=Path)
+    draw = commands.add_parser("draw", help="draw results that were written before, those of parts as one")
+    draw.add_argument("results", type=Path, nargs="+")
     draw.add_argument("picture", type=Path)
     options = parser.parse_args()
     if options.command == "draw":
@@ -116,6 +116,8 @@ class _Progress:
         self.results.append(result)
         self._counts["broken"] += bool(result.breaches)
         self._counts["silent"] += bool(result.silent)
+        if result.silent:
+            sys.stderr.write(f"{result}\n")
         if result.breaches:
             sys.stderr.write("\n".join([str(result), *result.story, ""]))
         now = time.monotonic()

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 from bench.crash_map.forks import Forks
 from bench.crash_map.lane import Lane
 from bench.crash_map.network import RECEIVED, SENT, Frame, Step, label
-from bench.crash_map.promises import Outcome, breaches
+from bench.crash_map.promises import breaches
 from bench.crash_map.scenarios import Actor, Cell, Place, faults_at
 from bench.crash_map.trial import run
 
@@ -116,13 +116,13 @@ async def _share(
 async def _steps(lane: Lane, place: Place, told: Told) -> list[tuple[Step, str]]:
     """The steps that occur in each of two runs without a fault, in the order of the first."""
     runs: list[list[Frame]] = []
-    for _ in range(2):
-        cell = Cell(place)
-        outcome = await _outcome(lane, cell)
-        if outcome.stalled or (broken := breaches(cell, outcome)):
-            told(Result(cell, silent=outcome.stalled, breaches=[] if outcome.stalled else broken))
-            return []
-        runs.append(outcome.trace)
+    while len(runs) < 2:
+        outcome = await run(lane, Cell(place))
+        if not outcome.stalled:
+            if found := breaches(Cell(place), outcome):
+                told(Result(Cell(place), breaches=found, story=outcome.story))
+                return []
+            runs.append(outcome.trace)
     first, second = runs
     ends = [at for at, frame in enumerate(first) if (frame.way, frame.name) in _LAST[place.actor]]
     in_both = {frame.step for frame in second}
@@ -133,20 +133,15 @@ async def _steps(lane: Lane, place: Place, told: Told) -> list[tuple[Step, str]]
     ]
 
 
-async def _outcome(lane: Lane, cell: Cell) -> Outcome:
+async def _result(lane: Lane, cell: Cell) -> Result:
+    """Try it until a run says something. A busy machine is no excuse for a promise that holds even so."""
     for _ in range(TRIES):
         outcome = await run(lane, cell)
-        if not outcome.stalled and (cell.step is None or outcome.struck_at is not None):
-            break
-    return outcome
-
-
-async def _result(lane: Lane, cell: Cell) -> Result:
-    outcome = await _outcome(lane, cell)
-    if outcome.stalled:
-        return Result(cell, silent=outcome.stalled)
-    if cell.step is not None and outcome.struck_at is None:
-        return Result(cell, silent="the step did not occur")
-    found = breaches(cell, outcome)
-    errors = [each.error for each in outcome.asked]
-    return Result(cell, len(outcome.mails), errors, found, story=outcome.story if found else [])
+        found = breaches(cell, outcome)
+        silent = outcome.stalled if found or not outcome.trace else ""
+        if not silent and cell.step is not None and outcome.struck_at is None:
+            silent = "the step did not occur"
+        if not silent:
+            errors = [each.error for each in outcome.asked]
+            return Result(cell, len(outcome.mails), errors, found, story=outcome.story if found else [])
+    return Result(cell, silent=silent)

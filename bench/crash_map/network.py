@@ -154,7 +154,8 @@ class Network:
 
     async def drop(self) -> None:
         """The process is gone: end its connections, and forward nothing that it was still to get or to send."""
-        await asyncio.gather(*(each.hang_up() for each in list(self._connections)))
+        connections, self._connections = self._connections, set()
+        await asyncio.gather(*(each.hang_up() for each in connections))
         await self.release(list(self._held))
 
     async def _serve(self, link: str, target: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -15,7 +15,8 @@ _MODULES: Final = (
     *("celery.__main__", "celery.bin.celery", "celery.bin.worker", "celery.apps.worker", "celery.worker.worker"),
     *("celery.app.log", "celery.app.control", "celery.app.trace", "celery.app.amqp", "celery.backends.redis"),
     *("celery.concurrency.thread", "celery.fixups.django", "celery.worker.autoscale", "celery.worker.components"),
-    *("celery.worker.pidbox", "celery.worker.consumer", "celery.events", "kombu.transport.redis"),
+    *("celery.worker.pidbox", "celery.worker.consumer.delayed_delivery", "celery.events", "kombu.transport.redis"),
+    *("billiard.pool", "billiard.dummy", "celery.worker.strategy"),
     *("worker.bootstrap", "worker.tasks", "worker.celery_side.backend", "worker.celery_side.bridge"),
     *("worker.celery_side.consumer", "worker.celery_side.control", "worker.celery_side.events"),
     *("worker.celery_side.flower", "worker.celery_side.transport"),
@@ -28,6 +29,7 @@ def load() -> None:
     """Import what the programs need, but nothing that reads settings: those are each child's own."""
     for name in _MODULES:
         importlib.import_module(name)
+    importlib.import_module("celery.utils.imports").load_extension_class_names("celery.result_backends")  # it is cached
     if early := {"celeryconfig", "worker.app"} & set(sys.modules):
         raise RuntimeError(f"imported before there are settings: {early}")
 

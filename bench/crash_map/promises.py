@@ -111,7 +111,9 @@ def second_mail_permitted(cell: Cell, outcome: Outcome) -> bool:
     match cell.fault:
         case Fault.KILLED_BEFORE | Fault.KILLED_AFTER | Fault.FROZEN:
             left = before
-        case Fault.CUT_LONG | Fault.TWICE:
+        case Fault.TWICE:
+            return True  # the next holder is killed before it reads that its mail was accepted
+        case Fault.CUT_LONG:
             # What Redis had allowed before, the worker may still send while it has the lease.
             left = [frame for frame in outcome.trace if frame.at < at.at + LEASE]
         case Fault.LOST if at.link == RELAY:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from bench.crash_map.drill import Result
+from bench.crash_map.drill import Result, Steps
 from bench.crash_map.network import Step
 from bench.crash_map.scenarios import Actor, Cell, Fault, Place, Servers
 from bench.soak import installed
@@ -18,14 +18,14 @@ from bench.soak import installed
 class Map:
     """All that is drawn."""
 
-    steps: Mapping[Place, list[tuple[Step, str]]]  # with their labels, in order
+    steps: Steps
     results: Mapping[Cell, Result]
     conditions: str
 
     @classmethod
     def of(
         cls,
-        steps: Mapping[Place, list[tuple[Step, str]]],
+        steps: Steps,
         results: Iterable[Result],
         *,
         lanes: int,
@@ -76,15 +76,21 @@ class Map:
         path.write_text(json.dumps(data, indent=0, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """What `write` has written."""
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        steps = {_read_place(place): [(Step(*step), name) for step, name in found] for place, found in data["steps"]}
-        results = [
-            Result(Cell(_read_place(place), step and Step(*step), fault and Fault[fault]), *rest)
-            for place, step, fault, *rest in data["results"]
-        ]
-        return cls(steps, {each.cell: each for each in results}, data["conditions"])
+    def read(cls, paths: Iterable[Path]) -> Self:
+        """What `write` has written; of several, the parts of one map."""
+        steps: Steps = {}
+        results: dict[Cell, Result] = {}
+        conditions: list[str] = []
+        for path in paths:
+            data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            steps |= {
+                _read_place(place): [(Step(*step), name) for step, name in found] for place, found in data["steps"]
+            }
+            for place, step, fault, *rest in data["results"]:
+                cell = Cell(_read_place(place), step and Step(*step), fault and Fault[fault])
+                results[cell] = Result(cell, *rest)
+            conditions.append(data["conditions"])
+        return cls(steps, results, "; ".join(dict.fromkeys(conditions)))
 
     def draw(self, path: Path) -> None:
         """The picture."""

@@ -108,13 +108,13 @@ class Cell(NamedTuple):
 
 
 def places() -> list[Place]:
-    """All of them. Consumed codes concern the worker alone."""
+    """All of them. That a relay refuses first, or that a code is used, only the worker gets to see."""
     return [
         Place(servers, actor, scenario.name)
         for servers in Servers
         for actor in Actor
         for scenario in SCENARIOS.values()
-        if actor is Actor.WORKER or not scenario.consumed
+        if actor is Actor.WORKER or not (scenario.relay or scenario.consumed)
     ]
 
 

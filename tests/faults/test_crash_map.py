@@ -50,9 +50,8 @@ def test_the_decisive_steps_of_a_request_can_fail() -> None:
     )
     assert failed(results) == []
     assert [str(result) for result in results if result.silent] == []
-    mails = {result.cell.fault: result.mails for result in results}
-    assert mails[Fault.FROZEN] == mails[Fault.KILLED_BEFORE] == mails[Fault.CUT_SHORT] == 1
-    assert mails[Fault.CUT_LONG] == 2, "its acceptance could not be recorded"
+    once = {Fault.FROZEN, Fault.KILLED_BEFORE, Fault.CUT_SHORT}
+    assert {result.mails for result in results if result.cell.fault in once} == {1}
 
 
 @pytest.mark.slow
