@@ -139,8 +139,8 @@ async def _result(lane: Lane, cell: Cell) -> Result:
         outcome = await run(lane, cell)
         found = breaches(cell, outcome)
         silent = outcome.stalled if found or not outcome.trace else ""
-        if not silent and cell.step is not None and outcome.struck_at is None:
-            silent = "the step did not occur"
+        if not found and cell.step is not None and outcome.struck_at is None:
+            silent = silent or "the step did not occur"
         if not silent:
             errors = [each.error for each in outcome.asked]
             return Result(cell, len(outcome.mails), errors, found, story=outcome.story if found else [])

@@ -7,14 +7,20 @@ together with the next one (SELECT, SCRIPT LOAD, CLIENT REPLY) are one frame wit
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections import deque
 from typing import Final, NamedTuple, Protocol
 
+from producer.redis.scripts import Script
+from producer.store import backlog, redis_codes
+from worker import settler
+from worker.queue import commands
+
 # Without a meaning of their own: a process that dies between one of these and the next command has done nothing.
 _PREPARATIONS: Final = {"SELECT", "SCRIPT", "CLIENT", "AUTH"}
-_SCRIPT_NAME: Final = re.compile(rb"--\[\[\n(\w+):")  # how each of our Lua files begins
+_TAIL: Final = 120  # bytes at the end of a script that tell it from others
 _AGGREGATES: Final = {ord("*"): 1, ord("~"): 1, ord(">"): 1, ord("%"): 2}
 _STRINGS: Final = b"$!="
 
@@ -120,10 +126,17 @@ class RedisGrammar:
         return end
 
 
+@functools.cache
+def _script_names() -> dict[bytes, str]:
+    """The names of our scripts, by how they end."""
+    ours = [vars(module) for module in (redis_codes, backlog, commands, settler)]
+    scripts = {name: value for each in ours for name, value in each.items() if isinstance(value, Script)}
+    return {script.text.encode()[-_TAIL:]: name.strip("_").lower() for name, script in scripts.items()}
+
+
 def script_name(text: bytes) -> str:
-    """A script of several files is named after the last of them."""
-    found = _SCRIPT_NAME.findall(text)
-    return found[-1].decode() if found else "script"
+    """What we call a script, also if it was broken on purpose before its end."""
+    return _script_names().get(text[-_TAIL:], "script")
 
 
 def sha1(text: bytes) -> bytes:

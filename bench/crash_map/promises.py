@@ -55,6 +55,7 @@ class Outcome:
     codes: set[str] = field(default_factory=set)  # live ones, at the end
     ended: list[str] = field(default_factory=list)  # processes that no fault ended
     said: list[str] = field(default_factory=list)  # lines of their logs that should not be there
+    unfinished: bool = False  # not all was quiet in time
     stalled: str = ""  # why this run says nothing: the machine was too busy
 
 
@@ -140,6 +141,8 @@ def _answers(cell: Cell, outcome: Outcome) -> Iterator[str]:
 
 
 def _rest(outcome: Outcome) -> Iterator[str]:
+    if outcome.unfinished:
+        yield "something was still under way long after the deadline"
     for where, count in outcome.left.items():
         yield f"{count} left in {where}"
     for key in outcome.without_ttl:

@@ -60,6 +60,7 @@ class Trial:
         self._answers: list[asyncio.Task[int | None]] = []
         self._struck_at: int | None = None
         self._in_effect = 0
+        self._unfinished = False
         self._over = asyncio.Event()
         self._over.set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -210,7 +211,10 @@ class Trial:
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + _QUIET_WITHIN
-        while loop.time() < until and not await self._quiet(count):  # noqa: ASYNC110 - mostly Redis says it
+        while not await self._quiet(count):
+            if loop.time() > until:
+                self._unfinished = True
+                return
             await asyncio.sleep(POLL)
 
     async def _quiet(self, count: int) -> bool:
@@ -263,6 +267,7 @@ class Trial:
             mails=mails,
             trace=list(self._network.trace),
             story=self._story(),
+            unfinished=self._unfinished,
             struck_at=self._struck_at,
             in_effect=self._in_effect,
             answers=[answer.result() if answer.done() else None for answer in self._answers],
