@@ -11,7 +11,7 @@ PYTEST_ARGS ?= -n 4 --dist worksteal
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all faults crash-map soak upgrade picture bench lint docs lock audit
+.PHONY: help setup demo test test-all faults crash-map soak upgrade containers picture bench lint docs lock audit
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -66,6 +66,9 @@ soak: setup ## random faults under steady load, then a report: make soak MINUTES
 upgrade: setup ## two releases side by side under load, then a report: make upgrade OLD=v0.1.0
 	@$(if $(OLD),,$(error Name a tag or commit: make upgrade OLD=v0.1.0))$(BIN)/python -m bench.upgrade $(OLD) \
 	  $(if $(SEED),--seed $(SEED))
+
+containers: setup ## build the image and try the Compose stack on this host's engine or, as root, on Debian's
+	@$(BIN)/python -m bench.containers $(if $(FOLDER),--folder $(FOLDER))
 
 picture: setup ## draw docs/dashboard.png from a soak of long faults; needs Debian's prometheus
 	$(BIN)/python -m bench.soak picture docs/dashboard.png $(SECONDS)

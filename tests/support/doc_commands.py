@@ -78,6 +78,7 @@ WORKER_USER: Final = (
 )
 USERS: Final = "tests/integration/test_redis_users.py"
 TLS_API: Final = "https://verify.example.com:8081"
+ENGINE: Final = "tests/unit/test_compose_file.py::test_what_make_containers_imitates_is_what_compose_names"
 IMAGE: Final = "tests/e2e/test_containers.py::test_the_image_has_no_development_packages"
 
 # For commands with this beginning that WAYS does not list.
@@ -110,6 +111,8 @@ WAYS: Final[dict[str, Way]] = {
         )
         for words in ("", " ADDRESS")
     },
+    "make containers": TestedBy(ENGINE),
+    "make containers FOLDER=…": TestedBy(ENGINE),
     "make audit": TestedBy(
         "tests/e2e/test_packages_audited.py::test_make_audit_lists_and_audits_what_runs_in_production"
     ),

@@ -16,6 +16,7 @@ import pytest
 from support import containers
 from support.containers import ROOT, VariableMissing, compose, example, services, stages
 
+from bench.containers import images
 from producer.settings import PREFIX, Settings, load
 
 OURS = {"worker", "api", "flower"}
@@ -205,6 +206,13 @@ def test_the_images_own_command_and_check_are_those_of_the_api() -> None:
     assert [step.words for step in end if step.word == "CMD"] == [api["command"]]
     check = next(step.rest for step in end if step.word == "HEALTHCHECK")
     assert json.loads(check.partition(" CMD ")[2]) == api["healthcheck"]["test"][1:]
+
+
+def test_what_make_containers_imitates_is_what_compose_names() -> None:
+    found = images.named()
+    assert found[0] == stages()[0][0].words[0]
+    assert {images.standin(image) for image in found} == {"python", "redis", "mailpit", "observe"}
+    assert all((images.STANDINS / f"{images.standin(image)}.Dockerfile").exists() for image in found)
 
 
 def test_the_build_context_is_what_the_dockerfile_copies() -> None:
