@@ -78,8 +78,8 @@ KINDS: Final = (
         for cut in ("", ", connections cut")
     ),
     Kind("Redis, codes alone: cut off", ("all links",), (3, 8), True),
-    Kind("worker cut off around its final dot: successor cut off", ("all links",), (0, 0), True),
-    Kind("worker cut off around its final dot: successor killed", ("all links",), (0, 0), True),
+    Kind("worker cut off from Redis around its final dot: successor cut off", ("all links",), (0, 0), True),
+    Kind("worker cut off from Redis around its final dot: successor killed", ("all links",), (0, 0), True),
     Kind("workers: rolling restart", ("workers",), (0, 0), False, 1),
     Kind("API: SIGTERM", ("api 1",), (0, 0), False, 2),
     Kind("API: kill -9", ("api 1",), (0.2, 2), False, 1),
@@ -478,7 +478,7 @@ class FaultRunner:
                 self._refuse_writes(fault, what)
             case "Redis, codes alone":
                 self._cut_codes_off(fault)
-            case "worker cut off around its final dot":
+            case "worker cut off from Redis around its final dot":
                 self._cut_off_at_dot(fault, what)
             case "network to Redis":
                 self._cut_link(self._links[fault.where], fault, what)
