@@ -16,7 +16,7 @@ from support.flower_process import FlowerProcess
 from support.process import ROOM, START_TIMEOUT, WAIT_TIMEOUT, eventually, free_port
 from support.rig import NewRig, Rig, operator_app
 from support.sentinel_servers import SentinelServers
-from support.tcp_proxy import PASS, REFUSE
+from support.tcp_proxy import ERROR_REPLY, PASS
 from support.worker_process import STOP_WITHIN
 
 from producer.client import VerificationClient
@@ -240,7 +240,7 @@ def test_an_error_reply_that_nobody_knows_is_waited_out(rig: Rig, cut: bool) -> 
     _start_worker(rig)
     with Load(rig.caller, a_second=50) as load:
         eventually(lambda: len(rig.relay.mails) > 20)
-        rig.redis_proxy.mode = REFUSE
+        rig.redis_proxy.mode = ERROR_REPLY
         if cut:
             rig.redis_proxy.reset()
         rig.worker.wait_for_log("(XYZ)")

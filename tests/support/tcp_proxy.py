@@ -14,7 +14,7 @@ import hiredis
 
 from support.process import HOST, WAIT_TIMEOUT
 
-PASS, STALL, HOLE, MUTE, REFUSE = "pass", "stall", "hole", "mute", "refuse"
+PASS, STALL, HOLE, MUTE, ERROR_REPLY = "pass", "stall", "hole", "mute", "error_reply"
 TRICKLE, TRICKLE_ANSWERS = "trickle", "trickle_answers"
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
@@ -23,7 +23,9 @@ class TcpProxy:
     """Forwards to a port of this host. Its mode concerns the connections that are open, and later ones.
 
     `mode`: STALL holds data back until the mode changes; HOLE drops it, as a half-open connection does; MUTE drops only
-    what the server XX"""
+    what the server sends; TRICKLE forwards a byte every `seconds_a_byte`, TRICKLE_ANSWERS does so with what the server
+    sends; ERROR_REPLY forwards nothing from the client, and answers each of its Redis commands with an error XYZ.
+    """
 
     def __init__(self, target: int) -> None:
         self.port = 0
@@ -148,7 +150,7 @@ class TcpProxy:
         commands = hiredis.Reader()
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
-                if self.mode == REFUSE and client is not None:
+                if self.mode == ERROR_REPLY and client is not None:
                     commands.feed(data)
                     while commands.gets() is not False:
                         client.write(b"-XYZ never heard of\r\n")
