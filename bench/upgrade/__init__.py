@@ -1,4 +1,4 @@
-"""Two releases side by side under load: `python -m bench.upgrade OLD`, or `make upgrade OLD=v1.0.0`.
+"""Two releases side by side under load: `python -m bench.upgrade OLD`, or `make upgrade OLD=v0.1.0`.
 
 It uses the servers and processes in `tests/support`, and the ledger of `bench.soak`.
 """

@@ -6,7 +6,7 @@ workers' hands, in retry and waiting for an ETA whenever a worker is replaced:
   1. new producers and API, old workers     3. old producers and API, new workers
   2. upgrade: one worker after the other    4. rollback: one worker after the other
 
-`make upgrade OLD=v1.0.0`, or `.venv/bin/python -m bench.upgrade v1.0.0`. It takes about two minutes. The exit code is 1
+`make upgrade OLD=v0.1.0`, or `.venv/bin/python -m bench.upgrade v0.1.0`. It takes about two minutes. The exit code is 1
 if a promise was broken, and 2 if OLD cannot be run. Ctrl-C ends everything at once.
 """
 
@@ -28,7 +28,7 @@ from typing import Final, Self
 
 from support.api_process import ApiProcess
 from support.caller import META, QUEUE
-from support.process import START_TIMEOUT, WAIT_TIMEOUT, eventually
+from support.process import WAIT_TIMEOUT, eventually
 from support.rig import Rig, held_in, keys_without_ttl
 from support.smtp_server import Later, running
 from support.worker_process import STOP_WITHIN, WorkerProcess
@@ -114,9 +114,9 @@ class Upgrade:
             self._start_worker(OLD, wait=False)
         for side in self._releases:
             self._load.askers[side].wait_until_ready()
-            self._load.apis[side]._wait_until_ready()
+            self._load.apis[side].wait_until_ready()
         for _, worker in self._workers:
-            worker.wait_for_log(" ready.", START_TIMEOUT)
+            worker.wait_until_ready()
 
     def _start_worker(self, side: str, *, wait: bool = True) -> None:
         worker = WorkerProcess(self._rig.settings, log_level="INFO")

@@ -72,7 +72,7 @@ def everything(monkeypatch: pytest.MonkeyPatch) -> Iterator[Everything]:
             each.environment |= redis.environment()
             each.start(wait=False)
         for each in processes:
-            each._wait_until_ready()
+            each.wait_until_ready()
         yield everything
 
 

@@ -35,7 +35,7 @@ class ApiProcess(Process):
         self.http: httpx.Client
         self.channel: grpc.Channel
 
-    def _wait_until_ready(self) -> None:
+    def wait_until_ready(self) -> None:
         opened = r"gRPC API listens on \S+:(\d+)", r"HTTP API listens on \S+:(\d+)"
         self.wait_for(lambda: re.search(opened[0], self.log), START_TIMEOUT)
         self.grpc_port, self.http_port = (int(re.findall(each, self.log)[-1]) for each in opened)

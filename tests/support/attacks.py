@@ -70,7 +70,7 @@ class Attacker(Process):
         super().__init__("attacker", [sys.executable, "-m", "support.attacks", *words], environment)
         self._connections = connections
 
-    def _wait_until_ready(self) -> None:
+    def wait_until_ready(self) -> None:
         self.wait_for_log("opened")
 
     def wait_until_spent(self, within: float = 60.0) -> None:

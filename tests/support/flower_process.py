@@ -24,7 +24,7 @@ class FlowerProcess(Process):
         super().__init__("flower", [*flower, *options], {**environment, **more})
         self.port = 0
 
-    def _wait_until_ready(self) -> None:
+    def wait_until_ready(self) -> None:
         self.wait_for_log("Visit me at", START_TIMEOUT)
         self.wait_for(lambda: re.search(r"Visit me at \S+:\d+\D", self.log))
         self.port = int(re.findall(r"Visit me at \S+:(\d+)", self.log)[-1])

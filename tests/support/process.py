@@ -71,7 +71,7 @@ def free_port() -> int:
 class Process:
     """A program with a directory of its own. `with Process(...) as process:` starts it, and removes all it left.
 
-    A subclass says in `_wait_until_ready` when the program is ready. It can be started again after it ended. It must
+    A subclass says in `wait_until_ready` when the program is ready. It can be started again after it ended. It must
     be started from a thread that lives as long as it should: the kernel ends it together with that thread.
     """
 
@@ -99,9 +99,9 @@ class Process:
                 start_new_session=True,  # Ctrl-C is for the tests, not for it
             )
         if wait:
-            self._wait_until_ready()
+            self.wait_until_ready()
 
-    def _wait_until_ready(self) -> None:
+    def wait_until_ready(self) -> None:
         """Return when the program can be used; fail if it ends first."""
 
     @property

@@ -42,7 +42,7 @@ class PrometheusProcess(Process):
         ]
         self._http = httpx.Client(base_url=f"http://{HOST}:{self.port}", timeout=WAIT_TIMEOUT, trust_env=False)
 
-    def _wait_until_ready(self) -> None:
+    def wait_until_ready(self) -> None:
         assert shutil.which("prometheus"), "Debian's package prometheus is not installed"
         self.wait_for(self._is_ready, START_TIMEOUT)
 

@@ -61,7 +61,7 @@ class RedisServer(Process):
         defaults: dict[str, Any] = {"socket_timeout": 60, "socket_connect_timeout": 60, "retry": Retry(NoBackoff(), 0)}
         return redis.Redis.from_url(self.url(database), **(defaults | options))
 
-    def _wait_until_ready(self) -> None:
+    def wait_until_ready(self) -> None:
         with self.client(socket_timeout=5, socket_connect_timeout=5) as client:
             self.wait_for(lambda: self._answers(client), START_TIMEOUT)
 

@@ -24,7 +24,7 @@ class WorkerProcess(Process):
         words = ["-A", "worker.app", "worker", "-l", log_level, *(["-n", self.name] if options is None else options)]
         super().__init__("worker", [sys.executable, "-m", "celery", *words], own_environment(settings))
 
-    def _wait_until_ready(self) -> None:
+    def wait_until_ready(self) -> None:
         self.wait_for_log(" ready.", START_TIMEOUT)
 
     @property
