@@ -20,7 +20,7 @@ from producer.client import VerificationClient
 from producer.contract import DEFAULT_PURPOSE, LONGEST_CLIENT, PURPOSE_PATTERN, ErrorCode, is_client, is_purpose
 from producer.errors import VerifyError
 from producer.redis.connection import REDIS_TIMEOUT, RedisConnections, raise_errors
-from producer.setting_types import Bind, bind_in, mask_url
+from producer.setting_types import Bind, mask_url, parse_bind
 from producer.settings import Settings, load_or_exit
 from producer.store.backlog import Backlog, backlog, read_backlog
 
@@ -75,7 +75,7 @@ def _client_word(value: str | None) -> str | None:
 
 def _bind(value: str) -> Bind:
     try:
-        return bind_in(value)
+        return parse_bind(value)
     except ValueError:
         raise typer.BadParameter(f"{value!r} is not allowed; allowed: host:port") from None
 

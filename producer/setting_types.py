@@ -257,8 +257,8 @@ def _is_this_host(host: str) -> bool:
         return host == "localhost"
 
 
-def bind_in(value: str) -> Bind:
-    """The address that a text names. Raises `ValueError`."""
+def parse_bind(value: str) -> Bind:
+    """Read `host:port`. Raises `ValueError`."""
     parts = _split(f"//{value}")
     if not parts.hostname or parts.port is None or parts.path or "@" in value:
         raise ValueError
@@ -327,7 +327,7 @@ RelayURLs = Annotated[
 ApiKeys = Annotated[
     tuple[ApiKey, ...], _read_by(_keys), PlainSerializer(lambda keys: ",".join(map(str, keys))), _Secret
 ]
-BindTo = Annotated[Bind, _read_by(bind_in), PlainSerializer(str)]
+BindTo = Annotated[Bind, _read_by(parse_bind), PlainSerializer(str)]
 From = Annotated[Sender, _read_by(_sender), PlainSerializer(str)]
 WebURL = Annotated[str, AfterValidator(_web_url)]
 FilePath = Annotated[str, AfterValidator(_file_path)]

@@ -9,7 +9,7 @@ import logging
 import threading
 from typing import Final
 
-from producer.errors import RedisUnavailable
+from producer.redis.protocol import LOGIN_REFUSED
 from producer.setting_types import mask_url
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ MEANINGS: Final = {
     "MOVED": "Redis Cluster is not supported",
     "ERR": "perhaps it has reached its maxclients, or lacks a command; look at its log",
 }
-LOGIN_REFUSED: Final = {"WRONGPASS", "NOAUTH"}
 _SETTINGS: Final = "VERIFY_BROKER_URL or VERIFY_REDIS_URL"
 
 
@@ -60,10 +59,6 @@ class BrokerContact:
             logger.error("waiting for Redis at %s, which refuses (%s): %s", self._where, kind, meaning)
         else:
             logger.error("waiting for Redis at %s (%s): check %s", self._where, type(exc).__name__, _SETTINGS)
-
-    def unavailable(self, who: str, exc: RedisUnavailable) -> None:
-        """As `lost`, for an error of our own connections."""
-        self.lost(who, exc.kind, exc)
 
     def found(self, who: str) -> None:
         """`who` can use it."""

@@ -73,7 +73,7 @@ class Maintenance:
             try:
                 await asyncio.gather(self._service.renew_leases(), self._round(began))
             except RedisUnavailable as exc:
-                self._contact.unavailable(SERVICE, exc)
+                self._contact.lost(SERVICE, exc.kind, exc)
                 self._in_contact_since = None
             except Exception as exc:  # noqa: BLE001 - no error may end the rounds: leases would lapse
                 logger.error("unexpected error in the maintenance", extra={"kind": type(exc).__name__})

@@ -344,19 +344,19 @@ class Settler:
 
     def _replies(self, batch: list[Settlement]) -> _Work | None:
         items = [item for item in batch if item.reply and (item.marked or self._may_follow(item))]
-        final = [item for item in items if item.error is not ErrorCode.REDIS_ERR]
-        passing = [item for item in items if item.error is ErrorCode.REDIS_ERR] if len(final) < len(items) else []
-        groups = [group for group in (final, passing) if group]
+        stored = [item for item in items if item.error is not ErrorCode.REDIS_ERR]
+        published = [item for item in items if item.error is ErrorCode.REDIS_ERR]
+        groups = [group for group in (stored, published) if group]
         commands = [
-            store_replies(((item.job, item.error) for item in group if item.error is not None), final=group is final)
+            store_replies(((item.job, item.error) for item in group if item.error is not None), final=group is stored)
             for group in groups
         ]
 
         def apply(answers: list[Any]) -> None:
             for group, answer in zip(groups, answers, strict=True):
-                stored = entries(answer, len(group))
-                self._warn_of(stored)
-                for item, entry in zip(group, stored, strict=True):
+                found = entries(answer, len(group))
+                self._warn_of(found)
+                for item, entry in zip(group, found, strict=True):
                     item.reply = isinstance(entry, ServerError)
 
         return (_step(self._databases.results, commands), apply) if items else None

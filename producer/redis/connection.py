@@ -181,10 +181,6 @@ class RedisConnection:
         """Whether a connection is open now."""
         return self._protocol is not None and self._protocol.open
 
-    async def open(self) -> None:
-        """Open the connection unless it is open."""
-        await self._open()
-
     async def run(self, batch: Batch, *, database: int | None = None) -> list[Any]:
         """Send all commands of a batch in one write; their replies in order."""
         [replies] = await self.run_all([(self.database if database is None else database, batch)])
@@ -192,7 +188,7 @@ class RedisConnection:
 
     async def run_all(self, parts: Sequence[Part]) -> list[list[Any]]:
         """Send batches for several databases in one write, to be executed in their order; the replies to each."""
-        protocol = await self._open()
+        protocol = await self.open()
         if not protocol.open:  # lost between its opening and our turn
             raise RedisUnavailable("the connection to Redis was lost")
         before = self._selected
@@ -209,7 +205,7 @@ class RedisConnection:
 
         In the connection's own database. An error of `command` is not told either.
         """
-        protocol = await self._open()
+        protocol = await self.open()
         # ON is answered by itself, for all three. SKIP is not enough: Redis 6.2 forgets it when a command blocks.
         muted = b"".join(pack([("CLIENT", "REPLY", "OFF"), command, ("CLIENT", "REPLY", "ON")]))
         said, answer = await protocol.ask([muted, *pack([then])])
@@ -247,7 +243,8 @@ class RedisConnection:
         self._selected = selected  # only now: if a command cannot be packed, nothing is written
         return packed
 
-    async def _open(self) -> Protocol:
+    async def open(self) -> Protocol:
+        """Open the connection unless it is open. Raises `RedisUnavailable`."""
         if self._protocol is not None and self._protocol.open:
             return self._protocol
         opening = self._opening

@@ -15,6 +15,7 @@ from producer.redis.scripts import Command
 
 BUFFER = 65536  # bytes
 ANSWER_TIMEOUT = 1.5  # seconds a write waits for its replies before the connection counts as dead
+LOGIN_REFUSED = {"WRONGPASS", "NOAUTH"}  # first words of error replies
 LOGIN_SETTINGS = "the user and password in VERIFY_REDIS_URL, and VERIFY_REDIS_PASSWORD"
 TOO_LATE = "Redis did not answer in time"
 _PUSHED = ([b"message"], [b"pmessage"])
@@ -146,7 +147,7 @@ def refused(error: Exception, who: str = "Redis", settings: str = LOGIN_SETTINGS
     """
     kind = kind_of(error)
     exc: RedisUnavailable
-    if kind in {"WRONGPASS", "NOAUTH"}:
+    if kind in LOGIN_REFUSED:
         exc = RedisLoginRefused(f"{who} refused the login ({kind}): check {settings}")
     elif kind == "NOPERM":
         exc = RedisLoginRefused(f"{who} denied a command to its user ({kind}): check that user's ACL")
