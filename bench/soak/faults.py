@@ -608,10 +608,6 @@ class FaultRunner:
                 replace = partial(self._replace, name, worker, killed=True)
                 self._futures.append(self._threads[name].submit(replace))
 
-    def _heal_workers(self) -> None:
-        for name in _WORKERS:
-            self._links[name].heal(reset=True)
-
     def _cut_link(self, link: Link, fault: PlannedFault, what: str) -> None:
         if what == "reset":
             for proxy in link.proxies.values():

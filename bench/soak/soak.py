@@ -351,8 +351,8 @@ class Soak:
         rate = len(self.ledger.records) / max(self.took, 1)
         return [
             (
-                f"Memory (RSS) of the worker and the API process that were cut off and frozen, but never ended, from "
-                f"minute {warm / 60:.0f} on, under {rate:.0f} requests a second in all:"
+                "Memory (RSS) of a worker that was frozen and cut off and of an API process that was cut off, neither "
+                f"ever ended; from minute {warm / 60:.0f} on, under {rate:.0f} requests a second in all:"
             ),
             "",
             "| process | first, MiB | last | most | slope, MiB an hour |",
