@@ -123,6 +123,7 @@ WAYS: Final[dict[str, Way]] = {
     "export VERIFY_CONFIG=/path/to/config.json": Run(),
     "export VERIFY_CODE_LENGTH=10": Run(),
     "export VERIFY_REDIS_URL=redis+sentinel://:password@host1:26379,host2:26379,host3:26379/verify": Run(),
+    "export VERIFY_REDIS_URL=rediss://:password@redis.example.com:6380": Run(),
     ".venv/bin/celery -A worker.app worker": Serve("worker", gives=("code",)),
     ".venv/bin/celery -A worker.app worker -l INFO": Serve("worker", r" ready\.", gives=("code",)),
     "VERIFY_METRICS_BIND=127.0.0.1:9465 .venv/bin/celery -A worker.app worker -l INFO -n second@%h": Serve(
