@@ -87,11 +87,12 @@ class Maintenance:
         answer, said = await self._broker.run([command, ASK])
         self._counters.clock.read(said, asked)
         raise_errors([answer])
-        self._in_contact_since = since
         result = self._queue.read_maintain(answer)
         if result.refusal:
+            self._in_contact_since = None  # it may have refused others to renew what they hold
             self._contact.lost(SERVICE, result.refusal)
         else:
+            self._in_contact_since = since
             self._contact.found(SERVICE)
         if result.restored:
             self._counters.restored += result.restored

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import redis as redis_py
+from support.caller import QUEUE
 from support.memory_store import MemoryCodeStore
 from support.redis_server import RedisServer
 from support.store_driver import POLICY, claim_of
@@ -291,6 +293,23 @@ def test_a_full_server_refuses_each_reply_of_a_batch(new_redis_server: Callable[
         [answer] = execute(server, (0, store_replies([(new_job(name), ErrorCode.SUCCESS) for name in ("one", "two")])))
         assert [isinstance(entry, ServerError) for entry in answer] == [True, True]
         assert client.dbsize() == 0
+
+
+def test_on_a_full_server_a_worker_keeps_what_it_holds_and_shows_that_it_lives(
+    new_redis_server: Callable[..., RedisServer],
+) -> None:
+    server, queue = new_redis_server(), RequestQueue(QUEUE, visibility_timeout=15)
+    with server.client() as client:
+        client.zadd(INDEX, {"held": 1.0})
+        maintain = queue.maintain(["held"], restore=False, relay_healthy=True)
+        for maxmemory, refusal in ((0, ""), (1, "OOM")):
+            client.config_set("maxmemory", maxmemory)
+            before, _ = cast(tuple[int, int], client.time())
+            [answer] = execute(server, (0, maintain))
+            assert queue.read_maintain(answer).refusal == refusal
+            assert float(client.zscore(INDEX, "held")) >= before
+            assert client.zcount(f"{QUEUE}.workers", before, "+inf") == 1
+            time.sleep(1)
 
 
 @pytest.mark.parametrize("stored", [["one", "two", "three"], ["one", "three"], ["two"], []])

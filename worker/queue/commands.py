@@ -57,7 +57,7 @@ class MaintenanceResult(NamedTuple):
     dead_too_old: int  # dead letters that this call has removed
     dead_too_many: int  # likewise
     left: int  # entries that another release wrote and this one cannot read: they are left to its workers
-    refusal: str  # the first word of the error if the sign of life was refused, else ""
+    refusal: str  # the first word of the error with which the server refuses what needs memory, else ""
     poison: list[Reserved]  # reserved by this call: each must be answered and dead-lettered
 
 

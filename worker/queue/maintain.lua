@@ -29,20 +29,32 @@ ARGV 1 visibility  s      the timeout; 0: restore nothing
      13 ...                tags that the worker holds
 
 Returns {ready, suspects, restored, dead letters too old, dead letters too many, entries left for others, refusal, tag,
-message ...}. `refusal`: the first word of the error if the sign of life was refused, else ''. This call has reserved the
-messages because each has killed so many workers as `poison` says; they must be answered and dead-lettered. Or the error
-READONLY.
+message ...}. `refusal`: the first word of the error with which the server refuses what takes memory, else ''. This call has
+reserved the messages because each has killed so many workers as `poison` says; they must be answered and dead-lettered. Or
+the error READONLY: a replica must say what it is, so that the connection is dropped, as a worker that holds nothing and finds
+an empty queue asks for no other write.
 ]]
 local LOOKED_AT = 100 -- dead letters in one call
 
 local time = redis.call('TIME')
 local seconds = time[1] + time[2] / 1000000
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+-- This changes nothing, and tells whether the server refuses what takes memory.
+local result = { 0, 0, 0, 0, 0, 0, '' }
+local tried = redis.pcall('ZADD', KEYS[8], 'XX', seconds, '')
+if type(tried) == 'table' and tried.err then
+    result[7] = string.match(tried.err, '%u%u%u+') or 'ERR'
+    if result[7] == 'READONLY' then
+        return redis.error_reply((string.gsub(tried.err, '^%-', '')))
+    end
+end
+-- This takes none: a full server refuses only a script's first write, and what workers hold must be renewed even there.
+redis.pcall('HDEL', KEYS[2], '')
 for i = 13, #ARGV do
     redis.call('ZADD', KEYS[1], 'XX', seconds, ARGV[i])
 end
 
-local result = { 0, 0, 0, 0, 0, 0, '' }
 local visibility, most = tonumber(ARGV[1]), tonumber(ARGV[2])
 if visibility > 0 then
     local stale = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', seconds - visibility, 'LIMIT', 0, most)
@@ -118,15 +130,8 @@ pcall(function()
         result[4] = old
     end
 end)
--- Last, and an error ends nothing: a full server may refuse this, and must not prevent the rest. But a replica must say what it
--- is, so that the connection is dropped: a worker that holds nothing and finds an empty queue asks for no other write.
-local alive = redis.pcall('ZADD', KEYS[8], seconds, ARGV[8])
-if type(alive) == 'table' and alive.err then
-    result[7] = string.match(alive.err, '%u%u%u+') or 'ERR'
-    if result[7] == 'READONLY' then
-        return redis.error_reply((string.gsub(alive.err, '^%-', '')))
-    end
-end
+-- Last: a worker that cannot do the rest gives no sign of life.
+redis.pcall('ZADD', KEYS[8], seconds, ARGV[8])
 if ARGV[9] == '1' then
     redis.pcall('ZREM', KEYS[9], ARGV[8])
 else
