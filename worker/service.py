@@ -95,6 +95,7 @@ class Service:
         self._announcing: set[asyncio.Task[None]] = set()
         self._left_to_others = False  # whether it was logged that a request of another release was left
         self._store_lost = ""  # why, since the store could be used last
+        self._store_refuses: set[str] = set()  # kinds of errors, since a batch without one
         self._stopping = False
         self._drained: asyncio.Future[None] | None = None
 
@@ -110,10 +111,9 @@ class Service:
         try:
             issues = await self._store.issue(requests)
             self._store_lost = ""
+            self._report_refusals(issues)
         except StoreUnavailable as exc:
-            if str(exc) != self._store_lost:  # not for each batch
-                self._store_lost = str(exc)
-                logger.warning("the code store cannot be used: %s", exc)
+            self._report_lost(exc)
         ended = asyncio.get_running_loop().time()
         for job, issue in zip(jobs, issues, strict=True):
             try:
@@ -128,8 +128,7 @@ class Service:
         match issue:
             case None:
                 self._settler.store_unavailable(job)
-            case StoreError(kind):
-                logger.error("the code store refused a request", extra={"kind": kind})
+            case StoreError():
                 self._settler.answer(job, ErrorCode.REDIS_ERR, mark=False)
             case Send():
                 job.lease_until = began + self._store.lease - LEASE_MARGIN
@@ -147,6 +146,17 @@ class Service:
                 self._wait(job, issue)
             case Conflict():
                 self._settler.dead_letter(job, ID_CONFLICT)
+
+    def _report_lost(self, exc: StoreUnavailable) -> None:
+        if str(exc) != self._store_lost:  # not for each batch
+            self._store_lost = str(exc)
+            logger.warning("the code store cannot be used: %s", exc)
+
+    def _report_refusals(self, issues: Sequence[Issue | StoreError]) -> None:
+        kinds = {issue.kind for issue in issues if isinstance(issue, StoreError)}
+        for kind in sorted(kinds - self._store_refuses):
+            logger.error("the code store refuses requests", extra={"kind": kind})
+        self._store_refuses = self._store_refuses | kinds if kinds else set()
 
     def _wait(self, job: Job, wait: Wait | UnknownVersion) -> None:
         """Another holder decides about the request."""
@@ -229,12 +239,12 @@ class Service:
         try:
             answers = await self._store.announce_data([job.claim for job, _ in asked])
         except StoreUnavailable as exc:
-            logger.warning("mails are not sent yet, as the code store cannot be used: %s", exc)
+            self._report_lost(exc)
         except Exception as exc:  # noqa: BLE001 - whatever it is, these mails must not wait for their deadlines
             logger.error("unexpected error in the service", extra={"kind": type(exc).__name__})
+        for kind in sorted({answer.kind for answer in answers if isinstance(answer, StoreError)}):
+            logger.error("the code store refuses to note that mails are sent", extra={"kind": kind})
         for (_, go), answer in zip(asked, answers, strict=True):
-            if isinstance(answer, StoreError):
-                logger.error("the code store refused to note that a mail is sent", extra={"kind": answer.kind})
             go(answer is True)
 
     async def renew_leases(self) -> None:

@@ -149,14 +149,16 @@ class _Server:
         greeting = [*auth(self._options.get("username"), self._options.get("password")), ("SELECT", database)]
         role: Batch = () if self.finder is None else [("ROLE",)]
         # Scripts go first: one found missing would run after the commands that were written behind it.
-        *replies, last = await protocol.ask(pack([*greeting, *load_all(), *role]))
+        replies = await protocol.ask(pack([*greeting, *load_all(), *role]))
         # An error passes: a user may lack the right to ask for the role, and a replica refuses writes anyway.
-        if role and isinstance(last, list) and last[:1] != [b"master"]:
+        if role and isinstance(replies[-1], list) and replies[-1][:1] != [b"master"]:
             raise RedisUnavailable("the server that a sentinel names is no primary")
-        for i, reply in enumerate([*replies, last]):
+        for i, reply in enumerate(replies):
             # A user who may not load scripts may still be able to run them.
             if isinstance(reply, ServerError) and (i < len(greeting) or kind_of(reply) in UNABLE):
                 raise refused(reply)
+            if i < len(greeting) and reply != b"OK":
+                raise RedisUnavailable("what answers there is no Redis server")
 
 
 class RedisConnection:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import socketserver
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import redis as redis_py
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from support.caller import address, message
 from support.process import START_TIMEOUT, eventually
 from support.redis_server import RedisServer
 from support.rig import Rig
 from support.smtp_server import Held
 from support.tls_front import context_for, tls_front
+
+from producer.errors import RedisUnavailable
+from producer.redis.connection import RedisConnections
+from worker.celery_side.connections import Connection
 
 NewServer = Callable[..., RedisServer]
 NewRig = Callable[..., Rig]
@@ -143,6 +154,32 @@ def test_over_tls_a_worker_checks_the_certificate_unless_the_url_says_not_to(
             worker.wait_for_log("waiting for Redis", START_TIMEOUT)
             assert server.client(1).exists("_kombu.binding.verification") == 0  # no command reached it
         assert "hush" not in worker.log
+
+
+@pytest.mark.parametrize("answer", [b"$-1", b"*0", b":0", b"$5\r\nhello"])
+def test_a_server_that_is_no_redis_counts_as_lost(answer: bytes) -> None:
+    class Stranger(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(ConnectionError):
+                while self.rfile.readline():
+                    self.wfile.write(answer + b"\r\n")
+
+    def answer_two() -> None:
+        for _ in range(2):
+            server.handle_request()
+
+    async def connect(url: str) -> None:
+        async with RedisConnections() as connections:
+            await connections.connection(url).open()
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Stranger) as server:
+        threading.Thread(target=answer_two, daemon=True).start()
+        port = int(server.server_address[1])
+        with pytest.raises(RedisUnavailable, match="no Redis server"):
+            asyncio.run(connect(f"redis://127.0.0.1:{port}/1"))
+        celery = Connection(host="127.0.0.1", port=port, retry=Retry(NoBackoff(), 0))  # type: ignore[no-untyped-call]
+        with pytest.raises(redis_py.ConnectionError):
+            celery.connect()
 
 
 def test_messages_that_another_app_holds_on_the_same_broker_are_left_alone(new_rig: NewRig) -> None:

@@ -210,6 +210,29 @@ async def test_an_unavailable_store_and_a_failing_template_each_settle_every_req
     ]
 
 
+async def test_a_store_that_refuses_or_is_lost_is_reported_once_until_it_can_be_used(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def refuse(requests: list[object]) -> list[StoreError]:
+        return [StoreError("OOM") for _ in requests]
+
+    for _ in range(2):
+        for issue in (refuse, _unavailable):
+            with monkeypatch.context() as patch:
+                patch.setattr(harness.store, "issue", issue)
+                await harness.serve("anna", "bob")
+                await harness.serve("carl")
+        [mail] = await harness.serve("dora")
+        with monkeypatch.context() as patch:
+            patch.setattr(harness.store, "announce_data", _unavailable)
+            for _ in range(2):
+                mail.before_data(lambda _: None)
+                await asyncio.sleep(0.01)
+        await harness.serve("emil")
+    said = [line.getMessage().split(":")[0] for line in caplog.records if line.name == "worker.service"]
+    assert said == 2 * ["the code store refuses requests", *2 * ["the code store cannot be used"]]
+
+
 def _unavailable(*_: object, **__: object) -> Any:
     raise StoreUnavailable
 

@@ -52,6 +52,13 @@ class _Leaving(_Base):
             self._left_before = self._left[self.host, self.port]
         super().connect()  # type: ignore[no-untyped-call]
 
+    def on_connect_check_health(self, check_health: bool = True) -> None:
+        try:
+            super().on_connect_check_health(check_health)
+        except (AttributeError, TypeError, LookupError, ValueError):
+            # redis-py expects the answers of a Redis server. Celery's worker would end.
+            raise redis.ConnectionError("what answers there is no Redis server") from None
+
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().read_response(*args, **kwargs)
