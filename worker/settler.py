@@ -288,6 +288,9 @@ class Settler:
             await self._take(self._questions([item for item in undecided if item.ask]))
         if self._one_write:
             await self._take(self._marks(batch), self._replies(batch), self._moves(batch))
+            # Nothing keeps a reply that is only published, so its message stays until that is done.
+            if published := [item for item in batch if item.error is ErrorCode.REDIS_ERR and item.move is not None]:
+                await self._take(self._moves(published))
         else:
             for work_of in (self._marks, self._replies, self._moves):
                 await self._take(work_of(batch))
@@ -339,8 +342,8 @@ class Settler:
             item.mark = None
 
     def _may_follow(self, item: Settlement) -> bool:
-        """Whether a step may be taken before it is known how the mark was answered."""
-        return self._one_write and not item.mark_decides()
+        """Whether a step may be taken before it is known how the ones before it were answered."""
+        return self._one_write and not item.mark_decides() and item.error is not ErrorCode.REDIS_ERR
 
     def _replies(self, batch: list[Settlement]) -> _Work | None:
         items = [item for item in batch if item.reply and (item.marked or self._may_follow(item))]

@@ -238,6 +238,18 @@ async def test_a_reply_of_1_is_published_and_not_remembered(harness: Harness, re
 # --- the commands ---
 
 
+@settler_test
+async def test_a_reply_of_1_that_cannot_be_published_loses_no_request(harness: Harness, redis: redis_py.Redis) -> None:
+    job = await harness.sending("one")
+    redis.execute_command("ACL", "SETUSER", "default", "resetchannels")  # type: ignore[no-untyped-call]
+    try:
+        harness.settler.answer(job, ErrorCode.REDIS_ERR, mark=False)
+        await harness.finish()
+    finally:
+        redis.execute_command("ACL", "SETUSER", "default", "allchannels")  # type: ignore[no-untyped-call]
+    assert await harness.databases.broker.run([("HLEN", UNACKED), ("HLEN", "verification.parked")]) == [0, 1]
+
+
 def execute(server: RedisServer, *commands: tuple[int, Command]) -> list[Any]:
     """Run commands, each in its database."""
 
