@@ -24,6 +24,7 @@ from support.api_process import ApiProcess
 from support.caller import QUEUE, message
 from support.malformed import malformed_messages
 from support.process import START_TIMEOUT, Process
+from support.redis_refusals import cut_connections, failed_save, full, replica, too_few_replicas
 from support.redis_server import RedisServer
 from support.rig import DATABASES, Calling, Rig, code_in
 from support.smtp_server import Act, Drop, Last, Mail, ScriptedServer, Silence, Slowly
@@ -59,6 +60,7 @@ _APIS = ("api 0", "api 1")
 STEADY: Final = ("worker 1", "api 0")  # never ended, so that their memory can be followed
 _LINKED = (*_WORKERS, "api 0")  # cut off from Redis alone
 _SERVER = ("Redis",)  # one of the servers, if there are several
+_REFUSALS: Final = {"maxmemory": full, "MISCONF": failed_save, "READONLY": replica, "NOREPLICAS": too_few_replicas}
 _RELAYS = ("relay 0", "relay 0", "relay 1", "relays 0 and 1")
 KINDS: Final = (
     Kind("worker: kill -9", _WORKERS, (0.2, 2), True, 4),
@@ -74,7 +76,7 @@ KINDS: Final = (
     Kind("network to Redis: trickle", _LINKED, (1, 4), True),
     *(
         Kind(f"Redis refuses writes: {why}{cut}", _SERVER, (3, 10), True, 1)
-        for why in ("maxmemory", "MISCONF", "READONLY", "NOREPLICAS")
+        for why in _REFUSALS
         for cut in ("", ", connections cut")
     ),
     Kind("Redis, codes alone: cut off", ("all links",), (3, 8), True),
@@ -118,12 +120,6 @@ LONG_FAULTS_END: Final = 560.0  # seconds: after all of them, and calm
 _BY_NAME: Final = {kind.name: kind for kind in KINDS}
 _ENDS: Final = {"worker: kill -9", "worker: SIGTERM"}
 _ONE_SERVER_LACKS: Final = {"Redis, codes alone: cut off"}
-_REFUSE: Final[dict[str, dict[str, str]]] = {  # by CONFIG SET
-    "maxmemory": {"maxmemory": "1"},
-    "MISCONF": {"save": "3600 1000000"},  # only where saves are configured does a failed one stop writes
-    "NOREPLICAS": {"min-replicas-to-write": "1"},
-}
-_ALLOW: Final = {"maxmemory": "0", "save": "", "min-replicas-to-write": "0"}
 _MODES: Final = {"stall": STALL, "half open": HOLE, "half open, one way": MUTE, "trickle": TRICKLE}
 _SCRIPTS: Final[dict[str, dict[str, Act]]] = {
     "421": {"banner": Last("421 4.7.0 later"), "mail": Last("421 4.7.0 later")},
@@ -548,30 +544,11 @@ class FaultRunner:
                     client.client_kill_filter(_id=each, skipme=True)
 
     def _refuse_writes(self, fault: PlannedFault, what: str) -> None:
-        server = self._servers[fault.where]
         why, cut, _ = what.partition(", connections cut")
-        with server.client(socket_timeout=30) as client:
-            for name, value in _REFUSE.get(why, {}).items():
-                client.config_set(name, value)
-            in_the_way = server.directory / "dump.rdb"
-            if why == "READONLY":
-                client.replicaof("127.0.0.1", 1)  # nobody listens there: it keeps its data
-            elif why == "MISCONF":
-                (in_the_way / "not empty").mkdir(parents=True)
-                client.bgsave()
-            try:
-                if cut:
-                    for kind in ("normal", "pubsub"):
-                        client.client_kill_filter(_type=kind, skipme=True)
-                time.sleep(fault.seconds)
-            finally:
-                if why == "READONLY":
-                    client.replicaof("NO", "ONE")
-                for name in _REFUSE.get(why, {}):
-                    client.config_set(name, _ALLOW[name])
-                if why == "MISCONF":
-                    (in_the_way / "not empty").rmdir()
-                    in_the_way.rmdir()
+        with self._servers[fault.where].client(socket_timeout=30) as admin, _REFUSALS[why](admin):
+            if cut:
+                cut_connections(admin)
+            time.sleep(fault.seconds)
 
     def _cut_codes_off(self, fault: PlannedFault) -> None:
         """No worker and no API reaches the codes; broker and results answer."""

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
-from pathlib import Path
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
 
 import pytest
 import redis
 from support.caller import Load, address
 from support.flower_process import FlowerProcess
-from support.process import ROOM, START_TIMEOUT, WAIT_TIMEOUT, eventually, free_port
+from support.process import ROOM, START_TIMEOUT, WAIT_TIMEOUT, eventually
+from support.redis_refusals import (
+    cut_connections,
+    endless_script,
+    failed_save,
+    full,
+    replica,
+    replica_without_primary,
+    too_few_replicas,
+)
 from support.rig import NewRig, Rig, operator_app
 from support.sentinel_servers import SentinelServers
 from support.tcp_proxy import ERROR_REPLY, PASS
@@ -25,71 +32,6 @@ from producer.settings import Settings
 AWHILE: Final = 3.0  # seconds: some tries
 LONG_ENOUGH: Final = 8.0  # seconds: Celery's periodic checks of a connection come every 5 s
 GOES_ON: Final = "can be used again, going on"
-
-
-@contextmanager
-def full(admin: redis.Redis) -> Iterator[None]:
-    admin.config_set("maxmemory", 1)
-    yield
-    admin.config_set("maxmemory", 0)
-
-
-@contextmanager
-def failed_save(admin: redis.Redis) -> Iterator[None]:
-    """A directory stands where the file should be, which fails as a full disk does."""
-    admin.config_set("save", "3600 1000000")
-    obstacle = Path(str(admin.config_get("dir")["dir"]), "dump.rdb")
-    (obstacle / "in the way").mkdir(parents=True)
-    _save(admin, "err")
-    yield
-    (obstacle / "in the way").rmdir()
-    obstacle.rmdir()
-    _save(admin, "ok")
-
-
-def _save(admin: redis.Redis, status: str) -> None:
-    def ended() -> bool:
-        with suppress(redis.ResponseError):  # one is under way
-            admin.bgsave()
-        return bool(admin.info("persistence")["rdb_last_bgsave_status"] == status)
-
-    eventually(ended)
-
-
-@contextmanager
-def replica(admin: redis.Redis) -> Iterator[None]:
-    _command(admin, "REPLICAOF", "127.0.0.1", free_port())
-    yield
-    _command(admin, "REPLICAOF", "NO", "ONE")
-
-
-@contextmanager
-def replica_without_primary(admin: redis.Redis) -> Iterator[None]:
-    admin.config_set("replica-serve-stale-data", "no")
-    with replica(admin):
-        yield
-
-
-@contextmanager
-def too_few_replicas(admin: redis.Redis) -> Iterator[None]:
-    admin.config_set("min-replicas-to-write", 9)
-    yield
-    admin.config_set("min-replicas-to-write", 0)
-
-
-@contextmanager
-def endless_script(admin: redis.Redis) -> Iterator[None]:
-    admin.config_set("busy-reply-threshold", 50)
-
-    def run() -> None:
-        with suppress(redis.ResponseError):  # it is killed
-            admin.eval("while true do end", 0)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    yield
-    admin.script_kill()
-    thread.join()
 
 
 @contextmanager
@@ -261,8 +203,7 @@ def test_a_worker_waits_while_the_primary_of_sentinels_refuses(new_rig: NewRig, 
         eventually(lambda: len(rig.relay.mails) > 20)
         with TROUBLES[kind](admin):
             if cut:
-                for what in ("normal", "pubsub"):
-                    admin.client_kill_filter(_type=what, skipme=True)
+                cut_connections(admin)
             rig.worker.wait_for_log(f"({kind})")
             time.sleep(LONG_ENOUGH)
         rig.worker.wait_for_log(GOES_ON)
