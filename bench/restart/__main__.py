@@ -1,7 +1,7 @@
 """Ask the API steadily, replace it meanwhile, and print what became of the requests.
 
 together  serve --share-port: the new process starts beside the old one, which is stopped once the new one listens
-late      the same, and the new process stands still for two seconds while it starts
+late      the same, and the new process is frozen for two seconds while it starts
 failing   the same, and before each replacement a new process fails to start
 apart     without --share-port: the old process is stopped, and the new one started after it
 """
@@ -13,8 +13,7 @@ import json
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing
 from typing import Final
 
 from support.api_process import ApiProcess
@@ -31,7 +30,7 @@ _PAUSE: Final = 0.5  # seconds between two replacements
 _CANNOT_LISTEN: Final = 2  # exit status
 
 
-class Replaced:
+class ReplaceableApi:
     """The API on one HTTP and one gRPC port, in one process after another."""
 
     def __init__(self, settings: dict[str, str], way: str) -> None:
@@ -82,22 +81,12 @@ class Replaced:
         self._processes.close()
 
 
-@contextmanager
-def replaced(settings: dict[str, str], way: str) -> Iterator[Replaced]:
-    """The API while the block runs."""
-    api = Replaced(settings, way)
-    try:
-        yield api
-    finally:
-        api.close()
-
-
 def measure(
     settings: dict[str, str], way: str, *, requests: int, seconds: float, most: int
 ) -> tuple[dict[str, Outcomes], int]:
     """What became of the requests, and how often the API was replaced meanwhile: at most `most` times."""
     replacements = 0
-    with replaced(settings, way) as api:
+    with closing(ReplaceableApi(settings, way)) as api:
         words = (str(each) for each in (api.http_port, api.grpc_port, requests, seconds))
         load = Process("load", [sys.executable, "-m", "bench.restart.load", *words], own_environment({}))
         with load:
