@@ -17,11 +17,11 @@ LIST, MESSAGE = "/api/v1/messages", "/api/v1/message/"
 
 
 class Inbox:
-    """Listens on a free port. `with Inbox(catcher) as inbox:`, then `inbox.url`."""
+    """Listens on `bind`, or on a free port. `with Inbox(catcher) as inbox:`, then `inbox.url`."""
 
-    def __init__(self, catcher: Catcher) -> None:
+    def __init__(self, catcher: Catcher, bind: tuple[str, int] = (HOST, 0)) -> None:
         self.catcher = catcher
-        self._server = ThreadingHTTPServer((HOST, 0), partial(_Handler, catcher))
+        self._server = ThreadingHTTPServer(bind, partial(_Handler, catcher))
         self._thread = threading.Thread(target=self._server.serve_forever, name="inbox", daemon=True)
         self.url = f"http://{HOST}:{self._server.server_port}"
 

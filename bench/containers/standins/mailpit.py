@@ -6,25 +6,21 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
-import threading
-from functools import partial
-from http.server import ThreadingHTTPServer
 
 from aiosmtpd.smtp import SMTP
 
 from demo.catcher import Catcher
-from demo.mailpit_api import _Handler
+from demo.mailpit_api import Inbox
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - it is in a container
 
 
 async def main() -> None:
     catcher = Catcher()
-    inbox = ThreadingHTTPServer((EVERYWHERE, 8025), partial(_Handler, catcher))
-    threading.Thread(target=inbox.serve_forever, daemon=True).start()
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: SMTP(catcher, enable_SMTPUTF8=True), EVERYWHERE, 1025)
-    await server.serve_forever()
+    with Inbox(catcher, (EVERYWHERE, 8025)):
+        await server.serve_forever()
 
 
 if sys.argv[1:] == ["readyz"]:
