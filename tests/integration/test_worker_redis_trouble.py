@@ -51,7 +51,8 @@ def test_codes_broker_and_results_may_be_three_servers(new_redis_server: NewServ
     assert len(rig.mails_to(email)) == 1
 
 
-def test_without_the_codes_database_the_answer_is_1(new_redis_server: NewServer, new_rig: NewRig) -> None:
+@pytest.mark.slow  # tests/faults/test_databases.py kills the codes database under a worker that runs
+def test_a_worker_starts_without_the_codes_database_and_answers_1(new_redis_server: NewServer, new_rig: NewRig) -> None:
     codes = new_redis_server()
     rig = new_rig(codes_url=codes.url(0))
     codes.kill()
