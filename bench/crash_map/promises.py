@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from bench.crash_map.network import RELAY, SENT, Frame
+from bench.crash_map.network import RECEIVED, RELAY, SENT, Frame
 from bench.crash_map.scenarios import GIVE_UP_AFTER, LEASE, SCENARIOS, Actor, Cell, Fault
 from producer.contract import ErrorCode
 
+_MOST: Final = 2  # mails of one request, whatever happens
 _REDIS_AWAY: Final = {Fault.CUT_SHORT, Fault.CUT_LONG, Fault.FROZEN, Fault.LOST, Fault.TWICE}
 
 
@@ -94,39 +95,46 @@ def _mails(cell: Cell, outcome: Outcome) -> Iterator[str]:
     by_request = Counter(mail.request_id for mail in outcome.mails)
     if unknown := set(by_request) - {each.request_id for each in outcome.asked}:
         yield f"{len(unknown)} mails that nobody asked for"
-    most = 2 if second_mail_permitted(cell, outcome) else 1
-    # Two requests at once for one address are one mail.
-    if len(outcome.mails) > most:
-        why = "" if most == 2 else ", and nothing permits a second one"
-        yield f"{len(outcome.mails)} mails{why}"
+    doubts = doubts_of(cell, outcome)
+    if len(outcome.mails) > 1 + doubts:
+        yield f"{len(outcome.mails)} mails, and {'nothing permits' if not doubts else 'one fault permits'} so many"
+    if max(by_request.values(), default=0) > _MOST:
+        yield f"{max(by_request.values())} mails of one request"
     if len({mail.code for mail in outcome.mails}) > 1:
         yield "mails with different codes"
 
 
-def second_mail_permitted(cell: Cell, outcome: Outcome) -> bool:
-    """Promise 3: whether it cannot be known, or could not be recorded, that a relay accepted the first mail."""
+def doubts_of(cell: Cell, outcome: Outcome) -> int:
+    """How many mails there are of which it cannot be known, or could not be recorded, that a relay accepted them.
+
+    By promise 3 each of them permits one more mail to the address, but no third one of one request.
+    """
     if cell.place.actor is not Actor.WORKER or outcome.struck_at is None:
-        return False
+        return 0
     at = outcome.trace[outcome.struck_at]
     before = [frame for frame in outcome.trace[: outcome.in_effect] if frame.forwarded]
+    contents = _count(before, SENT, "content")
     match cell.fault:
-        case Fault.KILLED_BEFORE | Fault.KILLED_AFTER | Fault.FROZEN:
-            left = before
-        case Fault.TWICE:
-            return True  # the next holder is killed before it reads that its mail was accepted
-        case Fault.CUT_LONG:
+        case Fault.KILLED_BEFORE | Fault.KILLED_AFTER:
+            pass
+        case Fault.FROZEN:
+            # With both answers there, it may have been just about to write.
+            contents = max(contents, min(_count(before, RECEIVED, name) for name in ("DATA", "announce_data")))
+        case Fault.CUT_LONG | Fault.TWICE:
             # What Redis had allowed before, the worker may still send while it has the lease.
-            left = [frame for frame in outcome.trace if frame.at < at.at + LEASE]
+            contents = _count([frame for frame in outcome.trace if frame.at < at.at + LEASE], SENT, "content")
         case Fault.LOST if at.link == RELAY:
-            left = [*before, at]
+            contents = _count([*before, at], SENT, "content")
         case _:
-            return False
+            return 0
     # A retry's first mail was refused, and that is recorded: each mark belongs to one content before it.
-    return _sent(left, "content") > _sent(before, "settle")
+    in_doubt = int(contents > _count(before, SENT, "settle"))
+    # The next holder is killed before it reads that its mail was accepted.
+    return in_doubt + 1 if cell.fault is Fault.TWICE else in_doubt
 
 
-def _sent(frames: list[Frame], name: str) -> int:
-    return sum((frame.way, frame.name) == (SENT, name) for frame in frames)
+def _count(frames: list[Frame], way: str, name: str) -> int:
+    return sum((frame.way, frame.name) == (way, name) for frame in frames)
 
 
 def _answers(cell: Cell, outcome: Outcome) -> Iterator[str]:

@@ -103,6 +103,9 @@ WAYS: Final[dict[str, Way]] = {
     "make upgrade OLD=v0.1.0": TestedBy(
         "tests/faults/test_upgrade.py::test_two_releases_of_one_form_keep_every_promise"
     ),
+    "make crash-map": Slow(r" 0 broken promises", "ONLY='--servers one --actors client --scenarios alone'"),
+    ".venv/bin/python -m bench.crash_map run"
+    " --servers one --actors worker --scenarios alone --steps content --faults frozen": Slow(r" 0 broken promises"),
     "make picture": Slow(r"Lost: 0\. Violations: 0\.", "SECONDS=50"),
     "make lock": Slow(""),
     **{
