@@ -21,7 +21,7 @@ from support.rig import DATABASES
 from support.smtp_server import ScriptedServer
 
 from bench.crash_map.forks import Child, Forks
-from bench.crash_map.network import CALLER, RECEIVED, RELAY, SENT, Frame, Network
+from bench.crash_map.network import CALLER, RECEIVED, RELAY, Frame, Network
 from bench.crash_map.programs import ASKED_AT, BROKEN
 from bench.crash_map.scenarios import SCENARIOS, SETTINGS, Place, Scenario, Servers
 from worker.maintenance import RESTORE_AFTER
@@ -45,20 +45,21 @@ class Worker:
     def __init__(self, child: Child, network: Network) -> None:
         self.child = child
         self.network = network
-        self.waits = asyncio.Event()  # for a message
+        self.waits = asyncio.Event()  # for a message, and is connected to all three databases
         self.holds = True  # whether it held a request at its last round of maintenance
         self.rounds = 0  # since `forget`
         self.longest = 0.0  # seconds between two rounds
         self.began = 0.0  # loop time of its first round
         self.frozen = False
+        self._versions = 0  # of how many databases it has asked for the version, the last step of its start
         self._idle_words = 0  # that a round's command has while it holds nothing
         self._last: float | None = None
         network.watchers = [self._watch]
 
     def _watch(self, frame: Frame) -> None:
-        if frame.way != SENT:
-            return
-        if frame.name == "BLMOVE":
+        if frame.way == RECEIVED:
+            self._versions += frame.name == "INFO"
+        elif frame.name == "BLMOVE" and self._versions >= len(DATABASES):
             self.waits.set()
         elif frame.name == "maintain":
             words = int(frame.detail)

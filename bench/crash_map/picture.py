@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from html import escape
 from typing import Final
@@ -23,7 +23,7 @@ _LINE: Final = 17
 _COLOURS: Final = {
     "none": ("0 mails", "#b9d3ea"),
     "one": ("1 mail", "#2f78b7"),
-    "two": ("2 mails, as promise 3 permits", "#e69f00"),
+    "two": ("more than 1, as promise 3 permits", "#e69f00"),
     "broken": ("a broken promise", "#c62828"),
     "silent": ("did not occur in these runs", "none"),
 }
@@ -100,14 +100,7 @@ def _height(row: list[Place]) -> float:
 def _head(drawn: Map, width: float) -> Iterator[str]:
     """Title, legend and conditions."""
     yield _text(_MARGIN, _MARGIN + 14, "What becomes of a request when a process fails at each of its steps", "title")
-    counts = drawn.counts()
-    numbers = {
-        "none": counts["0 mails"],
-        "one": counts["1 mails"],
-        "two": counts["2 mails"],
-        "broken": counts["broken promises"],
-        "silent": counts["not reached"],
-    }
+    numbers = Counter(map(_kind, drawn.results.values()))
     left, at = float(_MARGIN), _MARGIN + 14 + _TITLE
     for kind, (meaning, colour) in _COLOURS.items():
         yield _cells(kind, colour, [(left, at - 9)])

@@ -83,9 +83,8 @@ class Map:
         conditions: list[str] = []
         for path in paths:
             data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            steps |= {
-                _read_place(place): [(Step(*step), name) for step, name in found] for place, found in data["steps"]
-            }
+            for words, found in data["steps"]:
+                steps.setdefault(_read_place(words), [(Step(*step), name) for step, name in found])
             for place, step, fault, *rest in data["results"]:
                 cell = Cell(_read_place(place), step and Step(*step), fault and Fault[fault])
                 results[cell] = Result(cell, *rest)
