@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 
 from bench.crash_map.broken import WAYS
 from bench.crash_map.drill import Result, Steps, cells_of, find_steps, lanes, try_all
+from bench.crash_map.picture import picture
 from bench.crash_map.record import Map
 from bench.crash_map.scenarios import SCENARIOS, Actor, Cell, Fault, Servers, places
 
@@ -45,7 +46,7 @@ def main() -> int:
     draw.add_argument("picture", type=Path)
     options = parser.parse_args()
     if options.command == "draw":
-        Map.read(options.results).draw(options.picture)
+        _draw(Map.read(options.results), options.picture)
         return 0
     return _run(options)
 
@@ -77,8 +78,12 @@ def _run(options: argparse.Namespace) -> int:
     if options.results:
         drawn.write(options.results)
     if options.picture:
-        drawn.draw(options.picture)
+        _draw(drawn, options.picture)
     return 1 if drawn.breaches else 0
+
+
+def _draw(drawn: Map, path: Path) -> None:
+    path.write_text(picture(drawn), encoding="utf-8")
 
 
 def _end_in_order() -> None:

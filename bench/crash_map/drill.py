@@ -17,9 +17,8 @@ from bench.crash_map.promises import breaches
 from bench.crash_map.scenarios import Actor, Cell, Place, faults_at
 from bench.crash_map.trial import run
 
-TRIES: Final = (
-    4  # runs of a cell in which the machine was too busy, or the step did not occur, before that is the result
-)
+# Runs of a cell in which the machine was too busy, or the step did not occur, before that is the result.
+TRIES: Final = 4
 _LAST: Final = {  # what ends a request, for each process: steps after it do not count
     Actor.WORKER: [(RECEIVED, "ack")],
     Actor.CLIENT: [(RECEIVED, "message")],

@@ -30,9 +30,8 @@ POLL: Final = 0.05  # seconds between two looks
 _START_WITHIN: Final = 60.0  # seconds
 _HELPER: Final = "the healthy worker"
 
-Ask = Callable[
-    [str], Coroutine[Any, Any, int | None]
-]  # asks for a code for an address: the reply's error; None: no answer
+# Asks for a code for an address: the reply's error; None: no answer.
+Ask = Callable[[str], Coroutine[Any, Any, int | None]]
 
 
 class Stalled(Exception):
@@ -344,9 +343,9 @@ async def _until(ready: Awaitable[object], child: Child) -> None:
 
 
 class Lateness:
-    """By how many seconds this process' own loop was late, at most."""
+    """How late this process' own loop was."""
 
-    most = 0.0
+    most = 0.0  # seconds
 
 
 @asynccontextmanager

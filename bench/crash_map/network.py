@@ -215,13 +215,13 @@ class Network:
             if frame.step == self._trap and self._strike is not None:
                 strike, self._strike = self._strike, None
                 # Of its own: the connection may end meanwhile, and this with it.
-                self._striking = asyncio.create_task(strike(frame, lambda: _forward(frame, writer)))
+                self._striking = asyncio.create_task(strike(frame, lambda: _deliver(frame, writer)))
                 await asyncio.wait([self._striking])
                 return
-        _forward(frame, writer)
+        _deliver(frame, writer)
 
 
-def _forward(frame: Frame, writer: asyncio.StreamWriter) -> None:
+def _deliver(frame: Frame, writer: asyncio.StreamWriter) -> None:
     frame.forwarded = True
     writer.write(frame.data)
 

@@ -91,12 +91,6 @@ class Map:
             conditions.append(data["conditions"])
         return cls(steps, results, "; ".join(dict.fromkeys(conditions)))
 
-    def draw(self, path: Path) -> None:
-        """The picture."""
-        from bench.crash_map.picture import picture  # noqa: PLC0415 - which knows this class
-
-        path.write_text(picture(self), encoding="utf-8")
-
 
 def _place(place: Place) -> list[str]:
     return [place.servers.name, place.actor.name, place.scenario]
