@@ -73,15 +73,20 @@ class Forks:
 
     async def _read(self) -> None:
         assert self._process.stdout is not None
-        while line := await self._process.stdout.readline():
-            said = json.loads(line)
-            if "order" in said:
-                self._ended[said["pid"]] = asyncio.get_running_loop().create_future()
-                self._started.pop(said["order"]).set_result(said["pid"])
-            elif (ended := self._ended.pop(said["ended"], None)) is not None:
-                ended.set_result(said["status"])
-        for started in self._started.values():
-            started.set_exception(RuntimeError("the process that starts all others has ended"))
+        try:
+            while line := await self._process.stdout.readline():
+                said = json.loads(line)
+                if "order" in said:
+                    self._ended[said["pid"]] = asyncio.get_running_loop().create_future()
+                    self._started.pop(said["order"]).set_result(said["pid"])
+                elif (ended := self._ended.pop(said["ended"], None)) is not None:
+                    ended.set_result(said["status"])
+        finally:  # an interrupt cancels this before those who wait for a child's end
+            for started in self._started.values():
+                if not started.done():
+                    started.set_exception(RuntimeError("the process that starts all others has ended"))
+            for ended in self._ended.values():
+                ended.cancel()
 
 
 class Child:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
+from support.process import eventually
 
 from bench.crash_map.broken import WAYS
 from bench.crash_map.drill import Result, cells_of, find_steps, lanes, try_all
@@ -52,6 +54,25 @@ def test_the_decisive_steps_of_a_request_can_fail() -> None:
     assert [str(result) for result in results if result.silent] == []
     once = {Fault.FROZEN, Fault.KILLED_BEFORE, Fault.CUT_SHORT}
     assert {result.mails for result in results if result.cell.fault in once} == {1}
+
+
+@pytest.mark.slow
+def test_an_interrupted_map_ends_and_its_processes_with_it() -> None:
+    pids: list[int] = []
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    async def drill() -> None:
+        async with lanes(1) as on:
+            await on[0].configure(ALONE)
+            pids.append((await on[0].helper()).child.pid)
+            asyncio.get_running_loop().call_soon(interrupt)
+            await asyncio.Event().wait()
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(drill())
+    eventually(lambda: not Path(f"/proc/{pids[0]}").exists())
 
 
 @pytest.mark.slow
