@@ -16,7 +16,7 @@ from support.rig import NewRig, Rig
 from support.sentinel_servers import SentinelServers, role
 from support.smtp_server import Held
 
-from bench.soak.failover import FAULTS, Failover, servers_for
+from bench.soak.failover import FAULTS, Failover
 from producer.client import VerificationClient
 from producer.settings import Settings
 
@@ -83,7 +83,7 @@ def test_requests_that_waited_are_served_by_the_new_primary(new_rig: NewRig) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_failover_loses_only_what_was_not_replicated(new_failover: Callable[..., Failover], fault: str) -> None:
-    failover = new_failover(servers_for(fault))
+    failover = new_failover(SentinelServers())
     outcome = failover.run(FAULTS[fault])
     assert outcome.unexplained == []
     if fault == "cut_off":

@@ -5,7 +5,6 @@ The same programs as in redis_server.py; a sentinel is that server in another mo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Final, Self
 from urllib.parse import quote
@@ -58,20 +57,14 @@ class SentinelServers:
         password: str = "",
         sentinel_password: str = "",
         options: tuple[str, ...] = (),
-        proxy: Callable[[int], Any] | None = None,
     ) -> None:
-        """`options` are further words for each server's command line. All keep an append-only file.
-
-        `proxy`: makes what the replicas reach the primary's port through, with a port of its own. The sentinels put the
-        replicas right some ten seconds later.
-        """
+        """`options` are further words for each server's command line. All keep an append-only file."""
         self._stack = ExitStack()
         # A replica that asks is served at once, and not after the usual five seconds.
         own = ("--repl-diskless-sync-delay", "0", *(("--masterauth", password) if password else ()), *options)
         self.servers = [RedisServer(aof=True, password=password, options=own) for _ in range(replicas + 1)]
-        self.proxy: Any = self._stack.enter_context(proxy(self.servers[0].port)) if proxy else None
         for server in self.servers[1:]:
-            server.command += ["--replicaof", HOST, str((self.proxy or self.servers[0]).port)]
+            server.command += ["--replicaof", HOST, str(self.servers[0].port)]
         self.sentinels = [
             Sentinel(self.servers[0], quorum=quorum, down_after=down_after, password=sentinel_password)
             for _ in range(3)
