@@ -205,7 +205,7 @@ class CodeStoreMachine(RuleBasedStateMachine):
             assert lives[key] == pytest.approx(expected[key.decode()].end - self.memory.now, abs=SLACK)
 
 
-@pytest.mark.parametrize("examples", [30, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [30, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_the_store_in_redis_does_what_the_store_in_memory_does(
     redis: redis_py.Redis, redis_server: RedisServer, examples: int
 ) -> None:
