@@ -82,10 +82,16 @@ class Maintenance:
     async def _round(self, now: float) -> None:
         since = now if self._in_contact_since is None else self._in_contact_since
         restore = now - since >= RESTORE_AFTER
-        command = self._queue.maintain(self._fetcher.tags(), restore=restore, relay_healthy=self._relay_healthy())
+        command = self._queue.maintain(
+            self._fetcher.tags(),
+            restore=restore,
+            relay_healthy=self._relay_healthy(),
+            redis_time=self._counters.clock.now(),
+        )
         asked = time.monotonic()
         answer, said = await self._broker.run([command, ASK])
-        self._counters.clock.read(said, asked)
+        if self._counters.clock.read(said, asked) > self._queue.tick:
+            since = now  # Redis' clock was set forward, and all look abandoned as they do after an outage
         raise_errors([answer])
         result = self._queue.read_maintain(answer)
         if result.refusal:

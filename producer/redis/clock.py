@@ -33,12 +33,17 @@ class RedisClock:
         """Whether it is time to ask again, along with other commands. Never after a refusal."""
         return self._zero is not None and time.monotonic() - self._read_at > STALE_AFTER
 
-    def read(self, answer: Any, asked: float) -> None:
-        """Take the answer to `ASK`, which was sent when the monotonic clock stood at `asked`, and came just now."""
+    def read(self, answer: Any, asked: float) -> float:
+        """Take the answer to `ASK`, which was sent when the monotonic clock stood at `asked`, and came just now.
+
+        Returns by how many seconds Redis' clock was set forward since the answer before; 0 if nobody knows.
+        """
         self._read_at = time.monotonic()
+        before = self._zero
         if isinstance(answer, hiredis.ReplyError):
             self._zero = None
-            return
+            return 0.0
         seconds, microseconds = answer
         # Redis read its clock in the middle of the trip, as far as anyone can tell.
         self._zero = int(seconds) + int(microseconds) / 1e6 - (asked + self._read_at) / 2
+        return 0.0 if before is None else self._zero - before

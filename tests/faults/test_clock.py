@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 from support.api_process import ApiProcess
 from support.caller import address
 from support.process import ROOT, eventually, own_environment
+from support.redis_server import RedisServer
 from support.rig import NewRig
 from support.smtp_server import Held
 
@@ -104,3 +106,60 @@ def test_a_worker_with_a_wrong_clock_serves_as_well_as_any(new_rig: NewRig, tmp_
     assert rig.caller.reply(request_id)["error"] == 0
     stuck.release.set()
     rig.audit()
+
+
+# Loaded into a process, it adds to each wall clock the seconds that stand in a file.
+SHIFTABLE = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/time.h>
+#include <time.h>
+
+static long by(void) {
+    static volatile long *shift;
+    if (!shift)
+        shift = mmap(0, sizeof(long), PROT_READ, MAP_SHARED, open(getenv("SHIFT_FILE"), O_RDONLY), 0);
+    return *shift;
+}
+
+int gettimeofday(struct timeval *restrict now, void *restrict zone) {
+    int failed = ((int (*)(struct timeval *, void *))dlsym(RTLD_NEXT, "gettimeofday"))(now, zone);
+    now->tv_sec += by();
+    return failed;
+}
+
+int clock_gettime(clockid_t which, struct timespec *now) {
+    int failed = ((int (*)(clockid_t, struct timespec *))dlsym(RTLD_NEXT, "clock_gettime"))(which, now);
+    if (which == CLOCK_REALTIME)
+        now->tv_sec += by();
+    return failed;
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.tools
+def test_requests_in_hand_are_sent_once_though_redis_clock_is_set_forward(new_rig: NewRig, tmp_path: Path) -> None:
+    source, library, shift = (tmp_path / name for name in ("shift.c", "shift.so", "seconds"))
+    source.write_text(SHIFTABLE)
+    shift.write_bytes(struct.pack("l", 0))
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    server = RedisServer()
+    server.environment |= {"LD_PRELOAD": str(library), "SHIFT_FILE": str(shift)}
+    with server:
+        rig = new_rig(server=server, visibility_timeout=15)
+        held, ids = rig.hold_at_dot(10)
+        rig.add_worker()
+        time.sleep(4)  # by now it restores what is abandoned
+        rig.worker.pause()  # so that the other one is the first to look
+        shift.write_bytes(struct.pack("l", 20))
+        time.sleep(1.3)
+        rig.worker.resume()
+        time.sleep(3)
+        held.release.set()
+        assert rig.caller.replies(ids) == [0] * 10
+        rig.audit()
+        rig.close()

@@ -324,6 +324,19 @@ def test_on_a_full_server_a_worker_keeps_what_it_holds_and_shows_that_it_lives(
             time.sleep(1)
 
 
+@pytest.mark.parametrize(("set_forward", "restored"), [(0, 1), (3, 1), (5, 0), (3600, 0), (-3600, 1)])
+def test_no_worker_looks_dead_because_the_servers_clock_was_set_forward(
+    redis: redis_py.Redis, redis_server: RedisServer, set_forward: float, restored: int
+) -> None:
+    now, _ = redis.time()
+    redis.hset(UNACKED, "held", f'[{{}},"","{QUEUE}"]')
+    redis.zadd(INDEX, {"held": now - 17})
+    queue = RequestQueue(QUEUE, visibility_timeout=16)
+    maintain = queue.maintain([], restore=True, relay_healthy=True, redis_time=now - set_forward)
+    [answer] = execute(redis_server, (0, maintain))
+    assert queue.read_maintain(answer).restored == restored
+
+
 @pytest.mark.parametrize("stored", [["one", "two", "three"], ["one", "three"], ["two"], []])
 def test_a_message_is_acked_only_if_its_reply_is_stored(
     stored: list[str], redis: redis_py.Redis, redis_server: RedisServer

@@ -108,17 +108,21 @@ class RequestQueue:
         """How many messages are on the queue."""
         return ("LLEN", self.name)
 
-    def maintain(self, tags: list[str], *, restore: bool, relay_healthy: bool) -> Command:
+    def maintain(
+        self, tags: list[str], *, restore: bool, relay_healthy: bool, redis_time: float | None = None
+    ) -> Command:
         """Give a sign of life, renew what is held, restore what dead workers held and what is due.
 
-        `relay_healthy`: whether this worker has a healthy relay. Read the answer with `read_maintain`.
+        `relay_healthy`: whether this worker has a healthy relay; `redis_time`: Redis' time as far as it knows, Unix
+        seconds. Read the answer with `read_maintain`.
         """
         keys = [INDEX, UNACKED, self.name, self._suspects, self._due, self._ready, self._delayed]
         keys += [self.name + WORKERS, self.name + UNHEALTHY_WORKERS, DEAD_LETTERS]
         visibility = self._visibility_timeout if restore else 0
         arguments = [visibility, MAX_MOVES, self._prefix(), self._deaths, REPLY_TTL, SUSPECT_DEATHS, POISON_DEATHS]
         bounds = (LARGEST_MESSAGE, DEAD_AGE, DEAD_KEPT)
-        return _MAINTAIN(keys, [*arguments, self._owner, int(relay_healthy), *bounds, *tags])
+        expected = "" if redis_time is None else redis_time
+        return _MAINTAIN(keys, [*arguments, self._owner, int(relay_healthy), *bounds, expected, *tags])
 
     @staticmethod
     def read_maintain(answer: list[Any]) -> MaintenanceResult:

@@ -26,7 +26,9 @@ ARGV 1 visibility  s      the timeout; 0: restore nothing
      10 largest    bytes   a larger message is not decoded
      11 dead age   s       of the oldest dead letter to keep
      12 dead kept  int     dead letters to keep, at most
-     13 ...                tags that the worker holds
+     13 expected   s       this server's time as far as the worker knows; ''. While the time is far ahead of that, nothing is
+                           restored: the clock was set forward, and all look dead until they have renewed what they hold
+     14 ...                tags that the worker holds
 
 Returns {ready, suspects, restored, dead letters too old, dead letters too many, entries left for others, refusal, tag,
 message ...}. `refusal`: the first word of the error with which the server refuses what takes memory, else ''. This call has
@@ -51,12 +53,13 @@ if type(tried) == 'table' and tried.err then
 end
 -- This takes none: a full server refuses only a script's first write, and what workers hold must be renewed even there.
 redis.pcall('HDEL', KEYS[2], '')
-for i = 13, #ARGV do
+for i = 14, #ARGV do
     redis.call('ZADD', KEYS[1], 'XX', seconds, ARGV[i])
 end
 
 local visibility, most = tonumber(ARGV[1]), tonumber(ARGV[2])
-if visibility > 0 then
+local clock_was_set = seconds - (tonumber(ARGV[13]) or seconds) > visibility / 4
+if visibility > 0 and not clock_was_set then
     local stale = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', seconds - visibility, 'LIMIT', 0, most)
     for i = #stale, 1, -1 do
         local entry = redis.call('HGET', KEYS[2], stale[i])
