@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from bench.crash_map.broken import WAYS
-from bench.crash_map.drill import Result, Steps, cells_of, find_steps, lanes, try_all
+from bench.crash_map.cells import Result, Steps, cells_of, find_steps, lanes, try_all
 from bench.crash_map.picture import picture
 from bench.crash_map.record import Map
 from bench.crash_map.scenarios import SCENARIOS, Actor, Cell, Fault, Servers, places
@@ -63,7 +63,7 @@ def _run(options: argparse.Namespace) -> int:
     progress = _Progress()
     began = time.monotonic()
 
-    async def drill() -> Steps:
+    async def try_them() -> Steps:
         _end_in_order()
         async with lanes(options.lanes, broken=options.broken) as on:
             steps = await find_steps(on, wanted, progress.told)
@@ -72,7 +72,7 @@ def _run(options: argparse.Namespace) -> int:
             await try_all(on, cells, progress.told)
             return steps
 
-    steps = asyncio.run(drill())
+    steps = asyncio.run(try_them())
     drawn = Map.of(steps, progress.results, lanes=options.lanes, seconds=time.monotonic() - began)
     sys.stdout.write(drawn.summary() + "\n")
     if options.results:

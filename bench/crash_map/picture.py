@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from html import escape
 from typing import Final
 
-from bench.crash_map.drill import Result
+from bench.crash_map.cells import Result
 from bench.crash_map.record import Map
 from bench.crash_map.scenarios import SCENARIOS, Actor, Cell, Fault, Place, Servers
 

@@ -25,10 +25,9 @@ class Sent:
 
 @dataclass(slots=True)
 class Asked:
-    """A request."""
+    """A request that Redis has got."""
 
     request_id: str
-    queued: bool = True  # Redis has it
     stored: int | None = None  # the error of the stored reply
     published: list[int] = field(default_factory=list)
     seconds: float = 0.0  # from the request to its reply
@@ -80,8 +79,7 @@ def _replies(cell: Cell, outcome: Outcome) -> Iterator[str]:
             case ErrorCode.TIMEOUT if each.seconds > GIVE_UP_AFTER - 1 or _may_be_unknown(cell):
                 pass
             case None:
-                if each.queued:
-                    yield "lost: Redis had the request, and it has no reply"
+                yield "lost: Redis had the request, and it has no reply"
             case error:
                 yield f"a reply of {error} after {each.seconds:.1f} s"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from bench.crash_map.drill import Result, Steps
+from bench.crash_map.cells import Result, Steps
 from bench.crash_map.network import Step
 from bench.crash_map.scenarios import Actor, Cell, Fault, Place, Servers
 from bench.soak import installed

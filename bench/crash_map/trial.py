@@ -56,7 +56,8 @@ class Trial:
         self._victim: Child
         self._worker: Worker | None = None  # the victim, if it is one
         self._ask: Ask | None = None  # asks the victim, if that is a client or an API
-        self._queued: dict[str, float] = {}  # by id: the loop time at which the request was pushed
+        self._queued: dict[str, float] = {}  # by id: the loop time at which Redis got the request
+        self._pushes: list[Frame] = []  # of a client or an API
         self._answers: list[asyncio.Task[int | None]] = []
         self._struck_at: int | None = None
         self._in_effect = 0
@@ -84,6 +85,7 @@ class Trial:
             await asyncio.sleep(scenario.pause)
             self._lane.relay.mails.clear()
             self._queued.clear()
+            self._pushes.clear()
             self._answers.clear()
         if scenario.consumed:
             self._tasks.append(asyncio.create_task(self._use_codes()))
@@ -127,9 +129,14 @@ class Trial:
         self._queued |= {each["headers"]["id"]: now for each in envelopes}
 
     def _watch(self, frame: Frame) -> None:
-        """Note what a client or an API pushes: at that moment the request begins to count."""
+        """Note what a client or an API pushes."""
         if (frame.way, frame.name) == (SENT, "push"):
-            for request_id in _ID.findall(frame.data):
+            self._pushes.append(frame)
+
+    def _note_queued(self) -> None:
+        """Only a push that passed counts: before a kill or a reset, it may not have."""
+        for frame in self._pushes:
+            for request_id in _ID.findall(frame.data) if frame.forwarded else ():
                 self._queued.setdefault(request_id.decode(), frame.at)
 
     async def _use_codes(self) -> None:
@@ -220,6 +227,7 @@ class Trial:
     async def _quiet(self, count: int) -> bool:
         if not self._over.is_set():
             return False
+        self._note_queued()
         if self._replacing is not None:
             self._helper = await self._replacing
         killed = not self._victim.alive
@@ -239,6 +247,7 @@ class Trial:
 
     def _look(self) -> Outcome:
         lane = self._lane
+        self._note_queued()
         by_reference = {reference(each): each for each in self._queued}
         mails = [Sent(by_reference.get(reference_in(mail), ""), code_in(mail)) for mail in list(lane.relay.mails)]
         asked = []

@@ -11,7 +11,7 @@ import pytest
 from support.process import eventually
 
 from bench.crash_map.broken import WAYS
-from bench.crash_map.drill import Result, cells_of, find_steps, lanes, try_all
+from bench.crash_map.cells import Result, cells_of, find_steps, lanes, try_all
 from bench.crash_map.network import RECEIVED, RELAY, SENT, Step
 from bench.crash_map.scenarios import Actor, Cell, Fault, Place, Servers, places
 
@@ -23,11 +23,11 @@ def results_of(cells: Iterable[Cell], *, count: int, broken: str = "") -> list[R
     """Try these cells, `count` at a time."""
     results: list[Result] = []
 
-    async def drill() -> None:
+    async def try_them() -> None:
         async with lanes(count, broken=broken) as on:
             await try_all(on, cells, results.append)
 
-    asyncio.run(drill())
+    asyncio.run(try_them())
     return results
 
 
@@ -93,12 +93,12 @@ def test_a_worker_that_is_broken_on_purpose_shows(way: str) -> None:
 def test_every_step_of_a_request_can_fail_in_every_way() -> None:
     results: list[Result] = []
 
-    async def drill() -> None:
+    async def try_them() -> None:
         async with lanes(10) as on:
             steps = await find_steps(on, places(), results.append)
             await try_all(on, cells_of(steps), results.append)
 
-    asyncio.run(drill())
+    asyncio.run(try_them())
     assert failed(results) == []
     silent = [str(result) for result in results if result.silent]
     assert len(silent) < len(results) / 20, silent
