@@ -480,7 +480,8 @@ class Scanner(logging.Handler):
     def scan(self, text: bytes, where: str) -> None:
         """Search whole lines."""
         self.bytes += len(text)
-        for found in re.findall(rb"\d{12,}", text):
+        # Not the fractions of numbers: in the times of an hour's events, some digits are a code by chance.
+        for found in re.findall(rb"(?<![\d.])\d{12,}", text):
             self._digits.update(int(found[i : i + 12]) for i in range(len(found) - 11))
         self._scan_for_addresses(text, where)
         if b"RedisErr" in text:
