@@ -90,7 +90,7 @@ def test_a_failover_loses_only_what_was_not_replicated(new_failover: Callable[..
         assert outcome.lost + outcome.codes_gone > 0  # the count can see a loss
     elif fault == "coordinated":
         assert outcome.lost == outcome.doubled == 0
-    assert outcome.acknowledged > 500
+    assert outcome.acknowledged > 100
     assert outcome.longest < 5 + 10  # VERIFY_REPLY_TIMEOUT, and room for a loaded machine
     assert failover.ask_once_more().answer == 0
 
