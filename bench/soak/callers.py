@@ -47,6 +47,20 @@ class Pace:
         return max(0.0, self._next - now)
 
 
+class Watch:
+    """Notes when Redis has the request that a client's `request` pushes."""
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+
+    def on_publish(self, request_id: str) -> None:
+        """Of no interest: most callers do not know the id."""
+
+    def on_confirmed(self) -> None:
+        """Redis has it."""
+        self._record.acknowledged_at = time.monotonic()
+
+
 class Callers:
     """`a_second` requests in all, until `stop`."""
 
@@ -111,7 +125,7 @@ class Callers:
                     return
                 time.sleep(AGAIN)
             else:
-                record.acknowledged = True
+                record.acknowledged, record.acknowledged_at = True, time.monotonic()
                 return
 
     def answered(self, record: Record, error: int) -> None:
@@ -127,7 +141,7 @@ class Callers:
         while self._waits(pace):
             if chance.random() < 0.5:
                 record = self.ledger.asking(self.address("blocking"), "VerificationClient.request")
-                self.answered(record, client.request(record.email).error)
+                self.answered(record, client.request(record.email, observer=Watch(record)).error)
             else:
                 known = str(uuid.uuid4())
                 record = self.ledger.asking(self._some_address(chance, "enqueue"), "VerificationClient.enqueue", known)
@@ -144,7 +158,7 @@ class Callers:
         while not self._stopping.is_set():
             await asyncio.sleep(pace.seconds())
             record = self.ledger.asking(self.address("asyncio"), "AsyncVerificationClient.request")
-            self.answered(record, (await client.request(record.email)).error)
+            self.answered(record, (await client.request(record.email, observer=Watch(record))).error)
 
     def raw_client(self) -> redis.Redis:
         """A client of the broker database that never retries."""

@@ -133,7 +133,8 @@ class Failover:
         """`demoted`: when the old primary stops taking writes."""
 
         def explained(record: Record) -> bool:
-            return began - WINDOW < record.at < (demoted if record.how in _OTHERS else min(noticed, demoted))
+            until = demoted if record.how in _OTHERS else min(noticed, demoted)
+            return began - WINDOW < record.acknowledged_at and record.at < until
 
         ledger = self.ledger
         ledger.check()

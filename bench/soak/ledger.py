@@ -80,6 +80,7 @@ class Record:
     at: float
     request_id: str | None = None
     acknowledged: bool = False
+    acknowledged_at: float = 0.0
     answer: int | None = None  # what the caller was answered
     error: int | None = None  # what was published or stored
     answered_at: float = 0.0
