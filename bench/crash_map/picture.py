@@ -18,6 +18,7 @@ _FAULTS: Final = 244  # left of them: the names of the faults
 _MARGIN, _BETWEEN = 24, 46
 _TITLE: Final = 30
 _LINE: Final = 17
+_CHARACTER: Final = 7.5  # of a title, at most
 
 # Colour-blind readers can tell them apart, and a broken promise has a cross as well.
 _COLOURS: Final = {
@@ -89,8 +90,18 @@ def _faults(row: list[Place]) -> list[Fault]:
 
 
 def _width(drawn: Map, row: list[Place]) -> float:
-    bands = sum(len(drawn.steps[place]) * _WIDE for place in row)
+    bands = sum(_band(drawn, place, first=place is row[0]) for place in row)
     return _FAULTS + bands + _BETWEEN * (len(row) - 1) + _LABELS / 2
+
+
+def _band(drawn: Map, place: Place, *, first: bool) -> float:
+    """The width of the cells, or of the title if that needs more; the first one's begins above the faults."""
+    title = _CHARACTER * len(_title(place)) - (_FAULTS if first else 0)
+    return max(len(drawn.steps[place]) * _WIDE, title)
+
+
+def _title(place: Place) -> str:
+    return f"{place.actor.value}: {SCENARIOS[place.scenario].title}"
 
 
 def _height(row: list[Place]) -> float:
@@ -129,7 +140,7 @@ def _row(drawn: Map, row: list[Place], left: float, top: float) -> Iterator[str]
     at = left + _FAULTS
     for place in row:
         start = left if place is row[0] else at
-        yield _text(start, top + _TITLE - 8, f"{place.actor.value}: {SCENARIOS[place.scenario].title}", "place")
+        yield _text(start, top + _TITLE - 8, _title(place), "place")
         steps = drawn.steps[place]
         for number, (_, name) in enumerate(steps):
             x, y = at + number * _WIDE + 9, first - 5
@@ -143,7 +154,7 @@ def _row(drawn: Map, row: list[Place], left: float, top: float) -> Iterator[str]
         for kind, (_, colour) in _COLOURS.items():
             if found[kind]:
                 yield _cells(kind, colour, found[kind])
-        at += len(steps) * _WIDE + _BETWEEN
+        at += _band(drawn, place, first=place is row[0]) + _BETWEEN
 
 
 def _kind(result: Result) -> str:

@@ -20,7 +20,14 @@ class Map:
 
     steps: Steps
     results: Mapping[Cell, Result]
-    conditions: str
+    installed: str  # versions and machine
+    lanes: int  # cells at a time, at most
+    seconds: float
+
+    @property
+    def conditions(self) -> str:
+        """For people to read."""
+        return f"{self.installed}; up to {self.lanes} cells at a time, {self.seconds / 60:.0f} minutes"
 
     @classmethod
     def of(
@@ -32,8 +39,7 @@ class Map:
         seconds: float,
     ) -> Self:
         """Of one run, which took so many seconds on so many lanes."""
-        conditions = f"{installed()}; {lanes} cells at a time, {seconds / 60:.0f} minutes"
-        return cls(steps, {result.cell: result for result in results}, conditions)
+        return cls(steps, {result.cell: result for result in results}, installed(), lanes, seconds)
 
     @property
     def breaches(self) -> list[Result]:
@@ -61,7 +67,9 @@ class Map:
     def write(self, path: Path) -> None:
         """Keep it."""
         data = {
-            "conditions": self.conditions,
+            "installed": self.installed,
+            "lanes": self.lanes,
+            "seconds": self.seconds,
             "steps": [[_place(place), steps] for place, steps in self.steps.items()],
             "results": [
                 [
@@ -80,7 +88,7 @@ class Map:
         """What `write` has written; of several, the parts of one map."""
         steps: Steps = {}
         results: dict[Cell, Result] = {}
-        conditions: list[str] = []
+        lanes, seconds = 0, 0.0
         for path in paths:
             data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             for words, found in data["steps"]:
@@ -88,8 +96,8 @@ class Map:
             for place, step, fault, *rest in data["results"]:
                 cell = Cell(_read_place(place), step and Step(*step), fault and Fault[fault])
                 results[cell] = Result(cell, *rest)
-            conditions.append(data["conditions"])
-        return cls(steps, results, "; ".join(dict.fromkeys(conditions)))
+            lanes, seconds = max(lanes, data["lanes"]), seconds + data["seconds"]
+        return cls(steps, results, data["installed"], lanes, seconds)
 
 
 def _place(place: Place) -> list[str]:
