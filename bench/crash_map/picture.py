@@ -1,4 +1,5 @@
-"""Draws the map as SVG: the same results give the same bytes. It can be read on a light and on a dark background."""
+"""Draws the map as SVG: the same results give the same bytes. It can be read on a light and on a dark background, and
+is no wider than a page."""
 
 from __future__ import annotations
 
@@ -44,23 +45,20 @@ _STYLE: Final = """
 
 def picture(drawn: Map) -> str:
     """The whole file."""
-    columns = [_column(drawn, servers) for servers in Servers]
-    columns = [column for column in columns if column]
-    widths = [max((_width(drawn, row) for row in column), default=0) for column in columns]
-    width = max(sum(widths) + _BETWEEN * (len(columns) - 1) + 2 * _MARGIN, 900)
+    sections = {servers: _rows(drawn, servers) for servers in Servers}
+    width = max([900, *(_width(drawn, row) + 2 * _MARGIN for rows in sections.values() for row in rows)])
     head = list(_head(drawn, width))
-    top = len(_conditions(drawn, width)) * _LINE + 3 * _TITLE + 2 * _LINE
+    bottom: float = len(_conditions(drawn, width)) * _LINE + 3 * _TITLE + 2 * _LINE
     body: list[str] = []
-    left, bottom = float(_MARGIN), float(top)
-    for column, column_width in zip(columns, widths, strict=True):
-        at = float(top)
-        body.append(_text(left, at, column[0][0].servers.value, "servers"))
-        at += _LINE
-        for row in column:
-            body += _row(drawn, row, left, at)
-            at += _height(row)
-        left += column_width + _BETWEEN
-        bottom = max(bottom, at)
+    for servers, rows in sections.items():
+        if not rows:
+            continue
+        body.append(_text(_MARGIN, bottom, servers.value, "servers"))
+        bottom += _LINE
+        for row in rows:
+            body += _row(drawn, row, _MARGIN, bottom)
+            bottom += _height(row)
+        bottom += _TITLE
     size = f'viewBox="0 0 {width:g} {bottom:g}" width="{width:g}" height="{bottom:g}"'
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-labelledby="what">',
@@ -74,8 +72,8 @@ def picture(drawn: Map) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _column(drawn: Map, servers: Servers) -> list[list[Place]]:
-    """The rows of one column: a worker's bands have one each, those of client and API share one."""
+def _rows(drawn: Map, servers: Servers) -> list[list[Place]]:
+    """A worker's bands have a row each, those of client and API share one."""
     there = [place for place in drawn.steps if place.servers is servers and drawn.steps[place]]
     rows = []
     for actors in ([Actor.WORKER], [Actor.CLIENT, Actor.API]):
