@@ -52,7 +52,7 @@ class ErrorCode(IntEnum):
         1,
         "RedisErr",
         "Redis cannot be reached, or it refused the login or a command.",
-        "Check that Redis is up and that VERIFY_REDIS_URL is right, then ask again.",
+        "Check that Redis is up and takes writes, and that VERIFY_REDIS_URL is right, then ask again.",
         True,
     )
     EXCEPTION = (

@@ -106,11 +106,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.restart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("ways", nargs="*", choices=[*WAYS, []], help="default: all")  # [] for argparse's own check
-    parser.add_argument("--requests", type=int, default=5000, help="of all callers (default: 5000)")
-    parser.add_argument("--seconds", type=float, default=60, help="over which they are sent (default: 60)")
-    parser.add_argument("--replacements", type=int, default=5, help="at most so many (default: 5)")
+    parser.add_argument("ways", nargs="*", metavar="WAY", help="default: all")
+    parser.add_argument("--requests", type=int, default=5000, help="of all callers (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=60, help="over which they are sent (default: %(default)s)")
+    parser.add_argument("--replacements", type=int, default=5, help="at most so many (default: %(default)s)")
     options = parser.parse_args()
+    if unknown := sorted({*options.ways} - {*WAYS}):
+        parser.error(f"no way: {', '.join(unknown)} (choose from {', '.join(WAYS)})")
     say(f"{options.requests:,} requests over {options.seconds:g} s; {installed()}")
     with Rig(reply_timeout=5, log_level="INFO") as rig:
         rig.add_worker()
@@ -144,4 +146,8 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        sys.exit(130)

@@ -100,8 +100,8 @@ def _why_not(bind: Bind, address: str, exc: OSError, *, shared: bool) -> str:
     why = os.strerror(exc.errno or 0)
     if exc.errno == errno.EADDRINUSE and shared:
         return (
-            f"cannot share {bind} ({why}): this API was started with --share-port, and what listens there without,"
-            " or at another address"
+            f"cannot share {bind} ({why}): what listens there is no API with --share-port, or listens at another"
+            " address; end it, or choose another port"
         )
     if exc.errno == errno.EADDRINUSE and is_shared(address, bind.port):
         return f"cannot listen on {bind} ({why}); the API there shares its port with those that have --share-port"

@@ -24,7 +24,7 @@ from producer.errors import VerifyError
 
 ANSWER_TIMEOUT: Final = 5.0  # seconds for the process that is asked
 _PAUSE: Final = 0.01  # seconds before another process that starts or ends right now is looked at again
-_SILENT: Final = "the API that listens there does not answer"
+_SILENT: Final = "the API that listens there does not answer; end it"
 _CREDENTIALS: Final = struct.Struct("3i")  # process id, user id, group id
 
 
@@ -117,7 +117,7 @@ def _ask(address: str, port: int, deadline: float) -> tuple[socket.socket, socke
         try:
             asking.connect(_name(address, port))
             if not _is_ours(asking):
-                raise CannotShare("the API that listens there belongs to another user")
+                raise CannotShare("the API that listens there belongs to another user; start this one as that user")
             _, files, _, _ = socket.recv_fds(asking, 1, 2, socket.MSG_CMSG_CLOEXEC)
         except (TimeoutError, BlockingIOError):
             raise CannotShare(_SILENT) from None

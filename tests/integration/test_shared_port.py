@@ -121,8 +121,8 @@ class TestSockets:
             with pytest.raises(CannotListen) as caught:
                 listen(bind, NAME, SharedPorts())
             assert str(caught.value) == (
-                f"{NAME}: cannot share {bind} (Address already in use): this API was started with --share-port, and"
-                " what listens there without, or at another address"
+                f"{NAME}: cannot share {bind} (Address already in use): what listens there is no API with"
+                " --share-port, or listens at another address; end it, or choose another port"
             )
         listener.close()
         listen(bind, NAME, SharedPorts())[0].close()
@@ -134,7 +134,7 @@ class TestSockets:
         bind = Bind("127.0.0.1", listener.getsockname()[1])
         with listener, pytest.raises(CannotListen) as caught:
             listen(bind, NAME, SharedPorts())
-        assert str(caught.value) == f"{NAME}: cannot share {bind} (the API that listens there does not answer)"
+        assert str(caught.value) == f"{NAME}: cannot share {bind} (the API that listens there does not answer; end it)"
 
     @pytest.mark.anyio
     async def test_another_users_process_gets_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +143,7 @@ class TestSockets:
         bind = Bind("127.0.0.1", listener.getsockname()[1])
         shared.serve()
         monkeypatch.setattr(os, "geteuid", lambda: -1)
-        with listener, pytest.raises(CannotListen, match="belongs to another user"):
+        with listener, pytest.raises(CannotListen, match="belongs to another user; start this one as that user"):
             listen(bind, NAME, SharedPorts())
         shared.close()
 

@@ -118,6 +118,7 @@ def test_cancel_consumer_and_add_consumer(rig: Rig, app: Celery) -> None:
         ("time_limit", {"task_name": TASK, "soft": 1, "hard": 2}, "time limits do not apply here"),
         ("pool_grow", {"n": 2}, "by no pool"),
         ("pool_shrink", {"n": 2}, "by no pool"),
+        ("autoscale", {"max": 3, "min": 1}, "by no pool"),
     ],
 )
 def test_a_limit_that_does_not_apply_says_so_and_changes_nothing(

@@ -93,3 +93,9 @@ def pool_grow(_panel: Any, **_: Any) -> dict[str, str]:
 def pool_shrink(_panel: Any, **_: Any) -> dict[str, str]:
     """Does not apply: mails are sent by no pool."""
     return {"ok": _POOL}
+
+
+@control.control_command(args=[("max", int), ("min", int)], signature="[max [min]]")  # type: ignore[untyped-decorator]
+def autoscale(_panel: Any, **_: Any) -> dict[str, str]:
+    """Does not apply: mails are sent by no pool."""
+    return {"ok": _POOL}
