@@ -298,9 +298,8 @@ class Rig:
 
     def assert_private(self) -> None:
         """Promise 6: no code, whole address, word for an end user or body in any log or event, in base64 neither."""
-        said = "\n".join(worker.log for worker in self.workers)
-        for _, data in list(self._events.heard):
-            said += "\n" + base64.b64decode(json.loads(data)["body"]).decode()
+        events = (base64.b64decode(json.loads(data)["body"]).decode() for _, data in list(self._events.heard))
+        said = "\n".join([*(worker.log for worker in self.workers), *events])
         secrets = {code_in(mail) for mail in list(self.relay.dotted)}
         secrets |= {mail.recipient for mail in list(self.relay.dotted)}
         emails = (_argument_in(each, "email") for each in self.caller.pushed)
