@@ -58,8 +58,8 @@ class Worker:
         self,
         settings: Settings,
         make_celery_side: Callable[[Events], CelerySide],
+        broker_contact: BrokerContact,
         traces: Traces | None = None,
-        broker_contact: BrokerContact | None = None,
     ) -> None:
         """`broker_contact`: what Celery reports to as well."""
         self._redis = RedisConnections()
@@ -99,8 +99,7 @@ class Worker:
         if traces is not None:
             settler.on_settled.append(Recorder(traces, settings.queue).finish)
         parts = (broker, queue, service, settler, counters, self.fetcher)
-        contact = broker_contact or BrokerContact(settings.broker_url)
-        self._maintenance = Maintenance(*parts, lambda: self._channel.healthy, contact)
+        self._maintenance = Maintenance(*parts, lambda: self._channel.healthy, broker_contact)
         self._traces = traces
         metrics = WorkerMetrics(
             counters, self._channel.statuses, lambda: len(self.fetcher.tags()), broker, settings.queue
@@ -157,6 +156,6 @@ async def wire(
     settings: Settings, make_celery_side: Callable[[Events], CelerySide], broker_contact: BrokerContact
 ) -> Worker:
     """Make the worker and start it on the running loop."""
-    worker = Worker(settings, make_celery_side, set_up(SERVICE), broker_contact)
+    worker = Worker(settings, make_celery_side, broker_contact, set_up(SERVICE))
     await worker.start()
     return worker

@@ -33,6 +33,7 @@ from producer.settings import load
 from producer.tracing.setup import EXPORTER, set_up
 from producer.tracing.spans import Traces, caller_of
 from worker.bootstrap import Worker
+from worker.contact import BrokerContact
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("redis")]  # the shared server is empty at first
 
@@ -88,7 +89,7 @@ class Harness:
 
     async def add_worker(self) -> Worker:
         celery_side = Mock(**{"is_revoked.return_value": False})
-        worker = Worker(self.settings, lambda _: celery_side, self.traces)
+        worker = Worker(self.settings, lambda _: celery_side, BrokerContact(self.settings.broker_url), self.traces)
         await worker.start()
         worker.fetcher.consume(on=True)
         self.workers.append(worker)
