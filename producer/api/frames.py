@@ -177,6 +177,11 @@ def _string(text: bytes) -> bytes:
 
 Fields = Iterable[tuple[bytes, bytes]]
 
+# What a connection's reader remembers: so many blocks, of so many bytes, and of so many in what is of interest in them.
+KNOWN_HEADS: Final = 4
+KNOWN_BLOCK: Final = 256
+KNOWN_HEAD: Final = 1024
+
 _PSEUDO: Final = frozenset({b":method", b":scheme", b":authority", b":path"})
 _FORBIDDEN: Final = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
 _NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+")  # 8.2.1: a token, and no capital in it
@@ -186,20 +191,45 @@ _NO_VALUE: Final = re.compile(rb"[\0\r\n]")
 class HeaderReader:
     """Decodes the header blocks of one connection, whose table it keeps."""
 
-    __slots__ = ("_decoder",)
+    __slots__ = ("_decoder", "_heads", "_table_changed")
 
     def __init__(self, limit: int) -> None:
         """`limit`: bytes of a block's fields, as RFC 9113, 6.5.2 counts them: 32 more for each."""
         self._decoder = Decoder(limit)
+        self._table_changed = False  # by the last block
+        # What blocks mean while the table stays as it is. Most clients send the same few bytes with each call, and
+        # decoding them takes longer than the rest of reading a call.
+        self._heads: dict[bytes, CallHead] = {}
 
     def fields(self, block: bytes) -> Fields:
         """Raises `ConnectionFailed`: after an error the table is not what the client thinks it is."""
+        table = self._decoder.header_table
+        before = table.maxsize, list(table.dynamic_entries)
         try:
-            return self._decoder.decode(block, raw=True)
+            fields = self._decoder.decode(block, raw=True)
         except OversizedHeaderListError:
             raise ConnectionFailed(ErrorCode.ENHANCE_YOUR_CALM) from None
         except HPACKError:
             raise ConnectionFailed(ErrorCode.COMPRESSION_ERROR) from None
+        self._table_changed = before != (table.maxsize, list(table.dynamic_entries))
+        if self._table_changed:
+            self._heads.clear()
+        return fields
+
+    def known_head(self, block: bytes) -> CallHead | None:
+        """The head of a call that came with this same block before. None: decode it."""
+        return self._heads.get(block)
+
+    def head(self, block: bytes, fields: Fields, wanted: Container[bytes]) -> CallHead:
+        """The head of a call (`call_head`) with these `fields`, to which `block` was decoded last."""
+        head = call_head(fields, wanted)
+        if not self._table_changed and len(block) <= KNOWN_BLOCK:
+            size = len(head.path) + sum(len(value) for _, value in head.headers)
+            if size + len(head.content_type) <= KNOWN_HEAD:
+                if len(self._heads) >= KNOWN_HEADS:
+                    self._heads.clear()
+                self._heads[block] = head
+        return head
 
 
 class CallHead(NamedTuple):

@@ -38,7 +38,6 @@ from producer.api.frames import (
     HeaderReader,
     Setting,
     StreamFailed,
-    call_head,
     field,
     frame,
     goaway_frame,
@@ -87,6 +86,7 @@ TRUSTED_TURN: Final = 0.005  # seconds of a turn of one that got answers and has
 
 _READ: Final = 8 * 1024  # bytes at once. With a frame that has come in part, a connection keeps three times as much
 _CHECK_EVERY: Final = 1.0  # seconds between two looks at the timeouts
+_GATHERED: Final = UNSENT_LIMIT // 2  # bytes of answers that wait for the end of a turn of the loop
 _LAST_CALLS: Final = 1.0  # seconds that clients have to learn of a shutdown, while calls that they begin are served
 _GRANT: Final = DEFAULT_WINDOW // 4  # bytes after which the client may send as many again
 _MESSAGE_COST: Final = 64  # bytes that a received message takes beyond its own
@@ -289,6 +289,8 @@ class Http2Server:
         self._check_timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self.now = self._loop.time
+        self.call_soon = self._loop.call_soon
+        self.create_task = self._loop.create_task
         self.stopping = False
 
     async def start(self, sockets: list[socket.socket], tls: ssl.SSLContext | None, backlog: int) -> None:
@@ -372,7 +374,7 @@ class Http2Server:
 
     def _resume(self, connection: Connection) -> None:
         del self._waiting_for_room[connection]
-        self._loop.call_soon(connection.resume)
+        self.call_soon(connection.resume)
 
     def _check_timeouts(self) -> None:
         now = self.now()
@@ -386,6 +388,7 @@ class Connection(asyncio.BufferedProtocol):
 
     __slots__ = (
         "_answered",
+        "_answers",
         "_awaiting_message",
         "_block",
         "_block_flags",
@@ -443,6 +446,7 @@ class Connection(asyncio.BufferedProtocol):
         self._awaiting_message: dict[int, Call] = {}
         self._to_grant = 0  # bytes that have come, and that the client may send again once we say so
         # What goes out:
+        self._answers = b""  # the ends of calls, which are written together once all that is due now is done
         self._send_window = DEFAULT_WINDOW  # bytes that the client takes
         self._stream_send_window = DEFAULT_WINDOW  # of a new stream
         self._table_must_shrink = False
@@ -508,9 +512,7 @@ class Connection(asyncio.BufferedProtocol):
     def announce_shutdown(self) -> None:
         """Tell the client to begin no more calls. Those that are under way to us are served (6.8)."""
         if self._established and not self._transport.is_closing() and not self.leaving:
-            self._transport.write(
-                goaway_frame(MAX_STREAM, ErrorCode.NO_ERROR) + frame(FrameType.PING, 0, _SHUTDOWN_PING)
-            )
+            self._write(goaway_frame(MAX_STREAM, ErrorCode.NO_ERROR) + frame(FrameType.PING, 0, _SHUTDOWN_PING))
 
     def refuse_new_calls(self) -> None:
         """Serve the calls that have begun, and then close."""
@@ -520,11 +522,12 @@ class Connection(asyncio.BufferedProtocol):
             self.abort()
             return
         self.leaving = True
-        self._transport.write(goaway_frame(self._last_stream, ErrorCode.NO_ERROR))
+        self._write(goaway_frame(self._last_stream, ErrorCode.NO_ERROR))
         self._close_when_done()
 
     def close(self) -> None:
         """Close once all that was written has gone."""
+        self._write(b"")
         self._transport.close()
 
     def abort(self) -> None:
@@ -553,7 +556,7 @@ class Connection(asyncio.BufferedProtocol):
             self.abort()
         elif not self._pinged and silent > KEEPALIVE_AFTER:
             self._pinged = True
-            self._transport.write(frame(FrameType.PING, 0, _KEEPALIVE_PING))
+            self._write(frame(FrameType.PING, 0, _KEEPALIVE_PING))
 
     # credit
 
@@ -584,7 +587,7 @@ class Connection(asyncio.BufferedProtocol):
         try:
             self._incomplete = data[self._serve_frames(data) :]
         except ConnectionFailed as exc:
-            self._transport.write(goaway_frame(self._last_stream, exc.error))
+            self._write(goaway_frame(self._last_stream, exc.error))
             self._transport.close()
 
     def _serve_frames(self, data: bytes) -> int:
@@ -604,7 +607,7 @@ class Connection(asyncio.BufferedProtocol):
                 break
             if at > begins and perf_counter() > turn_ends:
                 self._pause()
-                asyncio.get_running_loop().call_soon(self.resume)
+                self.server.call_soon(self.resume)
                 break
             stream = int.from_bytes(data[at + 5 : at + 9], "big") & MAX_STREAM
             self._serve_frame(kind, data[at + 4], stream, data[at + FRAME_HEADER : end])
@@ -658,7 +661,7 @@ class Connection(asyncio.BufferedProtocol):
         # All is read at once, so that the client's window for the connection is never exceeded.
         self._to_grant += size
         if self._to_grant >= _GRANT:
-            self._transport.write(window_frame(0, self._to_grant))
+            self._write(window_frame(0, self._to_grant))
             self._to_grant = 0
         call = self._open_call(stream)
         if call is not None:
@@ -721,7 +724,7 @@ class Connection(asyncio.BufferedProtocol):
                 call.send_window += change
                 if call.send_window > MAX_WINDOW:
                     raise ConnectionFailed(ErrorCode.FLOW_CONTROL_ERROR)
-        self._transport.write(frame(FrameType.SETTINGS, 0, flags=Flag.ACK))
+        self._write(frame(FrameType.SETTINGS, 0, flags=Flag.ACK))
         self._send_blocked()
 
     def _on_push_promise(self, _flags: int, _stream: int, _payload: bytes) -> None:
@@ -736,7 +739,7 @@ class Connection(asyncio.BufferedProtocol):
         if len(payload) != 8:
             raise ConnectionFailed(ErrorCode.FRAME_SIZE_ERROR)
         if not flags & Flag.ACK:
-            self._transport.write(frame(FrameType.PING, 0, payload, Flag.ACK))
+            self._write(frame(FrameType.PING, 0, payload, Flag.ACK))
         elif payload == _SHUTDOWN_PING and self.server.stopping:
             self.refuse_new_calls()  # all that it sent before it knew has come
 
@@ -809,13 +812,19 @@ class Connection(asyncio.BufferedProtocol):
         self._block, self._block_stream = b"", 0
         if self._header_reader is None:
             self._header_reader = HeaderReader(HEAD_LIMIT)
-        fields = self._header_reader.fields(block)  # also of what is refused: it may change the table
+        reader = self._header_reader
         if stream <= self._last_stream:
-            self._take_trailers(flags, stream, fields)
+            self._take_trailers(flags, stream, reader.fields(block))
             return
+        head = reader.known_head(block)
+        fields = reader.fields(block) if head is None else ()  # also of what is refused: it may change the table
         self._spend(0)
         self._last_stream = stream
-        self._begin(stream, fields, ends=bool(flags & Flag.END_STREAM))
+        if self._is_refused(stream):
+            return
+        if head is None:
+            head = reader.head(block, fields, self.server.headers)
+        self._begin(stream, head, ends=bool(flags & Flag.END_STREAM))
 
     def _take_trailers(self, flags: int, stream: int, fields: Fields) -> None:
         """8.1."""
@@ -829,16 +838,19 @@ class Connection(asyncio.BufferedProtocol):
             raise StreamFailed(ErrorCode.PROTOCOL_ERROR)
         self._take_content(call, b"", 0, ends=True)
 
-    def _begin(self, stream: int, fields: Fields, *, ends: bool) -> None:
+    def _is_refused(self, stream: int) -> bool:
+        """Refuse a call that begins where there is no room for it."""
+        crowded = self.server.awaiting_message >= CROWDED and len(self._awaiting_message) >= CROWDED_SHARE
+        if not crowded and not self.leaving and len(self.calls) < MAX_CALLS:
+            return False
+        if not self.leaving:
+            self._spend(EXCESS_COST)
+        self._reset(stream, ErrorCode.REFUSED_STREAM)
+        return True
+
+    def _begin(self, stream: int, head: CallHead, *, ends: bool) -> None:
         """A call begins."""
         server = self.server
-        crowded = server.awaiting_message >= CROWDED and len(self._awaiting_message) >= CROWDED_SHARE
-        if crowded or self.leaving or len(self.calls) >= MAX_CALLS:
-            if not self.leaving:
-                self._spend(EXCESS_COST)
-            self._reset(stream, ErrorCode.REFUSED_STREAM)
-            return
-        head = call_head(fields, server.headers)
         call = Call(self, stream, head, self._stream_send_window)
         self.calls[stream] = self._awaiting_message[stream] = call
         server.awaiting_message += 1
@@ -877,7 +889,7 @@ class Connection(asyncio.BufferedProtocol):
         call.weight = 1 + call.buffered // 1024
         self.server.serving += call.weight
         self.serving += call.weight
-        call.task = asyncio.get_running_loop().create_task(self._serve(call))
+        call.task = self.server.create_task(self._serve(call))
 
     async def _serve(self, call: Call) -> None:
         try:
@@ -919,7 +931,7 @@ class Connection(asyncio.BufferedProtocol):
         """Let the client send `size` more bytes of this call."""
         if call.number in self.calls:
             call.receive_window += size
-            self._transport.write(window_frame(call.number, size))
+            self._write(window_frame(call.number, size))
 
     def send(self, call: Call, message: bytes) -> None:
         """Send a message of the answer, or keep it until the client takes it."""
@@ -960,7 +972,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._blocked_since = self.server.now()
             self._blocked[call.number] = call
             if sum(len(each.unsent) for each in self._blocked.values()) > UNSENT_LIMIT:
-                self._transport.write(out)
+                self._write(out)
                 self._charge_excess()
                 self._reset(call.number, ErrorCode.ENHANCE_YOUR_CALM)
                 return
@@ -970,8 +982,27 @@ class Connection(asyncio.BufferedProtocol):
                 out += reset_frame(call.number, ErrorCode.NO_ERROR)
                 self._note_ended_early(call.number)
             self._forget(call)
-        self._transport.write(out)
+        if call.number in self.calls:
+            self._write(out)
+        else:
+            self._write_answer(out)
         self._close_when_done()
+
+    def _write_answer(self, out: bytes) -> None:
+        """Write the end of a call: at once if no other is open, else with all that end in this turn of the loop."""
+        if not self.calls or len(self._answers) > _GATHERED:
+            self._write(out)
+            return
+        if not self._answers:
+            self.server.call_soon(self._write, b"")
+        self._answers += out
+
+    def _write(self, out: bytes) -> None:
+        """Write now, and before it the answers that have gathered."""
+        if self._answers:
+            out, self._answers = self._answers + out, b""
+        if out:
+            self._transport.write(out)
 
     def _header_frame(self, call: Call, block: bytes, flags: int) -> bytes:
         if self._table_must_shrink:  # RFC 7541, 4.2: the first block after the client's setting says so
@@ -988,14 +1019,14 @@ class Connection(asyncio.BufferedProtocol):
 
     def _close_when_done(self) -> None:
         if self.leaving and not self.calls:
-            self._transport.close()
+            self.close()
 
     def _reset(self, stream: int, error: ErrorCode) -> None:
         call = self.calls.get(stream)
         if call is not None:
             self._forget(call)
         self._note_ended_early(stream)
-        self._transport.write(reset_frame(stream, error))
+        self._write(reset_frame(stream, error))
 
     def _note_ended_early(self, stream: int) -> None:
         """Remember that we ended the call early: what the client sends before it knows that is ignored (5.1)."""
@@ -1010,6 +1041,7 @@ class Connection(asyncio.BufferedProtocol):
         """Drop the connection's calls, and the connection: it is lost."""
         self.server.closed(self)
         self.leaving = True
+        self._answers = b""
         for call in list(self.calls.values()):
             self._forget(call)
 

@@ -372,6 +372,26 @@ async def test_what_keeps_the_rules_is_answered(rig: Rig, name: str) -> None:
     assert await client.answered(3)
 
 
+async def test_the_same_bytes_mean_another_head_once_the_table_has_changed(rig: Rig) -> None:
+    """Of a head, its path is the newest field in the client's table."""
+    fixed = b"".join(header(name, value) for name, value in HEAD.items() if name.startswith(":") and name != ":path")
+    rest = b"".join(header(name, value) for name, value in HEAD.items() if not name.startswith(":"))
+
+    def ask(stream: int, path: bytes) -> bytes:
+        data = frame(FrameType.DATA, stream, message(b""), Flag.END_STREAM)
+        return frame(FrameType.HEADERS, stream, fixed + path + rest, Flag.END_HEADERS) + data
+
+    newest = b"\xbe"
+    client = await rig.connect(OPENING + ask(1, header(":path", GET, indexed=True)))
+    client.send(*(ask(stream, newest) for stream in (3, 5, 7)))
+    client.send(ask(9, header(":path", "/refused", indexed=True)), ask(11, newest), ask(13, newest))
+    assert [(await client.trailers(stream))["grpc-status"] for stream in (5, 7, 11, 13)] == ["0", "0", "3", "3"]
+    client.send(frame(FrameType.HEADERS, 15, EMPTY_TABLE + head(GET), Flag.END_HEADERS), ask(17, newest))
+    goaway = await client.until(FrameType.GOAWAY)
+    assert goaway
+    assert goaway.error == ErrorCode.COMPRESSION_ERROR
+
+
 async def test_a_call_comes_byte_by_byte(rig: Rig) -> None:
     client = await rig.connect(b"")
     for byte in OPENING + call(1, GET, b"hello"):

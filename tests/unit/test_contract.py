@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import multiprocessing
 import uuid
 from typing import Any
 
@@ -156,6 +157,19 @@ def test_new_uuid_makes_version_4_uuids_of_every_variant() -> None:
         assert str(uuid.UUID(each)) == each
         assert (uuid.UUID(each).version, uuid.UUID(each).variant) == (4, uuid.RFC_4122)
     assert {each[19] for each in made} == set("89ab")
+
+
+def test_a_forked_process_makes_uuids_of_its_own() -> None:
+    contract.new_uuid()
+    forked = multiprocessing.get_context("fork").Pool(2)
+    with forked:
+        made = forked.map(_new_uuids, [10] * 8, chunksize=1)
+    every = [each for several in (*made, _new_uuids(200)) for each in several]
+    assert len(set(every)) == len(every)
+
+
+def _new_uuids(count: int) -> list[str]:
+    return [contract.new_uuid() for _ in range(count)]
 
 
 def test_each_message_has_its_own_delivery_tag() -> None:
