@@ -29,7 +29,7 @@ from producer.store.redis_codes import ATTEMPTS, BUCKET, COOLDOWN, JOINED, REQUE
 from worker.job import Job
 from worker.queue.commands import DUE, PRIORITY_SEPARATOR, PRIORITY_STEPS, READY, UNACKED
 from worker.queue.dead_letters import DeadLetter
-from worker.queue.message import Reserved, UnfitMessage, parse
+from worker.queue.message import UnfitMessage, read_job
 from worker.settler import reply_payload
 
 _FORGET: Final = Script(Path(__file__).parent / "queue" / "forget.lua")
@@ -292,7 +292,7 @@ def _canonical(email: str) -> str:
 def _job(message: bytes) -> Job | None:
     """The request in a message; None if it cannot be read."""
     try:
-        return parse(Reserved("", message)).job
+        return read_job(message)
     except UnfitMessage:
         return None
 

@@ -168,9 +168,7 @@ class Fetcher:
                 self._lost_tags += self.queue.tags_of(command)
             raise
         raise_errors([answer])
-        taken, self._suspects, alone, dead_lettered = self.queue.read_reserve(answer)
-        for reason in dead_lettered:
-            self._counters.dead_lettered(reason)
+        taken, self._suspects, alone = self.queue.read_reserve(answer)
         if not self._consuming:  # switched off while the reservation was on its way
             await self._broker.run([self.queue.release([reserved.tag for reserved in taken])])
             return True
@@ -180,7 +178,7 @@ class Fetcher:
         self._alone = alone and bool(jobs or scheduled)
         if scheduled:
             self._in_background(self._schedule(scheduled))
-        return len(taken) + len(dead_lettered) >= wanted or self._suspects > 0
+        return len(taken) >= wanted or self._suspects > 0
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -201,11 +199,11 @@ class Fetcher:
                 self._dead_letter_cut(exc, reserved.tag)
                 continue
             except UnfitMessage as exc:
-                self._settler.dead_letter(unreadable_job(reserved.tag), exc.reason)
+                self._dead_letter(unreadable_job(reserved.tag), exc.reason)
                 continue
             except Exception as exc:  # noqa: BLE001 - no message may stop the worker, or the rest of its batch
                 reason = DeadLetterReason(DeadLetterCode.OTHER, f"it cannot be read ({type(exc).__name__})")
-                self._settler.dead_letter(unreadable_job(reserved.tag), reason)
+                self._dead_letter(unreadable_job(reserved.tag), reason)
                 continue
             job = parsed.job
             job.began = now
@@ -264,12 +262,16 @@ class Fetcher:
         """Dead-letter what is left of a message; answer its caller if the request id was found."""
         job = unreadable_job(tag, cut.request_id)
         if not cut.request_id:
-            self._settler.dead_letter(job, cut.reason)
+            self._dead_letter(job, cut.reason)
             return
         job.began = asyncio.get_running_loop().time()
         job.validate()
         self._celery_side.received([job])
-        self._settler.dead_letter(job, cut.reason, answer=ErrorCode.EXCEPTION)
+        self._dead_letter(job, cut.reason, answer=ErrorCode.EXCEPTION)
+
+    def _dead_letter(self, job: Job, reason: DeadLetterReason, *, answer: ErrorCode | None = None) -> None:
+        self.held[job.tag] = job  # until it is settled, so that it is renewed and counts against the prefetch
+        self._settler.dead_letter(job, reason, answer=answer)
 
     async def _serve(self, jobs: list[Job], asked: float) -> None:
         try:

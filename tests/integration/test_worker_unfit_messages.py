@@ -89,6 +89,32 @@ def test_an_unfit_message_becomes_a_dead_letter_and_the_next_is_served(rig: Rig,
     assert rig.worker.alive
 
 
+def test_messages_without_an_id_that_a_dead_worker_held_do_not_count_as_one(rig: Rig) -> None:
+    rig.broker.delete(DEAD)
+    left = [b"not JSON %d" % number for number in range(4)] + [b"[]", dump(headers={"id": ["x"]})]
+    with rig.broker.pipeline() as pipe:
+        for number, raw in enumerate(left):
+            pipe.hset("unacked", f"dead-{number}", b"[" + raw + b', "", "verification"]')
+            pipe.zadd("unacked_index", {f"dead-{number}": number})
+        pipe.execute()
+    eventually(lambda: rig.broker.llen(DEAD) == len(left))
+    letters = [json.loads(each) for each in rig.dead_letters()]
+    assert {each["message"].encode() for each in letters} == set(left)
+    assert {each["code"] for each in letters} == {"envelope"}
+
+
+@pytest.mark.parametrize("deep", [5, 1005])
+def test_what_looks_like_a_message_that_was_cut_is_dead_lettered_once(rig: Rig, deep: int) -> None:
+    rig.broker.delete(DEAD)
+    looks = {"headers": {"id": {"x": 1}}, "cut": {"size": 5, "message": "x"}, "more": 0}
+    rig.broker.lpush("verification", json.dumps(looks).replace(": 0}", ": " + "[" * deep + "]" * deep + "}"))
+    assert rig.caller.ask(address())["error"] == 0
+    rig.settled()
+    [letter] = [json.loads(each) for each in rig.dead_letters()]
+    assert letter["code"] == "too_large"
+    assert "id" not in letter
+
+
 def test_dead_letters_are_logged_with_reason_and_count_in_few_lines(rig: Rig) -> None:
     started = len(rig.worker.log.splitlines())
     rig.broker.lpush("verification", *[b"not JSON"] * 300, *UNFIT["time"].values())

@@ -10,7 +10,7 @@ import pytest
 from support.caller import message
 
 from producer.contract import TASK, VerifyRequest
-from worker.queue.message import MAX_NESTING, Parsed, Reserved, UnfitMessage, for_celery, parse
+from worker.queue.message import MAX_NESTING, Parsed, Reserved, TooLarge, UnfitMessage, for_celery, parse, read_job
 from worker.queue.message import DeadLetterCode as Code
 
 ADDRESS = "anna@example.com"
@@ -104,7 +104,9 @@ def test_times_are_utc_unless_they_name_a_zone(zone: str) -> None:
     assert parsed.job.expires_at == parsed.eta == 1893456000.0
 
 
-ENVELOPE = Code.ENVELOPE, "the envelope is not that of a task message"
+NO_ID = Code.ENVELOPE, "no id in the headers"
+NO_BODY = Code.ENVELOPE, "no body"
+NOT_JSON = Code.ENVELOPE, "not JSON"
 BODY = Code.BODY, "the body is not JSON in base64"
 PARTS = Code.BODY, "the body is not [args, kwargs, embed]"
 DEEP = Code.BODY, "an argument is nested too deeply"
@@ -117,12 +119,20 @@ def body(text: str) -> str:
 
 
 REFUSED: list[tuple[dict[str, Any], tuple[Code, str]]] = [
-    ({"headers": {"id": 5}}, ENVELOPE),
-    ({"headers": {"id": None}}, ENVELOPE),
-    ({"request_id": "\ud800"}, ENVELOPE),
-    ({"body": 5}, BODY),
-    ({"body": None}, BODY),
-    ({"body": ""}, BODY),
+    ({"headers": {"task": ""}}, (Code.ENVELOPE, "no task in the headers")),
+    ({"headers": {"task": "other.task", "id": None}}, (Code.UNKNOWN_TASK, "unknown task")),
+    ({"headers": {"id": 5}}, NO_ID),
+    ({"headers": {"id": None}}, NO_ID),
+    ({"request_id": "x" * 256}, NO_ID),
+    ({"request_id": "\u00e9" * 128}, NO_ID),
+    ({"request_id": "\ud800"}, NOT_JSON),
+    ({"headers": {"origin": "\ud800"}}, NOT_JSON),
+    ({"headers": {"enqueued_at": float("inf")}}, NOT_JSON),
+    ({"content_type": ["application/json"]}, (Code.ENVELOPE, "content-type is not application/json")),
+    ({"content_encoding": None}, (Code.ENVELOPE, "content-encoding is not utf-8")),
+    ({"body": 5}, NO_BODY),
+    ({"body": None}, NO_BODY),
+    ({"body": ""}, NO_BODY),
     ({"body": "***"}, BODY),
     ({"body": "é"}, BODY),
     ({"body": body("[[], {}, {}]") + "\n"}, BODY),
@@ -158,10 +168,65 @@ def test_an_unfit_message_is_refused_with_code_and_reason(changes: dict[str, Any
     assert refused.value.reason == reason
 
 
-@pytest.mark.parametrize("raw", [b"", b"hello", b"null", b"[]", b'{"headers": NaN}', b"\xff", b"[" * 100_000], ids=repr)
-def test_anything_but_an_envelope_is_refused(raw: bytes) -> None:
-    with pytest.raises(UnfitMessage, match=ENVELOPE[1]):
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (b"", "not JSON"),
+        (b"hello", "not JSON"),
+        (b'{"headers": NaN}', "not JSON"),
+        (b'{"headers": {"enqueued_at": 1e999}}', "not JSON"),
+        (b'{"headers": "\xff"}', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[" * 30_000 + b"]" * 30_000, "not JSON"),
+        (b"null", "not a JSON object"),
+        (b"42", "not a JSON object"),
+        (b"[]", "no headers"),
+        (b"[" * 1000 + b"]" * 1000, "no headers"),
+        (b"{}", "no headers"),
+        (b'{"cut": {"size": "5", "message": "x"}}', "no headers"),
+        (b'{"cut": 5, "headers": {}}', "no task in the headers"),
+    ],
+    ids=lambda each: repr(each)[:40],
+)
+def test_anything_but_an_envelope_is_refused(raw: bytes, text: str) -> None:
+    with pytest.raises(UnfitMessage) as refused:
         parse(Reserved("tag", raw))
+    assert refused.value.reason == (Code.ENVELOPE, text)
+
+
+@pytest.mark.parametrize(
+    ("headers", "request_id"),
+    [({"id": "an-id"}, "an-id"), ({}, ""), ([], ""), (None, ""), ({"id": 5}, ""), ({"id": "x" * 256}, "")],
+)
+def test_a_message_that_was_cut_keeps_its_size_and_an_id_that_can_be_one(headers: Any, request_id: str) -> None:
+    with pytest.raises(TooLarge) as refused:
+        parse(Reserved("tag", json.dumps({"headers": headers, "cut": {"size": 70_000, "message": "{"}}).encode()))
+    assert refused.value.reason == (Code.TOO_LARGE, "larger than 65536 bytes")
+    assert (refused.value.size, refused.value.request_id) == (70_000, request_id)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"headers": {"task": "other.task"}},
+        {"headers": {"origin": "\ud800"}},
+        {"content_type": "text/plain"},
+        {"request_id": "x" * 256},
+    ],
+)
+def test_the_address_in_a_message_is_read_though_its_envelope_is_not_sound(changes: dict[str, Any]) -> None:
+    raw = json.dumps(message({"email": ADDRESS}, **changes)).encode()
+    with pytest.raises(UnfitMessage):
+        parse(Reserved("tag", raw))
+    assert read_job(raw).request.email == ADDRESS
+
+
+@pytest.mark.parametrize(
+    "raw", [b"\xff", b"[]", b"5", b'{"headers": "x"}', b'{"headers": {"id": "x"}}', b"[" * 100_000]
+)
+def test_what_holds_no_address_is_refused(raw: bytes) -> None:
+    with pytest.raises(UnfitMessage):
+        read_job(raw)
 
 
 def test_celery_gets_no_address_and_no_header_that_makes_it_drop_the_message() -> None:

@@ -154,7 +154,7 @@ class Bridge:
 
     def held(self) -> list[Job]:
         """The requests that the service holds and Celery does not know of."""
-        return [job for job in list(self._fetcher.held.values()) if not job.through_celery]
+        return [job for job in list(self._fetcher.held.values()) if not (job.through_celery or job.dead_lettered)]
 
     # Called by Celery, on any thread.
 

@@ -47,7 +47,6 @@ class Reservation(NamedTuple):
     taken: list[Reserved]
     suspects: int  # suspected poison messages that still wait
     alone: bool  # the only message in `taken` is a suspect: nothing else may run beside it
-    dead_lettered: list[DeadLetterReason]
 
 
 class MaintenanceResult(NamedTuple):
@@ -79,10 +78,9 @@ class RequestQueue:
 
     def reserve(self, count: int, *, held: int) -> Command:
         """Take up to `count` messages. `held`: how many this worker holds. Read the answer with `read_reserve`."""
-        keys = [self.name, self._ready, self._delayed, self._suspects, UNACKED, INDEX, DEAD_LETTERS, self._due]
+        keys = [self.name, self._ready, self._delayed, self._suspects, UNACKED, INDEX, self._due]
         keys += [f"{self.name}{PRIORITY_SEPARATOR}{step}" for step in PRIORITY_STEPS]
-        codes = (DeadLetterCode.UNKNOWN_TASK, DeadLetterCode.ENVELOPE)
-        return _RESERVE(keys, [count, self._prefix(), TASK, self.name, held, *codes, LARGEST_MESSAGE])
+        return _RESERVE(keys, [count, self._prefix(), self.name, held, LARGEST_MESSAGE, TASK])
 
     @staticmethod
     def tags_of(reserve: Command) -> list[str]:
@@ -92,10 +90,7 @@ class RequestQueue:
 
     @staticmethod
     def read_reserve(answer: list[Any]) -> Reservation:
-        pairs = _pairs(answer[2:])
-        reasons = [reason.decode().split(" ", 1) for tag, reason in pairs if not tag]
-        dead_lettered = [DeadLetterReason(DeadLetterCode(code), text) for code, text in reasons]
-        return Reservation([pair for pair in pairs if pair.tag], answer[0], answer[1] == 1, dead_lettered)
+        return Reservation(_pairs(answer[2:]), answer[0], answer[1] == 1)
 
     def await_message(self, seconds: float) -> Command:
         """Block until the queue has a message, or for `seconds`. The message stays where it is.

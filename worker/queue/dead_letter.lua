@@ -19,10 +19,12 @@ end
 local time = redis.call('TIME')
 local message = message_of(entry)
 local letter = { code = ARGV[2], reason = ARGV[3], at = time[1] + time[2] / 1000000, message = message }
-if ARGV[2] == ARGV[4] then
-    local left = cjson.decode(message)
+-- What merely looks like the rest of a message that was too large may be nested too deeply for cjson, or have any id.
+local fine, left = pcall(cjson.decode, ARGV[2] == ARGV[4] and message or '')
+if fine then
     letter.message, letter.size = left.cut.message, left.cut.size
-    letter.id = type(left.headers) == 'table' and left.headers.id or nil
+    local id = type(left.headers) == 'table' and left.headers.id
+    letter.id = type(id) == 'string' and id or nil
 end
 redis.call('LPUSH', KEYS[3], cjson.encode(letter))
 local removed = redis.pcall('HDEL', KEYS[1], ARGV[1])

@@ -15,7 +15,7 @@ from producer.contract import DEAD_LETTERS, LARGEST_MESSAGE
 from producer.errors import VerifyError
 from producer.masking import mask_email, mask_text
 from producer.redis.scripts import Script
-from worker.queue.message import Reserved, UnfitMessage, parse
+from worker.queue.message import Reserved, UnfitMessage, parse, read_job
 
 _REPLAY = Script(Path(__file__).parent / "replay.lua")
 
@@ -69,7 +69,7 @@ class DeadLetter:
         if self.size is not None:
             return found | {"id": self.request_id and mask_text(self.request_id), "email": None, "size": self.size}
         try:
-            job = parse(Reserved("", self.message)).job
+            job = read_job(self.message)
         except UnfitMessage:
             return found | {"id": None, "email": None}
         request = job.request

@@ -17,7 +17,7 @@ KEYS 1 index       zset
 ARGV 1 visibility  s      the timeout; 0: restore nothing
      2 most        int    messages to move in one call
      3 tag prefix  string unique to this call
-     4 deaths      string key prefix of the counters of dead workers, by request id
+     4 deaths      string key prefix of the counters of dead workers, by request id; by the message's hash if it has none
      5 life        s      of such a counter
      6 suspect     int    deaths after which a message is tried alone
      7 poison      int    deaths after which a message is not tried again
@@ -74,8 +74,9 @@ if visibility > 0 and not clock_was_set then
             if #message <= tonumber(ARGV[10]) then
                 local fine, envelope = pcall(cjson.decode, message)
                 local id = fine and type(envelope) == 'table' and type(envelope.headers) == 'table' and envelope.headers.id
-                local counted = redis.pcall('INCR', ARGV[4] .. tostring(id))
-                redis.pcall('EXPIRE', ARGV[4] .. tostring(id), ARGV[5])
+                local key = ARGV[4] .. (type(id) == 'string' and id or redis.sha1hex(message))
+                local counted = redis.pcall('INCR', key)
+                redis.pcall('EXPIRE', key, ARGV[5])
                 deaths = type(counted) == 'number' and counted or 1
             end
             -- Written first and removed last, so that a refused command loses no message.

@@ -8,7 +8,7 @@ from base64 import b64encode
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import orjson
 
@@ -93,21 +93,33 @@ def unreadable_job(tag: str, request_id: str = "") -> Job:
 
 
 def parse(reserved: Reserved) -> Parsed:
-    """Read a message. `reserve.lua` has checked the envelope of one from the queue; a dead letter may have none.
+    """Read a message: the envelope first, then the body. Raises `UnfitMessage`."""
+    try:
+        # Not by the standard library, whose lone surrogates no Lua script and no trace could handle.
+        envelope = orjson.loads(reserved.message)
+    except orjson.JSONDecodeError:
+        raise UnfitMessage(DeadLetterCode.ENVELOPE, "not JSON") from None
+    _check_envelope(envelope)
+    return _parse(envelope, reserved.tag)
 
-    Raises `UnfitMessage`.
+
+def read_job(message: bytes) -> Job:
+    """What a message asks for, even if its envelope is not sound: a dead letter's address is shown, and erased.
+
+    Raises `UnfitMessage` if it cannot be read.
     """
     try:
-        envelope = _read_json(reserved.message)
-        if "cut" in envelope:
-            raise _too_large(envelope)
-        headers, text = envelope["headers"], envelope["body"]
-        request_id = headers["id"]
-        request_id.encode()
+        envelope = _read_json(message)
+        envelope["headers"]["id"].encode()
+        return _parse(envelope, "").job
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UnfitMessage(DeadLetterCode.ENVELOPE, "the envelope is not that of a task message") from None
+
+
+def _parse(envelope: dict[str, Any], tag: str) -> Parsed:
+    headers = envelope["headers"]
     try:
-        body = _read_json(binascii.a2b_base64(text, strict_mode=True))
+        body = _read_json(binascii.a2b_base64(envelope["body"], strict_mode=True))
     except (ValueError, TypeError, RecursionError):
         raise UnfitMessage(DeadLetterCode.BODY, "the body is not JSON in base64") from None
     if not (isinstance(body, list) and len(body) == 3 and isinstance(body[0], list) and isinstance(body[1], dict)):
@@ -122,24 +134,76 @@ def parse(reserved: Reserved) -> Parsed:
     expires = None if get("expires") is None else _timestamp(headers, "expires")
     eta = None if get("eta") is None else _timestamp(headers, "eta")
     request = VerifyRequest(email, purpose, known_locale(given.get("locale")), given.get("client"))
-    job = Job(request_id, reserved.tag, request, _number(get("enqueued_at")), expires)
+    job = Job(headers["id"], tag, request, _number(get("enqueued_at")), expires)
     embed = _signatures(embed)
     return Parsed(job, bool(embed or get("group")), envelope, eta, embed)
 
 
-def _too_large(envelope: dict[str, Any]) -> TooLarge:
-    """Read what `reserve.lua` left of a message, or something that a caller pushed and that looks like it."""
-    cut, headers = envelope["cut"], envelope.get("headers")
-    if not (isinstance(cut["size"], int) and isinstance(cut["message"], str)):
-        raise TypeError("not what is left of a message")
-    request_id = headers.get("id") if isinstance(headers, dict) else None
-    if not (isinstance(request_id, str) and len(request_id.encode()) <= LONGEST_ID):
-        request_id = ""
-    return TooLarge(cut["size"], request_id)
+def _check_envelope(envelope: Any) -> None:
+    """Raise `UnfitMessage` unless the envelope is that of a message of our task."""
+    if not isinstance(envelope, dict):
+        fault = "no headers" if isinstance(envelope, list) else "not a JSON object"
+        raise UnfitMessage(DeadLetterCode.ENVELOPE, fault)
+    _check_size(envelope)
+    get = envelope.get
+    fault = _fault_in_headers(get("headers"))
+    if not fault:
+        if get("content-type") != "application/json":
+            fault = "content-type is not application/json"
+        elif get("content-encoding") != "utf-8":
+            fault = "content-encoding is not utf-8"
+        else:
+            fault = _fault_in_properties(get("properties"))
+    if not fault and not _is_text(get("body")):
+        fault = "no body"
+    if fault:
+        raise UnfitMessage(DeadLetterCode.ENVELOPE, fault)
+
+
+def _fault_in_headers(headers: object) -> str:
+    if not isinstance(headers, dict):
+        return "no headers"
+    task = headers.get("task")
+    if not _is_text(task):
+        return "no task in the headers"
+    if task != TASK:
+        raise UnfitMessage(DeadLetterCode.UNKNOWN_TASK, "unknown task")
+    return "" if _is_id(headers.get("id")) else "no id in the headers"
+
+
+def _fault_in_properties(properties: object) -> str:
+    if not isinstance(properties, dict):
+        return "no properties"
+    if not _is_text(properties.get("delivery_tag")):
+        return "no delivery_tag in the properties"
+    if properties.get("body_encoding") != "base64":
+        return "body_encoding is not base64"
+    info = properties.get("delivery_info")
+    if not isinstance(info, dict):
+        return "no delivery_info in the properties"
+    if not (isinstance(info.get("exchange"), str) and isinstance(info.get("routing_key"), str)):
+        return "no exchange or routing_key in the delivery_info"
+    return ""
+
+
+def _check_size(envelope: dict[str, Any]) -> None:
+    """Raise `TooLarge` for what `reserve.lua` left of a message, or for what a caller pushed in that form."""
+    cut, headers = envelope.get("cut"), envelope.get("headers")
+    if isinstance(cut, dict) and isinstance(size := cut.get("size"), int) and isinstance(cut.get("message"), str):
+        request_id = headers.get("id") if isinstance(headers, dict) else None
+        raise TooLarge(size, request_id if _is_id(request_id) else "")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_id(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and value != "" and len(value.encode()) <= LONGEST_ID
 
 
 def _read_json(text: bytes) -> Any:
-    """Parse JSON. The standard library also reads what orjson refuses: lone surrogates, integers beyond 64 bits."""
+    """Parse JSON. The standard library also reads what orjson refuses: lone surrogates, numbers beyond a double."""
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:

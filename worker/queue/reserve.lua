@@ -1,7 +1,7 @@
 --[[
-reserve: take up to so many messages, in one atomic step. Each moves to `unacked` and its index or, if its envelope is
-malformed, to the dead letters. Of a message that is too large, only the beginning moves, with the request id if it can be found:
-the worker that gets it answers the caller and dead-letters it. Delayed requests that are due come first, the oldest of them
+reserve: take up to so many messages, in one atomic step. Each moves to `unacked` and its index as it is: the worker that gets it
+reads it, and dead-letters what is malformed. Of a message that is too large, only the beginning moves, with the request id if it
+can be found: the worker answers the caller and dead-letters it. Delayed requests that are due come first, the oldest of them
 first; then the right ends of the lists. While more messages wait than are taken, every fourth one taken is the queue's newest:
 its caller still waits for the reply, while callers behind a long backlog have been answered 6 by the time the worker comes to
 them. A delayed request whose entry this release cannot read is left for others: it becomes due again in a second.
@@ -12,67 +12,34 @@ KEYS 1 queue       list   producers LPUSH to it
      4 suspects    list   suspected poison messages (their worker died twice); only a worker that holds nothing takes one
      5 unacked     hash   tag -> [message, exchange, routing key], as kombu writes it
      6 index       zset   tag by time (s, this server's)
-     7 dead        list   dead letters, JSON
-     8 due         zset   delayed requests: id by due time (ms)
-     9 ...         list   messages of Celery clients with a lower priority
+     7 due         zset   delayed requests: id by due time (ms)
+     8 ...         list   messages of Celery clients with a lower priority
 ARGV 1 count       int    messages to take, at most
      2 tag prefix  string unique to this call
-     3 task        string the only task that is known
-     4 queue name  string
-     5 held        int    messages that this worker holds already
-     6 code        string of dead letters that name another task
-     7 code        string of dead letters whose envelope is malformed
-     8 largest     bytes  a larger message is not decoded
+     3 queue name  string
+     4 held        int    messages that this worker holds already
+     5 largest     bytes  a larger message is cut
+     6 task        string a message that is too large has a request id only if it names this task
 
-Returns {suspects left, 1 if the one taken is a suspect, tag, message, tag, message ...}. For a dead letter the tag is ''
-and the message is its code, a space and its reason. In place of a message that is too large stands {headers: {id}, cut: {size
-(bytes), message (its beginning)}}; a call that meets one takes few others after it.
+Returns {suspects left, 1 if the one taken is a suspect, tag, message, tag, message ...}. In place of a message that is too large
+stands {headers: {id}, cut: {size (bytes), message (its beginning)}}; a call that meets one takes few others after it.
 A command that is refused (memory, access, a key of another type) does not undo the script. So messages are only read
 first, then written to where they go, and only then removed; if they cannot be removed, what was written is taken back.
 ]]
 local time = redis.call('TIME')
 local seconds = time[1] + time[2] / 1000000
 local score = string.format('%.6f', seconds) -- once: Lua would format a number for each command
-local count, prefix, held = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[5])
-local UNKNOWN_TASK, ENVELOPE, LARGEST = ARGV[6], ARGV[7], tonumber(ARGV[8])
+local count, prefix, held = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[4])
+local LARGEST, TASK = tonumber(ARGV[5]), ARGV[6]
 local KEPT, SEARCHED = 1024, 8192 -- bytes of a message that is too large: how many are kept; how many are searched at each end
 local LEFT = 1 -- seconds for which a delayed request is left to other workers
 local AT_ONCE = 4 -- messages read by one command: they are copied several times, and each may be of any length
 local suspects = redis.call('LLEN', KEYS[4])
 
-local function is_text(value)
-    return type(value) == 'string' and value ~= ''
-end
-
--- Why this message cannot be executed: a code and a text; nil if its envelope is sound.
-local function fault(message)
-    local fine, envelope = pcall(cjson.decode, message)
-    if not fine then return ENVELOPE, 'not JSON' end
-    if type(envelope) ~= 'table' then return ENVELOPE, 'not a JSON object' end
-    if type(envelope.cut) == 'table' then return nil end
-    local headers, properties = envelope.headers, envelope.properties
-    if type(headers) ~= 'table' then return ENVELOPE, 'no headers' end
-    if not is_text(headers.task) then return ENVELOPE, 'no task in the headers' end
-    if headers.task ~= ARGV[3] then return UNKNOWN_TASK, 'unknown task' end
-    if not is_text(headers.id) or #headers.id > 255 then return ENVELOPE, 'no id in the headers' end
-    if envelope['content-type'] ~= 'application/json' then return ENVELOPE, 'content-type is not application/json' end
-    if envelope['content-encoding'] ~= 'utf-8' then return ENVELOPE, 'content-encoding is not utf-8' end
-    if type(properties) ~= 'table' then return ENVELOPE, 'no properties' end
-    if not is_text(properties.delivery_tag) then return ENVELOPE, 'no delivery_tag in the properties' end
-    if properties.body_encoding ~= 'base64' then return ENVELOPE, 'body_encoding is not base64' end
-    local info = properties.delivery_info
-    if type(info) ~= 'table' then return ENVELOPE, 'no delivery_info in the properties' end
-    if type(info.exchange) ~= 'string' or type(info.routing_key) ~= 'string' then
-        return ENVELOPE, 'no exchange or routing_key in the delivery_info'
-    end
-    if not is_text(envelope.body) then return ENVELOPE, 'no body' end
-    return nil
-end
-
 -- The request id in a part of a message, if the headers and our task's name are there too. Only a text search.
 local function id_in(text)
     local headers = string.match(text, '"headers"%s*:%s*{(.*)')
-    if headers and string.match(headers, '"task"%s*:%s*"([^"]*)"') == ARGV[3] then
+    if headers and string.match(headers, '"task"%s*:%s*"([^"]*)"') == TASK then
         local id = string.match(headers, '"id"%s*:%s*"([^"\\%c\128-\255]+)"')
         return id and #id <= 255 and id or nil
     end
@@ -111,30 +78,19 @@ end
 
 -- Moves messages of one source. `removals` are the commands that remove them there. Returns the error of a refused command.
 local function move(messages, removals)
-    local from, payloads, index, dead = #taken, {}, {}, {}
+    local from, payloads, index = #taken, {}, {}
     for _, message in ipairs(messages) do
         local tag = prefix .. #taken
-        local code, reason = fault(message)
-        if code then
-            dead[#dead + 1] = cjson.encode({ code = code, reason = reason, at = seconds, message = message })
-            tag, message = '', code .. ' ' .. reason
-        else
-            payloads[#payloads + 1] = tag
-            payloads[#payloads + 1] = '[' .. message .. ',"","' .. ARGV[4] .. '"]'
-            index[#index + 1] = score
-            index[#index + 1] = tag
-        end
+        payloads[#payloads + 1] = tag
+        payloads[#payloads + 1] = '[' .. message .. ',"","' .. ARGV[3] .. '"]'
+        index[#index + 1] = score
+        index[#index + 1] = tag
         taken[#taken + 1] = tag
         taken[#taken + 1] = message
     end
-    local recorded
     local error = #payloads > 0 and (refused(redis.pcall('HSET', KEYS[5], unpack(payloads)))
         or refused(redis.pcall('ZADD', KEYS[6], unpack(index))))
-    if not error and #dead > 0 then
-        error = refused(redis.pcall('LPUSH', KEYS[7], unpack(dead)))
-        recorded = not error
-    end
-    error = error or refused(redis.pcall(unpack(removals[1])))
+        or refused(redis.pcall(unpack(removals[1])))
     if not error then
         -- They have moved. What a further removal may leave behind points to nothing.
         for i = 2, #removals do
@@ -145,9 +101,6 @@ local function move(messages, removals)
     for i = 1, #payloads, 2 do
         redis.pcall('ZREM', KEYS[6], payloads[i])
         redis.pcall('HDEL', KEYS[5], payloads[i])
-    end
-    if recorded then
-        redis.pcall('LTRIM', KEYS[7], #dead, -1)
     end
     for i = #taken, from + 1, -1 do
         taken[i] = nil
@@ -212,7 +165,7 @@ if #due > 0 then
         return found
     end)
     for _, id in ipairs(left) do
-        if not refused(redis.pcall('ZADD', KEYS[8], string.format('%.0f', (seconds + LEFT) * 1000), id)) then
+        if not refused(redis.pcall('ZADD', KEYS[7], string.format('%.0f', (seconds + LEFT) * 1000), id)) then
             redis.pcall('ZREM', KEYS[2], id)
         end
     end
@@ -226,7 +179,7 @@ if #due > 0 then
     room = room - #messages
 end
 for i = 1, #KEYS do
-    if (i == 1 or i > 8) and room > 0 then
+    if (i == 1 or i > 7) and room > 0 then
         local found = redis.call('LLEN', KEYS[i])
         if found > 0 then
             local places, was_cut, error = take_oldest(KEYS[i], math.min(found, room))
