@@ -50,7 +50,7 @@ def test_content_must_end_its_last_line(content: bytes) -> None:
 @pytest.mark.parametrize("line", [b"EHLO a\r\nQUIT", b"NOOP\n", b"NOOP\r", b"NO\0OP"])
 def test_a_command_is_one_line(line: bytes) -> None:
     async def say() -> None:
-        await SmtpConnection(lambda *_: None, lambda _: None).command(Step.EHLO, line)
+        await SmtpConnection(lambda *_: None, lambda _: None, lambda _: None).command(Step.EHLO, line)
 
     with pytest.raises(ValueError, match="CR, LF or NUL"):
         asyncio.run(say())

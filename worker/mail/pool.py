@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 _RAISE_SECONDS: Final = 10.0  # after a 421, the limit rises by one connection this often
 _CLOSE_SECONDS: Final = 1.0
+# Seconds. A mail sent ahead that has not had its turn by then is sent over another connection.
+_AHEAD_SECONDS: Final = 0.05
+_AHEAD_PAUSE: Final = 10.0  # seconds without mails sent ahead once one had to be sent over another connection
 
 
 class SmtpPool:
@@ -50,6 +53,8 @@ class SmtpPool:
         self._handshakes: set[asyncio.Task[None]] = set()
         self._waiting: deque[Mail] = deque()
         self._waiting_timer: asyncio.TimerHandle | None = None  # for the first of `_waiting` to run out of time
+        self._ahead_from = 0.0  # loop time from which mails may be sent ahead
+        self._ahead_timer: asyncio.TimerHandle | None = None  # while mails are sent ahead
         self._closing = False
         self._all_lost: asyncio.Future[None] | None = None
 
@@ -80,6 +85,8 @@ class SmtpPool:
         self._closing = True
         if self._waiting_timer:
             self._waiting_timer.cancel()
+        if self._ahead_timer:
+            self._ahead_timer.cancel()
         self._fail_waiting(SendCancelled())
         idle, self._idle = self._idle, []
         for connection in idle:
@@ -150,7 +157,7 @@ class SmtpPool:
 
     async def _connect(self, deadline: float) -> SmtpConnection:
         """Open a connection by `deadline` (loop time) or the end of the connect timeout."""
-        connection = SmtpConnection(self._on_done, self._on_lost)
+        connection = SmtpConnection(self._on_done, self._on_lost, self._next_ahead)
         self._live.add(connection)
         try:
             deadline = min(deadline, connection.loop.time() + self._connect_timeout)
@@ -164,20 +171,33 @@ class SmtpPool:
     # Outcomes
 
     def _on_done(self, connection: SmtpConnection, mail: Mail, error: Exception | None) -> None:
-        if error is None:
+        if connection.busy:  # with a mail sent ahead, whose end decides about the connection
+            if isinstance(error, StaleConnection):
+                self._start_again(mail, connection)
+            elif error is None:
+                mail.finish(None)
+            else:
+                self._fail(mail, error)
+        elif error is None:
             self._release(connection)
             mail.finish(None)
         elif isinstance(error, StaleConnection):
-            # Each repetition removes one stale connection, so it ends with a new one.
             self._discard(connection)
             self._use_free_slot()
-            self._start(mail, connection.loop.time())
+            self._start_again(mail, connection)
         elif isinstance(error, RelayBusy):
             self._discard(connection)
             self._lower_limit(mail, error)
         else:
             self._release(connection)
             self._fail(mail, error)
+
+    def _start_again(self, mail: Mail, connection: SmtpConnection) -> None:
+        """Send a mail for which the connection was stale. Each repetition removes one, so it ends with a new one."""
+        now = connection.loop.time()
+        if connection.busy or connection.sent_ahead:
+            self._ahead_from = now + _AHEAD_PAUSE
+        self._start(mail, now)
 
     def _fail(self, mail: Mail, error: Exception) -> None:
         """Report a failure; `SendCancelled` if it is not the relay's fault."""
@@ -230,6 +250,26 @@ class SmtpPool:
                 self._waiting.append(mail)
         if self._waiting:
             self._arm_waiting_timer(min(mail.connection_deadline for mail in self._waiting))
+
+    # Mails sent ahead
+
+    def _next_ahead(self, connection: SmtpConnection) -> Mail | None:
+        """The next waiting mail, if it may leave together with the content of the present one."""
+        if not self._waiting or self._closing or connection.loop.time() < self._ahead_from:
+            return None
+        if self._waiting[0].envelope.needs_smtputf8 and b"SMTPUTF8" not in connection.extensions:
+            return None
+        if self._ahead_timer is None:
+            self._ahead_timer = connection.loop.call_later(_AHEAD_SECONDS, self._end_late_ahead)
+        return self._waiting.popleft()
+
+    def _end_late_ahead(self) -> None:
+        """Send mails over another connection that wait behind a slow answer."""
+        self._ahead_timer = None
+        loop = asyncio.get_running_loop()
+        sent_before = loop.time() - _AHEAD_SECONDS
+        if sum(connection.end_late_ahead(sent_before) for connection in self._live):
+            self._ahead_timer = loop.call_later(_AHEAD_SECONDS, self._end_late_ahead)
 
     # Connections after a transaction
 

@@ -13,18 +13,20 @@ from worker.mail.responses import Response, ResponseReader
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from worker.mail.message import Mail
+    from worker.mail.message import Envelope, Mail
 
 _QUIT_SECONDS: Final = 0.5
 _CLOSING: Final = 421
 _NOT_IN_COMMAND: Final = re.compile(rb"[\r\n\0]")
 _NEXT: Final = {Step.RSET: Step.MAIL, Step.MAIL: Step.RCPT, Step.RCPT: Step.DATA}
+# Seconds. A connection whose last content was answered within this takes the next mail along.
+_PROMPT: Final = 0.02
 # Input is parsed as soon as it arrives, so one buffer serves all connections.
 _BUFFER: Final = memoryview(bytearray(65536))
 
 
 class StaleConnection(RelayUnavailable):
-    """The relay closed a kept connection before the transaction began."""
+    """The connection ended before the content was written, without fault of the mail: it may be sent over another."""
 
 
 class SmtpConnection(asyncio.BufferedProtocol):
@@ -38,8 +40,12 @@ class SmtpConnection(asyncio.BufferedProtocol):
         self,
         on_done: Callable[[SmtpConnection, Mail, Exception | None], None],
         on_lost: Callable[[SmtpConnection], None],
+        next_ahead: Callable[[SmtpConnection], Mail | None],
     ) -> None:
-        """`on_done`: a transaction has ended, with this error or None; another may begin in that call."""
+        """`on_done`: a transaction has ended, with this error or None; unless `busy`, another may begin in that call.
+
+        `next_ahead`: the mail, if any, whose commands may leave together with the content of the present one.
+        """
         self.loop: Final = asyncio.get_running_loop()
         self.transport: asyncio.Transport | None = None
         self.closed = False
@@ -47,6 +53,7 @@ class SmtpConnection(asyncio.BufferedProtocol):
         self.handshake_step = Step.CONNECT
         self._on_done = on_done
         self._on_lost = on_lost
+        self._next_ahead = next_ahead
         self._reader = ResponseReader()
         self._discarding = False
         self._used = False
@@ -54,13 +61,20 @@ class SmtpConnection(asyncio.BufferedProtocol):
         self._response: asyncio.Future[Response | None] = self.loop.create_future()
         # The transaction
         self._mail: Mail | None = None
-        self._done: tuple[Mail, Exception | None] | None = None  # reported once all input is processed
+        self._done: list[tuple[Mail, Exception | None]] = []  # reported once all input is processed
         self._step: Step | None = None  # whose reply is awaited; None: 354 has come, the content is next
         self._commands: list[bytes] = []  # not yet written
         self._refusal: Exception | None = None  # of the first refused command
         self._lone_dot = False  # RCPT was refused after DATA had been pipelined: if need be, end DATA with a lone dot
         self._needs_reset = False
         self._permitted = False  # `before_data` has been answered: the content may follow
+        # The mail sent ahead: its commands have left with the content of the one before, and await that one's reply
+        self._ahead: Mail | None = None
+        self._ahead_permitted = False
+        self.sent_ahead = False  # the present mail, or the last
+        self._ends_after_reply = False  # the mail sent ahead was taken back, so nobody writes the content it announced
+        self._content_written = 0.0  # loop time
+        self._prompt = False  # the last content was answered promptly
         # One timer for all deadlines: it is checked against `_deadline` when it fires, so no send resets it.
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -106,11 +120,8 @@ class SmtpConnection(asyncio.BufferedProtocol):
             self.loop.call_soon(self._on_done, self, mail, error)
             return
         self._mail, self._refusal, self._lone_dot, self._permitted = mail, None, False, False
-        parameters = b" SMTPUTF8" if envelope.needs_smtputf8 else b""
-        if b"8BITMIME" in self.extensions and not envelope.content.isascii():
-            parameters += b" BODY=8BITMIME"
-        begin = b"MAIL FROM:<%b>%b\r\n" % (envelope.sender.encode(), parameters)
-        commands = [begin, b"RCPT TO:<%b>\r\n" % envelope.recipient.encode(), b"DATA\r\n"]
+        self.sent_ahead = False
+        commands = self._commands_for(envelope)
         self._step = Step.MAIL
         if self._needs_reset:
             self._step = Step.RSET
@@ -124,6 +135,43 @@ class SmtpConnection(asyncio.BufferedProtocol):
             self._commands = commands
             self._write(commands.pop(0))
 
+    @property
+    def busy(self) -> bool:
+        """Whether a transaction is under way, or its end is still to be reported."""
+        return self._mail is not None or bool(self._done)
+
+    def end_late_ahead(self, moment: float) -> bool:
+        """End a mail sent ahead before `moment` (loop time) to which the relay has not come; whether one still waits.
+
+        Its outcome is `StaleConnection`. The connection ends with the reply to the content before it.
+        """
+        if self._ahead is not None:
+            if self._content_written > moment:
+                return True
+            self._end_ahead(StaleConnection(step=Step.MAIL))
+        elif self._mail is not None and self.sent_ahead and self._step is Step.MAIL:
+            # Some relays forget the commands that arrive with a content.
+            if self._content_written > moment:
+                return True
+            self._end(StaleConnection(step=Step.MAIL), drop=True)
+        return False
+
+    def _end_ahead(self, error: Exception) -> None:
+        """End the mail sent ahead before its turn; the one before it goes on."""
+        if self._ahead is not None:
+            self._done.append((self._ahead, error))
+            self._ahead = None
+            # DATA has left, so the relay would take whatever comes next for the content.
+            self._ends_after_reply = True
+            self.loop.call_soon(self._report)
+
+    def _commands_for(self, envelope: Envelope) -> list[bytes]:
+        parameters = b" SMTPUTF8" if envelope.needs_smtputf8 else b""
+        if b"8BITMIME" in self.extensions and not envelope.content.isascii():
+            parameters += b" BODY=8BITMIME"
+        begin = b"MAIL FROM:<%b>%b\r\n" % (envelope.sender.encode(), parameters)
+        return [begin, b"RCPT TO:<%b>\r\n" % envelope.recipient.encode(), b"DATA\r\n"]
+
     def _on_response(self, response: Response) -> None:
         step, first_digit = self._step, response.code // 100
         if step is None:  # unasked: whether it or the next one answers the content would be a guess
@@ -135,6 +183,7 @@ class SmtpConnection(asyncio.BufferedProtocol):
                 self._fail()
             else:
                 error = None if first_digit == 2 else classify(step, response.code, response.enhanced)
+                self._prompt = self.loop.time() - self._content_written < _PROMPT
                 self._end(error, drop=response.code == _CLOSING)
         elif step is Step.DATA:
             self._on_data_response(response)
@@ -169,9 +218,10 @@ class SmtpConnection(asyncio.BufferedProtocol):
     def _refuse(self, step: Step, response: Response) -> None:
         """Keep the error of the first refused command until the pipelined commands after it are answered, too."""
         error: Exception = classify(step, response.code, response.enhanced)
-        if step is Step.RSET or (self._used and step is Step.MAIL and response.code == _CLOSING):
+        closing = response.code == _CLOSING
+        if step is Step.RSET or (self._used and step is Step.MAIL and (closing or self.sent_ahead)):
             self._end(StaleConnection(response.code, response.enhanced, step), drop=True)
-        elif isinstance(error, RelayUnavailable) or response.code == _CLOSING:
+        elif isinstance(error, RelayUnavailable) or closing:
             self._end(error, drop=True)
         else:
             self._refusal = error
@@ -182,10 +232,19 @@ class SmtpConnection(asyncio.BufferedProtocol):
         try:
             mail.before_data(partial(self._on_permission, mail))
         except Exception as exc:  # noqa: BLE001 the caller's own error goes back to the caller
-            self._end(exc, drop=True)
+            if mail is self._ahead:
+                self._end_ahead(exc)
+            else:
+                self._end(exc, drop=True)
 
     def _on_permission(self, mail: Mail, permitted: bool) -> None:
         """Take the answer to `before_data`, unless the transaction that asked has ended meanwhile."""
+        if mail is self._ahead:
+            if permitted:
+                self._ahead_permitted = True
+            else:
+                self._end_ahead(SendAborted(step=Step.DATA))
+            return
         if mail is not self._mail:
             return
         if not permitted:
@@ -199,7 +258,15 @@ class SmtpConnection(asyncio.BufferedProtocol):
         """Write the content and the final dot: 354 and the permission have come."""
         if mail.still_permitted():
             self._step = Step.CONTENT
-            self._write(mail.envelope.content + b".\r\n")
+            self._content_written = self.loop.time()
+            ahead = self._next_ahead(self) if self._prompt and b"PIPELINING" in self.extensions else None
+            if ahead is None:
+                self._write(mail.envelope.content + b".\r\n")
+                return
+            # RFC 2920, 3.1: the content may be the first of a group of commands.
+            self._ahead, self._ahead_permitted = ahead, False
+            self._write(b"".join([mail.envelope.content, b".\r\n", *self._commands_for(ahead.envelope)]))
+            self._ask_before_data(ahead)
         else:
             self._end_unsent()
 
@@ -212,14 +279,24 @@ class SmtpConnection(asyncio.BufferedProtocol):
         mail, self._mail = self._mail, None
         self._used, self._needs_reset = True, error is not None
         if mail is not None:
-            self._done = mail, error
-        if drop:
+            if self.sent_ahead and self._step is not Step.CONTENT and type(error) is RelayUnavailable:
+                # The relay may be confused by the order of the commands alone, and the content has not left.
+                error = StaleConnection(error.code, error.enhanced, error.step)
+            self._done.append((mail, error))
+        ahead, self._ahead = self._ahead, None
+        if drop or self._ends_after_reply:
+            if ahead is not None:
+                self.sent_ahead = True
+                self._done.append((ahead, StaleConnection(step=Step.MAIL)))
             self.abort()
+        elif ahead is not None:
+            self._mail, self._refusal, self._lone_dot, self.sent_ahead = ahead, None, False, True
+            self._permitted, self._step = self._ahead_permitted, Step.MAIL
+            self.arm(ahead.attempt_deadline)
 
     def _report(self) -> None:
-        done, self._done = self._done, None
-        if done is not None:
-            mail, error = done
+        while self._done:
+            mail, error = self._done.pop(0)
             self._on_done(self, mail, error)
 
     def _fail(self) -> None:
@@ -227,7 +304,7 @@ class SmtpConnection(asyncio.BufferedProtocol):
         if not self._response.done():
             self._response.set_result(None)
         if self._mail is not None:
-            self._end(self._refusal or classify(self._step or Step.DATA, None, None))
+            self._end(self._refusal or classify(self._step or Step.DATA, None, None), drop=True)
         self.abort()
 
     # Deadline
@@ -306,7 +383,7 @@ class SmtpConnection(asyncio.BufferedProtocol):
         if self._timer:
             self._timer.cancel()
         if self._mail is not None and self._used and self._step in {Step.RSET, Step.MAIL}:
-            self._end(StaleConnection(step=self._step))
+            self._end(StaleConnection(step=self._step), drop=True)
         self._fail()
         self._report()
         self._on_lost(self)
