@@ -21,7 +21,7 @@ from producer.errors import VerifyError
 
 RESULTS: Final = Path(__file__).parent / "results"
 LATEST: Final = RESULTS / "latest.json"
-_AGAINST_OTHERS: Final = "abcde"  # the bars that need the peers
+_AGAINST_OTHERS: Final = "abcdelm"  # the bars that need the peers
 _INTERRUPTED: Final = 130  # exit status of a program that Ctrl-C ended
 
 
@@ -56,12 +56,20 @@ def _measure(plan: Plan, letters: str) -> int:
     results = bars.results(session.runs, letters)
     raw = about | {
         "seconds": round(session.elapsed),
+        "foreign": {
+            "before": round(session.foreign_before, 3),
+            "most": max((run.foreign for run in session.runs), default=0.0),
+        },
         "notes": session.notes,
         "bars": results,
         "runs": [run.written() for run in session.runs],
     }
     path = _write(raw, whole=letters == LETTERS)
-    session.say(f"\n{table.table(results)}\n\nin {session.elapsed / 60:.1f} min; every run is in {path}")
+    versions = about["versions"]
+    session.say(
+        f"\n{table.table(results)}\n\non Python {versions['python']} ({versions['python build']}), {versions['store']}"
+    )
+    session.say(f"in {session.elapsed / 60:.1f} min; every run is in {path}")
     for line in (*(f"left out: {what}" for what in plan.left_out), *session.notes):
         session.say(line)
     if letters == LETTERS and not plan.quick:
@@ -106,7 +114,7 @@ def _json(content: dict[str, Any]) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the bars, and compare with peers.")
-    parser.add_argument("--quick", action="store_true", help="under 4 minutes: fewer and shorter runs")
+    parser.add_argument("--quick", action="store_true", help="about 5 minutes: fewer and shorter runs")
     parser.add_argument("--bars", nargs="+", default=list(LETTERS), choices=list(LETTERS), help="only these")
     return parser.parse_args()
 

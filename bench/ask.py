@@ -38,9 +38,10 @@ class Asked:
     stored: Callable[[], Awaitable[Mapping[str, int]]]
     workers: int
     connections: int
+    tls: bool = False  # to the relay
 
 
-async def measure(sink: Sink, asked: Asked, callers: int, seconds: float, *, number: int) -> Run:
+async def measure(sink: Sink, asked: Asked, callers: int, seconds: float, *, number: int, scenario: str = "ask") -> Run:
     """One run: so many callers, for so long."""
     await asked.rig.clear()
     base, load = (await sink.count()).mails, os.getloadavg()[0]
@@ -52,13 +53,14 @@ async def measure(sink: Sink, asked: Asked, callers: int, seconds: float, *, num
     mails = (await sink.count()).mails - base
     others = {f"answers {code}": times for code, times in found["answers"].items() if code != "0"}
     return Run(
-        "ask",
+        scenario,
         asked.system,
         number,
         sink.latency * 1000,
         callers=callers,
         workers=asked.workers,
         connections=asked.connections,
+        tls=asked.tls,
         count=found["count"],
         seconds=found["seconds"],
         latencies={name: round(found[name], 3) for name in ("p50", "p90", "p99")},
@@ -71,14 +73,21 @@ async def measure(sink: Sink, asked: Asked, callers: int, seconds: float, *, num
 
 
 @asynccontextmanager
-async def ours(rig: Rig, sink: Sink, connections: int, workers: int) -> AsyncIterator[tuple[Asked, Asked]]:
-    """Workers and the API: by the asyncio client, and through the gRPC API. `connections`: of one worker."""
-    environment = rig.environment(RELAYS=sink.url, RELAY_CONNECTIONS=str(connections))
+async def ours(
+    rig: Rig, relay: str, workers: int, connections: int | None = None
+) -> AsyncIterator[tuple[Asked, Asked]]:
+    """Workers and the API: by the asyncio client, and through the gRPC API.
+
+    `relay`: a URL. `connections`: of one worker; without it as shipped.
+    """
+    given = {"RELAYS": relay} | ({} if connections is None else {"RELAY_CONNECTIONS": str(connections)})
+    environment = rig.environment(**given)
+    most, tls = rig.settings(**given).relay_connections, relay.startswith("smtps:")
 
     async def stored() -> Mapping[str, int]:
         return (await rig.counts())._asdict()
 
-    with rig.workers(workers, RELAYS=sink.url, RELAY_CONNECTIONS=str(connections)) as children:
+    with rig.workers(workers, **given) as children:
         api = processes.api(rig.directory, environment, usual=False)
         try:
             [place] = await asyncio.to_thread(api.says, r"gRPC API listens on [\d.]+:(\d+)")
@@ -88,27 +97,30 @@ async def ours(rig: Rig, sink: Sink, connections: int, workers: int) -> AsyncIte
             load = partial(asyncio_load, rig)
             warm_up = partial(load, _WARM_CALLERS, _WARM_SECONDS, "warm")
             yield (
-                Asked("asyncio", rig, client, warm_up, load, stored, workers, connections),
-                Asked("api", rig, parts, _calls(port, _WARM_CALLS), _grpc(port), stored, workers, connections),
+                Asked("asyncio", rig, client, warm_up, load, stored, workers, most, tls),
+                Asked("api", rig, parts, _calls(port, _WARM_CALLS), _grpc(port), stored, workers, most, tls),
             )
         finally:
             await asyncio.to_thread(api.stop)
 
 
 @asynccontextmanager
-async def theirs(rig: Rig, sink: Sink, peer: Peer, connections: int, workers: int) -> AsyncIterator[Asked]:
+async def theirs(
+    rig: Rig, sink: Sink, peer: Peer, workers: int, connections: int, *, tls: bool = False
+) -> AsyncIterator[Asked]:
     """A peer that answers gRPC."""
 
     async def stored() -> Mapping[str, int]:
         found = await asyncio.to_thread(peers.counts, rig.url)
         return {"codes": found.codes} | ({} if peer.name == "old" else {"marks": found.marks})  # it makes no marks
 
+    port, trusted = (sink.tls_port, sink.trusted) if tls else (sink.port, None)
     with peers.running(
-        peer, redis_url=rig.url, relay_port=sink.port, connections=connections, processes=workers
+        peer, redis_url=rig.url, relay_port=port, connections=connections, processes=workers, trusted=trusted
     ) as running:
         parts = {"server": running.pids}
         warm_up = _calls(running.port, peer.warm_after * workers)  # each process has to become so
-        yield Asked(peer.name, rig, parts, warm_up, _grpc(running.port), stored, workers, connections)
+        yield Asked(peer.name, rig, parts, warm_up, _grpc(running.port), stored, workers, connections, tls)
 
 
 async def asyncio_load(

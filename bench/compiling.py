@@ -20,9 +20,13 @@ class CannotCompile(VerifyError):
     """A C program cannot be compiled."""
 
 
-def compiled(source: Path) -> Path:
-    """The program of `source`, compiled if this text of it has not been before. Raises `CannotCompile`."""
-    program = BUILD / f"{source.stem}-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
+def compiled(source: Path, *options: str) -> Path:
+    """The program of `source`, compiled if this text of it has not been before. Raises `CannotCompile`.
+
+    `options`: of the compiler, after the source.
+    """
+    text = source.read_bytes() + " ".join(options).encode()
+    program = BUILD / f"{source.stem}-{hashlib.sha256(text).hexdigest()[:16]}"
     if program.exists():
         return program
     compiler = shutil.which(os.environ.get("CC", "cc"))
@@ -32,7 +36,7 @@ def compiled(source: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=BUILD) as directory:
         made = Path(directory) / source.stem
         done = subprocess.run(  # noqa: S603 - our own source
-            [compiler, "-O2", "-o", str(made), str(source)], capture_output=True, text=True, check=False
+            [compiler, "-O2", "-o", str(made), str(source), *options], capture_output=True, text=True, check=False
         )
         if done.returncode:
             raise CannotCompile(f"{source.name} does not compile:\n{done.stderr}")

@@ -7,6 +7,8 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -32,10 +34,24 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what VerifyServer runs on; the peers know their own."""
-    found = {"python": platform.python_version(), **{name: version(name) for name in _OURS}}
+    found = {"python": platform.python_version(), "python build": interpreter()}
+    found |= {name: version(name) for name in _OURS}
     # "Redis server v=7.0.15 sha=...": the first words say it.
     store = re.search(r"^(\w+) server v=(\S+)", _said(server.program(), "--version"))
     return found | {"store": f"{store[1]} {store[2]}" if store else "unknown", "cc": _said("cc", "--version")}
+
+
+def interpreter() -> str:
+    """How this interpreter was built: one with PGO and LTO takes a few percent less CPU."""
+    words = {name: str(sysconfig.get_config_var(name) or "") for name in ("CONFIG_ARGS", "PY_CORE_CFLAGS", "PY_CFLAGS")}
+    options, flags = words.pop("CONFIG_ARGS"), " ".join(words.values())
+    just_in_time = getattr(sys, "_jit", None)  # since 3.14
+    has = {
+        "PGO": "--enable-optimizations" in options or "-fprofile-use" in flags,
+        "LTO": bool(re.search(r"--with-lto(?!=no)", options)) or "-flto" in flags,
+        "JIT": just_in_time.is_enabled() if just_in_time else "--enable-experimental-jit" in options,
+    }
+    return ", ".join([platform.python_compiler(), *(name if there else f"no {name}" for name, there in has.items())])
 
 
 def commit() -> tuple[str, bool]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-LETTERS: Final = "abcdefghijk"
+LETTERS: Final = "abcdefghijklmn"
 RELAY_SLOW_MS: Final = 50.0  # bars b and g
 RELAY_SLOWEST_MS: Final = 200.0  # bar i
 BACKLOGS: Final = (1_000, 100_000, 1_000_000)  # bar h
 LONE_BACKLOG: Final = 100_000  # bar j
 PROCESSES: Final = 2  # of whatever drains with more than one, or answers with one for each core
-USUAL_CONNECTIONS: Final = 32  # of one process to the relay: the default of VERIFY_RELAY_CONNECTIONS
+USUAL_CONNECTIONS: Final = 32  # of one process to the relay, unless it is as shipped
 MANY_CONNECTIONS: Final = 256  # of one system to a slow relay: as many as callers wait
 
 # Mails a second that a system drains here, about, at 0 ms: from it follows how many make a run long enough. A count of
@@ -33,7 +33,7 @@ OURS: Final = {  # title and setting of what is ours
     ),
     "api": (
         "VerifyServer, gRPC API",
-        "`python -m producer serve`, two workers; set as above. The load client is the one that the Node servers get.",
+        "`python -m producer serve`, two workers (l, m: one; n: one or two); set as above. The Node servers' load.",
     ),
     "worker": (
         "VerifyServer",
@@ -51,13 +51,15 @@ class Plan:
     """Times are seconds."""
 
     quick: bool
-    rounds: int  # of A B A B
+    rounds: int  # of A B A B; a multiple of 2 and 3, so that each of as many systems begins equally often
     callers: tuple[int, ...]  # that ask at once, relay at 0 ms
     slow_callers: tuple[int, ...]  # the same, relay at 50 ms
-    old_callers: tuple[int, ...]  # of these, those that ask the old server as its users run it
-    old_slow_callers: tuple[int, ...]
+    replacing: dict[float, tuple[int, ...]]  # bar l: callers by ms of the relay
+    replacing_plain: tuple[int, ...]  # callers, bar m
+    second: tuple[int, ...]  # callers, bar n
     ask: float  # of one run of asking
     lone: float  # of one run of a lone caller
+    ask_slow: float  # of one run of asking, relay at 50 ms: a caller whose last answer comes late loses a whole turn
     drain: float  # of the measured part of a drain
     peers: tuple[str, ...]  # that drain
     slow_connections: tuple[int, ...]  # bar g
@@ -74,13 +76,15 @@ class Plan:
 
 FULL: Final = Plan(
     quick=False,
-    rounds=5,
+    rounds=6,
     callers=(1, 16, 64, 256),
-    slow_callers=(16, 64, 256),
-    old_callers=(1, 16, 64, 256),
-    old_slow_callers=(16, 64, 256),
+    slow_callers=(64, 256),
+    replacing={0.0: (1, 5, 64, 256), RELAY_SLOW_MS: (1, 5, 64, 256)},
+    replacing_plain=(64, 256),
+    second=(1, 5, 64),
     ask=4.0,
     lone=4.0,
+    ask_slow=6.0,
     drain=4.0,
     peers=("bullmq", "bullmq_pipelined", "dramatiq", "celery"),
     slow_connections=(32, 256),
@@ -99,10 +103,12 @@ QUICK: Final = Plan(
     rounds=2,
     callers=(1, 64, 256),
     slow_callers=(64, 256),
-    old_callers=(1,),
-    old_slow_callers=(),
+    replacing={0.0: (1, 64), RELAY_SLOW_MS: (256,)},
+    replacing_plain=(64,),
+    second=(1, 64),
     ask=1.2,
     lone=1.0,
+    ask_slow=2.0,
     drain=1.2,
     peers=("bullmq", "bullmq_pipelined"),
     slow_connections=(32,),
@@ -115,8 +121,8 @@ QUICK: Final = Plan(
     climbs=2,
     starts=2,
     left_out=(
-        "two rounds in place of five, each run 1 to 2 s; h has one round, j one answer",
-        "16 callers; the old server as its users run it, but for the lone caller",
+        "two rounds in place of six, each run 1 to 2 s; h has one round, j one answer",
+        "16 callers; in l, m and n some numbers of callers",
         "dramatiq and stock Celery",
         "g with 256 connections, i with 2 and 4 workers, j while others keep coming",
         "the report, which is drawn from whole runs",

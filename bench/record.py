@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import Any, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
+
+MOST_FOREIGN: Final = 0.1  # share of the machine's CPU that others may use while a rate is measured
 
 
 class Spread(NamedTuple):
@@ -34,6 +36,7 @@ class Run:
     callers: int = 0  # that ask at once
     workers: int = 0  # processes
     connections: int = 0  # of one process to the relay, at most
+    tls: bool = False  # implicit, to the relay
     backlog: int = 0  # requests that wait
     count: int = 0  # requests that were measured, all answered Success
     seconds: float = 0.0  # of the measured part
@@ -42,12 +45,23 @@ class Run:
     cpu_count: int = 0  # requests that this CPU time served
     figures: Mapping[str, float] = field(default_factory=dict)  # what only this scenario has
     load: float = 0.0  # of the machine as it began
+    foreign: float = 0.0  # share of the machine's CPU that others used meanwhile
     void: str = ""  # why it does not count
 
     @property
     def rate(self) -> float:
         """Mails a second."""
         return self.count / self.seconds if self.seconds else 0.0
+
+    @property
+    def loaded(self) -> bool:
+        """Whether others used so much of the machine that rates and times mean nothing."""
+        return self.foreign > MOST_FOREIGN
+
+    @property
+    def cpu_sum(self) -> float:
+        """The microseconds of CPU for a request, of all parts together."""
+        return sum(self.cpu_each().values())
 
     def cpu_each(self) -> dict[str, float]:
         """The microseconds of CPU for a request, by part."""

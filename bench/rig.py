@@ -66,6 +66,7 @@ class Rig:
         self.directory = directory
         self.redis = redis
         self.url = url
+        self.variables: dict[str, str] = {}  # of the processes' environment, beside settings
         self.server = RedisConnections().connection(url)
 
     def settings(self, **given: str) -> Settings:
@@ -76,7 +77,7 @@ class Rig:
         """For a process: ours, with these settings and no others."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("VERIFY_")}
         own = {"REDIS_URL": self.url, "METRICS_BIND": "127.0.0.1:0", **given}
-        return inherited | {f"VERIFY_{name}": value for name, value in own.items()}
+        return inherited | self.variables | {f"VERIFY_{name}": value for name, value in own.items()}
 
     def start_worker(self, **given: str) -> Child:
         """A worker, which the caller stops."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
 from bench import ask, drain, hold, ladder, peers, rig, starts
 from bench.ask import Asked
@@ -30,6 +30,8 @@ _OVERHEAD: Final = 0.8  # seconds of a run in which nothing is measured: process
 
 _WARM_UP: Final = 3.0  # seconds until a system that is asked is warm
 
+T = TypeVar("T")
+
 
 def scenarios(plan: Plan, letters: str) -> list[Scenario]:
     """Those that these bars need."""
@@ -42,12 +44,16 @@ def scenarios(plan: Plan, letters: str) -> list[Scenario]:
         Ladder(plan),
         Lone(plan),
         Backlogs(plan),
+        Replacing(plan, 0.0, tls=True),
+        Replacing(plan, RELAY_SLOW_MS, tls=True),
+        Replacing(plan, 0.0, tls=False),
+        Second(plan),
     ]
     return [each for each in every if set(each.bars) & set(letters)]
 
 
 class Asking:
-    """Callers ask and wait: our client, our API, the old server as it was and at its best."""
+    """Callers ask and wait: our client, our API, the best Node server."""
 
     def __init__(self, plan: Plan, letters: str, relay_ms: float) -> None:
         self.bars = "b" if relay_ms else "acd"
@@ -56,12 +62,15 @@ class Asking:
         self._connections = MANY_CONNECTIONS if relay_ms else USUAL_CONNECTIONS
         self._turns = turns(plan, letters, slow=relay_ms > 0)
         self._plan = plan
-        one_round = sum((plan.lone if callers == 1 else plan.ask) + _OVERHEAD for _, callers in self._turns)
+        one_round = sum(
+            len(names) * (_time_of(plan, callers, relay_ms / 1000) + _OVERHEAD)
+            for callers, names in self._turns.items()
+        )
         self.seconds = 3 + _WARM_UP * len(self._systems) + one_round * plan.rounds
 
     @property
     def _systems(self) -> list[str]:
-        return list(dict.fromkeys(system for system, _ in self._turns))
+        return list(dict.fromkeys(name for names in self._turns.values() for name in names))
 
     async def run(self, session: Session) -> None:
         """See `Scenario`."""
@@ -71,36 +80,107 @@ class Asking:
             if {"asyncio", "api"} & set(self._systems):
                 own = stack.enter_context(rig.opened())
                 for each in await stack.enter_async_context(
-                    ask.ours(own, sink, self._connections // PROCESSES, PROCESSES)
+                    ask.ours(own, sink.url, PROCESSES, self._connections // PROCESSES)
                 ):
                     asked[each.system] = each
             for name in self._systems:
                 if name in peers_by_name():
                     place = stack.enter_context(rig.opened())
                     asked[name] = await stack.enter_async_context(
-                        ask.theirs(place, sink, peers_by_name()[name], self._connections // PROCESSES, PROCESSES)
+                        ask.theirs(place, sink, peers_by_name()[name], PROCESSES, self._connections // PROCESSES)
                     )
             for name in self._systems:
                 await asked[name].warm_up()
             for number in range(1, self._plan.rounds + 1):
-                for name, callers in self._turns:
-                    seconds = self._plan.lone if callers == 1 else self._plan.ask
-                    measure = partial(ask.measure, sink, asked[name], callers, seconds, number=number)
-                    await session.take(f"round {number}, {callers} callers, {name}", measure)
+                for callers, names in self._turns.items():
+                    seconds = _time_of(self._plan, callers, self._relay)
+                    for name in rotate(names, number):
+                        measure = partial(ask.measure, sink, asked[name], callers, seconds, number=number)
+                        await session.take(f"round {number}, {callers} callers, {name}", measure)
 
 
-def turns(plan: Plan, letters: str, *, slow: bool) -> list[tuple[str, int]]:
-    """Who is asked by how many callers, in one round."""
-    found: list[tuple[str, int]] = []
+def turns(plan: Plan, letters: str, *, slow: bool) -> dict[int, list[str]]:
+    """Who is asked, by how many callers."""
+    found: dict[int, list[str]] = {}
     for callers in plan.slow_callers if slow else plan.callers:
         if slow:
             ours = ["asyncio"] if plan.quick else ["asyncio", "api"]
         else:
             ours = ["asyncio"] if "a" in letters and (callers > 1 or not plan.quick) else []
             ours += ["api"] if ("d" if callers == 1 else "c") in letters else []
-        old = ["old"] if callers in (plan.old_slow_callers if slow else plan.old_callers) else []
-        found += [(system, callers) for system in (*ours, "old_best", *old) if ours]
+        if ours:
+            found[callers] = [*ours, "old_best"]
     return found
+
+
+class Replacing:
+    """Our gRPC API and one worker in place of the old server, both as they ship."""
+
+    def __init__(self, plan: Plan, relay_ms: float, *, tls: bool) -> None:
+        self.bars = "l" if tls else "m"
+        self.title = f"Replace the old server, {'TLS' if tls else 'no TLS'}, relay {relay_ms:g} ms"
+        self._relay, self._tls, self._plan = relay_ms / 1000, tls, plan
+        self._callers = plan.replacing[relay_ms] if tls else plan.replacing_plain
+        self.seconds = 4 + 2 * _WARM_UP + _time_of_two(plan, self._callers, self._relay)
+
+    async def run(self, session: Session) -> None:
+        """See `Scenario`."""
+        async with AsyncExitStack() as stack:
+            sink = await stack.enter_async_context(Sink(self._relay, tls=self._tls))
+            own, place = stack.enter_context(rig.opened()), stack.enter_context(rig.opened())
+            if self._tls:
+                own.variables["SSL_CERT_FILE"] = str(sink.trusted)
+            _, api = await stack.enter_async_context(ask.ours(own, sink.login_url(tls=self._tls), 1))
+            peer = peers_by_name()["old"]
+            old = await stack.enter_async_context(ask.theirs(place, sink, peer, 1, 1, tls=self._tls))
+            await _take_turns(session, self._plan, sink, (api, old), self._callers, "replace")
+
+
+class Second:
+    """Two workers where one suffices, as they ship: each pair has an API and a Redis of its own."""
+
+    bars = "n"
+    title = "A second worker"
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.seconds = 4 + 2 * _WARM_UP + _time_of_two(plan, plan.second, 0.0)
+
+    async def run(self, session: Session) -> None:
+        """See `Scenario`."""
+        async with AsyncExitStack() as stack:
+            sink = await stack.enter_async_context(Sink(0))
+            systems = []
+            for workers in (1, 2):
+                own = stack.enter_context(rig.opened())
+                _, api = await stack.enter_async_context(ask.ours(own, sink.url, workers))
+                systems.append(api)
+            await _take_turns(session, self._plan, sink, systems, self._plan.second, "second")
+
+
+async def _take_turns(
+    session: Session, plan: Plan, sink: Sink, systems: Sequence[Asked], callers: Sequence[int], scenario: str
+) -> None:
+    for each in systems:
+        await each.warm_up()
+    for number in range(1, plan.rounds + 1):
+        for count in callers:
+            for each in rotate(systems, number):
+                seconds = _time_of(plan, count, sink.latency)
+                measure = partial(ask.measure, sink, each, count, seconds, number=number, scenario=scenario)
+                await session.take(f"round {number}, {count} callers, {each.system} on {each.workers}", measure)
+
+
+def _time_of(plan: Plan, callers: int, latency: float) -> float:
+    """Seconds of one run of asking."""
+    if callers == 1:
+        return plan.lone
+    return plan.ask_slow if latency else plan.ask
+
+
+def _time_of_two(plan: Plan, callers: Sequence[int], latency: float) -> float:
+    """Seconds of all runs of two systems."""
+    return plan.rounds * 2 * sum(_time_of(plan, count, latency) + _OVERHEAD for count in callers)
 
 
 class Draining:
@@ -121,16 +201,17 @@ class Draining:
         async with AsyncExitStack() as stack:
             sink = await stack.enter_async_context(Sink(0))
             own = stack.enter_context(rig.opened())
-            drained: list[Drained] = []
+            groups: list[list[Drained]] = []  # in each, all begin equally often
             if self._peers:
-                drained.append(Workers(own, PROCESSES, USUAL_CONNECTIONS))
-            for name in self._peers:
-                place = stack.enter_context(rig.opened())
-                drained.append(PeerDrain(place, peers_by_name()[name], PROCESSES, USUAL_CONNECTIONS))
+                found: list[Drained] = [Workers(own, PROCESSES, USUAL_CONNECTIONS)]
+                for name in self._peers:
+                    place = stack.enter_context(rig.opened())
+                    found.append(PeerDrain(place, peers_by_name()[name], PROCESSES, USUAL_CONNECTIONS))
+                groups += [found[:3], found[3:]]  # those of the bar, those that are only stated
             if self._alone:
-                drained += [Workers(own, 1, USUAL_CONNECTIONS), Pool(own, USUAL_CONNECTIONS)]
+                groups.append([Workers(own, 1, USUAL_CONNECTIONS), Pool(own, USUAL_CONNECTIONS)])
             for number in range(1, self._plan.rounds + 1):
-                for each in drained:
+                for each in (each for group in groups for each in rotate(group, number)):
                     name = each.system
                     share = Share(_warm(name), round(USUAL_RATE[name] * self._plan.drain))
                     measure = partial(drain.measure, sink, each, share, scenario="drain", number=number)
@@ -253,9 +334,9 @@ def alternate(steps: Sequence[int], number: int) -> Sequence[int]:
     return steps if number % 2 else steps[::-1]
 
 
-def rotate(steps: Sequence[int], number: int) -> Sequence[int]:
+def rotate(steps: Sequence[T], number: int) -> Sequence[T]:
     """Begun one further in each round: in as many rounds as there are steps, each has each place once."""
-    first = (number - 1) % len(steps)
+    first = (number - 1) % max(1, len(steps))
     return [*steps[first:], *steps[:first]]
 
 

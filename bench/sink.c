@@ -1,8 +1,10 @@
 /* A relay that takes every mail, with the latency it is given, and counts. Linux only, one thread.
 
-       sink PORT LATENCY_MS
+       sink PORT LATENCY_MS [PEM]
 
-   Listens on 127.0.0.1 (port 0: a free one) and says "port N" when it does. Ends on SIGTERM, or with its parent.
+   Listens on 127.0.0.1 (port 0: a free one) and says "ports N 0" when it does. Ends on SIGTERM, or with its parent.
+   Compiled with -DTLS -lssl -lcrypto, and with key and certificate in a PEM file, it listens on a second, free port with
+   implicit TLS, and says "ports N M". Any login is right.
    A mail's 250 goes LATENCY_MS after its final dot. Meanwhile its connection's further commands wait, and all other
    connections go on. A mail counts when its 250 is due, unless its connection was reset before.
    XCOUNT answers "250 mails=N connections=N most=N": mails taken, connections that said EHLO or HELO, the most of these
@@ -30,11 +32,18 @@
 #include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef TLS
+#include <openssl/err.h>
+#include <openssl/ssl.h>
+#endif
 
 enum { INPUT = 1 << 16, OUTPUT = 1 << 16, LINE = 2048, REPLY = 256, EVENTS = 256 };
 
 struct session {
     int fd;
+#ifdef TLS
+    SSL *tls; /* NULL: none */
+#endif
     bool greeted;   /* it counts */
     bool sender;    /* MAIL was accepted */
     bool recipient; /* RCPT was accepted */
@@ -55,9 +64,14 @@ struct session {
     struct session *earlier, *later;
 };
 
+#define BANNER "220 sink\r\n"
 static const char END[] = "\r\n.\r\n";
 
 static int epoll, listener, timer;
+static int tls_listener = -1;
+#ifdef TLS
+static SSL_CTX *tls;
+#endif
 static int64_t latency; /* ns */
 static uint64_t mails, connections, most;
 static struct session *first, *last; /* the queue: all wait equally long, so it is in order of `due` */
@@ -153,7 +167,9 @@ static void on_command(struct session *s) {
     } else if (says(s, "RSET")) {
         forget_transaction(s);
     } else if (says(s, "EHLO")) {
-        return greet(s, "250-sink\r\n250-PIPELINING\r\n250-8BITMIME\r\n250 SMTPUTF8\r\n");
+        return greet(s, "250-sink\r\n250-PIPELINING\r\n250-8BITMIME\r\n250-AUTH PLAIN\r\n250 SMTPUTF8\r\n");
+    } else if (says(s, "AUTH PLAIN ")) {
+        return reply("235 welcome\r\n");
     } else if (says(s, "HELO")) {
         return greet(s, "250 sink\r\n");
     } else if (says(s, "QUIT")) {
@@ -214,19 +230,31 @@ static size_t read_input(struct session *s, size_t length) {
 
 /* Sessions */
 
-static void open_session(int fd) {
+static void open_session(int fd, bool encrypted) {
     int on = 1;
     struct session *s = allocate(sizeof *s);
     struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, .data.ptr = s};
     s->fd = fd;
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+#ifdef TLS
+    if (encrypted) {
+        s->tls = SSL_new(tls);
+        if (!s->tls || !SSL_set_fd(s->tls, fd)) fail("SSL_new");
+        SSL_set_accept_state(s->tls);
+    }
+#endif
     if (epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event)) fail("epoll_ctl");
-    reply("220 sink\r\n");
+    if (!encrypted) reply(BANNER);
 }
 
 static void close_session(struct session *s) {
     if (s->waiting) dequeue(s);
     if (s->greeted) connections--;
+#ifdef TLS
+    if (s->tls && !s->broken) SSL_shutdown(s->tls); /* says that this is the end */
+    SSL_free(s->tls);
+    ERR_clear_error();
+#endif
     close(s->fd);
     free(s->held);
     free(s->unsent);
@@ -242,8 +270,22 @@ static void keep_unsent(struct session *s, const char *bytes, size_t length) {
     s->unsent_length += length;
 }
 
+#ifdef TLS
+/* What a call brought: bytes, or 0 if it has to wait or the session is broken. */
+static size_t tls_result(struct session *s, int result) {
+    if (result > 0) return (size_t)result;
+    int error = SSL_get_error(s->tls, result);
+    s->broken = error != SSL_ERROR_WANT_READ && error != SSL_ERROR_WANT_WRITE;
+    ERR_clear_error();
+    return 0;
+}
+#endif
+
 /* How many of these bytes the socket took. */
 static size_t send_some(struct session *s, const char *bytes, size_t length) {
+#ifdef TLS
+    if (s->tls) return tls_result(s, SSL_write(s->tls, bytes, (int)length));
+#endif
     ssize_t sent = send(s->fd, bytes, length, MSG_NOSIGNAL);
     if (sent >= 0) return (size_t)sent;
     s->broken = errno != EAGAIN;
@@ -265,6 +307,23 @@ static void send_unsent(struct session *s) {
     free(old);
 }
 
+#ifdef TLS
+/* One record; the handshake first, after which the banner goes. */
+static size_t receive_encrypted(struct session *s) {
+    if (!SSL_is_init_finished(s->tls)) {
+        if (!tls_result(s, SSL_accept(s->tls))) {
+            s->readable = false;
+            return 0;
+        }
+        reply(BANNER);
+        send_output(s);
+    }
+    size_t length = tls_result(s, SSL_read(s->tls, input, INPUT));
+    if (!length) s->readable = false; /* all that was there is read: what comes later is a new event */
+    return length;
+}
+#endif
+
 /* Fill `input`; how many bytes, 0 if there are none now. */
 static size_t receive(struct session *s) {
     if (s->held) {
@@ -275,6 +334,9 @@ static size_t receive(struct session *s) {
         return length;
     }
     if (!s->readable) return 0;
+#ifdef TLS
+    if (s->tls) return receive_encrypted(s);
+#endif
     ssize_t length = recv(s->fd, input, INPUT, 0);
     /* A short read has emptied the socket: what comes later is a new event. */
     s->readable = length == INPUT || s->hung_up;
@@ -321,11 +383,11 @@ static void on_timer(void) {
     if (first) set_timer();
 }
 
-static void on_connections(void) {
+static void on_connections(int from) {
     int fd;
-    while ((fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)) >= 0) {
-        open_session(fd);
-        send(fd, output, output_length, MSG_NOSIGNAL); /* an empty socket takes it */
+    while ((fd = accept4(from, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)) >= 0) {
+        open_session(fd, from == tls_listener);
+        if (output_length) send(fd, output, output_length, MSG_NOSIGNAL); /* an empty socket takes it */
         output_length = 0;
     }
     if (errno != EAGAIN && errno != ECONNABORTED && errno != EINTR) fail("accept4");
@@ -338,40 +400,71 @@ static void watch(int fd, void *mark) {
     if (epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event)) fail("epoll_ctl");
 }
 
-static void start(uint16_t port) {
-    struct rlimit files;
+static int listen_at(uint16_t port, unsigned *bound) {
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(port)};
     socklen_t length = sizeof address;
-    int on = 1;
+    int on = 1, fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (fd < 0) fail("socket");
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    if (bind(fd, (struct sockaddr *)&address, sizeof address) || listen(fd, SOMAXCONN)) fail("listen");
+    if (getsockname(fd, (struct sockaddr *)&address, &length)) fail("getsockname");
+    *bound = ntohs(address.sin_port);
+    return fd;
+}
+
+static void start_tls(const char *pem) {
+#ifdef TLS
+    tls = SSL_CTX_new(TLS_server_method());
+    if (!tls || SSL_CTX_use_certificate_chain_file(tls, pem) != 1 ||
+        SSL_CTX_use_PrivateKey_file(tls, pem, SSL_FILETYPE_PEM) != 1) {
+        ERR_print_errors_fp(stderr);
+        exit(1);
+    }
+    /* What the socket did not take is kept elsewhere and tried again. */
+    SSL_CTX_set_mode(tls, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
+    SSL_CTX_set_read_ahead(tls, 1);
+#else
+    fprintf(stderr, "no TLS for %s: compile with -DTLS -lssl -lcrypto\n", pem);
+    exit(2);
+#endif
+}
+
+static void start(uint16_t port, const char *pem) {
+    struct rlimit files;
+    unsigned bound, tls_bound = 0;
     if (!getrlimit(RLIMIT_NOFILE, &files)) {
         files.rlim_cur = files.rlim_max;
         setrlimit(RLIMIT_NOFILE, &files);
     }
     epoll = epoll_create1(EPOLL_CLOEXEC);
     timer = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
-    listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    if (epoll < 0 || timer < 0 || listener < 0) fail("socket");
-    setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    if (bind(listener, (struct sockaddr *)&address, sizeof address) || listen(listener, SOMAXCONN)) fail("listen");
-    if (getsockname(listener, (struct sockaddr *)&address, &length)) fail("getsockname");
+    if (epoll < 0 || timer < 0) fail("epoll_create1");
+    listener = listen_at(port, &bound);
     watch(listener, &listener);
     watch(timer, &timer);
-    printf("port %u\n", ntohs(address.sin_port));
+    if (pem) {
+        start_tls(pem);
+        tls_listener = listen_at(0, &tls_bound);
+        watch(tls_listener, &tls_listener);
+    }
+    printf("ports %u %u\n", bound, tls_bound);
     fflush(stdout);
 }
 
 int main(int count, char **words) {
     char *port_end = "", *latency_end = "";
-    long port = count == 3 ? strtol(words[1], &port_end, 10) : -1;
-    double milliseconds = count == 3 ? strtod(words[2], &latency_end) : -1;
+    bool counted = count == 3 || count == 4;
+    long port = counted ? strtol(words[1], &port_end, 10) : -1;
+    double milliseconds = counted ? strtod(words[2], &latency_end) : -1;
     if (*port_end || *latency_end || port < 0 || port > 65535 || !(milliseconds >= 0 && milliseconds < 1e6)) {
-        fprintf(stderr, "usage: sink PORT LATENCY_MS\n");
+        fprintf(stderr, "usage: sink PORT LATENCY_MS [PEM]\n");
         return 2;
     }
     prctl(PR_SET_PDEATHSIG, SIGTERM);
     latency = (int64_t)(milliseconds * 1e6);
-    start((uint16_t)port);
+    signal(SIGPIPE, SIG_IGN);
+    start((uint16_t)port, words[3]);
     for (;;) {
         struct epoll_event events[EVENTS];
         bool rang = false;
@@ -379,7 +472,9 @@ int main(int count, char **words) {
         if (happened < 0 && errno != EINTR) fail("epoll_wait");
         for (int i = 0; i < happened; i++) {
             if (events[i].data.ptr == &listener)
-                on_connections();
+                on_connections(listener);
+            else if (events[i].data.ptr == &tls_listener)
+                on_connections(tls_listener);
             else if (events[i].data.ptr == &timer)
                 rang = true; /* later: it may close a session that has an event here */
             else

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import re
+import tempfile
 import time
 from pathlib import Path
 from typing import Final, NamedTuple, Self
+
+import trustme
 
 from bench.compiling import compiled
 from producer.errors import VerifyError
 
 HOST: Final = "127.0.0.1"
 SOURCE: Final = Path(__file__).parent / "sink.c"
+
+_TLS: Final = ("-DTLS", "-lssl", "-lcrypto")  # what it is compiled with; Debian: libssl-dev
+_LOGIN: Final = "no-reply%40example.com:password"  # it takes any
 
 _SHORTEST, _LONGEST = 0.002, 0.1  # seconds from one look at the count to the next
 _COUNT: Final = re.compile(rb"250 mails=(\d+) connections=(\d+) most=(\d+)\r\n")
@@ -33,12 +39,15 @@ class Count(NamedTuple):
 class Sink:
     """`async with Sink(latency) as sink:`; latency is the seconds from a mail's final dot to its 250.
 
-    Takes every mail that arrives at `url`. Ends with the block, or with this process.
+    Takes every mail that arrives at `url`. Ends with the block, or with this process. With `tls`, `tls_port` speaks
+    implicit TLS, with a certificate made for it alone: whoever trusts those in the PEM file `trusted` accepts it.
     """
 
-    def __init__(self, latency: float) -> None:
+    def __init__(self, latency: float, *, tls: bool = False) -> None:
         self.latency = latency
         self.port = 0
+        self.tls_port = 0
+        self._directory = tempfile.TemporaryDirectory(prefix="verify-sink-") if tls else None
         self._asking = asyncio.Lock()
         self._process: asyncio.subprocess.Process
         self._reader: asyncio.StreamReader
@@ -48,6 +57,18 @@ class Sink:
     def url(self) -> str:
         """For `VERIFY_RELAYS`."""
         return f"smtp://{HOST}:{self.port}"
+
+    def login_url(self, *, tls: bool) -> str:
+        """The same, with a name and a password; over implicit TLS, if it speaks that."""
+        scheme, port = ("smtps", self.tls_port) if tls else ("smtp", self.port)
+        return f"{scheme}://{_LOGIN}@{HOST}:{port}"
+
+    @property
+    def trusted(self) -> Path:
+        """A PEM file with the certificate that vouches for it."""
+        if self._directory is None:
+            raise ValueError("this sink speaks no TLS")
+        return Path(self._directory.name) / "ca.pem"
 
     @property
     def pid(self) -> int:
@@ -79,21 +100,32 @@ class Sink:
         return time.monotonic()
 
     async def __aenter__(self) -> Self:
-        program = await asyncio.to_thread(compiled, SOURCE)
+        program = await asyncio.to_thread(compiled, SOURCE, *(_TLS if self._directory else ()))
+        words = ["0", f"{self.latency * 1000:g}", *([str(self._certificate())] if self._directory else [])]
         self._process = await asyncio.create_subprocess_exec(
-            program, "0", f"{self.latency * 1000:g}", stdout=asyncio.subprocess.PIPE, start_new_session=True
+            program, *words, stdout=asyncio.subprocess.PIPE, start_new_session=True
         )
         assert self._process.stdout is not None  # noqa: S101 - it was asked for
         said = await self._process.stdout.readline()
-        if not said.startswith(b"port "):
+        if not said.startswith(b"ports "):
             raise NoSink(f"the sink ended with status {await self._process.wait()} before it listened")
-        self.port = int(said.split()[1])
+        self.port, self.tls_port = (int(word) for word in said.split()[1:])
         self._reader, self._writer = await asyncio.open_connection(HOST, self.port)
         await self._reader.readline()  # the banner
         return self
+
+    def _certificate(self) -> Path:
+        """Key and certificate in one PEM file; P-256, whose handshakes are cheap for both sides."""
+        authority = trustme.CA()
+        authority.cert_pem.write_to_path(self.trusted)
+        path = self.trusted.with_name("server.pem")
+        authority.issue_cert(HOST).private_key_and_cert_chain_pem.write_to_path(path)
+        return path
 
     async def __aexit__(self, *_: object) -> None:
         self._writer.close()
         if self._process.returncode is None:
             self._process.terminate()
         await self._process.wait()
+        if self._directory is not None:
+            self._directory.cleanup()

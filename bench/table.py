@@ -15,11 +15,12 @@ def table(bars: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _bar(letter: str, bar: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{letter}  {'ok' if bar['ok'] else 'short':<5}  {bar['title']}"
+    yield f"{letter}  {verdict(bar):<6}  {bar['title']}"
     for case in bar["cases"]:
-        words = [f"{case['case']:<{_WIDTH}}", f"{figure(case['value'], case['unit']):>14}"]
+        words = [f"{case['case']:<{_WIDTH}}", f"{value(case):>14}"]
         if case["goal"] is not None:
-            words.append(f"{SENSES[case['sense']]} {case['goal']:g}{'' if case['ok'] else '  not reached'}")
+            missed = not case["ok"] and not case.get("loaded")
+            words.append(f"{SENSES[case['sense']]} {case['goal']:g}{'  not reached' if missed else ''}")
         yield "          " + "  ".join([*words, *_details(case)])
 
 
@@ -32,7 +33,23 @@ def _details(case: Mapping[str, Any]) -> Iterator[str]:
     elif "ours" in case:
         yield span(case["ours"])
     if "cpu_us" in case:
-        yield "CPU {:,.0f} : {:,.0f} µs".format(*case["cpu_us"])
+        yield f"CPU {cpu(case)}"
+
+
+def verdict(bar: Mapping[str, Any]) -> str:
+    """Of a bar or a case."""
+    return "loaded" if bar.get("loaded") else "ok" if bar["ok"] else "short"
+
+
+def value(case: Mapping[str, Any]) -> str:
+    """A case's value with its unit, or why there is none."""
+    return "loaded" if case.get("loaded") and case["value"] is None else figure(case["value"], case["unit"])
+
+
+def cpu(case: Mapping[str, Any]) -> str:
+    """What a request costs, ours and theirs; nothing if it is not known."""
+    each = " : ".join(f"{cost:,.0f}" for cost in case.get("cpu_us", ()))
+    return f"{each} µs" if each else ""
 
 
 def figure(value: float | None, unit: str) -> str:

@@ -30,11 +30,12 @@ class Peer:
 PEERS: Final = (
     Peer(
         "old",
-        "Node server as its users run it",
-        "GET, SET and EXPIRE one after the other, an SMTP connection for each mail, no mark; one process.",
+        "the old server",
+        "The public Node server's packages in its versions and its way: one process; GET, SET and EXPIRE one after the "
+        "other; a connection, a login and with TLS a handshake for each mail; no mark; it logs each step.",
         answers_grpc=True,
-        command=("node", "node/old.js"),
-        warm_after=6000,
+        command=("node", "old/server.js"),
+        warm_after=2000,
     ),
     Peer(
         "old_best",

@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Final
 
 from bench.compiling import BUILD
+from bench.peers.catalogue import Peer
 from producer.errors import VerifyError
 from producer.setting_types import Sender
 from worker.mail.render import Renderer
 
 HERE: Final = Path(__file__).parent
 NODE_MODULES: Final = BUILD / "node" / "node_modules"
+OLD_MODULES: Final = BUILD / "old" / "node_modules"
 PYTHON: Final = BUILD / "python" / "bin" / "python"
 MAIL: Final = BUILD / "mail.eml"
 
 _PACKAGES: Final = HERE / "package.json"
+_OLD_PACKAGES: Final = HERE / "old" / "package.json"
 _REQUIREMENTS: Final = HERE / "requirements.txt"
 _NAMED: Final = re.compile(r"^([\w-]+)\S*==", re.MULTILINE)
 # What peers fill in, as it stands in the mail.
@@ -41,14 +44,16 @@ def install() -> None:
     BUILD.mkdir(exist_ok=True)
     MAIL.write_bytes(_mail())
     _once(NODE_MODULES.parent, _PACKAGES, _install_node)
+    _once(OLD_MODULES.parent, _OLD_PACKAGES, _install_node)
     _once(PYTHON.parent.parent, _REQUIREMENTS, _install_python)
 
 
 def versions() -> dict[str, str]:
     """Of Node, Python, and the packages that peers use by name. They are installed."""
     found = {"node": _run("node", "--version").strip().lstrip("v"), "python": platform.python_version()}
-    for name in json.loads(_PACKAGES.read_text())["dependencies"]:
-        found[name] = json.loads((NODE_MODULES / name / "package.json").read_text())["version"]
+    for packages, modules, whose in ((_PACKAGES, NODE_MODULES, ""), (_OLD_PACKAGES, OLD_MODULES, "the old server's ")):
+        for name in json.loads(packages.read_text())["dependencies"]:
+            found[f"{whose}{name}"] = json.loads((modules / name / "package.json").read_text())["version"]
     names = _NAMED.findall((HERE / "requirements.in").read_text())
     script = f"import json, importlib.metadata as m; print(json.dumps({{name: m.version(name) for name in {names}}}))"
     found |= json.loads(_run(PYTHON, "-c", script))
@@ -73,7 +78,7 @@ def _once(directory: Path, wanted: Path, make: Callable[[Path], None]) -> None:
     made = directory / "made"  # written last
     if made.exists() and stamp.read_bytes() == wanted.read_bytes():
         return
-    sys.stderr.write(f"Installing what bench/peers/{wanted.name} names into {directory} ...\n")
+    sys.stderr.write(f"Installing what bench/peers/{wanted.relative_to(HERE)} names into {directory} ...\n")
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     shutil.copy(wanted, stamp)
@@ -101,11 +106,17 @@ def _run(*words: str | Path, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-def environment(given: Mapping[str, object]) -> dict[str, str]:
+def environment(peer: Peer, given: Mapping[str, object]) -> dict[str, str]:
     """For a peer: ours, without VerifyServer's settings, with these."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("VERIFY_")}
     proto = HERE.parent.parent / "producer" / "api" / "message.proto"
-    own = {"NODE_PATH": NODE_MODULES, "NODE_ENV": "production", "PEER_MAIL": MAIL, "PEER_PROTO": proto, **given}
+    own = {
+        "NODE_PATH": OLD_MODULES if peer.name == "old" else NODE_MODULES,
+        "NODE_ENV": "production",
+        "PEER_MAIL": MAIL,
+        "PEER_PROTO": proto,
+        **given,
+    }
     return inherited | {name: str(value) for name, value in own.items()}
 
 

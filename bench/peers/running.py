@@ -27,15 +27,31 @@ class Running:
 
 @contextmanager
 def running(
-    peer: Peer, *, redis_url: str, relay_port: int, connections: int, processes: int, port: int = 0
+    peer: Peer,
+    *,
+    redis_url: str,
+    relay_port: int,
+    connections: int,
+    processes: int,
+    port: int = 0,
+    trusted: Path | None = None,
 ) -> Iterator[Running]:
     """A peer, from the moment it serves to its end. Raises `PartMissing` if it does not start, or ended meanwhile.
 
     `connections`: to the relay, of each of its `processes`. `port`: for gRPC, 0 takes a free one.
+    `trusted`: the relay speaks implicit TLS, and a certificate in this PEM file vouches for it; for `old` only.
     """
-    given = {"REDIS_URL": redis_url, "SMTP_PORT": relay_port, "CONNECTIONS": connections, "PROCESSES": processes}
+    given: dict[str, object] = {
+        "REDIS_URL": redis_url,
+        "SMTP_PORT": relay_port,
+        "CONNECTIONS": connections,
+        "PROCESSES": processes,
+    }
+    given |= {"PORT": port, "TLS": int(trusted is not None)}
     with tempfile.TemporaryDirectory(prefix="verify-peer-") as directory:
-        env = installing.environment({f"PEER_{name}": value for name, value in {**given, "PORT": port}.items()})
+        env = installing.environment(peer, {f"PEER_{name}": value for name, value in given.items()})
+        if trusted is not None:
+            env["NODE_EXTRA_CA_CERTS"] = str(trusted)
         child = Child(peer.name, installing.command(peer.command), Path(directory), env)
         try:
             [bound] = child.says(_READY)
@@ -53,7 +69,7 @@ def fill(peer: Peer, *, redis_url: str, count: int, first: int = 0) -> None:
     if peer.answers_grpc:
         raise ValueError(f"{peer.name} has no queue")
     words = [*installing.command(peer.filling), str(first), str(count)]
-    env = installing.environment({"PEER_REDIS_URL": redis_url})
+    env = installing.environment(peer, {"PEER_REDIS_URL": redis_url})
     done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)  # noqa: S603 - our own words
     if done.returncode:
         raise PartMissing(f"the queue of {peer.name} was not filled:\n{done.stderr}")

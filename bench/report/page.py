@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench.record import Run
+from bench.record import Run, valid
 from bench.report import plots
-from bench.table import SENSES, figure, span
+from bench.table import SENSES, cpu, span, value
 
 # Runs until November 2026 call the API a door.
 _RENAMED = {
@@ -31,43 +31,65 @@ _RENAMED = {
 def write(raw: Mapping[str, Any], directory: Path, name: str) -> Path:
     """The report on `raw`, whose file is called `name`."""
     runs = [Run.read(each) for each in raw["runs"]]
+    quiet = [run for run in runs if not run.loaded]  # rates and times are theirs alone
     titles = {system: each["title"] for system, each in raw["systems"].items()}
-    pictures: tuple[tuple[str, str, str, Callable[[], Figure]], ...] = (
+    # What it is called, which runs it needs, its title, what it shows, how it is drawn.
+    pictures: tuple[tuple[str, Sequence[Run], str, str, Callable[[], Figure]], ...] = (
         (
             "asking",
+            valid(quiet, scenario="ask"),
             "Throughput by concurrency",
             "Callers ask and wait for the reply, each for a new address each time. Medians; the shade is the range.",
-            lambda: plots.asking(runs, titles),
+            lambda: plots.asking(quiet, titles),
         ),
         (
             "latency",
+            valid(quiet, scenario="ask"),
             "Latency percentiles",
             "Time from request to reply, in the same runs; the number is the p50.",
-            lambda: plots.latency(runs, titles),
+            lambda: plots.latency(quiet, titles),
         ),
         (
             "drains",
+            valid(quiet, scenario="drain"),
             "Draining, against peers",
             "Single messages wait in the queue; each has its best settings (below). The black line is the range.",
-            lambda: plots.drains(runs, titles),
+            lambda: plots.drains(quiet, titles),
         ),
         (
             "cpu",
+            valid(runs, scenario="ask") and valid(runs, scenario="drain"),
             "What a request costs",
             "CPU seconds of each process divided by the requests. On shared cores, this sets the throughput.",
             lambda: plots.cpu(runs, titles),
         ),
         (
             "backlog",
+            valid(quiet, scenario="backlog"),
             "Draining by backlog",
             "The backlog is topped up while it is drained.",
-            lambda: plots.backlog(runs),
+            lambda: plots.backlog(quiet),
         ),
         (
             "scaling",
+            valid(quiet, scenario="ladder"),
             "Scaling by worker processes",
             "Several worker processes on one slow relay.",
-            lambda: plots.scaling(runs),
+            lambda: plots.scaling(quiet),
+        ),
+        (
+            "replacing",
+            valid(quiet, scenario="replace"),
+            "In place of the old server",
+            "Our gRPC API and one worker against the old server, both as they ship. Medians; the shade is the range.",
+            lambda: plots.asking(quiet, titles, "replace"),
+        ),
+        (
+            "second",
+            valid(runs, scenario="second"),
+            "What a second worker costs",
+            "CPU of a request through the gRPC API, with one worker and with two.",
+            lambda: plots.second(runs),
         ),
     )
     _save(plots.goals(raw["bars"]), directory / "goals.svg")
@@ -78,7 +100,9 @@ def write(raw: Mapping[str, Any], directory: Path, name: str) -> Path:
         "",
         *_table(raw["bars"]),
     ]
-    for file, title, text, draw in pictures:
+    for file, needed, title, text, draw in pictures:
+        if not needed:
+            continue
         _save(draw(), directory / f"{file}.svg")
         lines += ["", f"## {title}", "", text, "", f"![{title}]({file}.svg)"]
     lines += ["", *_settings(raw["systems"]), "", *_conditions(raw, name)]
@@ -93,12 +117,11 @@ def _save(drawn: Figure, path: Path) -> None:
 
 def _head(raw: Mapping[str, Any]) -> Iterator[str]:
     bars, machine = raw["bars"], raw["machine"]
-    short = [letter for letter, bar in bars.items() if not bar["ok"]]
-    met = (
-        f"{len(bars) - len(short)} of {len(bars)} goals are met; missed: {', '.join(short)}"
-        if short
-        else "All goals are met"
-    )
+    loaded = [letter for letter, bar in bars.items() if bar.get("loaded")]
+    short = [letter for letter, bar in bars.items() if not bar["ok"] and letter not in loaded]
+    met = f"{len(bars) - len(short) - len(loaded)} of {len(bars)} goals are met"
+    met += f"; missed: {', '.join(short)}" if short else ""
+    met += f"; not known, as others used the machine: {', '.join(loaded)}" if loaded else ""
     where = f"on {raw['when'][:10]} at commit {raw['commit']}, {machine['cores']} cores of {machine['cpu']}"
     yield "# How fast it is, and against whom"
     yield ""
@@ -117,9 +140,9 @@ def _table(bars: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             goal = "stated" if case["goal"] is None else f"{SENSES[case['sense']]} {case['goal']:g}"
             missed = "not met" if bar["stated"] else "**short**"
             outcome = "" if case["goal"] is None else "ok" if case["ok"] else missed
+            outcome = "loaded" if case.get("loaded") else outcome
             sides = (span(case[side]) if side in case else "" for side in ("ours", "theirs"))
-            cpu = "{:,.0f} : {:,.0f} µs".format(*case["cpu_us"]) if "cpu_us" in case else ""
-            yield f"| {' | '.join([*first, figure(case['value'], case['unit']), goal, outcome, *sides, cpu])} |"
+            yield f"| {' | '.join([*first, value(case), goal, outcome, *sides, cpu(case)])} |"
 
 
 def _settings(systems: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
@@ -139,6 +162,9 @@ def _conditions(raw: Mapping[str, Any], name: str) -> Iterator[str]:
         f"- Machine: {machine['cores']} cores, {machine['cpu']}, {machine['memory_gb']} GB, {machine['system']}; load"
         f" {', '.join(map(str, machine['load_at_start']))} as it began. Clients, servers, Redis and relay share it."
     )
+    if "foreign" in raw:
+        before, most = (f"{raw['foreign'][when] * 100:.0f} %" for when in ("before", "most"))
+        yield f"- Others used {before} of its CPU before the first run, and at most {most} during one."
     yield "- Redis: one server for each system, `appendonly yes`, `appendfsync everysec`."
     yield "- Relay: `bench/sink.c`. Successes, codes, marks and replies are as many as its mails, or a run is void."
     void, took = sum(bool(run["void"]) for run in raw["runs"]), raw["seconds"] / 60

@@ -31,7 +31,7 @@ from bench.report.drawing import (
 Titles = Mapping[str, str]  # of the systems, by their names
 _LEAST, _MOST = 0.2, 3.0  # shares of a goal that are still drawn to scale
 _GOALS_CAPTION = (
-    'Each bar runs from its goal, the line at 1, to what was measured. "At least 5" asks for five times the peer\'s '
+    'Each bar runs from its goal, the line at 1, to what was measured. "At least 2" asks for twice the peer\'s '
     "speed.\nGreen, to the right of the line: the goal is reached. Red with a cross, to its left: the goal is missed."
 )
 
@@ -64,13 +64,13 @@ def goals(bars: Mapping[str, Mapping[str, Any]]) -> Figure:
     return made
 
 
-def asking(runs: Sequence[Run], titles: Titles) -> Figure:
-    """Throughput by concurrency, a panel for each relay."""
-    asked = valid(runs, scenario="ask")
-    relays = sorted({run.relay_ms for run in asked})
+def asking(runs: Sequence[Run], titles: Titles, scenario: str = "ask") -> Figure:
+    """Throughput by concurrency, a panel for each relay: those with TLS first."""
+    asked = valid(runs, scenario=scenario)
+    relays = sorted({(not run.tls, run.relay_ms) for run in asked})
     made, panels = figure(len(relays), height=4.4)
-    for axes, relay in zip(panels, relays, strict=True):
-        there = valid(asked, relay_ms=relay)
+    for axes, (plain, relay) in zip(panels, relays, strict=True):
+        there = valid(asked, relay_ms=relay, tls=not plain)
         for system in systems(there):
             points = spreads(valid(there, system=system), lambda run: run.callers, lambda run: run.rate)
             line(axes, points, COLOURS[system])
@@ -81,7 +81,7 @@ def asking(runs: Sequence[Run], titles: Titles) -> Figure:
         axes.set_xticks(callers, [str(each) for each in callers])
         axes.set_xlim(callers[0] / 1.3, callers[-1] * 1.8)
         from_zero(axes)
-        axes.set_title(f"relay {relay:g} ms")
+        axes.set_title(f"relay {relay:g} ms" + ("" if plain else ", TLS"))
         axes.set_xlabel("callers at once")
     panels[0].set_ylabel("requests answered a second")
     legend(made, [(titles[system], COLOURS[system]) for system in systems(asked)])
@@ -204,6 +204,20 @@ def scaling(runs: Sequence[Run]) -> Figure:
     return made
 
 
+def second(runs: Sequence[Run]) -> Figure:
+    """What a request costs with one worker and with two, by callers and part."""
+    found = valid(runs, scenario="second")
+    rows = sorted({(run.callers, run.workers) for run in found})
+    made, [axes] = figure(1, height=1.6 + 0.34 * len(rows))
+    _costs(axes, [_cpu(valid(found, callers=callers, workers=workers)) for callers, workers in rows])
+    names = [
+        f"{callers} caller{'s' * (callers > 1)}, {workers} worker{'s' * (workers > 1)}" for callers, workers in rows
+    ]
+    axes.set_yticks(range(len(rows)), names)
+    legend(made, [entry for part, entry in PARTS.items() if any(part in run.cpu for run in found)])
+    return made
+
+
 def cpu(runs: Sequence[Run], titles: Titles) -> Figure:
     """What a request costs, by part: asking with 64 callers, and draining."""
     made, panels = figure(2, height=3.9)
@@ -213,23 +227,28 @@ def cpu(runs: Sequence[Run], titles: Titles) -> Figure:
         (panels[1], "drain", False, valid(runs, scenario="drain")),
     ):
         rows = {key: _cpu(valid(found, system=key[0], workers=key[1])) for key in _in_order(found)}
-        for y, parts in enumerate(rows.values()):
-            left = 0.0
-            for part, used in parts.items():
-                axes.barh(y, used, left=left, color=PARTS[part][1], height=0.66, edgecolor="white", linewidth=0.6)
-                left += used
-            beside(axes, f"{left:,.0f}", (left, y), (6, 0), va="center")
+        _costs(axes, list(rows.values()))
         names = [titles[name] if asked else _with_processes(titles[name], count) for name, count in rows]
         axes.set_yticks(range(len(rows)), names)
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_xlim(0, axes.get_xlim()[1] * 1.1)
-        axes.xaxis.set_major_formatter(THOUSANDS)
-        axes.grid(visible=False, axis="y")
         axes.set_title(title)
-        axes.set_xlabel("µs of CPU for a request, relay 0 ms")
     shown = {part for run in runs for part in run.cpu}
     legend(made, [entry for part, entry in PARTS.items() if part in shown])
     return made
+
+
+def _costs(axes: Axes, rows: Sequence[Mapping[str, float]]) -> None:
+    """A bar for each row, of its parts, with the sum at its end."""
+    for y, parts in enumerate(rows):
+        left = 0.0
+        for part, used in parts.items():
+            axes.barh(y, used, left=left, color=PARTS[part][1], height=0.66, edgecolor="white", linewidth=0.6)
+            left += used
+        beside(axes, f"{left:,.0f}", (left, y), (6, 0), va="center")
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.1)
+    axes.xaxis.set_major_formatter(THOUSANDS)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("µs of CPU for a request, relay 0 ms")
 
 
 def _with_processes(title: str, count: int) -> str:

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any, Final
 
 import grpc
 import pytest
+import redis
 from support.redis_server import RedisServer
 
 from bench import peers
@@ -23,7 +25,7 @@ from bench.sink import HOST, Count, Sink
 
 ROOT: Final = Path(__file__).parents[2]
 HELLO: Final = b"EHLO me\r\n"
-OFFERS: Final = b"250-sink\r\n250-PIPELINING\r\n250-8BITMIME\r\n250 SMTPUTF8\r\n"
+OFFERS: Final = b"250-sink\r\n250-PIPELINING\r\n250-8BITMIME\r\n250-AUTH PLAIN\r\n250 SMTPUTF8\r\n"
 HEAD: Final = b"MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nDATA\r\n"
 OKAYS: Final = b"250 ok\r\n250 ok\r\n354 go on\r\n"
 # Dots, line ends and their beginnings, none of which ends a mail.
@@ -34,11 +36,14 @@ pytestmark = pytest.mark.tools
 
 
 class Client:
-    """A raw connection."""
+    """A raw connection; with `trusted`, over implicit TLS."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, trusted: Path | None = None) -> None:
         self.socket = socket.create_connection((HOST, port), timeout=60)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if trusted:
+            context = ssl.create_default_context(cafile=str(trusted))
+            self.socket = context.wrap_socket(self.socket, server_hostname=HOST)
         assert self.read(10) == b"220 sink\r\n"
 
     def read(self, length: int) -> bytes:
@@ -53,16 +58,16 @@ class Client:
         self.socket.sendall(words)
         assert self.read(len(answer)) == answer
         self.socket.setblocking(False)
-        with pytest.raises(BlockingIOError):
+        with pytest.raises((BlockingIOError, ssl.SSLWantReadError)):
             self.socket.recv(1)
         self.socket.settimeout(60)
 
 
-def drive(latency: float, act: Callable[[Sink], object]) -> Count:
+def drive(latency: float, act: Callable[[Sink], object], *, tls: bool = False) -> Count:
     """Do this, in a thread, with a sink; what it counted in the end."""
 
     async def run() -> Count:
-        async with Sink(latency) as sink:
+        async with Sink(latency, tls=tls) as sink:
             await asyncio.to_thread(act, sink)
             return await sink.count()
 
@@ -85,6 +90,7 @@ def test_commands_have_their_answers() -> None:
         client.ask(b"helo me\r\n", b"250 sink\r\n")
         client.ask(HELLO, OFFERS)
         client.ask(b"NOOP\r\n", b"250 ok\r\n")
+        client.ask(b"AUTH PLAIN AGEAYg==\r\n", b"235 welcome\r\n")
         client.ask(b"RCPT TO:<b@example.com>\r\n", b"503 bad sequence of commands\r\n")
         client.ask(b"DATA\r\n", b"503 bad sequence of commands\r\n")
         client.ask(b"MAIL FROM:<a@example.com>\r\nDATA\r\n", b"250 ok\r\n503 bad sequence of commands\r\n")
@@ -102,23 +108,50 @@ def test_commands_have_their_answers() -> None:
     assert drive(0, act) == Count(2, 0, 1)
 
 
+@pytest.mark.parametrize("tls", [False, True])
 @pytest.mark.parametrize("latency", [0, 0.003])
-def test_any_split_of_a_pipelined_stream_is_the_same_stream(latency: float) -> None:
+def test_any_split_of_a_pipelined_stream_is_the_same_stream(latency: float, tls: bool) -> None:
     mails = 20
     stream = HELLO + (HEAD + CONTENT + b".\r\n") * mails + b"QUIT\r\n"
     answers = OFFERS + (OKAYS + TAKEN) * mails + b"221 bye\r\n"
 
     def act(sink: Sink) -> None:
+        where = (sink.tls_port, sink.trusted) if tls else (sink.port, None)
         for seed in range(5):
-            client = Client(sink.port)
+            client = Client(*where)
             for piece in pieces(stream, seed):
                 client.socket.sendall(piece)
             assert client.read(len(answers) + 1) == answers
-        client = Client(sink.port)
+        client = Client(*where)
         client.socket.sendall(stream)
         assert client.read(len(answers) + 1) == answers
 
-    assert drive(latency, act) == Count(6 * mails, 0, 1)
+    assert drive(latency, act, tls=tls) == Count(6 * mails, 0, 1)
+
+
+def test_who_speaks_no_tls_or_is_silent_holds_up_nobody_who_does() -> None:
+    def act(sink: Sink) -> None:
+        plain, _silent = (socket.create_connection((HOST, sink.tls_port), timeout=60) for _ in range(2))
+        plain.sendall(HELLO)
+        while plain.recv(100):  # an alert, then the end
+            pass
+        Client(sink.tls_port, sink.trusted).ask(HELLO, OFFERS)
+        Client(sink.port).ask(HELLO, OFFERS)  # the other port speaks none
+
+    assert drive(0, act, tls=True).most == 2
+
+
+def test_each_certificate_is_made_for_one_sink() -> None:
+    def act(sink: Sink) -> None:
+        drive(0, lambda other: trusted.append(sink.trusted.read_bytes() == other.trusted.read_bytes()), tls=True)
+        with pytest.raises(ssl.SSLCertVerificationError):
+            ssl.create_default_context().wrap_socket(
+                socket.create_connection((HOST, sink.tls_port), timeout=60), server_hostname=HOST
+            )
+
+    trusted: list[bool] = []
+    drive(0, act, tls=True)
+    assert trusted == [False]
 
 
 def test_a_mail_waits_for_its_answer_and_only_its_own_connection_with_it() -> None:
@@ -337,6 +370,31 @@ def test_a_peer_does_its_job(peer: peers.Peer, redis_server: RedisServer) -> Non
     assert mails == count
     assert len(pids) == (1 if peer.name == "old" else 3)
     assert all(ends(pid) for pid in pids)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("installed", "redis")
+def test_the_old_server_mails_over_tls_as_well(redis_server: RedisServer) -> None:
+    [old] = [peer for peer in peers.PEERS if peer.name == "old"]
+
+    async def run() -> int:
+        async with Sink(0, tls=True) as sink:
+            with peers.running(
+                old,
+                redis_url=redis_server.url(),
+                relay_port=sink.tls_port,
+                connections=1,
+                processes=1,
+                trusted=sink.trusted,
+            ) as running:
+                found = await asyncio.to_thread(peers.load, running.port, callers=8, count=40, prefix="user")
+            assert found["answers"] == {"0": 40}
+            return (await sink.count()).mails
+
+    assert asyncio.run(run()) == 40
+    with redis.Redis.from_url(redis_server.url()) as store:
+        assert len(store.get("code_user0@example.com")) == 4
+        assert 0 < store.ttl("code_user0@example.com") <= 600
 
 
 @pytest.mark.usefixtures("installed", "redis")
