@@ -127,39 +127,48 @@ class ErrorCode(IntEnum):
 
 _KNOWN: Final = {int(error): error for error in ErrorCode}
 _parse: Final = json.JSONDecoder().decode  # json.loads also detects the encoding and takes half as long again
+# A reply as our workers write it; parsing it as JSON takes three times as long.
+_TEXT: Final = rb'"[ !#-\[\]-~]*"'
+_USUAL_REPLY: Final = re.compile(
+    rb'\{"status":"SUCCESS","result":\{"email":%b,"error":(0|[1-9][0-9]{0,3})\},"traceback":null,"children":\[\],'
+    rb'"date_done":%b,"task_id":%b\}' % (_TEXT, _TEXT, _TEXT)
+)
+
+_VALUE: Final = "\0"  # stands in an envelope for what changes; no name of a queue or a header has it
 
 
-def _template(**headers: str) -> str:
-    """The envelope as JSON, with a `%(name)s` placeholder for each value that changes from message to message."""
+@functools.lru_cache(maxsize=64)
+def _envelope(queue: str, *headers: str) -> str:
+    """The envelope as JSON, with a `%s` for each value that changes from message to message.
+
+    They are, in this order and as JSON: the id twice, the values of `headers`, the body, the id, the delivery tag.
+    """
     envelope = {
         "headers": {
             "lang": "py",
             "task": TASK,
-            "id": "%(id)s",
-            "root_id": "%(id)s",
+            "id": _VALUE,
+            "root_id": _VALUE,
             # Flower, events and logs show these in place of the arguments.
             "argsrepr": "()",
             "kwargsrepr": "{}",
-            **headers,
+            **dict.fromkeys(headers, _VALUE),
         },
-        "body": "%(body)s",
+        "body": _VALUE,
         "content-encoding": "utf-8",
         "content-type": "application/json",
         "properties": {
-            "correlation_id": "%(id)s",
+            "correlation_id": _VALUE,
             "delivery_mode": 2,
-            "delivery_info": {"exchange": "", "routing_key": "%(queue)s"},
+            "delivery_info": {"exchange": "", "routing_key": queue},
             "priority": 0,
             "body_encoding": "base64",
-            "delivery_tag": "%(tag)s",
+            "delivery_tag": _VALUE,
         },
     }
-    return re.sub(r'"(%\(\w+\)s)"', r"\1", json.dumps(envelope))
+    return json.dumps(envelope).replace("%", "%%").replace(json.dumps(_VALUE), "%s")
 
 
-# Filling in a template gives the same bytes as json.dumps in a third of the time.
-_ENVELOPE: Final = _template()
-_traced_envelope: Final = functools.cache(lambda *names: _template(**{name: f"%({name})s" for name in names}))
 _BEGINNING: Final = b'{"headers": {'  # of every message; `stamp` adds to it
 LONGEST_STAMP: Final = len('"enqueued_at": 9999999999.999999, ')  # what `stamp` adds at most
 _BODY: Final = '[[], {%s}, {"callbacks": null, "errbacks": null, "chain": null, "chord": null}]'
@@ -206,16 +215,10 @@ class VerifyRequest:
         if self.client is not None:
             kwargs += f', "client": {_as_json(self.client)}'
         body = b2a_base64((_BODY % kwargs).encode(), newline=False).decode()
-        envelope = _ENVELOPE
-        values = {
-            "body": f'"{body}"',
-            "id": _as_json(request_id),
-            "queue": _as_json(queue),
-            "tag": f'"{new_uuid()}"',
-        }
-        if trace:
-            envelope = _traced_envelope(*trace)
-            values |= {name: _as_json(value) for name, value in trace.items()}
+        quoted, traced = _as_json(request_id), trace or {}
+        # Filling in a template gives the same bytes as json.dumps in a quarter of the time.
+        envelope = _envelope(queue, *traced)
+        values = (quoted, quoted, *map(_as_json, traced.values()), f'"{body}"', quoted, f'"{new_uuid()}"')
         return (envelope % values).encode()
 
 
@@ -232,7 +235,7 @@ def code_key(email: str, purpose: str = DEFAULT_PURPOSE) -> str:
 
 def is_purpose(value: object) -> bool:
     """Whether `value` is a well-formed purpose."""
-    return isinstance(value, str) and PURPOSE_PATTERN.fullmatch(value) is not None
+    return isinstance(value, str) and (value == DEFAULT_PURPOSE or PURPOSE_PATTERN.fullmatch(value) is not None)
 
 
 def is_client(value: object) -> bool:
@@ -283,6 +286,12 @@ def read_reply(payload: str | bytes) -> Reply:
     if type(error) is not int:
         raise ValueError("the error in the stored result is not a number")
     return Reply(email, known_error(error))
+
+
+def read_error(payload: bytes) -> ErrorCode:
+    """The error of a reply, as `read_reply` reads it."""
+    usual = _USUAL_REPLY.fullmatch(payload)
+    return read_reply(payload).error if usual is None else known_error(int(usual[1]))
 
 
 def known_error(number: int) -> ErrorCode:

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Container, Iterable
 from enum import IntEnum
+from struct import Struct
 from typing import Final, NamedTuple
 from urllib.parse import quote
 
@@ -16,6 +17,7 @@ logging.getLogger("hpack").setLevel(logging.WARNING)  # its DEBUG shows headers,
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"  # 3.4: what a client sends first
 FRAME_HEADER: Final = 9  # bytes before a frame's payload
+HEAD_OF_FRAME: Final = Struct(">IBI")  # those bytes: three of the payload's length and the type, flags, stream
 MAX_FRAME: Final = 16_384  # bytes of payload that everybody takes (4.2); we ask for no more
 DEFAULT_WINDOW: Final = 65_535  # bytes, of a stream and of a connection (6.9.2)
 MAX_WINDOW: Final = 2**31 - 1
@@ -95,7 +97,7 @@ class StreamFailed(Exception):
 
 def frame(kind: int, stream: int, payload: bytes = b"", flags: int = 0) -> bytes:
     """4.1."""
-    return len(payload).to_bytes(3, "big") + bytes((kind, flags)) + stream.to_bytes(4, "big") + payload
+    return HEAD_OF_FRAME.pack(len(payload) << 8 | kind, flags, stream) + payload
 
 
 def settings_frame(values: dict[Setting, int]) -> bytes:

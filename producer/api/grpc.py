@@ -173,6 +173,8 @@ class _Context:
 
 
 def _client(call: Call) -> str | None:
+    if not call.headers:
+        return None
     try:
         return client_in(call.values(CLIENT_HEADER))
     except ValueError as exc:

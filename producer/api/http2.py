@@ -25,6 +25,7 @@ from producer.api.frames import (
     DEFAULT_WINDOW,
     EMPTY_TABLE,
     FRAME_HEADER,
+    HEAD_OF_FRAME,
     MAX_FRAME,
     MAX_STREAM,
     MAX_WINDOW,
@@ -116,6 +117,14 @@ _OUR_SETTINGS: Final = settings_frame(
 _STATUS_200: Final = b"\x88"  # RFC 7541, appendix A
 _ANSWER_HEAD: Final = _STATUS_200 + field(b"content-type", b"application/grpc")
 _TRAILERS_OK: Final = field(b"grpc-status", b"0")
+# The frames of an answer with one message: stream, length of the frame, stream, length of the message, message, stream.
+_WHOLE_ANSWER: Final = b"".join(
+    (
+        frame(FrameType.HEADERS, 0, _ANSWER_HEAD, Flag.END_HEADERS)[:5] + b"%b" + _ANSWER_HEAD,
+        b"%b" + frame(FrameType.DATA, 0)[3:5] + b"%b" + b"\0%b%b",
+        frame(FrameType.HEADERS, 0, _TRAILERS_OK, Flag.END_HEADERS | Flag.END_STREAM)[:5] + b"%b" + _TRAILERS_OK,
+    )
+)
 
 
 class Refused(Exception):
@@ -595,13 +604,13 @@ class Connection(asyncio.BufferedProtocol):
         begins = at = 0 if self._preface_received else self._take_preface(data)
         turn_ends = self._turn_ends()
         while self._preface_received and len(data) - at >= FRAME_HEADER:
-            length = int.from_bytes(data[at : at + 3], "big")
+            length_and_kind, flags, stream = HEAD_OF_FRAME.unpack_from(data, at)
+            length, kind = length_and_kind >> 8, length_and_kind & 0xFF
             if length > MAX_FRAME:
                 raise ConnectionFailed(ErrorCode.FRAME_SIZE_ERROR)
             end = at + FRAME_HEADER + length
             if end > len(data):
                 break
-            kind = data[at + 3]
             if kind == FrameType.HEADERS and not self.server.has_room(self):
                 self._pause()  # nothing behind the call is read, not even a ping
                 break
@@ -609,8 +618,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._pause()
                 self.server.call_soon(self.resume)
                 break
-            stream = int.from_bytes(data[at + 5 : at + 9], "big") & MAX_STREAM
-            self._serve_frame(kind, data[at + 4], stream, data[at + FRAME_HEADER : end])
+            self._serve_frame(kind, flags, stream & MAX_STREAM, data[at + FRAME_HEADER : end])
             at = end
             if self._transport.is_closing():
                 return len(data)
@@ -896,9 +904,9 @@ class Connection(asyncio.BufferedProtocol):
             answer = await self.server.methods[call.path](call)
             self._answered = True
             self._earn()
-            if answer is not None:
-                call.unsent += _length_prefixed(answer)
-            self._end(call, _TRAILERS_OK)
+            if answer is None or not self._send_whole(call, answer):
+                call.unsent += b"" if answer is None else _length_prefixed(answer)
+                self._end(call, _TRAILERS_OK)
         except Refused as exc:
             if exc.status == Status.RESOURCE_EXHAUSTED:
                 self._charge_excess()
@@ -955,6 +963,22 @@ class Connection(asyncio.BufferedProtocol):
                 trailers = trailers if trailers.startswith(_HTTP_ERROR) else _ANSWER_HEAD + trailers
             call.trailers = trailers
             self._send(call)
+
+    def _send_whole(self, call: Call, answer: bytes) -> bool:
+        """Send the only message of an answer, with all that belongs to it, if nothing is in its way."""
+        size = len(answer) + 5
+        windows = size <= call.send_window and size <= self._send_window and size <= MAX_FRAME
+        begun = call.head_sent or call.unsent or not call.half_closed
+        if not windows or begun or self._table_must_shrink or call.number not in self.calls:
+            return False
+        self._send_window -= size
+        call.trailers = _TRAILERS_OK
+        self._forget(call)
+        number = call.number.to_bytes(4, "big")
+        prefix = size.to_bytes(3, "big"), number, (size - 5).to_bytes(4, "big")
+        self._write_answer(_WHOLE_ANSWER % (number, *prefix, answer, number))
+        self._close_when_done()
+        return True
 
     def _send(self, call: Call) -> None:
         """Send what the client's windows allow."""
@@ -1066,6 +1090,8 @@ def _http_status(number: int) -> bytes:
 
 def _is_grpc(content_type: bytes) -> bool:
     """Whether this is the content type of gRPC with protobuf messages (gRPC's PROTOCOL-HTTP2)."""
+    if content_type == b"application/grpc":
+        return True
     name = content_type.partition(b";")[0].strip().lower()
     return name in {b"application/grpc", b"application/grpc+proto"}
 

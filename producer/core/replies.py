@@ -7,7 +7,7 @@ import logging
 import math
 from typing import Any
 
-from producer.contract import REPLY_KEY_PREFIX, ErrorCode, new_uuid, read_reply, reply_key
+from producer.contract import REPLY_KEY_PREFIX, ErrorCode, new_uuid, read_error, reply_key
 from producer.errors import RedisUnavailable, VerifyError
 from producer.redis.connection import (
     RedisConnection,
@@ -133,7 +133,7 @@ class Replies:
         if reply is None or reply.done():
             return
         try:
-            reply.set_result(read_reply(payload).error)
+            reply.set_result(read_error(payload))
         except (ValueError, RecursionError):
             # Anyone may publish on the channel; the real reply may still come.
             logger.warning("ignored an invalid reply to request %s", request_id)

@@ -9,9 +9,10 @@ import uuid
 from typing import Any
 
 import celery
+import orjson
 import pytest
 from celery.worker.request import Request
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from kombu.connection import Connection
 from kombu.transport.virtual import Message
@@ -206,6 +207,38 @@ def test_a_reply_is_stored_where_celery_stores_results() -> None:
 def test_a_stored_reply_is_read(error: ErrorCode) -> None:
     stored = json.dumps({"status": "SUCCESS", "result": {"email": "a@example.com", "error": int(error)}})
     assert contract.read_reply(stored.encode()) == Reply("a@example.com", error)
+
+
+def written(**changed: Any) -> bytes:
+    """A reply as our workers write it; `changed`: values that are others."""
+    reply: dict[str, Any] = {
+        "status": "SUCCESS",
+        "result": {"email": "a@example.com", "error": 3},
+        "traceback": None,
+        "children": [],
+    }
+    reply |= {"date_done": "2026-12-01T02:00:00.000000+00:00", "task_id": "an-id"} | changed
+    return orjson.dumps(reply)
+
+
+_BYTES = [b'"', b"\\", b"{", b"}", b"\n", b"\xff", b"01", b"-", b".5", b"e9", b"7", b" ", b"\0", b",", b"null", b""]
+
+
+@given(st.integers(0, 160), st.integers(0, 2), st.sampled_from(_BYTES))
+@example(0, 0, b"")
+def test_the_error_of_a_reply_is_read_as_json_says(at: int, cut: int, put: bytes) -> None:
+    """Also of a reply whose bytes were changed, or that holds other values."""
+    raw = written()
+    addresses = ('a"\\@b.c', "\u7528\u6237@example.com", "", "\x7f\x00", None, {"error": 4})
+    others = [written(result={"email": email, "error": 10 ** (at % 19)}) for email in addresses]
+    for payload in (raw[:at] + put + raw[at + cut :], *others):
+        try:
+            expected = contract.read_reply(payload).error
+        except ValueError:
+            with pytest.raises(ValueError, match=r".+"):
+                contract.read_error(payload)
+        else:
+            assert contract.read_error(payload) is expected
 
 
 @pytest.mark.parametrize(
