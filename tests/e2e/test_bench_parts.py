@@ -135,8 +135,9 @@ def test_who_speaks_no_tls_or_is_silent_holds_up_nobody_who_does() -> None:
         plain.sendall(HELLO)
         while plain.recv(100):  # an alert, then the end
             pass
-        Client(sink.tls_port, sink.trusted).ask(HELLO, OFFERS)
-        Client(sink.port).ask(HELLO, OFFERS)  # the other port speaks none
+        clients = [Client(sink.tls_port, sink.trusted), Client(sink.port)]  # the second port speaks none
+        for client in clients:
+            client.ask(HELLO, OFFERS)
 
     assert drive(0, act, tls=True).most == 2
 
