@@ -73,7 +73,7 @@ containers: setup ## build the image and try the Compose stack on this host's en
 picture: setup ## draw docs/dashboard.png from a soak of long faults; needs Debian's prometheus
 	$(BIN)/python -m bench.soak picture docs/dashboard.png $(SECONDS)
 
-bench: setup ## compare the speed with peers; half an hour, or 4 minutes with QUICK=1; BARS="a c" measures only these
+bench: setup ## compare the speed with peers; 40 minutes, or 5 with QUICK=1; BARS="l m n" measures only these
 	@$(BIN)/python -m bench $(if $(filter-out 0,$(QUICK)),--quick) $(if $(BARS),--bars $(BARS))
 
 lint: setup ## ruff, mypy, and no marks of a merge conflict

@@ -21,6 +21,10 @@ from producer.errors import VerifyError
 
 RESULTS: Final = Path(__file__).parent / "results"
 LATEST: Final = RESULTS / "latest.json"
+_LETTERS: Final = (
+    "only these: a to d ask, e to h drain, i adds workers, j asks behind a backlog, k starts, l and m stand against the"
+    " old server with TLS and without, n adds a worker that is not needed; all of them take 40 minutes"
+)
 _AGAINST_OTHERS: Final = "abcdelm"  # the bars that need the peers
 _INTERRUPTED: Final = 130  # exit status of a program that Ctrl-C ended
 
@@ -115,7 +119,9 @@ def _json(content: dict[str, Any]) -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the bars, and compare with peers.")
     parser.add_argument("--quick", action="store_true", help="about 5 minutes: fewer and shorter runs")
-    parser.add_argument("--bars", nargs="+", default=list(LETTERS), choices=list(LETTERS), help="only these")
+    parser.add_argument(
+        "--bars", nargs="+", metavar="LETTER", default=list(LETTERS), choices=list(LETTERS), help=_LETTERS
+    )
     return parser.parse_args()
 
 

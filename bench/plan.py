@@ -59,7 +59,7 @@ class Plan:
     second: tuple[int, ...]  # callers, bar n
     ask: float  # of one run of asking
     lone: float  # of one run of a lone caller
-    ask_slow: float  # of one run of asking, relay at 50 ms: a caller whose last answer comes late loses a whole turn
+    ask_slow: float  # of one run of asking in which each answer takes long, as what comes after its end is not counted
     drain: float  # of the measured part of a drain
     peers: tuple[str, ...]  # that drain
     slow_connections: tuple[int, ...]  # bar g

@@ -63,7 +63,7 @@ class Asking:
         self._turns = turns(plan, letters, slow=relay_ms > 0)
         self._plan = plan
         one_round = sum(
-            len(names) * (_time_of(plan, callers, relay_ms / 1000) + _OVERHEAD)
+            len(names) * (_time_of(plan, callers, slow=relay_ms > 0) + _OVERHEAD)
             for callers, names in self._turns.items()
         )
         self.seconds = 3 + _WARM_UP * len(self._systems) + one_round * plan.rounds
@@ -93,7 +93,7 @@ class Asking:
                 await asked[name].warm_up()
             for number in range(1, self._plan.rounds + 1):
                 for callers, names in self._turns.items():
-                    seconds = _time_of(self._plan, callers, self._relay)
+                    seconds = _time_of(self._plan, callers, slow=self._relay > 0)
                     for name in rotate(names, number):
                         measure = partial(ask.measure, sink, asked[name], callers, seconds, number=number)
                         await session.take(f"round {number}, {callers} callers, {name}", measure)
@@ -121,7 +121,7 @@ class Replacing:
         self.title = f"Replace the old server, {'TLS' if tls else 'no TLS'}, relay {relay_ms:g} ms"
         self._relay, self._tls, self._plan = relay_ms / 1000, tls, plan
         self._callers = plan.replacing[relay_ms] if tls else plan.replacing_plain
-        self.seconds = 4 + 2 * _WARM_UP + _time_of_two(plan, self._callers, self._relay)
+        self.seconds = 4 + 2 * _WARM_UP + _time_of_two(plan, self._callers, relay_ms)
 
     async def run(self, session: Session) -> None:
         """See `Scenario`."""
@@ -166,21 +166,27 @@ async def _take_turns(
     for number in range(1, plan.rounds + 1):
         for count in callers:
             for each in rotate(systems, number):
-                seconds = _time_of(plan, count, sink.latency)
+                seconds = _time_of(plan, count, slow=_long_turns(count, sink.latency))
                 measure = partial(ask.measure, sink, each, count, seconds, number=number, scenario=scenario)
                 await session.take(f"round {number}, {count} callers, {each.system} on {each.workers}", measure)
 
 
-def _time_of(plan: Plan, callers: int, latency: float) -> float:
-    """Seconds of one run of asking."""
+def _time_of(plan: Plan, callers: int, *, slow: bool) -> float:
+    """Seconds of one run of asking. `slow`: a caller's turn is long, and what has begun at the end is not counted."""
     if callers == 1:
         return plan.lone
-    return plan.ask_slow if latency else plan.ask
+    return plan.ask_slow if slow else plan.ask
+
+
+def _long_turns(callers: int, latency: float) -> bool:
+    """Of a slow relay, and of the old server with more callers than it has CPU for."""
+    return latency > 0 or callers > 64
 
 
 def _time_of_two(plan: Plan, callers: Sequence[int], latency: float) -> float:
     """Seconds of all runs of two systems."""
-    return plan.rounds * 2 * sum(_time_of(plan, count, latency) + _OVERHEAD for count in callers)
+    each = sum(_time_of(plan, count, slow=_long_turns(count, latency)) + _OVERHEAD for count in callers)
+    return plan.rounds * 2 * each
 
 
 class Draining:

@@ -238,7 +238,7 @@ WAYS: Final[dict[str, Way]] = {
     # measuring
     "make bench": Slow(r"import of producer\.client", "QUICK=1 BARS=k"),
     "make bench QUICK=1": Slow(r"import of producer\.client", "BARS=k"),
-    'make bench BARS="a c f"': Slow(r"one worker process", "QUICK=1 BARS=f"),
+    'make bench BARS="l m n"': Slow(r"1 caller ", "QUICK=1 BARS=n"),
     "make bench BARS=g": Slow(r"32 connections", "QUICK=1"),
     ".venv/bin/python -m bench.restart": TestedBy(
         "tests/integration/test_shared_port.py::test_under_load_no_request_is_refused"
