@@ -61,11 +61,13 @@ def parse(raw: object) -> Address:
         raise InvalidAddress("the address is empty")
     if len(text) > MAX_LENGTH:
         raise InvalidAddress(f"the address is longer than {MAX_LENGTH} characters")
-    if _PLAIN.fullmatch(text):
+    if _PLAIN.fullmatch(text):  # ASCII, which NFC leaves as it is
+        canonical = text.lower()
+        if text == canonical:
+            return Address(text, text)
         local, _, domain = text.rpartition("@")
-        domain = domain.lower()
-    else:
-        local, domain = _by_library(text)
+        return Address(f"{local}@{domain.lower()}", canonical)
+    local, domain = _by_library(text)
     return Address(f"{local}@{domain}", unicodedata.normalize("NFC", local).lower() + "@" + domain)
 
 

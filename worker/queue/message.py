@@ -144,7 +144,8 @@ def _check_envelope(envelope: Any) -> None:
     if not isinstance(envelope, dict):
         fault = "no headers" if isinstance(envelope, list) else "not a JSON object"
         raise UnfitMessage(DeadLetterCode.ENVELOPE, fault)
-    _check_size(envelope)
+    if "cut" in envelope:
+        _check_size(envelope)
     get = envelope.get
     fault = _fault_in_headers(get("headers"))
     if not fault:
