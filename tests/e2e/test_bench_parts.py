@@ -20,7 +20,8 @@ import pytest
 import redis
 from support.redis_server import RedisServer
 
-from bench import peers
+from bench import foreign, peers
+from bench.rig import cpu_seconds
 from bench.sink import HOST, Count, Sink
 
 ROOT: Final = Path(__file__).parents[2]
@@ -345,7 +346,7 @@ def installed() -> None:
 def test_a_peer_does_its_job(peer: peers.Peer, redis_server: RedisServer) -> None:
     count = 300
 
-    async def run() -> tuple[int, tuple[int, ...]]:
+    async def run() -> tuple[int, tuple[int, ...], float]:
         if not peer.answers_grpc:
             peers.fill(peer, redis_url=redis_server.url(), count=100)
             peers.fill(peer, redis_url=redis_server.url(), count=200, first=100)
@@ -360,15 +361,18 @@ def test_a_peer_does_its_job(peer: peers.Peer, redis_server: RedisServer) -> Non
                     await sink.until(count)
                     while not complete():  # noqa: ASYNC110 - the last replies are on their way, and no event tells
                         await asyncio.sleep(0.05)
-            return (await sink.count()).mails, running.pids
+                used = sum(map(cpu_seconds, running.pids))
+            return (await sink.count()).mails, running.pids, used
 
     def complete() -> bool:
         found = peers.counts(redis_server.url())
         marks = 0 if peer.name == "old" else count
         return found == peers.Counts(codes=count, marks=marks, replies=0 if peer.answers_grpc else count)
 
-    mails, pids = asyncio.run(run())
+    before = foreign.moment()
+    mails, pids, used = asyncio.run(run())
     assert mails == count
+    assert foreign.moment().ours - before.ours >= used > 0  # whoever has ended still counts as ours
     assert len(pids) == (1 if peer.name == "old" else 3)
     assert all(ends(pid) for pid in pids)
 

@@ -60,14 +60,19 @@ function run(processes, serve) {
     return;
   }
   let waiting = processes;
+  let stopping = false;
   process.on('SIGTERM', () => {
+    stopping = true;
     for (const worker of Object.values(cluster.workers)) worker.process.kill('SIGTERM');
-    process.exit(0);
   });
   cluster.on('message', (_, port) => {
     if (--waiting === 0) console.log(`ready ${port}`);
   });
-  cluster.on('exit', () => process.exit(1));
+  // It ends last, so that the CPU of all of them is its children's, and through it its parent's.
+  cluster.on('exit', () => {
+    if (!stopping) process.exit(1);
+    if (Object.keys(cluster.workers).length === 0) process.exit(0);
+  });
   for (let i = 0; i < processes; i++) cluster.fork();
 }
 
