@@ -104,7 +104,7 @@ class Settings(BaseSettings):
         f"comma-separated URLs: {'://, '.join(RELAY_PORTS)}://, then user:password@ (percent-encoded) if needed,"
         " then host:port (1 to 65535)",
     )
-    relay_connections: int = _setting(32, "a whole number, 1 to 10000", ge=1, le=10000)
+    relay_connections: int = _setting(256, "a whole number, 1 to 10000", ge=1, le=10000)
     connect_timeout: Seconds = _setting(2, "seconds, above 0 to 300", gt=0, le=300)
     send_timeout: Seconds = _setting(10, "seconds, above 0 to 300", gt=0, le=300)
     mail_from: From = _setting(

@@ -34,7 +34,7 @@ VALUES = {
     "VERIFY_VISIBILITY_TIMEOUT": ("15", "30"),
     "VERIFY_REPLY_TIMEOUT": ("5", "2.5"),
     "VERIFY_RELAYS": ("smtp://127.0.0.1:1025", "smtps://one:465,smtp+starttls://two:587"),
-    "VERIFY_RELAY_CONNECTIONS": ("32", "4"),
+    "VERIFY_RELAY_CONNECTIONS": ("256", "4"),
     "VERIFY_CONNECT_TIMEOUT": ("2", "0.5"),
     "VERIFY_SEND_TIMEOUT": ("10", "3"),
     "VERIFY_MAIL_FROM": ("no-reply@example.com", "Verify <verify@example.org>"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import ssl
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
@@ -17,15 +19,32 @@ if TYPE_CHECKING:
     from producer.settings import Settings
     from worker.mail.message import Mail
 
-_RAISE_SECONDS: Final = 10.0  # after a 421, the limit rises by one connection this often
+_START: Final = 32  # connections that a pool may open without having waited for one
+# While mails wait, the limit grows by one part in so many, this often (seconds): from 32 to 256 in about a second.
+_GROWTH_SHARE: Final = 4
+_GROWTH_SECONDS: Final = 0.1
+# A loop that is busy for more than this share of the time is the bottleneck itself; connections would not help.
+_BUSY_SHARE: Final = 0.8
+# Seconds for which a refused connection is remembered, doubled for each refusal after that time up to the longest.
+_RAISE_SECONDS: Final = 10.0
+_LONGEST_RAISE_SECONDS: Final = 320.0
+# Seconds. A relay that accepted a mail so lately works: if it refuses a connection, it has granted what it grants.
+_WORKED_LATELY: Final = 1.0
 _CLOSE_SECONDS: Final = 1.0
 # Seconds. A mail sent ahead that has not had its turn by then is sent over another connection.
 _AHEAD_SECONDS: Final = 0.05
+_TRANSIENT: Final = 4  # first digit of a reply (RFC 5321, 4.2.1)
 _AHEAD_PAUSE: Final = 10.0  # seconds without mails sent ahead once one had to be sent over another connection
 
 
+logger = logging.getLogger(__name__)
+
+
 class SmtpPool:
-    """A `RelayChannel`. Connections are opened as needed, reused (the last used first) and closed when idle."""
+    """A `RelayChannel`. Connections are opened as needed, reused (the last used first) and closed when idle.
+
+    Their limit grows while mails wait, up to what is set or what the relay grants, and falls as idle ones are closed.
+    """
 
     def __init__(
         self,
@@ -40,13 +59,19 @@ class SmtpPool:
         `tls`: by default, one that checks certificate and host name.
         """
         self.url: Final = url
-        self._connections = settings.relay_connections
+        self._most = settings.relay_connections
         self._connect_timeout = settings.connect_timeout  # TCP, TLS, banner, EHLO and AUTH
         self._send_timeout = settings.send_timeout  # one whole send, up to half of it waiting for a connection
         self._idle_timeout = idle_timeout
         self._tls = tls or (None if url.scheme == "smtp" else ssl.create_default_context())
-        self._limit = self._connections
-        self._raise_at = 0.0  # loop time
+        self._limit = min(_START, self._most)
+        self._granted = self._most  # what the limit may grow to: fewer once the relay has refused a connection
+        self._raise_at = 0.0  # loop time from which one more may be tried
+        self._raise_by = 1  # doubled for each time that is not refused
+        self._remember = 0.0  # seconds; 0: no refusal is remembered
+        self._growth_timer: asyncio.TimerHandle | None = None  # while mails wait
+        self._growth_began = (0.0, 0.0)  # loop time and the thread's CPU time when it was set
+        self._worked_at = -math.inf  # loop time of the last accepted mail
         self._size = 0  # connections that count against the limit: idle, sending, being opened
         self._idle: list[SmtpConnection] = []
         self._live: set[SmtpConnection] = set()
@@ -60,8 +85,12 @@ class SmtpPool:
 
     @property
     def capacity(self) -> int:
-        """See `RelayChannel`: the configured connections, fewer after a 421."""
-        return self._limit
+        """See `RelayChannel`: a few more than the limit if it may grow, or no mail would wait and make it grow."""
+        return min(self._limit + self._growth, self._granted)
+
+    @property
+    def _growth(self) -> int:
+        return max(self._limit // _GROWTH_SHARE, 1)
 
     @property
     def open_connections(self) -> int:
@@ -85,8 +114,9 @@ class SmtpPool:
         self._closing = True
         if self._waiting_timer:
             self._waiting_timer.cancel()
-        if self._ahead_timer:
-            self._ahead_timer.cancel()
+        for timer in (self._ahead_timer, self._growth_timer):
+            if timer:
+                timer.cancel()
         self._fail_waiting(SendCancelled())
         idle, self._idle = self._idle, []
         for connection in idle:
@@ -113,15 +143,42 @@ class SmtpPool:
         if self._closing:
             mail.finish(SendCancelled())
             return
-        if self._limit < self._connections and now >= self._raise_at:
-            self._limit += 1
+        if self._granted < self._most and now >= self._raise_at:
+            if self._limit == self._granted:
+                self._limit = min(self._limit + self._raise_by, self._most)
+            self._granted = min(self._granted + self._raise_by, self._most)
+            self._raise_by *= 2
             self._raise_at = now + _RAISE_SECONDS
+            if self._granted == self._most:
+                self._remember = 0.0
         if self._size < self._limit:
             self._size += 1
             self._open(mail)
         else:
             self._waiting.append(mail)
             self._arm_waiting_timer(mail.connection_deadline)
+            if self._growth_timer is None and self._limit < self._granted:
+                self._arm_growth_timer()
+
+    # The limit
+
+    def _arm_growth_timer(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._growth_began = loop.time(), time.thread_time()
+        self._growth_timer = loop.call_later(_GROWTH_SECONDS, self._grow)
+
+    def _grow(self) -> None:
+        """Raise the limit if mails wait for the relay, and not for this process or for connections being opened."""
+        self._growth_timer = None
+        if not self._waiting or self._limit >= self._granted:
+            return
+        began, cpu_began = self._growth_began
+        busy = time.thread_time() - cpu_began > _BUSY_SHARE * (asyncio.get_running_loop().time() - began)
+        if not busy and not self._handshakes:
+            self._limit = min(self._limit + self._growth, self._granted)
+            for _ in range(len(self._waiting)):
+                self._use_free_slot()
+        self._arm_growth_timer()
 
     # New connections
 
@@ -138,6 +195,7 @@ class SmtpPool:
             mail.finish(SendCancelled())
 
     async def _open_and_send(self, mail: Mail) -> None:
+        began = asyncio.get_running_loop().time()
         try:
             connection = await self._connect(mail.attempt_deadline)
         except Exception as exc:  # noqa: BLE001 - whatever it is, it is the outcome of the mail
@@ -145,9 +203,15 @@ class SmtpPool:
             if isinstance(exc, RelayBusy):
                 self._lower_limit(mail, exc)
                 return
-            out_of_time = asyncio.get_running_loop().time() >= mail.deadline
+            now = asyncio.get_running_loop().time()
+            out_of_time = now >= mail.deadline
             if not isinstance(exc, MailError) or (exc.code is None and out_of_time):
                 self._use_free_slot()
+            elif (exc.code is None or exc.code // 100 == _TRANSIENT) and (
+                self._worked_at >= min(began, now - _WORKED_LATELY)
+            ):
+                self._lower_limit(mail, RelayBusy(exc.code, exc.enhanced, exc.step))
+                return
             elif not self._size:
                 # Without any connection, the waiting mails fail at once instead of trying a dead relay one by one.
                 self._fail_waiting(exc)
@@ -175,10 +239,12 @@ class SmtpPool:
             if isinstance(error, StaleConnection):
                 self._start_again(mail, connection)
             elif error is None:
+                self._worked_at = connection.loop.time()
                 mail.finish(None)
             else:
                 self._fail(mail, error)
         elif error is None:
+            self._worked_at = connection.loop.time()
             self._release(connection)
             mail.finish(None)
         elif isinstance(error, StaleConnection):
@@ -215,15 +281,25 @@ class SmtpPool:
             self._fail(mail, copy)
 
     def _lower_limit(self, mail: Mail, busy: RelayBusy) -> None:
-        """Limit the pool to its current connections; without any, the relay accepts no mail now."""
+        """Halve the limit, at a further refusal keep to the connections there are; either way, remember it for a while.
+
+        Without any connection, the relay accepts no mail now.
+        """
         if not self._size:
             deferred = MessageDeferred(busy.code, busy.enhanced, busy.step)
             self._fail_waiting(deferred)
             self._fail(mail, deferred)
             return
         now = asyncio.get_running_loop().time()
-        self._limit = self._size
-        self._raise_at = now + _RAISE_SECONDS
+        if not self._remember:
+            self._limit = max(self._limit // 2, 1)
+            self._remember = _RAISE_SECONDS
+            logger.info("the relay refuses further connections", extra={"relay": self.url.masked()})
+        elif self._raise_by > 1:  # after a raise: not of the same moment as the last refusal
+            self._remember = min(2 * self._remember, _LONGEST_RAISE_SECONDS)
+        self._limit = self._granted = min(self._limit, self._size)
+        self._raise_at = now + self._remember
+        self._raise_by = 1
         if mail.was_busy:
             self._fail(mail, busy)
         else:
@@ -299,5 +375,7 @@ class SmtpPool:
         if connection in self._idle:
             self._idle.remove(connection)
             self._size -= 1
+            if self._limit > _START:  # what was grown and is not needed any more is given back
+                self._limit -= 1
         if self._all_lost and not self._live and not self._all_lost.done():
             self._all_lost.set_result(None)
