@@ -1,8 +1,9 @@
-"""Takes requests off the queue: how many (`Prefetch`), when (`Wakeup`), and where each goes.
+"""Takes requests off the queue: how many (`Prefetch`), when, and where each goes.
 
-Messages are reserved many at a time, and the service gets those of one reservation as a batch. A message with an ETA
-waits for it in Redis. One that needs Celery's own machinery (group, callbacks, chain, chord) goes to Celery instead,
-whose task hands it to the service.
+Messages are reserved many at a time, and the service gets those of one reservation as a batch. Of all idle workers one
+waits on the queue, and a message wakes no other: the same one while it can take more, so that batches are large. A
+message with an ETA waits for it in Redis. One that needs Celery's own machinery (group, callbacks, chain, chord) goes
+to Celery instead, whose task hands it to the service.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from producer.redis.scripts import Command
 from worker.databases import Database
 from worker.job import Finished, Job
 from worker.metrics import Counters
-from worker.queue.commands import MAX_MOVES, MaintenanceResult, RequestQueue
+from worker.queue.commands import MAX_MOVES, NOTHING_TAKEN, MaintenanceResult, RequestQueue, Waiter
 from worker.queue.message import (
     CELERY_REJECTED,
     DeadLetterCode,
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 SETTLE_TIME: Final = 1.0  # seconds of its last ones in which a stopping worker settles what it has sent
 MAX_LOST_TAGS: Final = 10_000  # a few reservations' tags; only the first ones can matter, made while Redis was there
+RECHECK_TIME: Final = 0.02  # seconds until a worker that wants few messages asks for them: its sends may be slow
+REFUSED_WITHIN: Final = 0.01  # seconds; waits that end sooner and bring nothing do not follow each other sooner
 _PAUSE: Final = 0.25  # seconds between tries while Redis is unreachable
 
 
@@ -82,7 +85,7 @@ class Fetcher:
     ) -> None:
         """`waiter`: a connection of its own, as it blocks. `traced`: whether each job gets a `Trace`."""
         self._broker = broker
-        self._wakeup = Wakeup(waiter, queue)
+        self._waiter = waiter
         self.queue = queue
         self._service = service
         self._settler = settler
@@ -95,6 +98,9 @@ class Fetcher:
         self._task_results: dict[str, asyncio.Future[ErrorCode | None]] = {}  # by tag: what Celery's tasks wait for
         self._lost_tags: list[str] = []  # of reservations whose answer was lost: their messages may be ours
         self._changed = asyncio.Event()  # it is worth asking again how many messages are wanted
+        self._full = False  # whether the fetcher waits for such a change
+        self._waits = Waiter.NONE  # who waits on the queue, as the last reservation found it
+        self._in_vain = 0  # waits in a row that ended at once and brought nothing
         self._consuming = False
         self._suspects = 0  # suspected poison messages that wait
         self._alone = False  # the one message held is a suspect: nothing may run beside it
@@ -125,30 +131,57 @@ class Fetcher:
         await self._settler.abandon()
         self._fetching.cancel()
         await asyncio.wait([self._fetching])
-        await self._wakeup.close()
 
     def tags(self) -> list[str]:
         """The tags of all requests that this worker holds, those at Celery included."""
         return list(self.held | self._at_celery)
 
     async def _fetch_all(self) -> None:
+        more = True  # whether there may be messages that can be taken at once
         while not self._stopping:
-            wanted = self._wanted()
-            self._changed.clear()
-            if wanted <= 0:
-                await self._changed.wait()
-                continue
             try:
-                if self._lost_tags:
-                    await self._broker.run([self.queue.release(self._lost_tags)])
-                    self._lost_tags = []
-                if not await self._fetch(wanted):
-                    await self._wakeup.wait(self._changed)
+                more = await self._take_part(more)
             except RedisUnavailable:
+                more = True
                 await asyncio.sleep(_PAUSE)
             except Exception as exc:  # noqa: BLE001 - no error may end the loop
                 logger.error("unexpected error in the fetcher", extra={"kind": type(exc).__name__})
+                more = True
                 await asyncio.sleep(_PAUSE)
+        await self._leave_wait()
+
+    async def _take_part(self, more: bool) -> bool:
+        """Take messages that are there, or wait for some, or until any are wanted; whether there may be more."""
+        if self._lost_tags:
+            await self._broker.run([self.queue.release(self._lost_tags)])
+            self._lost_tags = []
+        self._changed.clear()
+        wanted = self._wanted()
+        if wanted <= 0:
+            await self._leave_wait()
+            await self._change()
+            return True
+        if more:
+            return await self._fetch(wanted)
+        if self._serving:
+            # What comes while a batch is issued makes up the next one.
+            await asyncio.wait(self._serving)
+            return False
+        if wanted < self._prefetch.worth_waiting_for:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RECHECK_TIME):
+                    await self._change()
+                    return False
+        if self._waits is Waiter.NONE:
+            return await self._fetch(wanted)
+        return await self._wait(wanted)
+
+    async def _change(self) -> None:
+        self._full = True
+        try:
+            await self._changed.wait()
+        finally:
+            self._full = False
 
     def _wanted(self) -> int:
         # A message that Celery has still to run counts as held.
@@ -158,19 +191,54 @@ class Fetcher:
         return self._prefetch.wanted(held, settling=self._settler.under_way)
 
     async def _fetch(self, wanted: int) -> bool:
-        """Take up to `wanted` messages. False: the queue is empty, so wait for a message."""
+        """Take up to `wanted` messages that are there; whether there may be more."""
         asked = asyncio.get_running_loop().time()
-        command = self.queue.reserve(wanted, held=len(self.held))
+        command = self._reservation(wanted, held=len(self.held))
         try:
             [answer] = await self._broker.run([command])
         except RedisUnavailable:
-            if len(self._lost_tags) < MAX_LOST_TAGS:
-                self._lost_tags += self.queue.tags_of(command)
+            self._lose(command)
             raise
+        return await self._take(answer, wanted, asked)
+
+    async def _wait(self, wanted: int) -> bool:
+        """Wait until there are messages and take up to `wanted`; whether there may be more.
+
+        In one trip: the reservation waits in Redis, behind a command that blocks.
+        """
+        # As if it held some: a suspect runs alone, and this worker may hold others by then.
+        command = self._reservation(wanted, held=1)
+        block = self.queue.await_message() if self._waits is Waiter.SELF else self.queue.await_turn()
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            answer = await self._waiter.run_muted(block, command)
+        except RedisUnavailable:
+            self._lose(command)
+            raise
+        came = loop.time()
+        more = await self._take(answer, wanted, came)
+        if len(answer) > NOTHING_TAKEN or came - began >= REFUSED_WITHIN:
+            self._in_vain = 0
+        else:
+            self._in_vain += 1
+            if self._in_vain > 1:  # the server is full and refuses to block; muted, it cannot say so
+                await asyncio.sleep(REFUSED_WITHIN)
+        return more
+
+    def _reservation(self, wanted: int, *, held: int) -> Command:
+        return self.queue.reserve(wanted, held=held, worth_waiting_for=self._prefetch.worth_waiting_for)
+
+    async def _take(self, answer: Any, wanted: int, asked: float) -> bool:
+        """Start what a reservation of `wanted` messages brought; whether there may be more.
+
+        `asked`: loop time at which they were asked for or, if they were waited for, came.
+        """
         raise_errors([answer])
-        taken, self._suspects, alone = self.queue.read_reserve(answer)
+        taken, self._suspects, alone, self._waits = self.queue.read_reserve(answer)
         if not self._consuming:  # switched off while the reservation was on its way
-            await self._broker.run([self.queue.release([reserved.tag for reserved in taken])])
+            if taken:
+                await self._broker.run([self.queue.release([reserved.tag for reserved in taken])])
             return True
         messages = self._read(taken)
         jobs = self._start([each for each in messages if each.eta is None], asked)
@@ -179,6 +247,17 @@ class Fetcher:
         if scheduled:
             self._in_background(self._schedule(scheduled))
         return len(taken) >= wanted or self._suspects > 0
+
+    def _lose(self, command: Command) -> None:
+        if len(self._lost_tags) < MAX_LOST_TAGS:
+            self._lost_tags += self.queue.tags_of(command)
+
+    async def _leave_wait(self) -> None:
+        """Let another worker wait on the queue."""
+        if self._waits is Waiter.SELF:
+            self._waits = Waiter.NONE
+            with contextlib.suppress(RedisUnavailable):
+                await self._broker.run([self.queue.reserve(0, held=0, worth_waiting_for=1)])
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -218,7 +297,7 @@ class Fetcher:
     def _start(self, messages: list[Parsed], asked: float) -> list[Job]:
         """Hand messages that are due to Celery or to the service; the jobs that the service got.
 
-        `asked`: loop time at which the messages were asked for.
+        `asked`: as for `_take`.
         """
         jobs = []
         for parsed in messages:
@@ -285,7 +364,7 @@ class Fetcher:
 
     def outcome(self) -> None:
         """A request has its outcome: its relay connection is free before it is settled."""
-        if self._wanted() > 0:
+        if self._full and self._wanted() > 0:
             self._changed.set()
 
     def done(self, finished: Finished) -> None:
@@ -358,6 +437,8 @@ class Fetcher:
             await self._broker.run([self.queue.release(tags)])
 
 
+# Seconds of sending; less would have a second worker take what this one sends in a moment, in batches half as large.
+MIN_AHEAD: Final = 0.01
 MAX_AHEAD: Final = 0.03  # seconds of sending; more is never held beyond what can be sent at once
 REFILL_SHARE: Final = 4  # what is held ahead is refilled when one part in so many is free
 _SHORTEST_TICK: Final = 0.1  # seconds; the rate of a shorter time is counted as if over this one
@@ -390,61 +471,19 @@ class Prefetch:
         self._rate += ((mails - self._mails) / max(now - self._ticked, _SHORTEST_TICK) - self._rate) / 2
         self._mails, self._ticked = mails, now
 
+    @property
+    def worth_waiting_for(self) -> int:
+        """A worker that wants fewer messages leaves the wait to others: one message a trip is dear."""
+        return max((self._capacity() + self._ahead()) // REFILL_SHARE, 1)
+
+    def _ahead(self) -> int:
+        return round(self._rate * min(max(2 * self._fetch, MIN_AHEAD), MAX_AHEAD))
+
     def wanted(self, held: int, *, settling: int) -> int:
         """How many messages to reserve now. `held`: by this worker, of which `settling` need no connection any more."""
-        at_once = self._capacity()
-        ahead = round(self._rate * min(2 * self._fetch, MAX_AHEAD))
+        at_once, ahead = self._capacity(), self._ahead()
         most = at_once + ahead
         unsent = max(held - settling, 0)
         # The second bound holds however slowly outcomes are settled.
         free = min(most - unsent, 2 * most - held)
         return 0 if unsent >= at_once and free * REFILL_SHARE < ahead else max(min(free, MAX_MOVES), 0)
-
-
-BLOCK_TIME: Final = 1.0  # seconds of one blocking wait; less than the connection's timeout for an answer
-REFUSED_WITHIN: Final = 0.01  # seconds; a wait that ended sooner in an empty queue is not repeated sooner
-RECHECK_TIME: Final = 0.02  # seconds until an empty queue is asked again: a settled request may have woken others
-
-
-class Wakeup:
-    """Waits until the queue has a message. The message stays in Redis: it may be of any length."""
-
-    def __init__(self, waiter: RedisConnection, queue: RequestQueue) -> None:
-        self._waiter = waiter
-        self._queue = queue
-        self._waiting: asyncio.Task[None] | None = None
-
-    async def wait(self, changed: asyncio.Event) -> None:
-        """Return when the queue has a message, `changed` is set, or after BLOCK_TIME. Raises `RedisUnavailable`."""
-        if self._waiting is None:
-            self._waiting = asyncio.create_task(self._await_message())
-        change = asyncio.ensure_future(changed.wait())
-        both: list[asyncio.Future[Any]] = [self._waiting, change]
-        try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            if not self._waiting.done():
-                # The queue is empty: do not ask it once for every request that is settled.
-                await asyncio.wait([self._waiting], timeout=RECHECK_TIME)
-        finally:
-            change.cancel()
-        if self._waiting.done():
-            waited, self._waiting = self._waiting, None
-            waited.result()
-
-    async def _await_message(self) -> None:
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        while True:
-            asked = loop.time()
-            length = await self._waiter.run_muted(self._queue.await_message(BLOCK_TIME), self._queue.length())
-            raise_errors([length])
-            now = loop.time()
-            if length or now - began >= BLOCK_TIME:
-                return
-            # Another worker was faster, or the server is full and refused to wait; muted, it cannot say so.
-            await asyncio.sleep(max(0.0, REFUSED_WITHIN - (now - asked)))
-
-    async def close(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-            await asyncio.wait([self._waiting])

@@ -91,8 +91,8 @@ class Service:
         self._sender = sender
         self._code_digits = code_digits
         self._leased: dict[str, Job] = {}  # by tag
-        self._asked: list[tuple[Job, Callable[[bool], None]]] = []  # in this turn of the loop
-        self._announcing: set[asyncio.Task[None]] = set()
+        self._asked: list[tuple[Job, Callable[[bool], None]]] = []  # since the last announcement left
+        self._announcing: asyncio.Task[None] | None = None
         self._left_to_others = False  # whether it was logged that a request of another release was left
         self._store_lost = ""  # why, since the store could be used last
         self._store_refuses: set[str] = set()  # kinds of errors, since a batch without one
@@ -221,12 +221,17 @@ class Service:
             self._drained.set_result(None)
 
     def _before_data(self, job: Job, go: Callable[[bool], None]) -> None:
-        """Ask whether a mail's content may be written; all that ask in this turn of the loop are answered together."""
+        """Ask whether a mail's content may be written. What asks while one announcement is under way makes the next."""
         self._asked.append((job, go))
-        if len(self._asked) == 1:
-            task = asyncio.create_task(self._announce_data())
-            self._announcing.add(task)
-            task.add_done_callback(self._announcing.discard)
+        if self._announcing is None:
+            self._announcing = asyncio.create_task(self._announce_all())
+
+    async def _announce_all(self) -> None:
+        try:
+            while self._asked:
+                await self._announce_data()
+        finally:
+            self._announcing = None
 
     async def _announce_data(self) -> None:
         """Announce mails, and let the contents of those follow whose leases the store confirms.

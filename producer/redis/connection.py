@@ -214,6 +214,8 @@ class RedisConnection:
         if isinstance(said, ServerError):  # so more answers will come than were counted
             protocol.transport.abort()
             raise refused(said)
+        if unknown := _unknown_scripts(self.server, protocol, [then], [answer]):
+            [answer] = await self.run(list(unknown.values()))
         return answer
 
     def post(self, batch: Batch, *, database: int | None = None) -> None:

@@ -281,7 +281,9 @@ class Rig:
     def settled(self, within: float = WAIT_TIMEOUT) -> None:
         """Nothing waits, nothing is delayed, nothing is in a worker's hands."""
         # Notes about a delay that is due and counts of dead workers go by themselves, by their TTL.
-        kept = re.compile(rb".+\.(dead$|workers$|unhealthy_workers$|woken:|deaths:)|_kombu\.|.*\.pidbox|celeryev")
+        kept = re.compile(
+            rb".+\.(dead$|workers$|unhealthy_workers$|waiter$|turn$|woken:|deaths:)|_kombu\.|.*\.pidbox|celeryev"
+        )
 
         def left() -> list[bytes]:
             return [key for key in self.broker.scan_iter() if not kept.match(key)]

@@ -17,7 +17,7 @@ from worker import fetcher
 from worker.fetcher import CelerySide, Fetcher, Prefetch
 from worker.job import Finished, Job
 from worker.metrics import Counters
-from worker.queue.commands import MAX_MOVES, RequestQueue
+from worker.queue.commands import MAX_MOVES, RequestQueue, Waiter
 
 AT_ONCE, AHEAD = 4, 8
 ETA = {"eta": "2100-01-01T00:00:00"}
@@ -28,7 +28,7 @@ ACK = ("ack",)
 
 @pytest.fixture(autouse=True)
 def no_recheck(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty queue is asked again only when a test says so, however slow the machine is."""
+    """A worker that wants few messages asks for them only when a test says so, however slow the machine is."""
     monkeypatch.setattr(fetcher, "RECHECK_TIME", 3600.0)
 
 
@@ -60,11 +60,11 @@ class Harness:
         self.pushed.set()
         await turns()
 
-    async def wait(self, _command: object, _then: object) -> int:
-        """Block until a message comes, as the waiting connection does."""
+    async def wait(self, _command: object, then: object) -> list[Any]:
+        """Block until a message comes, and reserve, as the waiting connection does."""
         await self.pushed.wait()
-        self.pushed.clear()
-        return 1
+        [answer] = await self.run([then])
+        return cast("list[Any]", answer)
 
     async def run(self, commands: list[Any]) -> list[Any]:
         """Answer as the broker does."""
@@ -78,7 +78,10 @@ class Harness:
         self.asked.append(wanted)
         taken, self.waiting = self.waiting[:wanted], self.waiting[wanted:]
         pairs = [(b"tag%d" % next(self._tags), each) for each in taken]
-        return [[0, 0, *(part for pair in pairs for part in pair)]]
+        if not self.waiting:
+            self.pushed.clear()
+        waits = Waiter.SELF if wanted - len(taken) >= command[-1] else Waiter.NONE
+        return [[0, 0, waits, *(part for pair in pairs for part in pair)]]
 
     async def serve(self, jobs: list[Job]) -> None:
         """Start to serve, as the service does: the sends do not end by themselves."""
@@ -181,7 +184,7 @@ def test_how_much_is_held_ahead_depends_on_how_long_a_fetch_takes() -> None:
     for tick in range(20):
         counters.mails += 1000
         prefetch.tick(float(tick))
-    for seconds, ahead in ((0.001, 2), (0.004, 8), (10.0, 30)):
+    for seconds, ahead in ((0.001, 10), (0.004, 10), (0.008, 16), (10.0, 30)):
         for _ in range(100):
             prefetch.fetched(seconds)
         assert prefetch.wanted(0, settling=0) == AT_ONCE + ahead
@@ -199,13 +202,17 @@ async def test_an_empty_queue_is_not_asked_again_for_each_settled_request(harnes
 
 
 @scenario
-async def test_an_empty_queue_is_asked_again_for_what_a_settled_request_woke(harness: Harness) -> None:
+async def test_a_worker_that_wants_few_messages_asks_for_them_after_a_moment(harness: Harness) -> None:
+    await harness.push(AT_ONCE + AHEAD - 2)
+    asked = len(harness.asked)
+    await harness.push(2)
+    assert len(harness.asked) == asked
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fetcher, "RECHECK_TIME", 0.0)
-        await harness.push(1)
-        asked = len(harness.asked)
-        await harness.finish(1)
-        assert len(harness.asked) == asked + 1
+        harness.fetcher.consume(on=True)
+        await turns()
+    assert harness.asked[asked] == 2
+    assert len(harness.fetcher.held) == AT_ONCE + AHEAD
 
 
 @scenario

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -36,9 +37,28 @@ DUE: Final = ".parked.due"
 READY: Final = ".parked.ready"
 MAX_MOVES: Final = 1000  # messages that one call may move; the rest waits for the next call
 TICK: Final = 1.0  # seconds between two rounds of maintenance, at most; several must fit into the visibility timeout
+# Beside the queue: the list through which a message reaches the one worker that wakes for it; who waits on the queue;
+# and the list on which the other workers wait.
+HANDOVER: Final = ".handover"
+WAITER: Final = ".waiter"
+TURN: Final = ".turn"
+BLOCK_TIME: Final = 0.5  # seconds of one wait on the queue; less than the connection's timeout for an answer
+LOOK_EVERY: Final = 0.25  # seconds in which the other workers look at the queue, as the one that waits may be dead
+WAITER_LIFE: Final = 3 * BLOCK_TIME  # seconds after which a worker that waited on the queue counts as gone
 WOKEN_TTL: Final = 5000  # ms; a request woken before it is delayed finds the note within one round trip
 DEAD_AGE: Final = 7 * 86_400  # seconds that a dead letter is kept
 DEAD_KEPT: Final = 10_000  # dead letters that are kept, at most
+
+
+class Waiter(IntEnum):
+    """Who waits on the queue."""
+
+    NONE = -1
+    OTHER = 0
+    SELF = 1
+
+
+NOTHING_TAKEN: Final = 3  # elements of `reserve`'s answer beside the messages
 
 
 class Reservation(NamedTuple):
@@ -47,6 +67,7 @@ class Reservation(NamedTuple):
     taken: list[Reserved]
     suspects: int  # suspected poison messages that still wait
     alone: bool  # the only message in `taken` is a suspect: nothing else may run beside it
+    waiter: Waiter
 
 
 class MaintenanceResult(NamedTuple):
@@ -72,36 +93,46 @@ class RequestQueue:
         self._due, self._ready = name + DUE, name + READY
         self._delayed, self._suspects = name + DELAYED, name + SUSPECTS
         self._woken, self._deaths = f"{name}.woken:", f"{name}.deaths:"
+        self._handover, self._waiter, self._turn = name + HANDOVER, name + WAITER, name + TURN
 
     def _prefix(self) -> str:
         return f"{self._owner}.{next(self._calls)}."
 
-    def reserve(self, count: int, *, held: int) -> Command:
-        """Take up to `count` messages. `held`: how many this worker holds. Read the answer with `read_reserve`."""
+    def reserve(self, count: int, *, held: int, worth_waiting_for: int = 1) -> Command:
+        """Take up to `count` messages; 0: this worker waits no longer. Read the answer with `read_reserve`.
+
+        `held`: how many this worker holds. If it wants so many more that they are worth waiting for, it may become the
+        one that waits on the queue; otherwise it leaves that to others.
+        """
         keys = [self.name, self._ready, self._delayed, self._suspects, UNACKED, INDEX, self._due]
+        keys += [self._waiter, self._turn, self._handover]
         keys += [f"{self.name}{PRIORITY_SEPARATOR}{step}" for step in PRIORITY_STEPS]
-        return _RESERVE(keys, [count, self._prefix(), self.name, held, LARGEST_MESSAGE, TASK])
+        life = round(WAITER_LIFE * 1000)
+        return _RESERVE(
+            keys, [count, self._prefix(), self.name, held, LARGEST_MESSAGE, TASK, self._owner, life, worth_waiting_for]
+        )
 
     @staticmethod
     def tags_of(reserve: Command) -> list[str]:
         """Every tag that this `reserve` command may have made: if its answer is lost, they can still be released."""
         count, prefix = reserve[3 + int(reserve[2]) :][:2]
-        return [f"{prefix!s}{2 * i + 2}" for i in range(int(count))]
+        return [f"{prefix!s}{2 * i + NOTHING_TAKEN}" for i in range(int(count))]
 
     @staticmethod
     def read_reserve(answer: list[Any]) -> Reservation:
-        return Reservation(_pairs(answer[2:]), answer[0], answer[1] == 1)
+        return Reservation(_pairs(answer[NOTHING_TAKEN:]), answer[0], answer[1] == 1, Waiter(answer[2]))
 
-    def await_message(self, seconds: float) -> Command:
-        """Block until the queue has a message, or for `seconds`. The message stays where it is.
+    def await_message(self) -> Command:
+        """Block until the queue has a message, at most for BLOCK_TIME; only the worker that waits on the queue does.
 
-        Run it muted: the answer is the message, however long that is.
+        It moves to where the next `reserve` finds it first, whichever worker's that is. Run it muted: the answer is the
+        message, however long that is.
         """
-        return ("BLMOVE", self.name, self.name, "RIGHT", "RIGHT", seconds)
+        return ("BLMOVE", self.name, self._handover, "RIGHT", "LEFT", BLOCK_TIME)
 
-    def length(self) -> Command:
-        """How many messages are on the queue."""
-        return ("LLEN", self.name)
+    def await_turn(self) -> Command:
+        """Block until the worker that waits on the queue leaves that to another, at most for LOOK_EVERY."""
+        return ("BLPOP", self._turn, LOOK_EVERY)
 
     def maintain(
         self, tags: list[str], *, restore: bool, relay_healthy: bool, redis_time: float | None = None

@@ -41,6 +41,7 @@ local LOOKED_AT = 100 -- dead letters in one call
 local time = redis.call('TIME')
 local seconds = time[1] + time[2] / 1000000
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local score = string.format('%.0f', math.ceil(seconds)) -- as in reserve.lua
 
 -- This changes nothing, and tells whether the server refuses what takes memory.
 local result = { 0, 0, 0, 0, 0, 0, '' }
@@ -54,7 +55,7 @@ end
 -- This takes none: a full server refuses only a script's first write, and what workers hold must be renewed even there.
 redis.pcall('HDEL', KEYS[2], '')
 for i = 14, #ARGV do
-    redis.call('ZADD', KEYS[1], 'XX', seconds, ARGV[i])
+    redis.call('ZADD', KEYS[1], 'XX', score, ARGV[i])
 end
 
 local visibility, most = tonumber(ARGV[1]), tonumber(ARGV[2])
@@ -83,7 +84,7 @@ if visibility > 0 and not clock_was_set then
             if deaths >= tonumber(ARGV[7]) then
                 local tag = ARGV[3] .. #result
                 redis.call('HSET', KEYS[2], tag, entry)
-                redis.call('ZADD', KEYS[1], seconds, tag)
+                redis.call('ZADD', KEYS[1], score, tag)
                 result[#result + 1] = tag
                 result[#result + 1] = message
             elseif deaths >= tonumber(ARGV[6]) then

@@ -13,22 +13,34 @@ KEYS 1 queue       list   producers LPUSH to it
      5 unacked     hash   tag -> [message, exchange, routing key], as kombu writes it
      6 index       zset   tag by time (s, this server's)
      7 due         zset   delayed requests: id by due time (ms)
-     8 ...         list   messages of Celery clients with a lower priority
-ARGV 1 count       int    messages to take, at most
+     8 waiter      string the worker that waits on the queue
+     9 turn        list   an element of it wakes one of the other workers
+     10 handover   list   a message that has woken a worker, on its way to that worker's call
+     11 ...        list   messages of Celery clients with a lower priority
+ARGV 1 count       int    messages to take, at most; 0: this worker waits no longer
      2 tag prefix  string unique to this call
      3 queue name  string
      4 held        int    messages that this worker holds already
      5 largest     bytes  a larger message is cut
      6 task        string a message that is too large has a request id only if it names this task
+     7 worker      string unique to the process
+     8 life        ms     after which a worker that waited on the queue counts as gone
+     9 worth       int    messages that are worth waiting for
 
-Returns {suspects left, 1 if the one taken is a suspect, tag, message, tag, message ...}. In place of a message that is too large
-stands {headers: {id}, cut: {size (bytes), message (its beginning)}}; a call that meets one takes few others after it.
+One worker at a time waits on the queue, so that a message wakes one and the others sleep. It remains the same one while it wants
+enough more messages than it gets; then it leaves the wait to the next.
+
+Returns {suspects left, 1 if the one taken is a suspect, who waits on the queue, tag, message, tag, message ...}. Who waits: 1 this
+worker, 0 another one, -1 none. In place of a message that is too large stands {headers: {id}, cut: {size (bytes), message (its
+beginning)}}; a call that meets one takes few others after it.
 A command that is refused (memory, access, a key of another type) does not undo the script. So messages are only read
 first, then written to where they go, and only then removed; if they cannot be removed, what was written is taken back.
 ]]
 local time = redis.call('TIME')
 local seconds = time[1] + time[2] / 1000000
-local score = string.format('%.6f', seconds) -- once: Lua would format a number for each command
+-- Rounded up, so that nothing is restored early. Whole, because a small zset keeps its scores as text and reads them one by one:
+-- fractions take Redis ten times as long.
+local score = string.format('%.0f', math.ceil(seconds))
 local count, prefix, held = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[4])
 local LARGEST, TASK = tonumber(ARGV[5]), ARGV[6]
 local KEPT, SEARCHED = 1024, 8192 -- bytes of a message that is too large: how many are kept; how many are searched at each end
@@ -57,7 +69,7 @@ local function refused(answer)
     return type(answer) == 'table' and answer.err
 end
 
-local taken = { suspects, 0 }
+local taken = { suspects, 0, 0 }
 
 -- Reads up to `total` messages, a few at a time; `part(from, to)` reads some. Stops soon after one that was cut, so that no call
 -- copies many large ones. Returns the messages, how many places were read, and whether one was cut.
@@ -108,20 +120,45 @@ local function move(messages, removals)
     return error
 end
 
-local function answer(error)
-    if error and #taken == 2 then
+-- `waits`: whether this worker may wait on the queue.
+local function answer(error, waits)
+    if error and #taken == 3 then
         return redis.error_reply(error)
+    end
+    local waiter = redis.call('GET', KEYS[8])
+    if waits and (not waiter or waiter == ARGV[7]) then
+        local said = refused(redis.pcall('SET', KEYS[8], ARGV[7], 'PX', ARGV[8]))
+        if said and #taken == 3 and string.match(said, '^%-?READONLY') then
+            return redis.error_reply((string.gsub(said, '^%-', '')))
+        end
+        taken[3] = said and -1 or 1
+    elseif not waiter then
+        taken[3] = -1
+    elseif waiter == ARGV[7] then
+        taken[3] = -1
+        redis.pcall('DEL', KEYS[8])
+        if redis.call('EXISTS', KEYS[9]) == 0 then
+            redis.pcall('RPUSH', KEYS[9], 1)
+        end
     end
     return taken
 end
 
+if count == 0 then
+    local error
+    while not error and redis.call('EXISTS', KEYS[10]) == 1 do
+        error = refused(redis.pcall('LMOVE', KEYS[10], KEYS[1], 'LEFT', 'RIGHT'))
+    end
+    return answer(error, false)
+end
+
 if suspects > 0 then
     if held > 0 then
-        return taken
+        return answer(nil, false)
     end
     taken[2] = 1
     local messages = read(1, function() return { redis.call('LINDEX', KEYS[4], -1) } end)
-    return answer(move(messages, { { 'RPOP', KEYS[4] } }))
+    return answer(move(messages, { { 'RPOP', KEYS[4] } }), false)
 end
 
 -- Moves messages from the right end of a list, the oldest first. Returns how many, whether one was cut, and the error of a
@@ -138,15 +175,23 @@ local function take_oldest(key, count)
 end
 
 local room = count
-if redis.call('LLEN', KEYS[1]) > count then
-    local newest = math.floor((count + time[2] % 4) / 4)
+local handed = redis.call('LLEN', KEYS[10])
+if handed > 0 then
+    local places, was_cut, error = take_oldest(KEYS[10], math.min(handed, room))
+    if error or was_cut then
+        return answer(error, false)
+    end
+    room = room - places
+end
+if redis.call('LLEN', KEYS[1]) > room then
+    local newest = math.floor((room + time[2] % 4) / 4)
     if newest > 0 then
         local messages, places, was_cut = read(newest, function(from, to)
             return redis.call('LRANGE', KEYS[1], from - 1, to - 1)
         end)
         local error = move(messages, { { 'LTRIM', KEYS[1], places, -1 } })
         if error or was_cut then
-            return answer(error)
+            return answer(error, false)
         end
         room = room - places
     end
@@ -174,20 +219,20 @@ if #due > 0 then
         { 'ZREM', KEYS[2], unpack(known) },
     })
     if error or was_cut then
-        return answer(error)
+        return answer(error, false)
     end
     room = room - #messages
 end
 for i = 1, #KEYS do
-    if (i == 1 or i > 7) and room > 0 then
+    if (i == 1 or i > 10) and room > 0 then
         local found = redis.call('LLEN', KEYS[i])
         if found > 0 then
             local places, was_cut, error = take_oldest(KEYS[i], math.min(found, room))
             if error or was_cut then
-                return answer(error)
+                return answer(error, false)
             end
             room = room - places
         end
     end
 end
-return taken
+return answer(nil, room >= tonumber(ARGV[9]))
