@@ -23,6 +23,10 @@ _PREPARATIONS: Final = {"SELECT", "SCRIPT", "CLIENT", "AUTH"}
 _TAIL: Final = 120  # bytes at the end of a script that tell it from others
 _AGGREGATES: Final = {ord("*"): 1, ord("~"): 1, ord(">"): 1, ord("%"): 2}
 _STRINGS: Final = b"$!="
+WAIT: Final = "wait"  # a reservation that waits behind a command that blocks until the queue has a message
+# What a reservation is called by the command that it waits behind; the second waits for its turn to wait on the queue.
+_WAITS: Final = {"BLMOVE": WAIT, "BLPOP": "turn"}
+_TAKEN: Final = re.compile(rb"(?:\+OK\r\n)*\*(\d+)\r\n")
 
 
 class Part(NamedTuple):
@@ -53,6 +57,7 @@ class RedisGrammar:
         self._ours: bool | None = None  # None: nothing was sent yet. Celery's own connections have no steps.
         self._awaited: deque[tuple[str, int]] = deque()  # for each frame sent: its name, and how many replies it gets
         self._muted = False
+        self._blocks = ""  # the command that blocks and that was sent last; the next one waits behind it
         self._loading: deque[str] = deque()  # the names of scripts that are being loaded
 
     def sent(self, data: bytes) -> list[Part]:
@@ -80,7 +85,7 @@ class RedisGrammar:
         if not self._ours:
             return Part("", data)
         if replies:
-            self._awaited.append((name, replies))
+            self._awaited.append(("reserve" if name in _WAITS.values() else name, replies))
         return Part(name, data, str(words))
 
     def _read(self, words: list[bytes]) -> tuple[str, int]:
@@ -98,6 +103,10 @@ class RedisGrammar:
             name = script_name(words[1])
         elif command in {"LPUSH", "PUBLISH"}:
             name = {"LPUSH": "push", "PUBLISH": "events"}[command]
+        elif command in _WAITS:
+            self._blocks = command
+        if name == "reserve" and self._blocks:
+            name, self._blocks = _WAITS[self._blocks], ""
         return name, 0 if self._muted else 1
 
     def received(self, data: bytes) -> list[Part]:
@@ -111,7 +120,8 @@ class RedisGrammar:
             if self._in[at : at + 1] in b"*>" and re.match(rb"[*>]\d\r\n\$\d+\r\np?message\r\n", self._in[at:]):
                 found.append(Part("message", self._in[at:end]))
             else:
-                found.append(Part(self._awaited.popleft()[0] if self._awaited else "", self._in[at:end]))
+                name, data = self._awaited.popleft()[0] if self._awaited else "", self._in[at:end]
+                found.append(Part("" if name == "reserve" and _took_nothing(data) else name, data))
             at = end
         self._in = self._in[at:]
         return found
@@ -124,6 +134,12 @@ class RedisGrammar:
         for _ in range((self._awaited[0][1] if self._awaited else 1) - 1):
             end = resp_end(self._in, end) if end > 0 else -1
         return end
+
+
+def _took_nothing(reply: bytes) -> bool:
+    """Whether a reservation was answered that there is nothing to take."""
+    found = _TAKEN.match(reply)
+    return found is not None and int(found[1]) <= commands.NOTHING_TAKEN
 
 
 @functools.cache

@@ -44,7 +44,7 @@ class Worker:
     def __init__(self, child: Child, network: Network) -> None:
         self.child = child
         self.network = network
-        self.waits = asyncio.Event()  # for a message, and is connected to all three databases
+        self.waits = asyncio.Event()  # on the queue, and is connected to all three databases
         self.holds = True  # whether it held a request at its last round of maintenance
         self.rounds = 0  # since `forget`
         self.longest = 0.0  # seconds between two rounds
@@ -169,7 +169,8 @@ class Lane:
         await self.codes.flushdb()
         await self.results.flushdb()
         for key in await keys_of(self.broker):
-            if not key.startswith((b"_kombu.", b"verification.workers")):
+            # Which worker waits on the queue goes by itself; without it, a frozen one would wait beside the victim.
+            if not key.startswith((b"_kombu.", b"verification.workers", b"verification.waiter")):
                 await self.broker.delete(key)
         self.relay.mails.clear()
         self.relay.dotted.clear()

@@ -13,12 +13,12 @@ from typing import Any, Final, NamedTuple
 
 from support.process import HOST
 
-from bench.crash_map.grammar import Grammar, HttpGrammar, Part, RedisGrammar, SmtpGrammar
+from bench.crash_map.grammar import WAIT, Grammar, HttpGrammar, Part, RedisGrammar, SmtpGrammar
 
 RELAY, CALLER = "relay", "caller"  # links; all others lead to Redis
 SENT, RECEIVED = "→", "←"  # by the process
 # What happens again and again, whether there is a request or not. Connections of Celery's own have no steps either.
-_IDLE: Final = {"maintain", "renew", "BLMOVE", "backlog", ""}
+_IDLE: Final = {"maintain", "renew", "BLMOVE", "BLPOP", WAIT, "turn", "backlog", ""}
 _CONSUMED: Final = 0.3  # seconds in which the other side surely has read what reached it, and has hung up
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER
 
@@ -100,6 +100,8 @@ class Network:
         self._striking: asyncio.Task[None] | None = None
         self._held: set[str] = set()
         self._moving = asyncio.Condition()
+        self._woken: asyncio.Event | None = None  # until it is set, a reservation that waits is held
+        self._waiting = asyncio.Event()  # one is held
         self._connections: set[_Connection] = set()
         self._servers: list[asyncio.Server] = []
         self._scripts: dict[bytes, str] = {}
@@ -146,6 +148,21 @@ class Network:
         if link in self._held:
             async with self._moving:
                 await self._moving.wait_for(lambda: link not in self._held)
+
+    async def hold_wait(self) -> None:
+        """Hold back the reservation with which the worker waits; returns when only the command before it has passed.
+
+        So that what is between the wake of a worker and its reservation is a step of its own.
+        """
+        self._woken = asyncio.Event()
+        self._waiting.clear()
+        await self._waiting.wait()
+
+    def wake(self) -> None:
+        """Let it pass, as the first step of the request."""
+        assert self._woken is not None
+        self._woken.set()
+        self._woken = None
 
     @property
     def redis(self) -> list[str]:
@@ -204,6 +221,10 @@ class Network:
                     await self._forward(Frame(link, way, name, detail, part, connection), writer)
 
     async def _forward(self, frame: Frame, writer: asyncio.StreamWriter) -> None:
+        if frame.name == WAIT and self._woken is not None:
+            self._waiting.set()
+            await self._woken.wait()
+            frame.name = "reserve"
         await self.moving(frame.link)
         frame.at = asyncio.get_running_loop().time()
         for watcher in self.watchers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import uuid
@@ -17,13 +18,14 @@ from bench.crash_map.lane import POLL, Ask, Lane, Stalled, Worker, keys_of, late
 from bench.crash_map.network import RECEIVED, RELAY, SENT, Frame, Step, label
 from bench.crash_map.promises import Asked, Outcome, Sent
 from bench.crash_map.scenarios import GIVE_UP_AFTER, LEASE, LONG, SCENARIOS, SHORT, Actor, Cell, Fault
+from worker.queue.commands import BLOCK_TIME, HANDOVER
 
 _QUIET_WITHIN: Final = GIVE_UP_AFTER + 20  # seconds in which every request has its reply, and nothing is left of it
 _STALL: Final = LEASE / 2  # seconds without a sign of life from which on a lease may lapse on a healthy worker
 _REACHES: Final = 0.05  # seconds in which a frame surely reaches the other side
 _ID: Final = re.compile(rb'"id": ?"([^"]+)"')
 # The keys of the broker database that belong to no request, or that go by themselves.
-_KEPT: Final = re.compile(rb".+\.(dead$|workers$|unhealthy_workers$)|_kombu\.|.*\.pidbox|celeryev")
+_KEPT: Final = re.compile(rb".+\.(dead$|workers$|unhealthy_workers$|waiter$|turn$)|_kombu\.|.*\.pidbox|celeryev")
 # Lines with a traceback that are Celery's own way to report a lost connection.
 _TOLERATED: Final = ("Connection error: network", "Connection to broker lost")
 
@@ -91,7 +93,12 @@ class Trial:
             self._tasks.append(asyncio.create_task(self._use_codes()))
         self._network.begin(self._cell.step, self._strike)
         self._helper.network.begin()
+        if self._worker is not None:
+            await self._network.hold_wait()
         await self._make(scenario.requests)
+        if self._worker is not None:
+            await self._handed_over()
+            self._network.wake()
         await self._until_quiet(scenario.requests)
         return self._look()
 
@@ -127,6 +134,13 @@ class Trial:
         await self._lane.broker.lpush(QUEUE, *(json.dumps(each) for each in envelopes))
         now = asyncio.get_running_loop().time()
         self._queued |= {each["headers"]["id"]: now for each in envelopes}
+
+    async def _handed_over(self) -> None:
+        """Return when a message has woken the worker; if its wait was over before, it will find the message anyway."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(BLOCK_TIME):
+                while not await self._lane.broker.exists(QUEUE + HANDOVER):  # noqa: ASYNC110 - nothing tells
+                    await asyncio.sleep(POLL / 10)
 
     def _watch(self, frame: Frame) -> None:
         """Note what a client or an API pushes."""

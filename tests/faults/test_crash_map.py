@@ -39,7 +39,11 @@ def failed(results: Iterable[Result]) -> list[str]:
 def test_the_decisive_steps_of_a_request_can_fail() -> None:
     results = results_of(
         [
-            Cell(ALONE, Step(REDIS, SENT, "reserve", 1), Fault.KILLED_AFTER),
+            # Between the wake of a worker and its reservation, and between that and the answer.
+            Cell(ALONE, Step(REDIS, SENT, "reserve", 1), Fault.KILLED_BEFORE),
+            Cell(ALONE, Step(REDIS, SENT, "reserve", 1), Fault.FROZEN),
+            Cell(ALONE, Step(REDIS, SENT, "reserve", 1), Fault.CUT_LONG),
+            Cell(ALONE, Step(REDIS, RECEIVED, "reserve", 1), Fault.KILLED_BEFORE),
             Cell(ALONE, Step(REDIS, RECEIVED, "issue", 1), Fault.LOST),
             Cell(ALONE, Step(REDIS, RECEIVED, "announce_data", 1), Fault.FROZEN),
             Cell(ALONE, Step(RELAY, SENT, "content", 1), Fault.KILLED_AFTER),
@@ -48,7 +52,7 @@ def test_the_decisive_steps_of_a_request_can_fail() -> None:
             Cell(ALONE, Step(REDIS, SENT, "reply", 1), Fault.KILLED_BEFORE),
             Cell(ALONE, Step(REDIS, SENT, "ack", 1), Fault.CUT_SHORT),
         ],
-        count=4,
+        count=6,
     )
     assert failed(results) == []
     assert [str(result) for result in results if result.silent] == []

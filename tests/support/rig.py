@@ -48,6 +48,7 @@ _CODE_LINE: Final = re.compile(rb"\n(\d{12})=\r\n")
 _MESSAGE_ID: Final = re.compile(rb"\r\nMessage-ID: <([a-p]+)@example\.com>\r\n")
 _HELD: Final[dict[str, Callable[[redis.Redis], Any]]] = {
     "queue": lambda client: client.llen(QUEUE),
+    "handover": lambda client: client.llen("verification.handover"),
     "unacked": lambda client: client.hlen("unacked"),
     "unacked_index": lambda client: client.zcard("unacked_index"),
     "delayed": lambda client: client.hlen("verification.parked"),
