@@ -140,6 +140,20 @@ class Process:
         """Wait until the log contains `text`; fail if the process ends first."""
         self.wait_for(lambda: text in self.log, within)
 
+    @property
+    def connections(self) -> set[tuple[int, int]]:
+        """Its own port and the other side's, of each established IPv4 connection (Linux only)."""
+        ports = {}
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            _, local, remote, state, *_, inode = line.split()[:10]
+            if state == "01":
+                ports[f"socket:[{inode}]"] = (int(local[-4:], 16), int(remote[-4:], 16))
+        found = set()
+        for link in Path(f"/proc/{self.pid}/fd").iterdir():
+            with contextlib.suppress(OSError):  # it was closed meanwhile
+                found.add(ports.get(str(link.readlink()), (0, 0)))
+        return found - {(0, 0)}
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal."""
         self.process.send_signal(number)
