@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support.relays import FOREVER, UTF8_ENVELOPE, outcome, rig, send, until
-from support.smtp_server import Act, Drop, Held, ScriptedServer, Silence
+from support.smtp_server import Act, Drop, Held, Last, ScriptedServer, Silence
 
 from worker.mail.errors import (
     AcceptanceUnknown,
@@ -122,6 +122,20 @@ async def test_an_answer_out_of_step_writes_no_content(extra: str) -> None:
     async with rig({"dot": ["250 ok", f"250 ok\r\n{extra}".encode() + b"\r\n"]}, connections=1) as (server, pool):
         first, second = await send_two(pool)
         assert [await first, await second] == [None, None]
+        assert (server.connections, contents(server, "alice"), contents(server, "bob")) == (2, 1, 1)
+
+
+async def test_a_relay_that_leaves_before_the_next_content_gets_that_mail_again() -> None:
+    asked = list[Go]()
+    data: list[Act] = ["354 go", "354 go", Last("354 go")]
+    async with rig({"data": data}, connections=1) as (server, pool):
+        first, second = await send_two(pool, before_data=asked.append)
+        assert await first is None
+        await until(lambda: len(asked) == 2)
+        asked[0](True)  # of the connection that has ended
+        assert (second.done(), contents(server, "bob")) == (False, 0)
+        asked[1](True)
+        assert await second is None
         assert (server.connections, contents(server, "alice"), contents(server, "bob")) == (2, 1, 1)
 
 

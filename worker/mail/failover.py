@@ -85,7 +85,7 @@ class Relay:
         self._probed_at = 0.0
         self._probing = False
         self.failed_at: Step | None = None  # what made it unhealthy
-        # The last accepted mail, and the last one before it to another address: recipient and time.
+        # The last accepted mail, and the last one before it to another address: recipient in lower case, and time.
         self._last_accepted = self._accepted_before = ("", -math.inf)
 
     def admits_probe(self, longest_pause: float) -> bool:
@@ -100,15 +100,16 @@ class Relay:
     def accepted_another_lately(self, recipient: str) -> bool:
         """Whether it is worth believing when it refuses this mailbox."""
         last = self._last_accepted
-        _, accepted_at = self._accepted_before if last[0].lower() == recipient.lower() else last
+        _, accepted_at = self._accepted_before if last[0] == recipient.lower() else last
         return self._clock() - accepted_at <= _ACCEPTED_LATELY
 
     def sent(self, recipient: str, error: Exception | None, *, probe: bool) -> str:
         """Take the outcome of a send into account; the outcome in a word."""
         if error is None:
-            if recipient.lower() != self._last_accepted[0].lower():
+            folded = recipient.lower()
+            if folded != self._last_accepted[0]:
                 self._accepted_before = self._last_accepted
-            self._last_accepted = recipient, self._clock()
+            self._last_accepted = folded, self._clock()
         outcome = _ACCEPTED if error is None else _OUTCOMES.get(type(error), _DEFERRED)
         self.sends[outcome] += 1
         if isinstance(error, RelayUnavailable):

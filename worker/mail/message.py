@@ -26,9 +26,10 @@ class Envelope(NamedTuple):
 
     def check(self) -> None:
         """Raise `ValueError` if an address or the content could inject SMTP commands."""
-        if _NOT_IN_PATH.search(self.sender) or _NOT_IN_PATH.search(self.recipient):
+        addresses = self.sender + self.recipient
+        if _NOT_IN_PATH.search(addresses):
             raise ValueError("an address with a control character, a space, an angle bracket or a lone surrogate")
-        if not self.needs_smtputf8 and not (self.sender.isascii() and self.recipient.isascii()):
+        if not self.needs_smtputf8 and not addresses.isascii():
             raise ValueError("a non-ASCII address in an envelope without SMTPUTF8")
         if not self.content.endswith(b"\r\n"):
             raise ValueError("content whose last line has no CRLF")

@@ -8,6 +8,7 @@ import math
 import ssl
 import time
 from collections import deque
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 from worker.mail.errors import MailError, MessageDeferred, RelayBusy, RelayUnavailable, SendCancelled
@@ -83,6 +84,11 @@ class SmtpPool:
         self._closing = False
         self._all_lost: asyncio.Future[None] | None = None
 
+    @cached_property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        # Kept: asyncio checks the process id at each question, which is a system call.
+        return asyncio.get_running_loop()
+
     @property
     def capacity(self) -> int:
         """See `RelayChannel`: a few more than the limit if it may grow, or no mail would wait and make it grow."""
@@ -99,7 +105,7 @@ class SmtpPool:
     def send(self, mail: Mail) -> None:
         """See `RelayChannel`. The error is `SendCancelled` if the mail's own deadline passed or the pool was closed."""
         mail.envelope.check()
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         mail.attempt_deadline = min(mail.deadline, now + self._send_timeout)
         # Half the time is for the send itself, so that under load a slow relay does not seem dead.
         mail.connection_deadline = min(mail.deadline, now + self._send_timeout / 2)
@@ -129,7 +135,7 @@ class SmtpPool:
         if handshakes:
             await asyncio.wait(handshakes)
         if self._live:
-            self._all_lost = asyncio.get_running_loop().create_future()
+            self._all_lost = self._loop.create_future()
             await asyncio.wait([self._all_lost], timeout=_CLOSE_SECONDS)
 
     def _start(self, mail: Mail, now: float) -> None:
@@ -163,9 +169,8 @@ class SmtpPool:
     # The limit
 
     def _arm_growth_timer(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._growth_began = loop.time(), time.thread_time()
-        self._growth_timer = loop.call_later(_GROWTH_SECONDS, self._grow)
+        self._growth_began = self._loop.time(), time.thread_time()
+        self._growth_timer = self._loop.call_later(_GROWTH_SECONDS, self._grow)
 
     def _grow(self) -> None:
         """Raise the limit if mails wait for the relay, and not for this process or for connections being opened."""
@@ -173,7 +178,7 @@ class SmtpPool:
         if not self._waiting or self._limit >= self._granted:
             return
         began, cpu_began = self._growth_began
-        busy = time.thread_time() - cpu_began > _BUSY_SHARE * (asyncio.get_running_loop().time() - began)
+        busy = time.thread_time() - cpu_began > _BUSY_SHARE * (self._loop.time() - began)
         if not busy and not self._handshakes:
             self._limit = min(self._limit + self._growth, self._granted)
             for _ in range(len(self._waiting)):
@@ -195,7 +200,7 @@ class SmtpPool:
             mail.finish(SendCancelled())
 
     async def _open_and_send(self, mail: Mail) -> None:
-        began = asyncio.get_running_loop().time()
+        began = self._loop.time()
         try:
             connection = await self._connect(mail.attempt_deadline)
         except Exception as exc:  # noqa: BLE001 - whatever it is, it is the outcome of the mail
@@ -203,7 +208,7 @@ class SmtpPool:
             if isinstance(exc, RelayBusy):
                 self._lower_limit(mail, exc)
                 return
-            now = asyncio.get_running_loop().time()
+            now = self._loop.time()
             out_of_time = now >= mail.deadline
             if not isinstance(exc, MailError) or (exc.code is None and out_of_time):
                 self._use_free_slot()
@@ -268,7 +273,7 @@ class SmtpPool:
     def _fail(self, mail: Mail, error: Exception) -> None:
         """Report a failure; `SendCancelled` if it is not the relay's fault."""
         if isinstance(error, RelayUnavailable | MessageDeferred) and error.code is None:
-            now = asyncio.get_running_loop().time()
+            now = self._loop.time()
             if self._closing or now >= mail.deadline:
                 error = SendCancelled(step=error.step)
         mail.finish(error)
@@ -290,7 +295,7 @@ class SmtpPool:
             self._fail_waiting(deferred)
             self._fail(mail, deferred)
             return
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         if not self._remember:
             self._limit = max(self._limit // 2, 1)
             self._remember = _RAISE_SECONDS
@@ -313,11 +318,11 @@ class SmtpPool:
         if timer is None or timer.when() > deadline:
             if timer:
                 timer.cancel()
-            self._waiting_timer = asyncio.get_running_loop().call_at(deadline, self._defer_expired)
+            self._waiting_timer = self._loop.call_at(deadline, self._defer_expired)
 
     def _defer_expired(self) -> None:
         self._waiting_timer = None
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         waiting, self._waiting = self._waiting, deque()
         for mail in waiting:
             if mail.connection_deadline <= now:
@@ -342,10 +347,9 @@ class SmtpPool:
     def _end_late_ahead(self) -> None:
         """Send mails over another connection that wait behind a slow answer."""
         self._ahead_timer = None
-        loop = asyncio.get_running_loop()
-        sent_before = loop.time() - _AHEAD_SECONDS
+        sent_before = self._loop.time() - _AHEAD_SECONDS
         if sum(connection.end_late_ahead(sent_before) for connection in self._live):
-            self._ahead_timer = loop.call_later(_AHEAD_SECONDS, self._end_late_ahead)
+            self._ahead_timer = self._loop.call_later(_AHEAD_SECONDS, self._end_late_ahead)
 
     # Connections after a transaction
 
