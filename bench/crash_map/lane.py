@@ -44,7 +44,8 @@ class Worker:
     def __init__(self, child: Child, network: Network) -> None:
         self.child = child
         self.network = network
-        self.waits = asyncio.Event()  # on the queue, and is connected to all three databases
+        self.waits = asyncio.Event()  # for a message, and is connected to all three databases
+        self.waits_first = asyncio.Event()  # the same, and it is the one that a message wakes
         self.holds = True  # whether it held a request at its last round of maintenance
         self.rounds = 0  # since `forget`
         self.longest = 0.0  # seconds between two rounds
@@ -58,8 +59,10 @@ class Worker:
     def _watch(self, frame: Frame) -> None:
         if frame.way == RECEIVED:
             self._versions += frame.name == "INFO"
-        elif frame.name == "BLMOVE" and self._versions >= len(DATABASES):
+        elif frame.name in {"BLMOVE", "BLPOP"} and self._versions >= len(DATABASES):
             self.waits.set()
+            if frame.name == "BLMOVE":
+                self.waits_first.set()
         elif frame.name == "maintain":
             words = int(frame.detail)
             self._idle_words = self._idle_words or words
@@ -213,15 +216,21 @@ class Lane:
         await self._helper_network.drop()
 
     async def start_victim(self) -> Worker:
-        """The worker under the fault, which waits for messages."""
-        return await self._start_worker(self.network, "the worker")
+        """The worker under the fault, which waits for messages and gets the next one."""
+        worker = await self._start_worker(self.network, "the worker")
+        await until(worker.waits_first.wait(), worker.child)
+        return worker
 
     async def _start_worker(self, network: Network, called: str) -> Worker:
         broken = {BROKEN: self._broken} if self._broken else {}
         child = await self._start("worker", called, self._environment(network) | broken)
         worker = Worker(child, network)
         network.idle = {"TIME"}
-        await _until(worker.waits.wait(), child)
+        try:
+            await until(worker.waits.wait(), child)
+        except BaseException:
+            await child.kill()  # it may serve otherwise, and nobody knows of it
+            raise
         return worker
 
     async def start_client(self) -> tuple[Child, Ask]:
@@ -233,7 +242,7 @@ class Lane:
         self.network.watchers, self.network.idle = [], set()
         environment = self._environment(self.network) | {ASKED_AT: str(place)}
         child = await self._start("client", "the client", environment)
-        await _until(connected, child)
+        await until(connected, child)
         server.close()
         reader, writer = connected.result()
         answers: dict[int, asyncio.Future[int | None]] = {}
@@ -273,7 +282,7 @@ class Lane:
         self.network.watchers, self.network.idle = [watch], set()
         bind = {"VERIFY_HTTP_BIND": f"{HOST}:{self._api_port}"}
         child = await self._start("api", "the API", self._environment(self.network) | bind)
-        await _until(looked.wait(), child)
+        await until(looked.wait(), child)
 
         async def ask(email: str) -> int | None:
             body = json.dumps({"email": email}).encode()
@@ -329,15 +338,15 @@ async def keys_of(client: redis.asyncio.Redis) -> list[bytes]:
     return [key if isinstance(key, bytes) else key.encode() for key in keys]
 
 
-async def _until(ready: Awaitable[object], child: Child) -> None:
-    """Wait for a start. Raises `RuntimeError` if the process ends first, `Stalled` if it takes too long."""
+async def until(ready: Awaitable[object], child: Child) -> None:
+    """Wait until a process is ready. Raises `RuntimeError` if it ends first, `Stalled` if it takes too long."""
     waiting, ended = asyncio.ensure_future(ready), asyncio.create_task(child.ended())
     try:
         await asyncio.wait([waiting, ended], timeout=_START_WITHIN, return_when=asyncio.FIRST_COMPLETED)
         if ended.done():
-            raise RuntimeError(f"a process did not start:\n{child.log[-3000:]}")
+            raise RuntimeError(f"a process ended before it was ready:\n{child.log[-3000:]}")
         if not waiting.done():
-            raise Stalled(f"a process did not start within {_START_WITHIN:g} s")
+            raise Stalled(f"a process was not ready within {_START_WITHIN:g} s")
     finally:
         waiting.cancel()
         ended.cancel()

@@ -131,7 +131,7 @@ class Network:
     def end(self) -> None:
         """Count no more."""
         self._counting = False
-        self._trap = self._strike = None
+        self._trap = self._strike = self._woken = None
 
     def hold(self, links: Collection[str]) -> None:
         """Let nothing pass on these links."""

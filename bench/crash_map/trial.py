@@ -14,7 +14,7 @@ from support.caller import META, QUEUE, message
 from support.rig import BUGS, code_in, held_in, keys_without_ttl, reference, reference_in
 
 from bench.crash_map.forks import Child
-from bench.crash_map.lane import POLL, Ask, Lane, Stalled, Worker, keys_of, lateness
+from bench.crash_map.lane import POLL, Ask, Lane, Stalled, Worker, keys_of, lateness, until
 from bench.crash_map.network import RECEIVED, RELAY, SENT, Frame, Step, label
 from bench.crash_map.promises import Asked, Outcome, Sent
 from bench.crash_map.scenarios import GIVE_UP_AFTER, LEASE, LONG, SCENARIOS, SHORT, Actor, Cell, Fault
@@ -94,7 +94,7 @@ class Trial:
         self._network.begin(self._cell.step, self._strike)
         self._helper.network.begin()
         if self._worker is not None:
-            await self._network.hold_wait()
+            await until(self._network.hold_wait(), self._victim)
         await self._make(scenario.requests)
         if self._worker is not None:
             await self._handed_over()
