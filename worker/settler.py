@@ -1,9 +1,9 @@
 """Marks, replies and acks of many requests in one round trip.
 
 A request is settled in three steps: the code store records its outcome (the mark), the reply is stored and published,
-the message is acked. What finishes during one round trip is settled in the next. If all is on one Redis server, the
-three steps are one write, executed in that order: a lost connection leaves a prefix of them, and whoever gets the
-redelivered message finds what was done.
+the message is acked. What finishes during one round trip is settled in the next. Where replies and messages are on one
+Redis server, one script stores the reply and acks. If codes are there too, mark and script are one write, executed in
+that order: a lost connection leaves a prefix of them, and whoever gets the redelivered message finds what was done.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from producer.contract import REPLY_TTL, ErrorCode, reply_key
 from producer.errors import StoreUnavailable
 from producer.redis.connection import ServerError, Step, entries, run_steps
 from producer.redis.protocol import kind_of
-from producer.redis.scripts import EACH, Command, Script
+from producer.redis.scripts import EACH, Arg, Command, Script
 from producer.store.codes import (
     FAILED,
     UNKNOWN,
@@ -42,7 +42,7 @@ from producer.store.codes import (
 from worker.databases import Database, Databases
 from worker.job import Finished, Job
 from worker.metrics import Counters
-from worker.queue.commands import MAX_MOVES, RequestQueue
+from worker.queue.commands import INDEX, MAX_MOVES, UNACKED, RequestQueue
 from worker.queue.message import DeadLetterReason
 
 logger = logging.getLogger(__name__)
@@ -89,17 +89,24 @@ class Settlement:
         self.reply, self.error, self.ack = False, None, False
 
 
-_REPLY = Script(EACH, Path(__file__).parent / "queue" / "reply.lua")
+_ANSWER = Script(EACH, Path(__file__).parent / "queue" / "answer.lua")
 
 
-def store_replies(answered: Iterable[tuple[Job, ErrorCode]], *, final: bool = True) -> Command:
-    """Store and publish replies. The answer has for each 1 if it is the first reply to its id, else 0, or an error.
+def answer_requests(items: Iterable[Settlement], *, broker: int | None) -> Command:
+    """Store and publish replies, those of REDIS_ERR only the latter. Ack, where that is left, if the reply was taken.
 
-    Those that are not `final` are only published.
+    `broker`: the number of the messages' database on the same server; None: nothing is acked. The answer has for each
+    1 if it is the first reply to its id, else 0, or an error; last, 1 if the messages are removed, else 0 or an error.
     """
     now = datetime.now(UTC).isoformat()
-    pairs = [(reply_key(job.request_id), reply_payload(job, error, now)) for job, error in answered]
-    return _REPLY([key for key, _ in pairs], [REPLY_TTL if final else "", *(payload for _, payload in pairs)])
+    keys = [UNACKED, INDEX]
+    arguments: list[Arg] = ["" if broker is None else broker]
+    for item in items:
+        if item.error is not None:
+            keys.append(reply_key(item.job.request_id))
+            life = "" if item.error is ErrorCode.REDIS_ERR else REPLY_TTL
+            arguments += (life, reply_payload(item.job, item.error, now), item.job.tag if item.ack else "")
+    return _ANSWER(keys, arguments)
 
 
 def reply_payload(job: Job, error: ErrorCode, date_done: str) -> bytes:
@@ -137,6 +144,8 @@ class Settler:
         self._counters = counters
         connections = (store.connection, databases.results.connection, databases.broker.connection)
         self._one_write = all(connection is connections[0] for connection in connections)
+        # Where replies and messages are on one server: the number of the messages' database.
+        self._joined = databases.broker.number if connections[1] is connections[2] else None
         self.on_outcome: Callable[[], None] = lambda: None  # called when a request needs no relay connection any more
         self.on_settled: list[Callable[[Finished], None]] = []  # called once a trip
         self._pending: list[Settlement] = []
@@ -158,11 +167,8 @@ class Settler:
 
         `mark`: the code store does not know it yet. `refusal`: how a relay refused the mailbox for good, if one did.
         """
-        item = Settlement(job, error, error if mark else None, refusal, reply=True, ack=not job.through_celery)
-        if item.ack and error is ErrorCode.REDIS_ERR:
-            # Not by `ack_if_stored`, as this reply is stored nowhere.
-            item.ack, item.move = False, self._queue.ack([job.tag])
-        self._add(item)
+        ack = not job.through_celery
+        self._add(Settlement(job, error, error if mark else None, refusal, reply=True, ack=ack))
 
     def retry(self, job: Job, delay: float, *, unknown: bool) -> None:
         """Schedule the next try in `delay` seconds. `unknown`: a relay may have accepted the mail."""
@@ -288,9 +294,6 @@ class Settler:
             await self._take(self._questions([item for item in undecided if item.ask]))
         if self._one_write:
             await self._take(self._marks(batch), self._replies(batch), self._moves(batch))
-            # Nothing keeps a reply that is only published, so its message stays until that is done.
-            if published := [item for item in batch if item.error is ErrorCode.REDIS_ERR and item.move is not None]:
-                await self._take(self._moves(published))
         else:
             for work_of in (self._marks, self._replies, self._moves):
                 await self._take(work_of(batch))
@@ -343,43 +346,37 @@ class Settler:
 
     def _may_follow(self, item: Settlement) -> bool:
         """Whether a step may be taken before it is known how the ones before it were answered."""
-        return self._one_write and not item.mark_decides() and item.error is not ErrorCode.REDIS_ERR
+        return self._one_write and not item.mark_decides()
 
     def _replies(self, batch: list[Settlement]) -> _Work | None:
         items = [item for item in batch if item.reply and (item.marked or self._may_follow(item))]
-        stored = [item for item in items if item.error is not ErrorCode.REDIS_ERR]
-        published = [item for item in items if item.error is ErrorCode.REDIS_ERR]
-        groups = [group for group in (stored, published) if group]
-        commands = [
-            store_replies(((item.job, item.error) for item in group if item.error is not None), final=group is stored)
-            for group in groups
-        ]
+        if not items:
+            return None
+        command = answer_requests(items, broker=self._joined)
 
         def apply(answers: list[Any]) -> None:
-            for group, answer in zip(groups, answers, strict=True):
-                found = entries(answer, len(group))
-                self._warn_of(found)
-                for item, entry in zip(group, found, strict=True):
-                    item.reply = isinstance(entry, ServerError)
+            *found, removed = entries(answers[0], len(items) + 1)
+            self._warn_of([*found, removed])
+            for item, entry in zip(items, found, strict=True):
+                item.reply = isinstance(entry, ServerError)
+                if not item.reply and removed == 1:
+                    item.ack = False
 
-        return (_step(self._databases.results, commands), apply) if items else None
+        return _step(self._databases.results, [command]), apply
 
     def _moves(self, batch: list[Settlement]) -> _Work | None:
         items = [item for item in batch if (item.marked and not item.reply) or self._may_follow(item)]
-        acked = [item for item in items if item.ack]
+        # Usually none: the script that took the reply has removed the message.
+        acked = [item for item in items if item.ack and not item.reply]
         moved = [item for item in items if item.move is not None]
-        commands = [self._ack(acked)] if acked else []
+        commands = [self._queue.ack([item.job.tag for item in acked])] if acked else []
         commands += [item.move for item in moved if item.move is not None]
 
         def apply(answers: list[Any]) -> None:
             self._warn_of(answers)
-            all_acked = answers.pop(0) == 0 if acked else False
-            for item in acked:
-                if all_acked:
+            if acked and not isinstance(answers.pop(0), ServerError):
+                for item in acked:
                     item.ack = False
-                elif not item.reply:
-                    # The reply was stored; its reader may have deleted it at once, so ack without looking for it.
-                    item.ack, item.move = False, self._queue.ack([item.job.tag])
             for item, answer in zip(moved, answers, strict=True):
                 if not isinstance(answer, ServerError):
                     item.move = None
@@ -401,14 +398,6 @@ class Settler:
         if event + kind not in self._warned:
             self._warned.add(event + kind)
             logger.warning(event, extra={"kind": kind} if kind else None)
-
-    def _ack(self, items: list[Settlement]) -> Command:
-        tags = [item.job.tag for item in items]
-        if not self._one_write:
-            return self._queue.ack(tags)
-        replies = [reply_key(item.job.request_id) for item in items]
-        broker, results = self._databases.broker.number, self._databases.results.number
-        return self._queue.ack_if_stored(tags, replies, broker=broker, results=results)
 
 
 def _step(database: Database, commands: list[Command]) -> Step[list[Any]]:

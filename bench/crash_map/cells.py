@@ -20,7 +20,7 @@ from bench.crash_map.trial import run
 # Runs of a cell in which the machine was too busy, or the step did not occur, before that is the result.
 TRIES: Final = 4
 _LAST: Final = {  # what ends a request, for each process: steps after it do not count
-    Actor.WORKER: [(RECEIVED, "ack")],
+    Actor.WORKER: [(RECEIVED, "answer"), (RECEIVED, "ack")],
     Actor.CLIENT: [(RECEIVED, "message")],
     Actor.API: [(SENT, "POST")],
 }

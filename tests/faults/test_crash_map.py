@@ -49,8 +49,8 @@ def test_the_decisive_steps_of_a_request_can_fail() -> None:
             Cell(ALONE, Step(RELAY, SENT, "content", 1), Fault.KILLED_AFTER),
             Cell(ALONE, Step(RELAY, RECEIVED, "content", 1), Fault.LOST),
             Cell(ALONE, Step(REDIS, SENT, "settle", 1), Fault.CUT_LONG),
-            Cell(ALONE, Step(REDIS, SENT, "reply", 1), Fault.KILLED_BEFORE),
-            Cell(ALONE, Step(REDIS, SENT, "ack", 1), Fault.CUT_SHORT),
+            Cell(ALONE, Step(REDIS, SENT, "answer", 1), Fault.KILLED_BEFORE),
+            Cell(ALONE, Step(REDIS, SENT, "answer", 1), Fault.CUT_SHORT),
         ],
         count=6,
     )

@@ -15,7 +15,7 @@ from support.memory_store import MemoryCodeStore
 from support.redis_server import RedisServer
 from support.store_driver import POLICY, claim_of
 
-from producer.contract import ErrorCode, VerifyRequest, read_reply, reply_key
+from producer.contract import DEAD_LETTERS, ErrorCode, VerifyRequest, read_reply, reply_key
 from producer.errors import RedisUnavailable
 from producer.redis.connection import RedisConnections, ServerError
 from producer.redis.scripts import Command
@@ -27,7 +27,7 @@ from worker.job import Finished, Job
 from worker.metrics import Counters
 from worker.queue.commands import INDEX, UNACKED, RequestQueue
 from worker.queue.message import ID_CONFLICT
-from worker.settler import Settler, store_replies
+from worker.settler import Settlement, Settler, answer_requests
 
 
 def new_job(request_id: str, email: object = "anna@example.com") -> Job:
@@ -115,38 +115,12 @@ async def test_outcomes_are_recorded_answered_and_acked(harness: Harness) -> Non
     harness.settler.answer(jobs[0], ErrorCode.SUCCESS, mark=True)
     harness.settler.answer(jobs[1], ErrorCode.MAIL_REJECTED, mark=True)
     await harness.finish()
-    # One write for all three databases, or one for each of two beside the store.
-    assert harness.writes == ([3] if harness.store.connection else [1, 1])
+    # Mark and answer are one write, or one beside the store.
+    assert harness.writes == ([2] if harness.store.connection else [1])
     assert await harness.replies("one", "two") == [ErrorCode.SUCCESS, ErrorCode.MAIL_REJECTED]
     assert await harness.unacked() == 0
     again = await harness.store.issue([IssueRequest(job.claim, "") for job in jobs])
     assert again == [Answered(ErrorCode.SUCCESS), Answered(ErrorCode.MAIL_REJECTED)]
-
-
-@settler_test
-async def test_a_reply_that_its_reader_deletes_at_once_holds_up_no_other(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    jobs = [await harness.sending(f"user{number}") for number in range(3)]
-    connection = harness.databases.results.connection
-    run_all = connection.run_all
-
-    async def deleting(parts: Any) -> Any:
-        # Between the storing of the reply and the ack, as its reader may.
-        parts = list(parts)
-        if len(parts) == 3:
-            parts.insert(2, (harness.databases.results.number, [("DEL", reply_key("user0"))]))
-            found = await run_all(parts)
-            del found[2]
-            return found
-        return await run_all(parts)
-
-    monkeypatch.setattr(connection, "run_all", deleting)
-    for job in jobs:
-        harness.settler.answer(job, ErrorCode.SUCCESS, mark=True)
-    await harness.finish()
-    assert sorted(job.request_id for job, _ in harness.settled) == ["user0", "user1", "user2"]
-    assert await harness.unacked() == 0
 
 
 @settler_test
@@ -187,6 +161,7 @@ async def test_a_dead_letter_is_answered_with_the_answer_that_its_request_has(ha
     await harness.finish()
     assert await harness.replies("known", "new") == [ErrorCode.SUCCESS, ErrorCode.EXCEPTION]
     assert await harness.unacked() == 0
+    assert await harness.databases.broker.run([("LLEN", DEAD_LETTERS)]) == [1]
 
 
 @settler_test
@@ -250,6 +225,11 @@ async def test_a_reply_of_1_that_cannot_be_published_loses_no_request(harness: H
     assert await harness.databases.broker.run([("HLEN", UNACKED), ("HLEN", "verification.parked")]) == [0, 1]
 
 
+def answers_of(answered: Sequence[tuple[Job, ErrorCode]], *, broker: int | None) -> Command:
+    items = [Settlement(job, error, reply=True, ack=not job.through_celery) for job, error in answered]
+    return answer_requests(items, broker=broker)
+
+
 def execute(server: RedisServer, *commands: tuple[int, Command]) -> list[Any]:
     """Run commands, each in its database."""
 
@@ -269,14 +249,14 @@ def test_each_reply_is_stored_and_published_and_the_first_one_stays(
     redis: redis_py.Redis, redis_server: RedisServer
 ) -> None:
     success = ErrorCode.SUCCESS
-    execute(redis_server, (0, store_replies([(new_job("two"), ErrorCode.TIMEOUT)])))
+    execute(redis_server, (0, answers_of([(new_job("two"), ErrorCode.TIMEOUT)], broker=None)))
     redis.lpush(reply_key("three"), "no reply")
     batch = [(new_job("one"), success), (new_job("two"), success), (new_job("three", "\ud800"), success)]
     with redis.pubsub() as heard:  # type: ignore[no-untyped-call]
         heard.psubscribe(reply_key("*"))
         assert heard.get_message(timeout=30)
         again = (new_job("one"), ErrorCode.EXCEPTION)
-        assert execute(redis_server, (0, store_replies([*batch, again]))) == [[1, 0, 0, 0]]
+        assert execute(redis_server, (0, answers_of([*batch, again], broker=None))) == [[1, 0, 0, 0, 0]]
         published = [heard.get_message(timeout=30) for _ in range(4)]
     stored: dict[str, Any] = {name: redis.get(reply_key(name)) for name in ("one", "two", "three")}
     assert [read_reply(payload).error for payload in stored.values()] == [success, ErrorCode.TIMEOUT, success]
@@ -287,23 +267,29 @@ def test_each_reply_is_stored_and_published_and_the_first_one_stays(
 
 
 def test_a_reply_that_is_not_final_gives_way_to_a_stored_one(redis: redis_py.Redis, redis_server: RedisServer) -> None:
-    execute(redis_server, (0, store_replies([(new_job("one"), ErrorCode.SUCCESS)])))
-    passing = store_replies([(new_job(name), ErrorCode.REDIS_ERR) for name in ("one", "two")], final=False)
+    execute(redis_server, (0, answers_of([(new_job("one"), ErrorCode.SUCCESS)], broker=None)))
+    passing = answers_of([(new_job(name), ErrorCode.REDIS_ERR) for name in ("one", "two")], broker=None)
     with redis.pubsub() as heard:  # type: ignore[no-untyped-call]
         heard.psubscribe(reply_key("*"))
         assert heard.get_message(timeout=30)
-        assert execute(redis_server, (0, passing)) == [[0, 0]]
+        assert execute(redis_server, (0, passing)) == [[0, 0, 0]]
         published = [heard.get_message(timeout=30) for _ in range(2)]
     assert [read_reply(each["data"]).error for each in published if each] == [ErrorCode.SUCCESS, ErrorCode.REDIS_ERR]
     assert not redis.exists(reply_key("two"))
 
 
-def test_a_full_server_refuses_each_reply_of_a_batch(new_redis_server: Callable[..., RedisServer]) -> None:
+def test_a_full_server_refuses_each_reply_of_a_batch_and_its_message_stays(
+    new_redis_server: Callable[..., RedisServer],
+) -> None:
     server = new_redis_server()
+    jobs = [new_job(name) for name in ("one", "two")]
     with server.client() as client:
+        client.hset(UNACKED, mapping={job.tag: "message" for job in jobs})
         client.config_set("maxmemory", 1)
-        [answer] = execute(server, (0, store_replies([(new_job(name), ErrorCode.SUCCESS) for name in ("one", "two")])))
-        assert [isinstance(entry, ServerError) for entry in answer] == [True, True]
+        [answer] = execute(server, (2, answers_of([(job, ErrorCode.SUCCESS) for job in jobs], broker=0)))
+        assert [isinstance(entry, ServerError) for entry in answer] == [True, True, False]
+        assert client.hlen(UNACKED) == 2
+    with server.client(2) as client:
         assert client.dbsize() == 0
 
 
@@ -337,21 +323,72 @@ def test_no_worker_looks_dead_because_the_servers_clock_was_set_forward(
     assert queue.read_maintain(answer).restored == restored
 
 
-@pytest.mark.parametrize("stored", [["one", "two", "three"], ["one", "three"], ["two"], []])
-def test_a_message_is_acked_only_if_its_reply_is_stored(
-    stored: list[str], redis: redis_py.Redis, redis_server: RedisServer
+@pytest.mark.parametrize("refused", [[], ["two"], ["one", "two", "three"]])
+def test_a_message_is_removed_only_if_its_reply_was_taken(
+    refused: list[str], redis: redis_py.Redis, redis_server: RedisServer
 ) -> None:
-    ids = ["one", "two", "three"]
-    for name in ids:
-        redis.hset(UNACKED, name, "message")
-        redis.zadd(INDEX, {name: 1.0})
-    with redis_server.client(2) as results:
-        for name in stored:
-            results.set(reply_key(name), "a reply", ex=60)
-    ack = RequestQueue.ack_if_stored(ids, [reply_key(name) for name in ids], broker=0, results=2)
-    assert execute(redis_server, (0, ack)) == [3 - len(stored)]
-    left = sorted(set(ids) - set(stored))
+    jobs = [new_job(name) for name in ("one", "two", "three", "celerys")]
+    jobs[3].through_celery = True
+    for job in jobs:
+        redis.hset(UNACKED, job.tag, "message")
+        redis.zadd(INDEX, {job.tag: 1.0})
+    # Of these the channel may not be used: the reply is stored and not published.
+    channels = [f"&{reply_key(job.request_id)}" for job in jobs if job.request_id not in refused]
+    redis.execute_command("ACL", "SETUSER", "default", "resetchannels", *channels)  # type: ignore[no-untyped-call]
+    try:
+        answer = answers_of([(job, ErrorCode.SUCCESS) for job in jobs], broker=0)
+        [[*found, removed]] = execute(redis_server, (2, answer))
+    finally:
+        redis.execute_command("ACL", "SETUSER", "default", "allchannels")  # type: ignore[no-untyped-call]
+    assert [isinstance(entry, ServerError) for entry in found] == [job.request_id in refused for job in jobs]
+    assert removed == 1
+    left = sorted(f"tag-{name}" for name in [*refused, "celerys"])
     tags, index = execute(redis_server, (0, ("HKEYS", UNACKED)), (0, ("ZRANGE", INDEX, 0, -1)))
     assert sorted(tag.decode() for tag in tags) == sorted(tag.decode() for tag in index) == left
-    assert execute(redis_server, (0, RequestQueue.ack(ids))) == [0]
+
+
+def test_a_message_that_cannot_be_removed_is_known_beside_the_replies(
+    redis: redis_py.Redis, redis_server: RedisServer
+) -> None:
+    redis.set(UNACKED, "no hash")
+    answer = answers_of([(new_job("one"), ErrorCode.SUCCESS)], broker=0)
+
+    async def main() -> list[Any]:
+        async with RedisConnections() as connections:
+            # Twice in one batch: after an error, too, the script comes back to its connection's database.
+            return await connections.connection(redis_server.url()).run([answer, answer], database=2)
+
+    (first, refusal), (second, _) = asyncio.run(main())
+    assert isinstance(refusal, ServerError)
+    assert [first, second] == [1, 0]
+    with redis_server.client(2) as results:
+        assert results.keys() == [reply_key("one").encode()]
+
+
+@settler_test
+async def test_a_message_that_cannot_be_removed_is_removed_later(harness: Harness, redis_server: RedisServer) -> None:
+    job = await harness.sending("one")
+    databases = harness.databases
+    with (
+        redis_server.client(databases.broker.number) as broker,
+        redis_server.client().pubsub() as heard,  # type: ignore[no-untyped-call]
+    ):
+        broker.rename(UNACKED, "aside")
+        broker.set(UNACKED, "no hash")
+        heard.subscribe(reply_key("one"))
+        assert heard.get_message(timeout=30)
+        harness.settler.answer(job, ErrorCode.SUCCESS, mark=True)
+        assert await asyncio.to_thread(heard.get_message, timeout=30)
+        await databases.results.run([("DEL", reply_key("one"))])  # its reader has it
+        broker.rename("aside", UNACKED)
+    await harness.finish()
+    assert await harness.unacked() == 0
+    assert await databases.results.run([("EXISTS", reply_key("one"))]) == [0]
+
+
+def test_messages_are_removed_by_their_tags(redis: redis_py.Redis, redis_server: RedisServer) -> None:
+    for name in ("one", "two"):
+        redis.hset(UNACKED, name, "message")
+        redis.zadd(INDEX, {name: 1.0})
+    execute(redis_server, (0, RequestQueue.ack(["one", "two"])))
     assert not redis.exists(UNACKED, INDEX)

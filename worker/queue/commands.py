@@ -157,16 +157,8 @@ class RequestQueue:
 
     @staticmethod
     def ack(tags: list[str]) -> Command:
-        """Remove these messages: they are done. Answers 0."""
-        return _ACK([UNACKED, INDEX], ["", "", len(tags), *tags])
-
-    @staticmethod
-    def ack_if_stored(tags: list[str], replies: list[str], *, broker: int, results: int) -> Command:
-        """Remove each message whose reply is stored under its key in `replies`. Answers how many stay.
-
-        `broker`, `results`: the database numbers, on one server.
-        """
-        return _ACK([UNACKED, INDEX], [broker, results, len(tags), *tags, *replies])
+        """Remove these messages: they are done."""
+        return _ACK([UNACKED, INDEX], tags)
 
     def delay_request(self, tag: str, request_id: str, delay: float, enqueued_at: float | None) -> Command:
         """Hold a request back for `delay` seconds, or until it is woken. `enqueued_at`: Unix seconds."""
