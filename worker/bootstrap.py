@@ -21,6 +21,7 @@ from worker.celery_side.events import Events
 from worker.contact import BrokerContact
 from worker.databases import Database, Databases
 from worker.fetcher import CelerySide, Fetcher, Prefetch
+from worker.gathering import Gathering
 from worker.mail.failover import Failover
 from worker.mail.pool import SmtpPool
 from worker.mail.render import Renderer
@@ -70,15 +71,17 @@ class Worker:
         store = RedisCodeStore(codes.connection, self._policy, database=codes.number)
         queue = RequestQueue(settings.queue, visibility_timeout=settings.visibility_timeout)
         self._counters = counters = Counters()
+        gathering = Gathering()
         self._events = Events(broker)
         self._celery_side = make_celery_side(self._events)
-        settler = Settler(store, self._databases, queue, counters)
+        settler = Settler(store, self._databases, queue, counters, gathering)
         service = Service(
             store,
             self._channel,
             Renderer(settings.mail_from, default_locale=settings.locale),
             settler,
             counters,
+            gathering,
             sender=settings.mail_from.mailbox,
             code_digits=settings.code_max_length,
         )
@@ -91,6 +94,7 @@ class Worker:
             self._celery_side,
             counters,
             Prefetch(lambda: self._channel.capacity, counters),
+            gathering,
             traced=traces is not None,
         )
         self._request_log = RequestLog()

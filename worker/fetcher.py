@@ -20,6 +20,7 @@ from producer.errors import RedisUnavailable
 from producer.redis.connection import RedisConnection, raise_errors
 from producer.redis.scripts import Command
 from worker.databases import Database
+from worker.gathering import Gathering
 from worker.job import Finished, Job
 from worker.metrics import Counters
 from worker.queue.commands import MAX_MOVES, NOTHING_TAKEN, MaintenanceResult, RequestQueue, Waiter
@@ -80,6 +81,7 @@ class Fetcher:
         celery_side: CelerySide,
         counters: Counters,
         prefetch: Prefetch,
+        gathering: Gathering,
         *,
         traced: bool = False,
     ) -> None:
@@ -92,6 +94,7 @@ class Fetcher:
         self._celery_side = celery_side
         self._counters = counters
         self._prefetch = prefetch
+        self._gathering = gathering
         self._traced = traced
         self.held: dict[str, Job] = {}  # by tag: what the service has
         self._at_celery: dict[str, Job] = {}  # by tag: what went to Celery and is not done
@@ -166,6 +169,7 @@ class Fetcher:
         if self._serving:
             # What comes while a batch is issued makes up the next one.
             await asyncio.wait(self._serving)
+            await self._gathering.pause()
             return False
         if wanted < self._prefetch.worth_waiting_for:
             with contextlib.suppress(TimeoutError):

@@ -30,6 +30,7 @@ from producer.store.codes import (
     UnknownVersion,
     Wait,
 )
+from worker.gathering import Gathering
 from worker.job import Job
 from worker.mail.channel import MailChannel
 from worker.mail.errors import (
@@ -78,6 +79,7 @@ class Service:
         renderer: Renderer,
         settler: Settler,
         counters: Counters,
+        gathering: Gathering,
         *,
         sender: str,
         code_digits: int,
@@ -88,6 +90,7 @@ class Service:
         self._renderer = renderer
         self._settler = settler
         self._counters = counters
+        self._gathering = gathering
         self._sender = sender
         self._code_digits = code_digits
         self._leased: dict[str, Job] = {}  # by tag
@@ -229,6 +232,7 @@ class Service:
     async def _announce_all(self) -> None:
         try:
             while self._asked:
+                await self._gathering.pause()
                 await self._announce_data()
         finally:
             self._announcing = None

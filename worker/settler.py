@@ -40,6 +40,7 @@ from producer.store.codes import (
     StoreError,
 )
 from worker.databases import Database, Databases
+from worker.gathering import Gathering
 from worker.job import Finished, Job
 from worker.metrics import Counters
 from worker.queue.commands import INDEX, MAX_MOVES, UNACKED, RequestQueue
@@ -137,11 +138,14 @@ class Settler:
     REDIS_ERR is not final: it is published, and nothing remembers it, so that the same id asked again is served.
     """
 
-    def __init__(self, store: CodeStore, databases: Databases, queue: RequestQueue, counters: Counters) -> None:
+    def __init__(
+        self, store: CodeStore, databases: Databases, queue: RequestQueue, counters: Counters, gathering: Gathering
+    ) -> None:
         self._store = store
         self._databases = databases
         self._queue = queue
         self._counters = counters
+        self._gathering = gathering
         connections = (store.connection, databases.results.connection, databases.broker.connection)
         self._one_write = all(connection is connections[0] for connection in connections)
         # Where replies and messages are on one server: the number of the messages' database.
@@ -247,6 +251,7 @@ class Settler:
     async def _flush(self) -> None:
         try:
             while self._pending or self._to_wake:
+                await self._gathering.pause()
                 batch, self._pending = self._pending[:MAX_MOVES], self._pending[MAX_MOVES:]
                 self._in_trip = len(batch)
                 self._refused = False

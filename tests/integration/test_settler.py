@@ -23,6 +23,7 @@ from producer.settings import load
 from producer.store.codes import Answered, CodeStore, IssueRequest, Send, Wait
 from producer.store.redis_codes import RedisCodeStore
 from worker.databases import Databases
+from worker.gathering import Gathering
 from worker.job import Finished, Job
 from worker.metrics import Counters
 from worker.queue.commands import INDEX, UNACKED, RequestQueue
@@ -44,7 +45,7 @@ class Harness:
         if memory:
             self.store = MemoryCodeStore(POLICY)
         self.queue = RequestQueue("verification", visibility_timeout=15)
-        self.settler = Settler(self.store, self.databases, self.queue, Counters())
+        self.settler = Settler(self.store, self.databases, self.queue, Counters(), Gathering())
         self.settler.on_settled.append(self._on_settled)
         self.settled: Finished = []
         self.broken = False  # the subscriber raises

@@ -15,6 +15,7 @@ from support.caller import message
 from producer.contract import ErrorCode
 from worker import fetcher
 from worker.fetcher import CelerySide, Fetcher, Prefetch
+from worker.gathering import Gathering
 from worker.job import Finished, Job
 from worker.metrics import Counters
 from worker.queue.commands import MAX_MOVES, RequestQueue, Waiter
@@ -48,7 +49,7 @@ class Harness:
         self._tags = itertools.count()
         queue = RequestQueue("verification", visibility_timeout=30)
         us, waiter = cast(Any, self), cast(Any, Mock(run_muted=self.wait))
-        self.fetcher = Fetcher(us, waiter, queue, us, us, self.celery, self.counters, self.prefetch)
+        self.fetcher = Fetcher(us, waiter, queue, us, us, self.celery, self.counters, self.prefetch, Gathering())
 
     def set_ahead(self, count: int) -> None:
         """Let the prefetch hold so many messages beyond what can be sent at once."""

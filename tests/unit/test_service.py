@@ -15,6 +15,7 @@ from producer.contract import ErrorCode, VerifyRequest
 from producer.errors import StoreUnavailable
 from producer.setting_types import Sender
 from producer.store.codes import COOLDOWN_HIT, REFUSED, RESPELLED, Claim, Outcome, StoreError
+from worker.gathering import Gathering
 from worker.job import Job
 from worker.mail.errors import AcceptanceUnknown, MailError, MessageDeferred, Smtputf8Unsupported, Step, classify
 from worker.mail.message import Mail
@@ -36,7 +37,9 @@ class Harness:
         sender = Sender("", "no-reply@example.com")
         renderer = Renderer(sender, default_locale="en")
         us = cast(Any, self)  # as the channel, and as the settler
-        self.service = Service(self.store, us, renderer, us, self.counters, sender=sender.mailbox, code_digits=12)
+        self.service = Service(
+            self.store, us, renderer, us, self.counters, Gathering(), sender=sender.mailbox, code_digits=12
+        )
 
     async def serve(self, *names: str) -> list[Mail]:
         """Serve a request for each name. Their mails."""
