@@ -26,7 +26,10 @@ HUSH = "hush-hush"  # all passwords
 def rig() -> Iterator[Rig]:
     """As the common one, with passwords, and sends that may take a minute."""
     relay = ScriptedServer(offers=("PIPELINING", "8BITMIME", "SMTPUTF8", "AUTH PLAIN"))
-    with RedisServer(password=HUSH) as server, Rig(server=server, relay=relay, send_timeout=60) as rig:
+    with (
+        RedisServer(password=HUSH) as server,
+        Rig(server=server, relay=relay, send_timeout=60, relay_connections=32) as rig,
+    ):
         rig.settings["VERIFY_RELAYS"] = f"smtp://anna:{HUSH}@127.0.0.1:{relay.port}"
         rig.add_worker()
         yield rig
