@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from support.api_process import KEYS, WITH_KEY, ApiProcess
+from support.caller import address
 from support.process import eventually
 from support.redis_server import RedisServer
 from support.rig import Rig, code_in
@@ -154,7 +155,7 @@ class TestProgress:
         assert ids
         for each in ids:
             rig.broker.client_kill_filter(_id=each)
-        assert stages(ask(api, "after@example.com")) == STAGES
+        eventually(lambda: stages(ask(api, address())) == STAGES)
 
     def test_an_event_with_an_impossible_time_is_ignored(self, redis_server: RedisServer, alone: ApiProcess) -> None:
         with redis_server.client(1) as broker:
